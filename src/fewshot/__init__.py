@@ -1,0 +1,1 @@
+"""MAML with and without the zeroing trick."""

@@ -1,0 +1,184 @@
+"""What happens around the outer updates: the zeroing trick, evaluation, and the record of the run."""
+
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import rich.progress
+import torch
+from torch import Tensor
+
+from fewshot.config import UserError
+from fewshot.models import zero_head
+from fewshot.module import Scores
+from fewshot.report import write_metrics
+
+log = logging.getLogger(__name__)
+
+
+class ZeroHead(pl.Callback):
+    """The zeroing trick: w <- 0 before the loop and after every outer update, before anything else sees the model."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.enabled:
+            zero_head(module.network)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        if self.enabled:
+            zero_head(module.network)
+
+
+class Record(pl.Callback):
+    """Evaluates the model as it is trained and writes down the run: metrics.csv, best.ckpt, last.ckpt, the logger.
+
+    One order, at iteration 0, every val_every and at the end: validate, metrics.csv, best, last. What metrics.csv holds
+    is part of the checkpoint, so a run that goes on from one writes the file that an uninterrupted run would have.
+
+    Raises:
+        UserError: a loss that is not finite, with its iteration and the checkpoint that remains.
+    """
+
+    def __init__(
+        self,
+        *,
+        val_every: int,
+        val_tasks: int,
+        test_every: int | None,
+        test_curve_tasks: int,
+        stop_at_accuracy: float | None,
+    ) -> None:
+        self.val_every, self.val_tasks = val_every, val_tasks
+        self.test_every, self.test_curve_tasks = test_every, test_curve_tasks
+        self.stop_at_accuracy = stop_at_accuracy
+        self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.best: dict[str, float] = {"iteration": 0, "accuracy": -1.0}
+        self.stopped = False  # stop_at_accuracy was reached
+        self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best": self.best, "stopped": self.stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best, self.stopped = (state_dict[key] for key in ("rows", "best", "stopped"))
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
+        if trainer.global_step == 0:
+            self._record(trainer, module, {"iteration": 0})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
+    ) -> None:
+        iteration = trainer.global_step
+        self._pending.append(outputs)
+        if any(self._due(trainer, every) for every in (self.val_every, self.test_every, trainer.log_every_n_steps)):
+            self._record(trainer, module, {"iteration": iteration, **self._trained(iteration)})
+
+    def _due(self, trainer: pl.Trainer, every: int | None) -> bool:
+        return every is not None and (trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps)
+
+    def _record(self, trainer: pl.Trainer, module: pl.LightningModule, row: dict[str, float]) -> None:
+        validate = self._due(trainer, self.val_every)
+        if self._due(trainer, self.test_every):
+            row |= _named("test", module.evaluate(trainer.datamodule.fixed("test", self.test_curve_tasks)))
+        if validate:
+            row |= _named("val", module.evaluate(trainer.datamodule.fixed("val", self.val_tasks)))
+        self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=int(row["iteration"]))
+        if validate:
+            self._write(trainer, row, row[f"val/query_accuracy/step_{module.inner_steps}"])
+
+    def _write(self, trainer: pl.Trainer, row: dict[str, float], accuracy: float) -> None:
+        better = accuracy > self.best["accuracy"]  # the earliest wins ties
+        if better:
+            self.best = {"iteration": row["iteration"], "accuracy": accuracy}
+        self.stopped = self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy
+        trainer.should_stop = trainer.should_stop or self.stopped
+        write_metrics(self._folder / "metrics.csv", self.rows)
+        for name in ("best", "last") if better else ("last",):
+            trainer.save_checkpoint(self._folder / "checkpoints" / f"{name}.ckpt")
+        done, seconds = row["iteration"] - self._first, time.monotonic() - self._began
+        left = f"  {seconds / done * (trainer.max_steps - row['iteration']) / 60:.1f} min left" if done else ""
+        loss = f"  loss {row['train/loss']:.4f}" if "train/loss" in row else ""
+        log.info(f"iteration {row['iteration']}/{trainer.max_steps}{loss}  validation accuracy {accuracy:.4f}{left}")
+
+    def _trained(self, iteration: int) -> dict[str, float]:
+        """Means of the training metrics since the last row."""
+        losses = torch.stack([each["loss"] for each in self._pending]).tolist()
+        accuracies = torch.stack([each["query_accuracy"] for each in self._pending]).tolist()
+        first = iteration - len(self._pending) + 1
+        self._pending.clear()
+        for number, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr; "
+                    f"the last good checkpoint is {self._folder / 'checkpoints' / 'last.ckpt'}"
+                )
+        return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}
+
+
+def _named(split: str, results: dict[str, Scores]) -> dict[str, float]:
+    """The per-step accuracies under the names of metrics.csv and W&B."""
+    prefix = {"zeroing_off": split, "zeroing_on": f"{split}_zeroed"}
+    return {
+        f"{prefix[mode]}/query_accuracy/step_{step}": accuracy
+        for mode, scores in results.items()
+        for step, accuracy in enumerate(scores.accuracy)
+    }
+
+
+class Progress(pl.callbacks.ProgressBar):
+    """A bar with loss, accuracy and time left, on a terminal; elsewhere the lines of Record say it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: rich.progress.Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not sys.stdout.isatty():
+            return
+        columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
+        times = (
+            rich.progress.TimeElapsedColumn(),
+            "left",
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._bar = rich.progress.Progress(*columns, *times, "{task.fields[metrics]}")
+        self._bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, metrics="")
+        self._bar.start()
+        for handler in logging.getLogger().handlers:  # log lines go above the bar, not through it
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.__stdout__:
+                handler.setStream(sys.stdout)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
+    ) -> None:
+        if self._bar is None:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # reading a loss waits for the device
+            metrics = f"loss {outputs['loss'].item():.3f}  accuracy {outputs['query_accuracy'].item():.3f}"
+            self._bar.update(self._bar.task_ids[0], metrics=metrics)
+        self._bar.update(self._bar.task_ids[0], completed=trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is None:
+            return
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.__stdout__)
+        self._bar.stop()
+        self._bar = None

@@ -1,0 +1,195 @@
+"""How a run is written down and goes on.
+
+A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run and the call that composed it.
+"""
+
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose
+from lightning_fabric.plugins import TorchCheckpointIO
+from omegaconf import DictConfig
+
+from fewshot.config import UserError, settings
+
+# May differ between a run and its continuation: where things lie and where they are reported to.
+FREE = (
+    "checkpoint",
+    "fit",
+    "logger",
+    "dataset.root",
+    "dataset.cache",
+    "dataset.source",
+    "trainer.max_steps",
+    "iterations",
+)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary file in the same folder, syncs it and renames it; reads without unpickling objects."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        return read(path, map_location)
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls write(file) on a temporary binary file beside `path` and renames it: a reader sees all of it or nothing.
+
+    Raises:
+        UserError: no space or no permission; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room there or name another hydra.run.dir"
+        ) from error
+
+
+def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint of this program; only tensors and plain data are ever unpickled.
+
+    Raises:
+        UserError: missing, truncated, or not one of this program's.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint={path}: no such file") from None
+    except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
+        raise UserError(
+            f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "fewshot" not in checkpoint:
+        raise UserError(f"checkpoint={path}: was not written by this program")
+    return checkpoint
+
+
+class Describe(pl.Callback):
+    """Puts what describes the run (configuration, call, logger run) into every checkpoint."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fewshot"] = self.description
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a call goes on.
+
+    cfg: the configuration that holds; overrides: the call that composes it; path, content: the checkpoint, if any.
+    """
+
+    cfg: DictConfig
+    overrides: list[str]
+    path: Path | None = None
+    content: dict[str, Any] | None = None
+
+    @property
+    def iteration(self) -> int:
+        """Outer updates done."""
+        return self.content["global_step"] if self.content else 0
+
+    @property
+    def trained(self) -> bool:
+        """Nothing is left to train: killed after the last update, or stopped at its accuracy."""
+        if self.content is None:
+            return False
+        return self.iteration >= self.cfg.iterations or self.content["callbacks"]["Record"]["stopped"]
+
+    @cached_property
+    def run_id(self) -> str:
+        """Of the logger: a continued run keeps it."""
+        return self.content["fewshot"]["run_id"] if self.content and self.cfg.fit else uuid.uuid4().hex[:8]
+
+    def describe(self) -> Describe:
+        """What every checkpoint of this run is to carry."""
+        return Describe({"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id})
+
+    def check_fits(self, module: pl.LightningModule) -> None:
+        """Raises UserError where the checkpoint is of another network or of other ways."""
+        if self.content is None:
+            return
+        theirs, ours = self.content["state_dict"], module.state_dict()
+        for name in sorted({*theirs, *ours}, key=lambda name: ("head" not in name, name)):
+            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
+            if shapes[0] != shapes[1]:
+                trained = self.content["fewshot"]["config"]
+                raise UserError(
+                    f"checkpoint={self.path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
+                    f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
+                )
+
+
+def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
+    """Decides between a new run, the continuation of an old one, and a test (fit=false).
+
+    Args:
+        overrides: of this call; with checkpoint=PATH they are taken on top of those the checkpoint was trained with.
+        folder: of this run; if it holds checkpoints/last.ckpt the run continues.
+
+    Raises:
+        UserError: an unreadable checkpoint, or one trained with another configuration than this call asks for.
+    """
+    if cfg.checkpoint is None:
+        path = folder / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            return Start(cfg, overrides)
+        content = read(path)
+    else:
+        path = Path(cfg.checkpoint).absolute()
+        content = read(path)
+        overrides = _merged([*content["fewshot"]["overrides"], *overrides])
+        cfg = compose("config", overrides)
+    if cfg.fit:
+        _refuse_difference(cfg, content["fewshot"]["config"], path)
+    return Start(cfg, overrides, path, content)
+
+
+def _merged(overrides: list[str]) -> list[str]:
+    """The last override of each key."""
+    return list({override.lstrip("+~").split("=", 1)[0]: override for override in overrides}.values())
+
+
+def _refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
+    asked, trained = dict(_leaves(settings(cfg))), dict(_leaves(trained))
+    for key in sorted({*asked, *trained}):
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE) and asked.get(key) != trained.get(key):
+            raise UserError(
+                f"{key}={asked.get(key)}: {path} was trained with {key}={trained.get(key)}; "
+                "continue with that, or start anew in another hydra.run.dir"
+            )
+    if asked["iterations"] < trained["iterations"]:
+        raise UserError(
+            f"iterations={asked['iterations']}: {path} was trained with iterations={trained['iterations']}; "
+            "continue with as many or more"
+        )
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves.append((prefix + key, value))
+    return leaves

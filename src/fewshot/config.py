@@ -1,0 +1,153 @@
+"""What a valid configuration is; every mistake that YAML alone shows, said in one line before torch is imported."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+# Beside this file in a wheel, at the top of a checkout.
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line with the knob, its value and what would work."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A UserError ends the program with its line and status 1; HYDRA_FULL_ERROR=1 shows the traceback."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise SystemExit(str(error)) from None
+
+
+def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
+    """Where a run writes: training that continues from RUN/checkpoints/x.ckpt goes on in RUN, all else in `new`."""
+    return str(Path(checkpoint).absolute().parent.parent) if checkpoint and fit else new
+
+
+def _first_call(folder: str) -> str | None:
+    """Hydra's record of the call, only where no run has been yet."""
+    return None if (Path(folder) / "checkpoints" / "last.ckpt").exists() else ".hydra"
+
+
+OmegaConf.register_new_resolver("at_least", lambda least, value: max(least, value), replace=True)
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+OmegaConf.register_new_resolver("first_call", _first_call, replace=True)
+
+
+class OutputFolder(Callback):
+    """Says in one line that the output folder cannot be written, before Hydra tries to."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.run.dir)
+        with one_line_errors():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"hydra.run.dir={folder}: cannot be written ({error.strerror}); name a folder that can"
+                ) from None
+
+
+INTEGERS = {  # knob: smallest value
+    "ways": 2, "shots": 1, "queries": 1, "inner_steps": 1, "test_steps": 1, "meta_batch_size": 1, "iterations": 1,
+    "seed": 0, "val_every": 1, "val_tasks": 2, "test_every": 1, "test_tasks": 2, "tasks_at_once": 1, "threads": 1,
+}  # fmt: skip
+OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
+GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
+REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
+ENGINES = ("auto", "sequential", "batched")
+MODES = (None, "online", "offline", "disabled")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for the first mistake found."""
+    known = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
+    for key in cfg:
+        if key not in known:
+            raise UserError(f"{key}: no such knob; {_nearest(key, known)}")
+    for key in cfg.algo:
+        if key not in ("first_order", "zeroing"):
+            raise UserError(f"algo.{key}: no such knob; {_nearest(key, {'first_order', 'zeroing'})}")
+    for knob, smallest in INTEGERS.items():
+        if not (cfg[knob] is None and knob in OPTIONAL):
+            _integer(knob, cfg[knob], smallest)
+    if cfg.seed > 2**32 - 1:
+        raise UserError(f"seed={cfg.seed}: must be at most {2**32 - 1}")
+    for knob in REALS:
+        if not (cfg[knob] is None and knob in OPTIONAL):
+            _real(knob, cfg[knob])
+    for knob in ("inner_lr", "outer_lr", "stop_at_accuracy"):
+        if cfg[knob] == 0:
+            raise UserError(f"{knob}={cfg[knob]}: must be above 0")
+    if cfg.stop_at_accuracy is not None and cfg.stop_at_accuracy > 1:
+        raise UserError(f"stop_at_accuracy={cfg.stop_at_accuracy}: is a fraction, at most 1")
+    for knob in ("fit", "algo.first_order", "algo.zeroing", "zeroing"):
+        value = OmegaConf.select(cfg, knob, default=False)
+        if not isinstance(value, bool):
+            raise UserError(f"{knob}={value}: must be true or false")
+    if cfg.engine not in ENGINES:
+        raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
+    if cfg.logger is not None and cfg.logger.get("mode") not in MODES:
+        raise UserError(f"logger.mode={cfg.logger.mode}: must be one of online, offline, disabled or null")
+    if cfg.test_steps < cfg.inner_steps:
+        raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
+    if not cfg.fit and cfg.checkpoint is None:
+        raise UserError("fit=false: needs checkpoint=PATH, the model to test")
+    _check_dataset(cfg)
+
+
+def _check_dataset(cfg: DictConfig) -> None:
+    data = cfg.dataset
+    _integer("dataset.size", data.size, 1)
+    for split, classes in data.classes.items():
+        if classes is not None and cfg.ways > classes:
+            raise UserError(
+                f"ways={cfg.ways}: dataset {data.name} has {classes} {split} classes; at most {classes} ways"
+            )
+    if data.images_per_class is not None and cfg.shots + cfg.queries > data.images_per_class:
+        raise UserError(
+            f"shots+queries={cfg.shots}+{cfg.queries}: {data.name} has {data.images_per_class} images per class; "
+            "lower shots or queries"
+        )
+    if data.size < cfg.model.smallest_image:
+        raise UserError(
+            f"dataset.size={data.size}: {cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
+        )
+
+
+def _integer(knob: str, value: Any, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
+
+
+def _real(knob: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise UserError(f"{knob}={value}: must be a number of at least 0")
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data, +zeroing folded into algo.zeroing: what is recorded and compared."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain["algo"]["zeroing"] = plain.pop("zeroing", plain["algo"]["zeroing"])
+    return plain

@@ -1,0 +1,92 @@
+"""Meta-batches for training, chunks of fixed tasks for evaluation.
+
+Shapes: B tasks per meta-batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytorch_lightning as pl
+import torch
+
+from fewshot.config import UserError
+from fewshot.tasks import SPLITS, Split, Task, TaskSampler
+
+EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, whatever its own seed
+EVALUATION_CHUNK = 20  # tasks drawn at a time
+
+
+@dataclass(frozen=True)
+class MetaBatches:
+    """Yields the tasks at positions start() * size, (start() + 1) * size, ..., `size` of them at a time, up to `stop`.
+
+    start is asked when iteration begins: a resumed run starts at the outer updates done, not at zero. It has no
+    length: Lightning would end an epoch where a resumed run's count of batches reaches it.
+    """
+
+    draw: TaskSampler
+    size: int
+    stop: int
+    start: Callable[[], int] = lambda: 0
+
+    def __iter__(self) -> Iterator[Task]:
+        for first in range(self.start() * self.size, self.stop, self.size):
+            yield self.draw(first, min(self.size, self.stop - first))
+
+
+class MetaData(pl.LightningDataModule):
+    """Turns the splits of a dataset into meta-batches on the compute device.
+
+    Args:
+        splits: train, val and test images, (M, C, H, W) uint8.
+        seed: of the training tasks; validation and test tasks are the same for every seed.
+    """
+
+    def __init__(
+        self,
+        splits: dict[str, Split],
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        mean: list[float],
+        std: list[float],
+        seed: int,
+        meta_batch_size: int,
+        iterations: int,
+        val_tasks: int,
+        test_tasks: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.meta_batch_size, self.iterations = meta_batch_size, iterations
+        self.tasks = {"val": val_tasks, "test": test_tasks}
+        try:
+            self.samplers = {
+                name: TaskSampler(
+                    replace(splits[name], images=splits[name].images.to(device)),
+                    ways=ways,
+                    shots=shots,
+                    queries=queries,
+                    mean=tuple(mean),
+                    std=tuple(std),
+                    seed=seed if name == "train" else EVALUATION_SEED,
+                    stream=SPLITS.index(name),
+                )
+                for name in SPLITS
+            }
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def train_dataloader(self) -> MetaBatches:
+        """One Task of meta_batch_size tasks per outer update still to do."""
+        stop = self.iterations * self.meta_batch_size
+        return MetaBatches(self.samplers["train"], self.meta_batch_size, stop, lambda: self.trainer.global_step)
+
+    def test_dataloader(self) -> list[MetaBatches]:
+        """The fixed validation tasks, then the fixed test tasks."""
+        return [self.fixed("val", self.tasks["val"]), self.fixed("test", self.tasks["test"])]
+
+    def fixed(self, split: str, tasks: int) -> MetaBatches:
+        """The first `tasks` tasks of the split's stream, the same in every run."""
+        return MetaBatches(self.samplers[split], EVALUATION_CHUNK, tasks)

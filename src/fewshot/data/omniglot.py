@@ -1,0 +1,142 @@
+"""Omniglot (Lake et al. 2015): 50 alphabets, 1,623 characters, 20 drawings of each; Vinyals' split.
+
+Drawings are black (0) on white (255) as in the original files.
+"""
+
+import http.client
+import json
+import os
+import re
+import socket
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from fewshot.config import UserError
+from fewshot.data.folder import some
+from fewshot.data.images import Source, cache_folder, cached, open_source, read_splits
+from fewshot.tasks import SPLITS, Split
+
+PARTS = ("images_background", "images_evaluation")
+DRAWINGS = 20
+HOLDS = "images_background.zip and images_evaluation.zip, or the folders in them"
+# Which characters there are, and Vinyals' classes: both as facts in a file that names its sources.
+FACTS = json.loads((files("fewshot.data") / "omniglot.json").read_text())
+
+
+def load(*, root: str | None, size: int, cache: str | None) -> dict[str, Split]:
+    """The 1028/172/423 classes of Vinyals' split, images of (1, size, size).
+
+    Args:
+        root: a folder with the two zips or the two folders in them; None to download the zips into the cache folder.
+        size: of the images.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not all there or not readable, or cannot be downloaded.
+    """
+    folder = _download(cache) if root is None else Path(str(root)).expanduser()
+    sources = {part: _open_part(folder, part) for part in PARTS}
+    classes = find_classes(sources, folder)
+    return cached(
+        "omniglot",
+        [sources[part].identity for part in PARTS],
+        size=size,
+        channels=1,
+        cache=cache,
+        build=lambda: read_splits(classes, size=size, channels=1, resample=Image.Resampling.LANCZOS),
+    )
+
+
+def _open_part(root: Path, part: str) -> Source:
+    for folder in (root, root / "omniglot-py"):  # where torchvision keeps them
+        if os.path.isfile(folder / f"{part}.zip"):
+            return open_source(folder / f"{part}.zip", [part])
+    return open_source(root, [part])
+
+
+def find_classes(sources: dict[str, Source], root: Path) -> dict[str, dict[str, list[tuple[Source, str]]]]:
+    """The files of every character of every split.
+
+    Raises:
+        UserError: anything less than all of Omniglot.
+    """
+    found = {}
+    for source in sources.values():
+        for name in source.names:
+            if drawing := re.fullmatch(r"\w+/([^/]+/character\d\d)/\d+_(\d\d)\.png", name):
+                found.setdefault(drawing[1], {})[drawing[2]] = (source, name)
+    alphabets = {alphabet: count for part in PARTS for alphabet, count in FACTS["characters"][part].items()}
+    _check_complete(root, alphabets, {character: len(drawings) for character, drawings in found.items()})
+    classes = {split: {} for split in SPLITS}
+    for alphabet, count in alphabets.items():
+        for number in range(1, count + 1):
+            character = f"{alphabet}/character{number:02d}"
+            classes[_split(alphabet, number)][character] = [file for _, file in sorted(found[character].items())]
+    return classes
+
+
+def _split(alphabet: str, number: int) -> str:
+    for split in ("val", "test"):
+        first, last = FACTS[split].get(alphabet, (1, 0))
+        if first <= number <= last:
+            return split
+    return "train"
+
+
+def _check_complete(root: Path, alphabets: dict[str, int], drawings: dict[str, int]) -> None:
+    if not drawings:
+        raise UserError(f"dataset.root={root}: no Omniglot in it; give a folder with {HOLDS}")
+    present = {character.split("/")[0] for character in drawings}
+    lost, gone, short = [], [], []
+    for alphabet, count in alphabets.items():
+        characters = [f"{alphabet}/character{number:02d}" for number in range(1, count + 1)]
+        if alphabet not in present:
+            lost.append(alphabet)
+            continue
+        gone += [character for character in characters if character not in drawings]
+        short += [name for name in characters if name in drawings and drawings[name] < DRAWINGS]
+    missing = []
+    if lost:
+        missing.append(f"{len(lost)} of {len(alphabets)} alphabets missing ({some(lost)})")
+    if gone:
+        missing.append(f"{len(gone)} characters missing in other alphabets ({some(gone)})")
+    if short:
+        counts = [f"{character} has {drawings[character]}" for character in short]
+        missing.append(f"{len(short)} characters with fewer than {DRAWINGS} drawings ({some(counts)})")
+    if missing:
+        raise UserError(
+            f"dataset.root={root}: not all of Omniglot: {'; '.join(missing)}; "
+            f"give a folder with {HOLDS}, completely extracted"
+        )
+
+
+def _download(cache: str | None) -> Path:
+    """The folder with the two original zips, each checked against its published checksum before it gets its name."""
+    folder = None
+    timeout = socket.getdefaulttimeout()
+    try:
+        folder = cache_folder(cache) / "omniglot"
+        absent = [part for part in PARTS if not os.path.isfile(folder / f"{part}.zip")]
+        if not absent:
+            return folder
+        from torchvision.datasets.omniglot import Omniglot
+        from torchvision.datasets.utils import download_url
+
+        socket.setdefaulttimeout(30)  # torchvision sets none: a silent network would hang for ever
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            for part in absent:
+                url = f"{Omniglot.download_url_prefix}/{part}.zip"
+                download_url(url, partial, md5=Omniglot.zips_md5[part])
+                os.replace(Path(partial) / f"{part}.zip", folder / f"{part}.zip")
+        return folder
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"dataset.root=null: downloading Omniglot into {folder or 'the cache'} failed ({error}); "
+            f"set dataset.root to a folder with {HOLDS}, or dataset.cache to a folder with room to write"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

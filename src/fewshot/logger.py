@@ -1,0 +1,60 @@
+"""The Weights & Biases run: offline unless an API key says otherwise, never a prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import wandb
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from fewshot.config import UserError
+
+METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*")
+
+
+def wandb_logger(
+    *,
+    project: str,
+    mode: str | None,
+    group: str | None,
+    name: str | None,
+    folder: Path,
+    run_id: str,
+    values: dict[str, Any],
+) -> WandbLogger:
+    """Starts the run in `folder`/wandb with every metric against `iteration`; a continued run keeps its run_id.
+
+    Raises:
+        UserError: mode="online" without an API key.
+    """
+    has_key = wandb.login(prompt=False) if mode != "disabled" else False
+    if mode == "online" and not has_key:
+        raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+    mode = mode or ("online" if has_key else "offline")
+    run = wandb.init(
+        project=project,
+        group=group,
+        name=name,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        dir=folder,
+        mode=mode,
+        config=values,
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        reinit="finish_previous",
+    )
+    logger = WandbLogger(experiment=run, save_dir=folder)
+    run.define_metric("iteration", hidden=True)
+    for pattern in METRICS:
+        run.define_metric(pattern, step_metric="iteration")
+    return logger
+
+
+def summarise(logger: Logger, results: dict[str, Any]) -> None:
+    """The final test in the run's summary: final_test/query_accuracy/step_K, final_test_zeroed/... and the rest."""
+    if not isinstance(logger, WandbLogger):
+        return
+    summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
+    for mode, suffix in (("zeroing_off", ""), ("zeroing_on", "_zeroed")):
+        for step, accuracy in enumerate(results["test"][mode]["accuracy"]):
+            summary[f"final_test{suffix}/query_accuracy/step_{step}"] = accuracy
+    logger.experiment.summary.update(summary)

@@ -1,0 +1,110 @@
+"""The LightningModule: inner adaptation, outer step, metrics.
+
+Shapes: B tasks, N inner steps while training, T while testing.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from fewshot import batched, learner
+from fewshot.tasks import Task
+
+ENGINES = {"sequential": learner, "batched": batched}
+MODES = {"zeroing_off": False, "zeroing_on": True}  # test-time zeroing: adapt from a copy whose head is zeroed
+
+
+def choose_engine(engine: str, device: torch.device) -> str:
+    """What engine=auto means: batched on a GPU, where single tasks are bound by kernel launches; else sequential."""
+    return engine if engine != "auto" else "sequential" if device.type == "cpu" else "batched"
+
+
+class Scores(NamedTuple):
+    """Query accuracy after every inner step: mean over the tasks and half width of its 95% confidence interval."""
+
+    tasks: int
+    accuracy: list[float]
+    ci95: list[float]
+
+    @classmethod
+    def of(cls, accuracies: Tensor) -> "Scores":
+        """accuracies: (B, T + 1)"""
+        values = accuracies.double()
+        ci95 = 1.96 * values.std(dim=0) / len(values) ** 0.5
+        return cls(len(values), *([round(value, 6) for value in each.tolist()] for each in (values.mean(dim=0), ci95)))
+
+
+class MetaLearner(pl.LightningModule):
+    """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (METHOD section 0).
+
+    Args:
+        network: has .encoder and .head.
+        engine: "sequential" (learn2learn, one task at a time) or "batched" (torch.func, all at once): the same numbers.
+        inner_lr: eta.
+        inner_steps: N.
+        test_steps: T >= N, steps of the evaluation.
+        first_order: FOMAML; else SOMAML.
+        outer_lr: rho.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        engine: str,
+        inner_lr: float,
+        inner_steps: int,
+        test_steps: int,
+        first_order: bool,
+        outer_lr: float,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
+        self.network, self.engine = network, ENGINES[engine]
+        self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
+        self.first_order, self.outer_lr = first_order, outer_lr
+        self.results: dict[str, dict[str, Scores]] = {}
+        self._tested: tuple[list, ...] = ()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.outer_lr)
+
+    def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
+        """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss, accuracy = self.engine.meta_gradient(
+            self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps, first_order=self.first_order
+        )
+        optimizer.step()
+        return {"loss": loss.mean(), "query_accuracy": accuracy.mean()}
+
+    @torch.enable_grad()
+    def evaluate(self, batches: Iterable[Task]) -> dict[str, Scores]:
+        """Accuracy after every inner step 0 .. T, with and without test-time zeroing; changes nothing in the module."""
+        accuracies = [self._accuracies(tasks) for tasks in batches]
+        return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
+
+    def on_test_start(self) -> None:
+        self._tested = ([], [])
+
+    @torch.enable_grad()
+    def test_step(self, tasks: Task, batch_idx: int, dataloader_idx: int) -> None:
+        """The tasks of loader 0 are validation tasks, of loader 1 test tasks."""
+        self._tested[dataloader_idx].append(self._accuracies(tasks))
+
+    def on_test_epoch_end(self) -> None:
+        for split, chunks in zip(("val", "test"), self._tested, strict=True):
+            self.results[split] = {mode: Scores.of(torch.cat([each[mode] for each in chunks])) for mode in MODES}
+
+    def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
+        """{mode: (B, T + 1)}"""
+        return {
+            mode: self.engine.step_accuracies(
+                self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
+            )
+            for mode, zeroing in MODES.items()
+        }

@@ -1,0 +1,130 @@
+"""What a run leaves for its reader: metrics.csv, results.json, the table on the terminal."""
+
+import csv
+import io
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rich
+import rich.table
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
+
+from fewshot import figures
+from fewshot.checkpoint import write_atomically
+from fewshot.config import UserError, settings
+from fewshot.logger import summarise
+from fewshot.module import Scores
+
+PACKAGES = ("fewshot", "torch", "pytorch-lightning", "learn2learn", "hydra-core", "wandb", "torchmetrics", "numpy")
+
+
+def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
+    """metrics.csv: one row per logged iteration, first column `iteration`, empty where a metric was not logged."""
+    columns = ["iteration", *sorted({key for row in rows for key in row if key != "iteration"}, key=_column_order)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _column_order(name: str) -> tuple[int, str, int]:
+    """train, then val, then test; steps as numbers."""
+    stem, _, step = name.partition("/step_")
+    return ("train", "val", "test").index(stem.split("/")[0].split("_")[0]), stem, int(step or 0)
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """metrics.csv as {metric: [(iteration, value), ...]}."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            iteration = int(row.pop("iteration"))
+            for name, value in row.items():
+                if value:
+                    curves.setdefault(name, []).append((iteration, float(value)))
+    return curves
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def finished(folder: Path, cfg: DictConfig) -> bool:
+    """Whether the folder holds the results of this very configuration; then shows them again.
+
+    Raises:
+        UserError: they are of another configuration.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return False
+    results, asked = json.loads(path.read_text()), settings(cfg)
+    if results["config"]["fit"] and asked["fit"]:
+        if results["config"]["iterations"] < asked["iterations"]:
+            return False  # to be continued
+    elif results["config"] != asked:
+        raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
+    print_table(results, folder)
+    return True
+
+
+def write(
+    folder: Path,
+    results: dict[str, dict[str, Scores]],
+    *,
+    iterations: int,
+    best_iteration: int,
+    seconds: dict[str, float],
+    config: dict[str, Any],
+    loggers: list[Logger],
+) -> None:
+    """results.json, the figures, the logger's summary and the table on the terminal.
+
+    Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates.
+    """
+    content = {
+        **{split: _scores(results[split]) for split in ("test", "val")},
+        "iterations": iterations,
+        "best_iteration": best_iteration,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "config": config,
+        "versions": versions(),
+    }
+    if (folder / "metrics.csv").exists():
+        curves = read_metrics(folder / "metrics.csv")
+        figures.accuracy_over_iterations(curves, config, folder / "figures" / "accuracy_over_iterations.png")
+    figures.accuracy_over_steps(content, config, folder / "figures" / "accuracy_over_steps.png")
+    for logger in loggers:
+        summarise(logger, content)
+    write_atomically(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+    print_table(content, folder)
+
+
+def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
+    tasks = next(iter(modes.values())).tasks
+    return {"tasks": tasks, **{mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}}
+
+
+def print_table(results: dict[str, Any], folder: Path) -> None:
+    """Query accuracy per inner step with its confidence interval, both test-time zeroing modes."""
+    test, config = results["test"], results["config"]
+    table = rich.table.Table(
+        title=f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "
+        f"{test['tasks']} test tasks, model of iteration {results['best_iteration']}"
+    )
+    table.add_column("inner step", justify="right")
+    for heading in ("test zeroing off", "test zeroing on"):
+        table.add_column(heading, justify="right")
+    for step in range(len(test["zeroing_off"]["accuracy"])):
+        cells = (
+            f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}"
+            for mode in ("zeroing_off", "zeroing_on")
+        )
+        table.add_row(str(step), *cells)
+    rich.print(table)
+    rich.print(f"Written to {folder}: results.json, metrics.csv, figures/, checkpoints/")

@@ -1,0 +1,119 @@
+"""What a task is, and the seeded sampler that draws it.
+
+Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, class after class.
+
+    images: (M, C, H, W) uint8
+    offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
+    names: the N class names
+    """
+
+    images: Tensor
+    offsets: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64, images per class."""
+        return self.offsets.diff()
+
+
+class Task(NamedTuple):
+    """One task, or with a leading B a batch of them.
+
+    support: ([B,] S, C, H, W) float, support_labels: ([B,] S) int64 in 0..K-1; query and query_labels likewise with Q.
+    The images of a class lie together; which class is label 0 is random.
+    """
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+
+
+class TaskSampler:
+    """Draws tasks from a split; the task at a position depends only on (seed, stream, position).
+
+    Random numbers come from a counter (Philox: key = seed and stream, counter = position), so any task can be drawn
+    at any time in any company: a resumed run, another rank or another chunk size sees the same tasks.
+
+    Args:
+        split: the images; they are gathered where they lie (move them to the compute device first).
+        ways, shots, queries: K, and images per class in support and query.
+        mean, std: per channel, applied to images scaled to [0, 1].
+        seed: non-negative.
+        stream: keeps the draws of train, val and test apart (their place in SPLITS).
+
+    Raises:
+        ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int,
+        stream: int,
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
+    ) -> None:
+        classes, fewest = len(split.names), int(split.counts.min())
+        if classes < ways:
+            raise ValueError(f"ways={ways}: the {SPLITS[stream]} split has {classes} classes; lower ways")
+        if fewest < shots + queries:
+            short = split.names[int(split.counts.argmin())]
+            raise ValueError(
+                f"shots+queries={shots + queries}: class {short!r} of the {SPLITS[stream]} split has {fewest} images; "
+                "lower shots or queries"
+            )
+        self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
+        self._key = np.array([seed, stream], dtype=np.uint64)
+        self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
+        device = split.images.device
+        self._mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def indices(self, first: int, tasks: int) -> np.ndarray:
+        """(B, K, shots + queries) int64: which images make the tasks at positions first .. first + tasks - 1."""
+        classes, most = len(self._counts), int(self._counts.max())
+        words = classes + self.ways * most  # random numbers per task, in blocks of four as Philox makes them
+        blocks = -(-words // 4)
+        generator = np.random.Philox(key=self._key, counter=first * blocks)
+        keys = generator.random_raw(tasks * blocks * 4).reshape(tasks, -1)
+        chosen = keys[:, :classes].argsort(axis=1, kind="stable")[:, : self.ways]  # a random order, so random labels
+        image_keys = keys[:, classes:words].reshape(tasks, self.ways, most)
+        absent = np.arange(most) >= self._counts[chosen][:, :, None]
+        image_keys = np.where(absent, np.iinfo(np.uint64).max, image_keys)
+        images = image_keys.argsort(axis=2, kind="stable")[:, :, : self.shots + self.queries]
+        return self._offsets[chosen][:, :, None] + images
+
+    def __call__(self, first: int, tasks: int) -> Task:
+        """The tasks at positions first .. first + tasks - 1, on the device of the images."""
+        device = self.split.images.device
+        index = torch.from_numpy(self.indices(first, tasks)).to(device)
+        images = self.split.images[index].float().div_(255).sub_(self._mean).div_(self._std)
+        support, query = images.split([self.shots, self.queries], dim=2)
+        labels = torch.arange(self.ways, device=device)
+        return Task(
+            support.flatten(1, 2),
+            labels.repeat_interleave(self.shots).expand(tasks, -1),
+            query.flatten(1, 2),
+            labels.repeat_interleave(self.queries).expand(tasks, -1),
+        )

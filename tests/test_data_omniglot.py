@@ -1,0 +1,317 @@
+"""Omniglot on disk, and the cache that all image sources share."""
+
+import functools
+import hashlib
+import http.server
+import itertools
+import logging
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torchvision.datasets.omniglot import Omniglot
+
+from fewshot.config import UserError
+from fewshot.data import images, omniglot
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
+SMALL = {
+    "characters": {"images_background": {"Greek": 3, "Hebrew": 2}, "images_evaluation": {"Gurmukhi": 2, "ULOG": 1}},
+    "val": {"Hebrew": [1, 2]},
+    "test": {"Gurmukhi": [2, 2], "ULOG": [1, 1]},
+}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A small Omniglot, extracted: every drawing a black line of its own on white."""
+    monkeypatch.setattr(omniglot, "FACTS", SMALL)
+    identity = itertools.count(1)
+    for part, alphabets in SMALL["characters"].items():
+        for alphabet, characters in alphabets.items():
+            for character in range(1, characters + 1):
+                folder = tmp_path / "omniglot" / part / alphabet / f"character{character:02d}"
+                folder.mkdir(parents=True)
+                number = next(identity)
+                for drawing in range(1, 21):
+                    image = Image.new("1", (105, 105), 1)
+                    ImageDraw.Draw(image).line((20, 10 * number, 40 + 2 * drawing, 80), fill=0, width=4)
+                    image.save(folder / f"{number:04d}_{drawing:02d}.png")
+    return tmp_path / "omniglot"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(root, size=28, cache=tmp_path / "cache"):
+        return omniglot.load(root=None if root is None else str(root), size=size, cache=str(cache))
+
+    return load
+
+
+def zip_part(root, part):
+    with zipfile.ZipFile(root / f"{part}.zip", "w") as archive:
+        for path in sorted((root / part).rglob("*.png")):
+            archive.write(path, path.relative_to(root))
+    shutil.rmtree(root / part)
+
+
+def same(one, other):
+    return all(
+        torch.equal(one[split].images, other[split].images)
+        and torch.equal(one[split].offsets, other[split].offsets)
+        and one[split].names == other[split].names
+        for split in ("train", "val", "test")
+    )
+
+
+def test_classes_go_where_the_split_says(root, load):
+    splits = load(root)
+    greek = [f"Greek/character0{n}" for n in (1, 2, 3)]
+    assert splits["train"].names == (*greek, "Gurmukhi/character01")
+    assert splits["val"].names == ("Hebrew/character01", "Hebrew/character02")
+    assert splits["test"].names == ("Gurmukhi/character02", "ULOG/character01")
+    assert splits["train"].offsets.tolist() == [0, 20, 40, 60, 80]
+    assert splits["train"].images.shape == (80, 1, 28, 28)
+    assert splits["train"].images.dtype == torch.uint8
+
+
+def test_drawings_are_black_on_white_and_all_different(root, load):
+    drawings = load(root)["train"].images
+    assert (drawings[:, :, -1] == 255).all()
+    assert (drawings.amin(dim=(1, 2, 3)) < 60).all()
+    assert len(drawings.flatten(1).unique(dim=0)) == 80
+
+
+@pytest.mark.parametrize("zipped", [["images_evaluation"], ["images_background", "images_evaluation"]])
+def test_zips_and_folders_give_the_same(root, load, zipped):
+    extracted = load(root)
+    for part in zipped:
+        zip_part(root, part)
+    assert same(load(root), extracted)
+
+
+def test_reads_what_torchvision_extracted(root, load):
+    expected = load(root)
+    (root.parent / "torchvision").mkdir()
+    root.rename(root.parent / "torchvision" / "omniglot-py")
+    assert same(load(root.parent / "torchvision"), expected)
+
+
+def test_says_which_alphabets_characters_and_drawings_are_missing(root, load):
+    shutil.rmtree(root / "images_evaluation" / "ULOG")
+    shutil.rmtree(root / "images_background" / "Greek" / "character02")
+    (root / "images_background" / "Hebrew" / "character01" / "0004_07.png").unlink()
+    with pytest.raises(UserError) as error:
+        load(root)
+    line = str(error.value)
+    assert line.startswith(f"dataset.root={root}: not all of Omniglot")
+    assert "1 of 4 alphabets missing (ULOG)" in line
+    assert "1 characters missing in other alphabets (Greek/character02)" in line
+    assert "1 characters with fewer than 20 drawings (Hebrew/character01 has 19)" in line
+    assert "\n" not in line
+
+
+def test_a_part_that_is_not_there_is_missing_too(root, load):
+    shutil.rmtree(root / "images_evaluation")
+    with pytest.raises(UserError, match=r"2 of 4 alphabets missing \(Gurmukhi, ULOG\)"):
+        load(root)
+
+
+def test_missing_and_empty_roots(tmp_path, load):
+    with pytest.raises(UserError, match=r"^dataset\.root=.*nowhere: no such file or folder; give .*$"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^dataset\.root=.*empty: no Omniglot in it; give .*images_background.zip.*$"):
+        load(tmp_path / "empty")
+
+
+def test_a_truncated_zip_is_named(root, load):
+    zip_part(root, "images_background")
+    path = root / "images_background.zip"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"^dataset\.root=.*images_background\.zip: not a whole zip file .*$"):
+        load(root)
+
+
+def test_an_unreadable_image_is_named_and_leaves_no_cache(root, load, tmp_path):
+    path = root / "images_background" / "Greek" / "character01" / "0001_05.png"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"^dataset\.root=.*Greek/character01/0001_05\.png'.*$"):
+        load(root)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+# Downloading
+
+
+@pytest.fixture
+def server(root, monkeypatch):
+    """The two zips, published on this machine."""
+    for part in omniglot.PARTS:
+        zip_part(root, part)
+    sums = {part: hashlib.md5((root / f"{part}.zip").read_bytes()).hexdigest() for part in omniglot.PARTS}
+    handler = functools.partial(QuietHandler, directory=root)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(Omniglot, "download_url_prefix", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(Omniglot, "zips_md5", sums)
+        yield root
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_downloads_once(server, load, tmp_path):
+    downloaded = load(None)
+    assert sorted(path.name for path in (tmp_path / "cache" / "omniglot").iterdir()) == [
+        "images_background.zip",
+        "images_evaluation.zip",
+    ]
+    expected = load(server, cache=tmp_path / "other")
+    shutil.rmtree(server)
+    assert same(load(None), downloaded)
+    assert same(downloaded, expected)
+
+
+def test_a_download_with_another_checksum_is_not_kept(server, load, tmp_path):
+    with open(server / "images_evaluation.zip", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"^dataset\.root=null: downloading Omniglot .* failed .*set dataset\.root.*$"):
+        load(None)
+    assert [path.name for path in (tmp_path / "cache" / "omniglot").iterdir()] == ["images_background.zip"]
+
+
+def test_a_failed_download_is_one_line(server, load, tmp_path):
+    shutil.rmtree(server)
+    with pytest.raises(UserError, match=r"^dataset\.root=null: .*$"):
+        load(None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^dataset\.root=null: .*dataset\.cache to a folder with room to write$"):
+        load(None, cache=tmp_path / "file")
+
+
+# The cache
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """How often images were read from their files."""
+    calls = []
+    read_splits = omniglot.read_splits
+    monkeypatch.setattr(omniglot, "read_splits", lambda *args, **how: calls.append(1) or read_splits(*args, **how))
+    return calls
+
+
+def cache_file(tmp_path):
+    [path] = (tmp_path / "cache").iterdir()
+    return path
+
+
+def test_the_second_load_reads_the_cache(root, load, built):
+    first = load(root)
+    assert same(load(root), first)
+    assert len(built) == 1
+
+
+def test_each_size_has_its_own(root, load, built):
+    assert load(root, size=28)["val"].images.shape[-1] == 28
+    assert load(root, size=14)["val"].images.shape[-1] == 14
+    assert len(built) == 2
+
+
+def test_changed_files_are_noticed(root, load, built):
+    before = load(root)
+    path = root / "images_background" / "Greek" / "character01" / "0001_05.png"
+    Image.new("1", (105, 105), 0).save(path)
+    after = load(root)
+    assert len(built) == 2
+    assert not same(before, after)
+    assert (after["train"].images[4] == 0).all()
+
+
+@pytest.mark.parametrize("damage", ["header", "pixel", "short", "long", "empty"])
+def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, damage):
+    first = load(root)
+    path = cache_file(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage in ("header", "pixel"):
+        content[100 if damage == "header" else -100] ^= 1
+    path.write_bytes({"short": content[:-1], "long": content + b"x", "empty": b""}.get(damage, content))
+    assert same(load(root), first)
+    assert len(built) == 2
+    assert f"cache file {path} is damaged" in caplog.text
+    assert same(load(root), first)
+    assert len(built) == 2
+
+
+def test_no_partial_file_stays_when_writing_fails(root, load, tmp_path, monkeypatch, caplog):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "fsync", full)
+    assert len(load(root)["train"].names) == 4
+    assert not list((tmp_path / "cache").iterdir())
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "No space left" in record.message
+    assert "dataset.cache" in record.message
+
+
+def test_goes_on_without_a_cache_where_none_can_be_written(root, load, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert len(load(root, cache=tmp_path / "file" / "cache")["train"].names) == 4
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
+    replace, inner = images.os.replace, []
+
+    def replace_late(*paths):  # another process starts and ends between our writing and our moving into place
+        if not inner:
+            inner.append(None)
+            inner[0] = load(root)
+        replace(*paths)
+
+    monkeypatch.setattr(images.os, "replace", replace_late)
+    outer = load(root)
+    assert same(outer, inner[0])
+    assert same(outer, load(root))
+    assert cache_file(tmp_path).suffix == ".bin"
+
+
+def test_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert images.cache_folder(None) == tmp_path / "fewshot"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert images.cache_folder(None) == tmp_path / ".cache" / "fewshot"
+    assert images.cache_folder("~/images") == tmp_path / "images"
+
+
+# The real thing
+
+
+def test_the_facts_add_up():
+    characters = {alphabet: n for part in omniglot.PARTS for alphabet, n in omniglot.FACTS["characters"][part].items()}
+    assert (len(characters), sum(characters.values())) == (50, 1623)
+    for split, classes in (("val", 172), ("test", 423)):
+        assert sum(last - first + 1 for first, last in omniglot.FACTS[split].values()) == classes
+        assert all(last <= characters[alphabet] for alphabet, (_, last) in omniglot.FACTS[split].items())
+    assert not omniglot.FACTS["val"].keys() & omniglot.FACTS["test"].keys()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared Omniglot is not here")
+def test_real_omniglot(load):
+    splits = load(SHARED)
+    assert {name: len(split.names) for name, split in splits.items()} == {"train": 1028, "val": 172, "test": 423}
+    assert all((split.counts == 20).all() for split in splits.values())
+    assert len({name for split in splits.values() for name in split.names}) == 1623
+    ink = 1 - splits["train"].images.float().mean() / 255
+    assert 0.05 < ink < 0.12
+    assert same(load(SHARED), splits)

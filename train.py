@@ -1,0 +1,92 @@
+"""Trains, validates, tests and reports: python train.py algo=somaml +zeroing=true
+
+Composes, checks, seeds, instantiates, fits, tests, reports; decides nothing.
+"""
+
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fewshot.config import CONF, check, one_line_errors, settings
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    with one_line_errors():
+        if cfg.checkpoint is None:
+            check(cfg)
+        run(cfg, list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir))
+
+
+def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
+    """One run in `folder`: new, continued from its last.ckpt, or, with fit=false, a test of a checkpoint."""
+    began = time.monotonic()
+    # Torch and Lightning take seconds to import, and a mistake in the configuration should not have to wait for them.
+    from hydra.utils import instantiate
+
+    from fewshot import checkpoint, report
+    from fewshot.data.module import MetaData
+    from fewshot.module import MetaLearner, choose_engine
+    from fewshot.runtime import prepare
+
+    start = checkpoint.find_start(cfg, overrides, folder)
+    cfg = start.cfg
+    check(cfg)
+    if report.finished(folder, cfg):
+        return
+    prepare(seed=cfg.seed, threads=cfg.threads)
+    start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
+    trainer = instantiate(
+        cfg.trainer,
+        logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg)),
+        callbacks=[*instantiate(cfg.callbacks).values(), start.describe()],
+        plugins=[checkpoint.AtomicCheckpointIO()],
+        default_root_dir=folder,
+    )
+    data = MetaData(
+        instantiate(cfg.dataset.source),
+        ways=cfg.ways,
+        shots=cfg.shots,
+        queries=cfg.queries,
+        mean=cfg.dataset.mean,
+        std=cfg.dataset.std,
+        seed=cfg.seed,
+        meta_batch_size=cfg.meta_batch_size,
+        iterations=cfg.iterations,
+        val_tasks=cfg.val_tasks,
+        test_tasks=cfg.test_tasks,
+        device=trainer.strategy.root_device,
+    )
+    module = MetaLearner(
+        instantiate(cfg.model.network),
+        engine=choose_engine(cfg.engine, trainer.strategy.root_device),
+        inner_lr=cfg.inner_lr,
+        inner_steps=cfg.inner_steps,
+        test_steps=cfg.test_steps,
+        first_order=cfg.algo.first_order,
+        outer_lr=cfg.outer_lr,
+    )
+    start.check_fits(module)
+
+    ready = time.monotonic()
+    if cfg.fit and not start.trained:
+        trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
+    trained = time.monotonic()
+    tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
+    trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
+    report.write(
+        folder,
+        module.results,
+        iterations=trainer.global_step or start.iteration,
+        best_iteration=checkpoint.read(tested)["global_step"],
+        seconds={"start": ready - began, "train": trained - ready, "test": time.monotonic() - trained},
+        config=settings(cfg),
+        loggers=trainer.loggers,
+    )
+
+
+if __name__ == "__main__":
+    main()
