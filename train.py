@@ -29,7 +29,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
     from fewshot import checkpoint, report
     from fewshot.data.module import MetaData
-    from fewshot.module import MetaLearner, choose_engine
+    from fewshot.logger import finished_run
+    from fewshot.module import MetaLearner
     from fewshot.runtime import prepare
 
     start = checkpoint.find_start(cfg, overrides, folder)
@@ -37,15 +38,18 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if report.finished(folder, cfg):
         return
-    prepare(seed=cfg.seed, threads=cfg.threads)
-    start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
-    trainer = instantiate(
-        cfg.trainer,
-        logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg)),
-        callbacks=[*instantiate(cfg.callbacks).values(), start.describe()],
-        plugins=[checkpoint.AtomicCheckpointIO()],
-        default_root_dir=folder,
+    prepare(seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator)
+    module = MetaLearner(
+        instantiate(cfg.model.network),
+        engine=cfg.engine,
+        inner_lr=cfg.inner_lr,
+        inner_steps=cfg.inner_steps,
+        test_steps=cfg.test_steps,
+        first_order=cfg.algo.first_order,
+        outer_lr=cfg.outer_lr,
+        tasks_at_once=cfg.tasks_at_once,
     )
+    start.check_fits(module)
     data = MetaData(
         instantiate(cfg.dataset.source),
         ways=cfg.ways,
@@ -58,34 +62,32 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         iterations=cfg.iterations,
         val_tasks=cfg.val_tasks,
         test_tasks=cfg.test_tasks,
-        device=trainer.strategy.root_device,
+        tasks_at_once=cfg.tasks_at_once,
     )
-    module = MetaLearner(
-        instantiate(cfg.model.network),
-        engine=choose_engine(cfg.engine, trainer.strategy.root_device),
-        inner_lr=cfg.inner_lr,
-        inner_steps=cfg.inner_steps,
-        test_steps=cfg.test_steps,
-        first_order=cfg.algo.first_order,
-        outer_lr=cfg.outer_lr,
-    )
-    start.check_fits(module)
-
-    ready = time.monotonic()
-    if cfg.fit and not start.trained:
-        trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
-    trained = time.monotonic()
-    tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
-    trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
-    report.write(
-        folder,
-        module.results,
-        iterations=trainer.global_step or start.iteration,
-        best_iteration=checkpoint.read(tested)["global_step"],
-        seconds={"start": ready - began, "train": trained - ready, "test": time.monotonic() - trained},
-        config=settings(cfg),
-        loggers=trainer.loggers,
-    )
+    with finished_run():
+        start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
+        trainer = instantiate(
+            cfg.trainer,
+            logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg)),
+            callbacks=[*instantiate(cfg.callbacks).values(), start.describe()],
+            plugins=[checkpoint.AtomicCheckpointIO()],
+            default_root_dir=folder,
+        )
+        ready = time.monotonic()
+        if cfg.fit and not start.trained:
+            trainer.fit(module, data, ckpt_path=start.path, weights_only=True)
+        trained = time.monotonic()
+        tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
+        trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
+        report.write(
+            folder,
+            module.results,
+            iterations=trainer.global_step or start.iteration,
+            best_iteration=checkpoint.read(tested)["global_step"],
+            seconds={"start": ready - began, "train": trained - ready, "test": time.monotonic() - trained},
+            config=settings(cfg),
+            loggers=trainer.loggers,
+        )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ Parameters = dict[str, Tensor]
 
 
 def meta_gradient(
-    network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool
+    network: nn.Module,
+    tasks: Task,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool,
+    tasks_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (METHOD section 0).
 
+    tasks_at_once bounds how many tasks are in memory together.
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     theta = {name: p.detach() for name, p in network.named_parameters()}
@@ -41,7 +48,8 @@ def meta_gradient(
     def second(theta: Parameters, task: Task):  # the gradient through all inner steps
         return grad_and_value(lambda theta, task: query_loss(adapted(theta, task), task), has_aux=True)(theta, task)
 
-    gradients, (losses, logits) = vmap(first if first_order else second, in_dims=(None, 0))(theta, tasks)
+    per_task = vmap(first if first_order else second, in_dims=(None, 0), chunk_size=tasks_at_once)
+    gradients, (losses, logits) = per_task(theta, tasks)
     for name, parameter in network.named_parameters():
         mean = gradients[name].mean(0)
         parameter.grad = mean if parameter.grad is None else parameter.grad + mean

@@ -70,7 +70,7 @@ class Record(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
-        if trainer.global_step == 0:
+        if not self.rows:
             self._record(trainer, module, {"iteration": 0})
 
     def on_train_batch_end(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,10 +24,12 @@ def one_line_errors() -> Iterator[None]:
     """A UserError ends the program with its line and status 1; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise SystemExit(str(error)) from None
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
+            error = error.__cause__
+        raise SystemExit(" ".join(str(error).split())) from None
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
@@ -69,6 +72,7 @@ OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "check
 GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 ENGINES = ("auto", "sequential", "batched")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 MODES = (None, "online", "offline", "disabled")
 
 
@@ -100,6 +104,8 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{knob}={value}: must be true or false")
     if cfg.engine not in ENGINES:
         raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
+    if cfg.trainer.precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: must be one of {', '.join(PRECISIONS)}")
     if cfg.logger is not None and cfg.logger.get("mode") not in MODES:
         raise UserError(f"logger.mode={cfg.logger.mode}: must be one of online, offline, disabled or null")
     if cfg.test_steps < cfg.inner_steps:

@@ -1,5 +1,8 @@
 """The Weights & Biases run: offline unless an API key says otherwise, never a prompt."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ import wandb
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot.config import UserError
+
+log = logging.getLogger(__name__)
 
 METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*")
 
@@ -47,6 +52,21 @@ def wandb_logger(
     for pattern in METRICS:
         run.define_metric(pattern, step_metric="iteration")
     return logger
+
+
+@contextmanager
+def finished_run() -> Iterator[None]:
+    """Finishes the W&B run, if one was started, as failed or not; an offline one says how to upload it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if wandb.run is not None:
+            folder, offline = Path(wandb.run.dir).parent, wandb.run.settings.mode == "offline"
+            wandb.finish(exit_code=int(failed))
+            if offline:
+                log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
 
 
 def summarise(logger: Logger, results: dict[str, Any]) -> None:

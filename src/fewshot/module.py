@@ -3,7 +3,9 @@
 Shapes: B tasks, N inner steps while training, T while testing.
 """
 
+import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import pytorch_lightning as pl
@@ -13,13 +15,9 @@ from torch import Tensor, nn
 from fewshot import batched, learner
 from fewshot.tasks import Task
 
-ENGINES = {"sequential": learner, "batched": batched}
+log = logging.getLogger(__name__)
+
 MODES = {"zeroing_off": False, "zeroing_on": True}  # test-time zeroing: adapt from a copy whose head is zeroed
-
-
-def choose_engine(engine: str, device: torch.device) -> str:
-    """What engine=auto means: batched on a GPU, where single tasks are bound by kernel launches; else sequential."""
-    return engine if engine != "auto" else "sequential" if device.type == "cpu" else "batched"
 
 
 class Scores(NamedTuple):
@@ -42,12 +40,14 @@ class MetaLearner(pl.LightningModule):
 
     Args:
         network: has .encoder and .head.
-        engine: "sequential" (learn2learn, one task at a time) or "batched" (torch.func, all at once): the same numbers.
+        engine: "sequential" (learn2learn, one task at a time), "batched" (torch.func, all at once) or "auto": the same
+            numbers.
         inner_lr: eta.
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
         first_order: FOMAML; else SOMAML.
         outer_lr: rho.
+        tasks_at_once: bounds the memory of the batched engine.
     """
 
     def __init__(
@@ -60,14 +60,28 @@ class MetaLearner(pl.LightningModule):
         test_steps: int,
         first_order: bool,
         outer_lr: float,
+        tasks_at_once: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
-        self.network, self.engine = network, ENGINES[engine]
+        self.network = network
+        self.engine, self.tasks_at_once = engine, tasks_at_once
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.first_order, self.outer_lr = first_order, outer_lr
         self.results: dict[str, dict[str, Scores]] = {}
         self._tested: tuple[list, ...] = ()
+
+    def setup(self, stage: str) -> None:
+        """Settles what engine=auto means: on a GPU single tasks are bound by kernel launches, on a CPU they are not."""
+        if self.engine == "auto":
+            device = self.trainer.strategy.root_device.type
+            self.engine = "sequential" if device == "cpu" else "batched"
+            log.info(f"engine=auto: {self.engine} on {device}")
+        if self.engine == "sequential":
+            self._meta_gradient, self._step_accuracies = learner.meta_gradient, learner.step_accuracies
+        else:
+            self._meta_gradient = partial(batched.meta_gradient, tasks_at_once=self.tasks_at_once)
+            self._step_accuracies = batched.step_accuracies
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=self.outer_lr)
@@ -76,7 +90,7 @@ class MetaLearner(pl.LightningModule):
         """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        loss, accuracy = self.engine.meta_gradient(
+        loss, accuracy = self._meta_gradient(
             self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps, first_order=self.first_order
         )
         optimizer.step()
@@ -85,7 +99,9 @@ class MetaLearner(pl.LightningModule):
     @torch.enable_grad()
     def evaluate(self, batches: Iterable[Task]) -> dict[str, Scores]:
         """Accuracy after every inner step 0 .. T, with and without test-time zeroing; changes nothing in the module."""
-        accuracies = [self._accuracies(tasks) for tasks in batches]
+        precision = self.trainer.precision_plugin
+        with precision.forward_context():
+            accuracies = [self._accuracies(precision.convert_input(tasks)) for tasks in batches]
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
     def on_test_start(self) -> None:
@@ -103,7 +119,7 @@ class MetaLearner(pl.LightningModule):
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
         """{mode: (B, T + 1)}"""
         return {
-            mode: self.engine.step_accuracies(
+            mode: self._step_accuracies(
                 self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
             )
             for mode, zeroing in MODES.items()

@@ -127,4 +127,4 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
         )
         table.add_row(str(step), *cells)
     rich.print(table)
-    rich.print(f"Written to {folder}: results.json, metrics.csv, figures/, checkpoints/")
+    print(f"Written to {folder}: results.json, metrics.csv, figures/, checkpoints/")  # rich would break the path

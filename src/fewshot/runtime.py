@@ -6,9 +6,17 @@ import warnings
 import pytorch_lightning as pl
 import torch
 
+from fewshot.config import UserError
 
-def prepare(*, seed: int, threads: int | None) -> None:
-    """Sets the number of CPU threads, seeds the initial weights, and silences advice that does not apply here."""
+
+def prepare(*, seed: int, threads: int | None, accelerator: str) -> None:
+    """Sets the number of CPU threads, seeds the initial weights, and silences advice that does not apply here.
+
+    Raises:
+        UserError: a GPU is asked for where there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use trainer=cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     pl.seed_everything(seed, workers=True, verbose=False)

@@ -3,7 +3,7 @@
 Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,7 @@ class TaskSampler:
     at any time in any company: a resumed run, another rank or another chunk size sees the same tasks.
 
     Args:
-        split: the images; they are gathered where they lie (move them to the compute device first).
+        split: the images; tasks are gathered where they lie, see `to`.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
@@ -86,9 +86,12 @@ class TaskSampler:
         self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
-        device = split.images.device
-        self._mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self._std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the images to where the tasks are wanted."""
+        self.split = replace(self.split, images=self.split.images.to(device))
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def indices(self, first: int, tasks: int) -> np.ndarray:
         """(B, K, shots + queries) int64: which images make the tasks at positions first .. first + tasks - 1."""

@@ -4,16 +4,14 @@ Shapes: B tasks per meta-batch.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytorch_lightning as pl
-import torch
 
 from fewshot.config import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
 
 EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, whatever its own seed
-EVALUATION_CHUNK = 20  # tasks drawn at a time
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,16 @@ class MetaData(pl.LightningDataModule):
         iterations: int,
         val_tasks: int,
         test_tasks: int,
-        device: torch.device,
+        tasks_at_once: int | None,
     ) -> None:
         super().__init__()
         self.meta_batch_size, self.iterations = meta_batch_size, iterations
+        self.tasks_at_once = tasks_at_once or meta_batch_size
         self.tasks = {"val": val_tasks, "test": test_tasks}
         try:
             self.samplers = {
                 name: TaskSampler(
-                    replace(splits[name], images=splits[name].images.to(device)),
+                    splits[name],
                     ways=ways,
                     shots=shots,
                     queries=queries,
@@ -78,6 +77,11 @@ class MetaData(pl.LightningDataModule):
         except ValueError as error:
             raise UserError(str(error)) from None
 
+    def setup(self, stage: str) -> None:
+        """The images move to the compute device, where tasks are gathered from them by index."""
+        for sampler in self.samplers.values():
+            sampler.to(self.trainer.strategy.root_device)
+
     def train_dataloader(self) -> MetaBatches:
         """One Task of meta_batch_size tasks per outer update still to do."""
         stop = self.iterations * self.meta_batch_size
@@ -89,4 +93,4 @@ class MetaData(pl.LightningDataModule):
 
     def fixed(self, split: str, tasks: int) -> MetaBatches:
         """The first `tasks` tasks of the split's stream, the same in every run."""
-        return MetaBatches(self.samplers[split], EVALUATION_CHUNK, tasks)
+        return MetaBatches(self.samplers[split], self.tasks_at_once, tasks)

@@ -1,0 +1,89 @@
+"""What Lightning, the sampler and the record cost: the default job's meta-iteration against the same loop written bare.
+
+    python benchmarks/default_job.py [rounds]
+
+Two loops take turns of ten meta-iterations each: train.py's own parts driven by Lightning's Trainer, and the bare inner
+and outer loop on one meta-batch drawn before. Prints the median seconds of a meta-iteration and of the ratios.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from fewshot import learner
+from fewshot.config import CONF
+from fewshot.data.module import MetaData
+from fewshot.module import MetaLearner
+
+TURN = 10  # meta-iterations
+
+
+class TakeTurns(pl.Callback):
+    """After every TURN meta-iterations of the Trainer, as many bare ones."""
+
+    def __init__(self, bare, rounds: int) -> None:
+        self.bare, self.rounds, self.ours, self.theirs = bare, rounds, [], []
+
+    def on_train_start(self, trainer: pl.Trainer, *_) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
+        if trainer.global_step % TURN == 0:
+            self.ours.append((time.perf_counter() - self.began) / TURN)
+            began = time.perf_counter()
+            for _ in range(TURN):
+                self.bare()
+            self.theirs.append((time.perf_counter() - began) / TURN)
+            self.began = time.perf_counter()
+
+
+def main(rounds: int) -> None:
+    iterations = (rounds + 1) * TURN
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        # One validation at the start and one at the end, outside of the turns that count.
+        cfg = compose("config", [f"iterations={iterations}", f"val_every={iterations}", "val_tasks=2", "logger=none"])
+    knobs = {"inner_lr": cfg.inner_lr, "inner_steps": cfg.inner_steps, "first_order": cfg.algo.first_order}
+    data = MetaData(
+        instantiate(cfg.dataset.source),
+        mean=cfg.dataset.mean,
+        std=cfg.dataset.std,
+        tasks_at_once=None,
+        **{k: cfg[k] for k in ("ways", "shots", "queries", "seed", "meta_batch_size", "iterations")},
+        **{k: cfg[k] for k in ("val_tasks", "test_tasks")},
+    )
+    module = MetaLearner(
+        instantiate(cfg.model.network), engine="sequential", outer_lr=cfg.outer_lr, test_steps=cfg.test_steps, **knobs
+    )
+    network = instantiate(cfg.model.network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=cfg.outer_lr)
+    tasks = data.samplers["train"](0, cfg.meta_batch_size)
+
+    def bare() -> None:
+        optimizer.zero_grad()
+        learner.meta_gradient(network, tasks, **knobs)
+        optimizer.step()
+
+    turns = TakeTurns(bare, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks = [*instantiate(cfg.callbacks).values(), turns]
+        trainer = instantiate(
+            cfg.trainer, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=Path(folder)
+        )
+        trainer.fit(module, data)
+    ours, theirs = turns.ours[1:], turns.theirs[1:]  # the first turn warms up
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    print(
+        f"meta-iteration, {cfg.meta_batch_size} tasks, {torch.get_num_threads()} threads, {len(ours)} turns of {TURN}:"
+    )
+    print(f"  train.py {statistics.median(ours):.4f} s, bare loop {statistics.median(theirs):.4f} s, ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)

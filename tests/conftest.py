@@ -1,0 +1,112 @@
+"""A run of train.py, small enough for a test, inside this process and as a program of its own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+import train
+from fewshot.config import CONF
+
+ROOT = Path(__file__).parents[1]
+# The default configuration, shrunk: every part is there, each a second or less.
+SMALL = (
+    "queries=3",
+    "meta_batch_size=2",
+    "iterations=6",
+    "val_every=2",
+    "val_tasks=4",
+    "test_tasks=6",
+    "threads=1",
+    "model.width=8",
+    "callbacks.record.test_curve_tasks=4",
+    "trainer=cpu",
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the whole session, so that the letters are drawn once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Runs set the number of threads of the process; the next test gets its own back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config() -> Iterator[Callable[..., DictConfig]]:
+    """Composes the real configuration as the command line would."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield lambda *overrides: compose("config", list(overrides))
+
+
+@pytest.fixture
+def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
+    """run(folder, *overrides) does what train.py does, in this process, without W&B."""
+
+    def run(folder: Path, *overrides: str) -> Path:
+        base = () if any(override.startswith("checkpoint=") for override in overrides) else SMALL
+        overrides = tuple(
+            {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
+        )
+        train.run(config(*overrides), list(overrides), folder)
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def program(cache: Path) -> Callable[..., subprocess.Popen]:
+    """program(*overrides) starts `python train.py` for real."""
+    started: list[subprocess.Popen] = []
+
+    def program(*overrides: str, small: bool = True) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *(SMALL if small else ()),
+            f"dataset.cache={cache}",
+            *overrides,
+        ]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cache))
+        return started[-1]
+
+    yield program
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run computed: weights and optimiser state bit by bit, metrics.csv, results.json less its times."""
+    state = {}
+    for name in ("best", "last"):
+        content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        adam = content["optimizer_states"][0]["state"]
+        tensors = {**content["state_dict"], **{f"adam{i}.{k}": v for i, each in adam.items() for k, v in each.items()}}
+        state[name] = (content["global_step"], {key: value.numpy().tobytes() for key, value in tensors.items()})
+    results = json.loads((folder / "results.json").read_text())
+    del results["seconds"]
+    return {"state": state, "metrics": (folder / "metrics.csv").read_text(), "results": results}
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv"""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))

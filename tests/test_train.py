@@ -1,0 +1,267 @@
+"""Whole runs: what they leave, how they go on, what they refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import outcome, rows
+
+from fewshot import checkpoint
+from fewshot.config import UserError
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("algo=fomaml", "test_every=3"),
+        ("algo=somaml", "+zeroing=true", "engine=batched"),
+        ("algo=zero", "inner_steps=1", "dataset.size=32"),
+    ],
+    ids=["fomaml", "somaml", "zero"],
+)
+def test_train_py_trains_tests_and_reports(program, tmp_path, overrides):
+    process = program(*overrides, f"hydra.run.dir={tmp_path}")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    for split, tasks in (("test", 6), ("val", 4)):
+        assert results[split]["tasks"] == tasks
+        for mode in ("zeroing_off", "zeroing_on"):
+            assert len(results[split][mode]["accuracy"]) == len(results[split][mode]["ci95"]) == 4
+            assert all(0 <= accuracy <= 1 for accuracy in results[split][mode]["accuracy"])
+        assert results[split]["zeroing_on"]["accuracy"][0] == 0.2  # a zero head knows nothing: 1/K
+    assert results["iterations"] == 6 and 0 <= results["best_iteration"] <= 6
+    assert {"start", "train", "test"} <= results["seconds"].keys() and "torch" in results["versions"]
+    assert results["config"]["algo"]["zeroing"] == ("fomaml" not in overrides[0])
+
+    logged = rows(tmp_path)
+    curve = "test_every=3" in overrides
+    assert [int(row["iteration"]) for row in logged] == ([0, 2, 3, 4, 6] if curve else [0, 2, 4, 6])
+    assert next(iter(logged[0])) == "iteration" and logged[0]["train/loss"] == "" and float(logged[1]["train/loss"]) > 0
+    for metric in ("val/query_accuracy/step_3", "val_zeroed/query_accuracy/step_0"):
+        assert [row["iteration"] for row in logged if row[metric]] == ["0", "2", "4", "6"]
+    if curve:
+        assert [row["iteration"] for row in logged if row["test_zeroed/query_accuracy/step_1"]] == ["0", "3", "6"]
+    for picture in ("accuracy_over_iterations.png", "accuracy_over_steps.png"):
+        assert (tmp_path / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / ".hydra" / "config.yaml").exists()
+    assert re.search(r"3 │ +\d+\.\d\d ± \d+\.\d\d", output)  # the table: one line per inner step
+    sync = re.search(r"wandb sync (\S+)", output)
+    assert list(Path(sync[1]).glob("run-*.wandb")), "an offline W&B run, with no key and no prompt"
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.any(state["network.head.weight"]).item() == ("fomaml" in overrides[0])
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, tmp_path):
+    whole = run(tmp_path / "whole", "iterations=40", "val_every=10")
+    folder = tmp_path / "killed"
+    call = ("iterations=40", "val_every=10", "logger=none", f"hydra.run.dir={folder}")
+    for kills, reached in enumerate((10, 30)):
+        process = program(*call)
+        last = folder / "checkpoints" / "last.ckpt"
+        deadline = time.monotonic() + 120
+        while not (last.exists() and checkpoint.read(last)["global_step"] >= reached):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        time.sleep(0.1 * kills)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "results.json").exists()
+    process = program(*call)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    ended, undisturbed = outcome(folder), outcome(whole)
+    for content in (ended, undisturbed):  # where the letters are cached is no part of the result
+        del content["results"]["config"]
+    assert ended == undisturbed
+
+
+class Stop(BaseException):
+    """Stands for a kill at an exact place; nothing in the program catches it."""
+
+
+def test_a_stop_between_any_two_writes_loses_nothing(run, tmp_path, monkeypatch):
+    whole = outcome(run(tmp_path / "whole", "algo=zero", "test_every=3"))
+    replace, writes, stop_at = os.replace, 0, 0
+
+    def counted(source, target):
+        nonlocal writes
+        if str(tmp_path) in str(target):
+            writes += 1
+            if writes == stop_at:
+                raise Stop
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", counted)
+    run(tmp_path / "count", "algo=zero", "test_every=3")
+    total = writes
+    assert total >= 9  # metrics.csv and last.ckpt at 0, 2, 4 and 6, and results.json
+    for stop_at in range(1, total + 1):
+        writes, folder = 0, tmp_path / f"stopped-{stop_at}"
+        with pytest.raises(Stop):
+            run(folder, "algo=zero", "test_every=3")
+        writes = total  # no more stops
+        assert outcome(run(folder, "algo=zero", "test_every=3")) == whole, f"stopped at write {stop_at} of {total}"
+
+
+def test_checkpoint_continues_in_its_own_folder_with_more_iterations(run, config, tmp_path):
+    whole = outcome(run(tmp_path / "whole", "iterations=8"))
+    folder = run(tmp_path / "short", "iterations=4")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert config(f"checkpoint={last}", "hydra.job.name=x").checkpoint == str(last)
+    run(folder, f"checkpoint={last}", "iterations=8")
+    assert outcome(folder)["state"] == whole["state"]
+    assert outcome(folder)["metrics"] == whole["metrics"]
+
+
+def test_a_finished_run_is_shown_again_and_not_touched(run, tmp_path, capsys):
+    folder = run(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    run(folder)
+    assert "inner step" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=1", "seed=1"),
+        ("algo=zero", "algo.zeroing=True"),
+        ("outer_lr=0.01", "outer_lr"),
+        ("iterations=4", "iterations=4"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(run, tmp_path, change, named):
+    folder = run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match=re.escape(named)):
+        run(folder, change)
+    with pytest.raises(UserError, match=re.escape(named)):
+        run(folder, f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}", change)
+
+
+def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
+    folder = run(tmp_path / "run", "algo=zero", "seed=3")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    best = folder / "checkpoints" / "best.ckpt"
+    tested = run(tmp_path / "tested", f"checkpoint={best}", "fit=false")
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    ours, theirs = (json.loads((each / "results.json").read_text()) for each in (tested, folder))
+    assert ours["test"] == theirs["test"] and ours["config"]["seed"] == 3
+    more = run(tmp_path / "more", f"checkpoint={best}", "fit=false", "test_tasks=9", "test_steps=5")
+    results = json.loads((more / "results.json").read_text())
+    assert results["test"]["tasks"] == 9 and len(results["test"]["zeroing_on"]["accuracy"]) == 6
+    assert results["test"]["zeroing_off"]["accuracy"][0] == 0.2  # the head it was trained with is zero
+
+
+def test_same_seed_same_run_other_seed_other_run(run, tmp_path):
+    first, again, other = (
+        outcome(run(tmp_path / name, f"seed={seed}")) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again
+    assert first["state"] != other["state"]
+
+
+def test_evaluation_does_not_disturb_training(run, tmp_path):
+    often = outcome(run(tmp_path / "often", "val_every=1", "test_every=2"))
+    seldom = outcome(run(tmp_path / "seldom", "val_every=6"))
+    assert often["state"]["last"] == seldom["state"]["last"]
+
+
+@pytest.mark.parametrize("algo", ["zero", "zero_init", "fomaml"])
+def test_head_is_zero_whenever_anything_looks(run, tmp_path, monkeypatch, algo):
+    from fewshot import learner
+
+    seen = []
+    for name in ("meta_gradient", "step_accuracies"):
+        original = getattr(learner, name)
+
+        def spy(network, *args, original=original, name=name, **kwargs):
+            seen.append((name, not network.head.weight.any() and not network.head.bias.any()))
+            return original(network, *args, **kwargs)
+
+        monkeypatch.setattr(learner, name, spy)
+    folder = run(tmp_path / "run", f"algo={algo}")
+    assert seen[0] == ("step_accuracies", algo != "fomaml")  # validation of iteration 0
+    updates = [zero for name, zero in seen if name == "meta_gradient"]
+    assert updates == {"zero": [True] * 6, "zero_init": [True] + [False] * 5, "fomaml": [False] * 6}[algo]
+    head = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["network.head.weight"]
+    assert torch.any(head).item() == (algo != "zero")
+
+
+def test_stop_at_accuracy_ends_the_run_and_it_stays_ended(run, tmp_path):
+    folder = run(tmp_path / "run", "stop_at_accuracy=0.01", "iterations=50")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["iterations"] <= 2
+    (folder / "results.json").unlink()  # as if killed in the test
+    run(folder, "stop_at_accuracy=0.01", "iterations=50")
+    assert json.loads((folder / "results.json").read_text())["iterations"] == results["iterations"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, tmp_path):
+    with pytest.raises(UserError, match=r"train/loss=nan at iteration \d+: .*last\.ckpt"):
+        run(tmp_path / "run", "inner_lr=1e30", "iterations=20")
+    kept = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "pickle"])
+def test_an_unreadable_checkpoint_is_one_line(run, tmp_path, content):
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if content == "truncated":
+        run(tmp_path / "run")
+        path.write_bytes(path.read_bytes()[:-1000])
+        (tmp_path / "run" / "results.json").unlink()
+    else:
+        path.parent.mkdir(parents=True)
+        if content == "foreign":
+            torch.save({"state_dict": {}}, path)
+        elif content == "pickle":
+            torch.save({"fewshot": subprocess.Popen}, path)  # an object, not data: must never be built
+        else:
+            path.write_bytes(content)
+    for overrides in ((), (f"checkpoint={path}",), (f"checkpoint={path}", "fit=false")):
+        folder = tmp_path / "run" if "fit=false" not in overrides else tmp_path / "test"
+        with pytest.raises(UserError, match=r"last\.ckpt: .*(cannot be read|not written)") as error:
+            run(folder, *overrides)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["ways=4", "model.width=4", "model=conv4_pooled"])
+def test_a_checkpoint_of_another_network_is_refused(run, tmp_path, change):
+    folder = run(tmp_path / "run")
+    with pytest.raises(UserError, match="trained with model=conv4_strided ways=5") as error:
+        run(tmp_path / "test", f"checkpoint={folder / 'checkpoints' / 'best.ckpt'}", "fit=false", change)
+    assert "\n" not in str(error.value)
+
+
+def test_no_gpu_and_no_room_are_one_line(run, program, tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: .*trainer=cpu"):
+            run(tmp_path / "gpu", "trainer=gpu")
+    (tmp_path / "file").write_text("in the way")
+    process = program(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(errors.strip().splitlines()) == 1
+    assert "hydra.run.dir" in errors and "cannot be written" in errors
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_there_was(run, tmp_path, monkeypatch):
+    folder = run(tmp_path / "run", "iterations=4")
+    kept = (folder / "checkpoints" / "last.ckpt").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(folder, "iterations=6")
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == kept
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
