@@ -10,15 +10,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fewshot.config import CONF, check, one_line_errors, settings
+from fewshot.config import CONF, check, check_overrides, one_line_errors, settings
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
+        overrides = list(HydraConfig.get().overrides.task)
+        check_overrides(overrides)
         if cfg.checkpoint is None:
             check(cfg)
-        run(cfg, list(HydraConfig.get().overrides.task), Path(HydraConfig.get().runtime.output_dir))
+        run(cfg, overrides, Path(HydraConfig.get().runtime.output_dir))
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_finished_run_is_shown_again_and_not_touched(run, tmp_path, capsys):
     ("change", "named"),
     [
         ("seed=1", "seed=1"),
-        ("algo=zero", "algo.zeroing=True"),
+        ("algo=zero", "algo.zeroing=true"),
         ("outer_lr=0.01", "outer_lr"),
         ("iterations=4", "iterations=4"),
     ],

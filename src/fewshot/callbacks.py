@@ -135,11 +135,10 @@ def _named(split: str, results: dict[str, Scores]) -> dict[str, float]:
     }
 
 
-class Progress(pl.callbacks.ProgressBar):
+class Progress(pl.Callback):
     """A bar with loss, accuracy and time left, on a terminal; elsewhere the lines of Record say it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._bar: rich.progress.Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ from hydra import compose
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig
 
-from fewshot.config import UserError, settings
+from fewshot.config import UserError, settings, shown
 
 # May differ between a run and its continuation: where things lie and where they are reported to.
 FREE = (
@@ -175,7 +175,7 @@ def _refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> 
     for key in sorted({*asked, *trained}):
         if not any(key == free or key.startswith(f"{free}.") for free in FREE) and asked.get(key) != trained.get(key):
             raise UserError(
-                f"{key}={asked.get(key)}: {path} was trained with {key}={trained.get(key)}; "
+                f"{key}={shown(asked.get(key))}: {path} was trained with {key}={shown(trained.get(key))}; "
                 "continue with that, or start anew in another hydra.run.dir"
             )
     if asked["iterations"] < trained["iterations"]:

@@ -71,17 +71,29 @@ INTEGERS = {  # knob: smallest value
 OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
 GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
+KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 MODES = (None, "online", "offline", "disabled")
 
 
+def check_overrides(overrides: list[str]) -> None:
+    """Refuses what Hydra would take in silence: a key that is added (+zerong=true) or removed.
+
+    Raises:
+        UserError: any + but +zeroing and +trainer.X, which Lightning's Trainer checks; any ~.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if override[0] == "~" or (override[0] == "+" and key != "zeroing" and not key.startswith("trainer.")):
+            raise UserError(f"{override}: a + is for +zeroing alone, a ~ for nothing; {_nearest(key, KNOBS)}")
+
+
 def check(cfg: DictConfig) -> None:
     """Raises UserError for the first mistake found."""
-    known = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
     for key in cfg:
-        if key not in known:
-            raise UserError(f"{key}: no such knob; {_nearest(key, known)}")
+        if key not in KNOBS:
+            raise UserError(f"{key}: no such knob; {_nearest(key, KNOBS)}")
     for key in cfg.algo:
         if key not in ("first_order", "zeroing"):
             raise UserError(f"algo.{key}: no such knob; {_nearest(key, {'first_order', 'zeroing'})}")
@@ -101,11 +113,13 @@ def check(cfg: DictConfig) -> None:
     for knob in ("fit", "algo.first_order", "algo.zeroing", "zeroing"):
         value = OmegaConf.select(cfg, knob, default=False)
         if not isinstance(value, bool):
-            raise UserError(f"{knob}={value}: must be true or false")
+            raise UserError(f"{knob}={shown(value)}: must be true or false")
     if cfg.engine not in ENGINES:
         raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
     if cfg.trainer.precision not in PRECISIONS:
         raise UserError(f"trainer.precision={cfg.trainer.precision}: must be one of {', '.join(PRECISIONS)}")
+    if cfg.trainer.devices != 1:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: must be 1, a run has one device")
     if cfg.logger is not None and cfg.logger.get("mode") not in MODES:
         raise UserError(f"logger.mode={cfg.logger.mode}: must be one of online, offline, disabled or null")
     if cfg.test_steps < cfg.inner_steps:
@@ -118,6 +132,7 @@ def check(cfg: DictConfig) -> None:
 def _check_dataset(cfg: DictConfig) -> None:
     data = cfg.dataset
     _integer("dataset.size", data.size, 1)
+    _integer("model.width", cfg.model.width, 1)
     for split, classes in data.classes.items():
         if classes is not None and cfg.ways > classes:
             raise UserError(
@@ -134,15 +149,20 @@ def _check_dataset(cfg: DictConfig) -> None:
         )
 
 
+def shown(value: Any) -> str:
+    """A value as YAML and the command line write it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
 def _integer(knob: str, value: Any, smallest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
+        raise UserError(f"{knob}={shown(value)}: must be an integer of at least {smallest}")
 
 
 def _real(knob: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
-        raise UserError(f"{knob}={value}: must be a number of at least 0")
+        raise UserError(f"{knob}={shown(value)}: must be a number of at least 0")
 
 
 def _nearest(key: str, known: set[str]) -> str:

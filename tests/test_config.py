@@ -1,0 +1,408 @@
+"""Configurations: which file wins, what is refused and in which words, and that none of it needs torch."""
+
+import copy
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from fewshot.config import CONF, UserError, check, settings, shown
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+CONFIGS = [
+    f"{group}={path.stem}"
+    for group in ("algo", "dataset", "model", "trainer", "logger", "experiment")
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+PHOTOS = ("cifarfs", "folder")
+
+
+def compose(*overrides):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+@cache
+def default():
+    return compose()
+
+
+def complaint(cfg):
+    """The message of the UserError, which is one line."""
+    with pytest.raises(UserError) as error:
+        check(cfg)
+    message = str(error.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+# Every file
+
+
+@pytest.mark.parametrize("override", CONFIGS)
+def test_every_file_composes_and_is_valid(override):
+    cfg = compose(override)
+    check(cfg)
+    settings(cfg)  # every interpolation resolves
+
+
+def test_there_are_the_files_that_the_design_names():
+    assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init")} <= set(CONFIGS)
+    assert {f"dataset={name}" for name in ("glyphs", "omniglot", "cifarfs", "folder")} <= set(CONFIGS)
+    assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("override", [each for each in CONFIGS if each.startswith("dataset=")])
+def test_a_dataset_file_says_what_the_checks_need(override):
+    data = compose(override).dataset
+    assert data.name == override.removeprefix("dataset=")
+    assert list(data.classes) == ["train", "val", "test"]
+    assert len(data.mean) == len(data.std) == data.channels
+
+
+# Who wins: base < algo < model < dataset < experiment < command line
+
+
+def test_later_groups_win_over_earlier_ones(tmp_path):
+    """Files of our own, all of which set shots; each group in turn leaves it to the one before."""
+    order = ("algo", "model", "dataset", "experiment")
+    shipped = {"algo": "fomaml", "model": "conv4_strided", "dataset": "glyphs"}
+    for value, group in enumerate(order, start=2):
+        below = f"defaults: [{shipped[group]}]\n" if group in shipped else ""
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "own.yaml").write_text(f"# @package _global_\n{below}shots: {value}\n")
+
+    def shots(*groups, last=()):
+        return compose(f"hydra.searchpath=[file://{tmp_path}]", *(f"{group}=own" for group in groups), *last).shots
+
+    assert compose().shots == 1
+    for n in range(1, len(order) + 1):
+        assert shots(*order[:n]) == n + 1
+    assert shots(*order, last=["shots=5"]) == 5
+
+
+def test_the_shipped_files_win_in_that_order_too():
+    assert compose("algo=zero_init").init_scale == 0  # algo over base
+    assert compose("algo=zero_init", "init_scale=0.5").init_scale == 0.5  # command line over algo
+    assert compose("dataset=cifarfs").inner_lr == 0.01  # dataset over base
+    assert compose("dataset=cifarfs").model.name == "conv4_pooled"  # dataset over model's default
+    assert compose("dataset=cifarfs", "model=conv4_strided").model.name == "conv4_strided"
+    assert compose("dataset=omniglot").val_every == 100
+    paper = compose("experiment=paper_omniglot_5w1s")  # experiment over dataset
+    assert (paper.dataset.name, paper.val_every, paper.test_every) == ("omniglot", 30, 30)
+    assert compose("experiment=paper_omniglot_5w1s", "val_every=50").val_every == 50
+    assert compose("experiment=paper_omniglot_5w1s", "dataset=glyphs").dataset.name == "glyphs"
+
+
+def test_the_paper_experiment_has_the_papers_settings():
+    cfg = compose("experiment=paper_omniglot_5w1s")
+    expected = {
+        "ways": 5, "shots": 1, "queries": 15, "inner_steps": 2, "test_steps": 3, "inner_lr": 0.4, "outer_lr": 0.001,
+        "meta_batch_size": 32, "iterations": 3000, "test_every": 30, "init_scale": 1,
+    }  # fmt: skip
+    assert {knob: cfg[knob] for knob in expected} == expected
+    assert cfg.model.name == "conv4_strided" and cfg.callbacks.record.test_curve_tasks == 992
+
+
+@pytest.mark.parametrize("dataset", PHOTOS)
+def test_photo_datasets_have_the_papers_settings(dataset):
+    cfg = compose(f"dataset={dataset}")
+    assert (cfg.model.name, cfg.inner_lr, cfg.inner_steps, cfg.test_steps) == ("conv4_pooled", 0.01, 5, 10)
+    assert cfg.meta_batch_size == 4
+
+
+# test_steps follows inner_steps
+
+
+@pytest.mark.parametrize(
+    ("dataset", "inner_steps", "test_steps"),
+    [("glyphs", 1, 3), ("glyphs", 3, 3), ("glyphs", 7, 7), ("cifarfs", 1, 10), ("folder", 5, 10), ("folder", 12, 12)],
+)
+def test_test_steps_follow_inner_steps(dataset, inner_steps, test_steps):
+    cfg = compose(f"dataset={dataset}", f"inner_steps={inner_steps}")
+    check(cfg)
+    assert cfg.test_steps == test_steps
+
+
+def test_explicit_test_steps_stand():
+    cfg = compose("inner_steps=1", "test_steps=1")
+    check(cfg)
+    assert cfg.test_steps == 1
+
+
+# Zeroing
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first_order", "zeroing"),
+    [
+        (["algo=fomaml"], True, False),
+        (["algo=somaml"], False, False),
+        (["algo=zero"], True, True),
+        (["algo=zero_init"], True, False),
+        (["algo=zero", "algo.first_order=false"], False, True),
+        (["algo=zero_init", "algo.first_order=false"], False, False),
+        (["algo=fomaml", "+zeroing=true"], True, True),
+        (["algo=somaml", "+zeroing=true"], False, True),
+        (["algo=zero", "+zeroing=false"], True, False),
+        (["algo=zero_init", "+zeroing=true"], True, True),
+        (["algo=fomaml", "+zeroing=false"], True, False),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else None,
+)
+def test_algorithm_and_zeroing_in_every_pairing(overrides, first_order, zeroing):
+    cfg = compose(*overrides)
+    check(cfg)
+    assert cfg.algo.first_order is first_order
+    assert cfg.callbacks.zero_head.enabled is zeroing  # what acts
+    recorded = settings(cfg)  # what is recorded and compared
+    assert recorded["algo"] == {"first_order": first_order, "zeroing": zeroing}
+    assert "zeroing" not in recorded
+
+
+def test_settings_do_not_tell_how_zeroing_was_asked_for():
+    assert settings(compose("algo=zero")) == settings(compose("algo=fomaml", "+zeroing=true"))
+    assert settings(compose("algo=zero")) != settings(compose("algo=fomaml"))
+
+
+@pytest.mark.parametrize("override", ["algo=fomaml", *(each for each in CONFIGS if "experiment=" in each)])
+def test_nothing_takes_the_place_of_plus_zeroing(override):
+    """Hydra refuses `+zeroing=true` where there is a top-level key or a config group of that name."""
+    assert "zeroing" not in compose(override)
+    assert not (CONF / "zeroing").exists()
+    assert compose(override, "+zeroing=true").callbacks.zero_head.enabled is True
+
+
+# Mistakes
+
+
+COUNTS = (
+    "ways", "shots", "queries", "inner_steps", "test_steps", "meta_batch_size", "iterations", "val_every", "val_tasks",
+    "test_every", "test_tasks", "tasks_at_once", "threads",
+)  # fmt: skip
+OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
+
+
+def changed(knob, value):
+    """The default configuration but for one knob; composing it anew for every value would take long."""
+    cfg = copy.deepcopy(default())
+    cfg[knob] = value
+    return cfg
+
+
+@pytest.mark.parametrize("knob", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 2.5, 3.0, "many", True, [3]])
+def test_a_count_is_a_positive_integer(knob, value):
+    assert complaint(changed(knob, value)).startswith(f"{knob}={shown(value)}: must be an integer of at least ")
+
+
+@pytest.mark.parametrize("knob", [knob for knob in COUNTS if knob not in OPTIONAL])
+def test_a_count_cannot_be_left_out(knob):
+    assert complaint(changed(knob, None)).startswith(f"{knob}=null: must be an integer of at least ")
+
+
+@pytest.mark.parametrize("knob", OPTIONAL)
+def test_optional_knobs_can_be_null(knob):
+    check(changed(knob, None))
+
+
+REAL = "must be a number of at least 0"
+MISTAKES = {  # command line: the beginning of the line, and what it must also say
+    # the task
+    "ways=1": ("ways=1: ", "at least 2"),
+    "ways=31": ("ways=31: ", "glyphs has 30 val classes; at most 30 ways"),
+    "ways=216": ("ways=216: ", "glyphs has 215 train classes; at most 215 ways"),
+    "dataset=omniglot ways=173": ("ways=173: ", "omniglot has 172 val classes"),
+    "dataset=cifarfs ways=17": ("ways=17: ", "cifarfs has 16 val classes"),
+    "shots=6": ("shots+queries=6+15: ", "glyphs has 20 images per class; lower shots or queries"),
+    "queries=20": ("shots+queries=1+20: ", "20 images per class"),
+    "dataset=cifarfs queries=600": ("shots+queries=1+600: ", "600 images per class"),
+    # steps and rates
+    "inner_steps=5 test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
+    "dataset=cifarfs test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
+    "inner_lr=0": ("inner_lr=0: ", "above 0"),
+    "inner_lr=fast": ("inner_lr=fast: ", REAL),
+    "inner_lr=true": ("inner_lr=true: ", REAL),
+    "inner_lr=null": ("inner_lr=null: ", REAL),
+    "inner_lr=nan": ("inner_lr=nan: ", REAL),
+    "inner_lr=inf": ("inner_lr=inf: ", REAL),
+    "outer_lr=0.0": ("outer_lr=0.0: ", "above 0"),
+    "outer_lr=-0.1": ("outer_lr=-0.1: ", REAL),
+    "init_scale=-1": ("init_scale=-1: ", REAL),
+    "init_scale=null": ("init_scale=null: ", REAL),
+    "stop_at_accuracy=0": ("stop_at_accuracy=0: ", "above 0"),
+    "stop_at_accuracy=95": ("stop_at_accuracy=95: ", "fraction, at most 1"),
+    "stop_at_accuracy=high": ("stop_at_accuracy=high: ", REAL),
+    "val_tasks=1": ("val_tasks=1: ", "at least 2"),
+    "test_tasks=1": ("test_tasks=1: ", "at least 2"),
+    # the rest
+    "seed=-1": ("seed=-1: ", "at least 0"),
+    "seed=1.5": ("seed=1.5: ", "integer"),
+    "seed=null": ("seed=null: ", "integer"),
+    "seed=4294967296": ("seed=4294967296: ", "at most 4294967295"),
+    "engine=fast": ("engine=fast: ", "one of auto, sequential, batched"),
+    "trainer.precision=16-mixed": ("trainer.precision=16-mixed: ", "one of 32-true"),
+    "logger.mode=loud": ("logger.mode=loud: ", "one of online, offline, disabled"),
+    "algo.first_order=maybe": ("algo.first_order=maybe: ", "true or false"),
+    "algo.zeroing=1": ("algo.zeroing=1: ", "true or false"),
+    "+zeroing=maybe": ("zeroing=maybe: ", "true or false"),
+    "+zeroing=null": ("zeroing=null: ", "true or false"),
+    "fit=1": ("fit=1: ", "true or false"),
+    "fit=false": ("fit=false: ", "checkpoint=PATH"),
+    # the image and the network
+    "dataset.size=22": ("dataset.size=22: ", "conv4_strided needs images of at least 23 pixels"),
+    "dataset=folder dataset.size=15": ("dataset.size=15: ", "conv4_pooled needs images of at least 16 pixels"),
+    "dataset.size=0": ("dataset.size=0: ", "at least 1"),
+    "dataset.size=28.5": ("dataset.size=28.5: ", "integer"),
+    # mistyped keys
+    "+zerong=true": ("zerong: ", "did you mean zeroing?"),
+    "+inner_step=3": ("inner_step: ", "did you mean inner_steps?"),
+    "+colour=red": ("colour: ", "ways"),
+    "+algo.zerong=true": ("algo.zerong: ", "did you mean zeroing?"),
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
+    begin, remedy = MISTAKES[command]
+    message = complaint(compose(*command.split()))
+    assert message.startswith(begin)
+    assert remedy in message.removeprefix(begin)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ways=30", "shots=5", "ways=2", "seed=0", "seed=4294967295", "init_scale=0", "stop_at_accuracy=1", "inner_lr=1",
+        "dataset.size=23", "dataset=folder dataset.size=16", "dataset=folder ways=500 shots=900", "val_tasks=2",
+        "inner_steps=7 test_steps=7", "fit=false checkpoint=a/checkpoints/best.ckpt", "logger.mode=offline",
+    ],
+)  # fmt: skip
+def test_what_is_just_right_passes(command):
+    check(compose(*command.split()))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("zeroing=true", r"\+zeroing=true"),
+        ("zerong=true", "zerong"),
+        ("inner_step=3", "inner_step"),
+        ("algo.zerong=true", "zerong"),
+        ("dataset.rot=here", "rot"),
+    ],
+)
+def test_hydra_refuses_an_unknown_key(override, said):
+    with pytest.raises(ConfigCompositionException, match=said):
+        compose(override)
+
+
+@pytest.mark.parametrize("group", ["algo", "dataset", "model", "trainer", "logger", "experiment"])
+def test_hydra_names_the_choices_of_a_group(group):
+    with pytest.raises(MissingConfigException) as error:
+        compose(f"{group}=nope")
+    for path in (CONF / group).glob("*.yaml"):
+        assert path.stem in str(error.value)
+
+
+# train.py as a user runs it, with a torch that ends the program
+
+
+@pytest.fixture
+def train(tmp_path):
+    for module in ("torch", "pytorch_lightning", "learn2learn"):
+        (tmp_path / "traps" / module).mkdir(parents=True)
+        trap = f"import os, sys\nprint('{module} was imported', file=sys.stderr, flush=True)\nos._exit(99)\n"
+        (tmp_path / "traps" / module / "__init__.py").write_text(trap)
+    (tmp_path / "work").mkdir()
+
+    def run(*arguments, **variables):
+        path = os.pathsep.join([str(tmp_path / "traps"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+        return subprocess.run(
+            [sys.executable, str(TRAIN), *arguments],
+            cwd=tmp_path / "work",
+            env={**environment, "PYTHONPATH": path, **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def test_the_traps_catch_a_program_that_imports_torch(train):
+    """Else the tests below would show nothing."""
+    done = train()
+    assert done.returncode == 99 and "was imported" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["ways=1"], "ways=1: must be an integer of at least 2"),
+        (["+zerong=true"], "+zerong=true: a + is for +zeroing alone, a ~ for nothing; did you mean zeroing?"),
+        (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
+    ],
+)
+def test_a_mistake_ends_the_program_with_one_line(train, arguments, line):
+    done = train(*arguments)
+    assert (done.returncode, done.stderr, done.stdout) == (1, line + "\n", "")
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(train, tmp_path):
+    (tmp_path / "file").touch()
+    done = train(f"hydra.run.dir={tmp_path}/file/run")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"hydra.run.dir={tmp_path}/file/run: cannot be written (")
+    assert done.stderr.endswith("name a folder that can\n") and done.stderr.count("\n") == 1
+
+
+def test_hydras_own_messages_have_no_traceback(train):
+    for arguments, said in (("zeroing=true", "+zeroing=true"), ("dataset=omniglott", "Available options")):
+        done = train(arguments)
+        assert done.returncode == 1
+        assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_hydra_full_error_shows_the_traceback(train):
+    done = train("ways=1", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "UserError: ways=1: must be" in done.stderr
+
+
+def test_help_names_knobs_and_choices(train):
+    done = train("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("algo: fomaml, somaml, zero, zero_init", "inner_lr: 0.4", "meta_batch_size: 16"):
+        assert word in done.stdout
+
+
+def test_cfg_job_prints_the_configuration(train):
+    done = train("--cfg", "job", "algo=zero", "inner_steps=7", "+zeroing=false")
+    assert (done.returncode, done.stderr) == (0, "")
+    cfg = OmegaConf.create(done.stdout)
+    assert (cfg.ways, cfg.inner_steps, cfg.test_steps) == (5, 7, 7)
+    assert cfg.callbacks.zero_head.enabled is False
+
+
+def test_composing_and_checking_every_file_imports_no_torch():
+    program = f"""
+import sys
+import hydra
+from fewshot.config import CONF, check, settings, shown
+for override in {CONFIGS!r}:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("config", overrides=[override])
+    check(cfg)
+    settings(cfg)
+print([name for name in ("torch", "pytorch_lightning", "learn2learn") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,405 @@
+"""The inner loop of both engines: against arithmetic written out in NumPy, against METHOD's closed forms, each other.
+
+The arithmetic is a one-layer tanh encoder and a linear head with their gradients by hand; second order is the complex
+step derivative Im f(x + ih) / h of inner loop and query loss together, exact to rounding, with no differentiation.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fewshot import batched, learner
+from fewshot.models import Network, conv4_pooled, conv4_strided, zero_head
+from fewshot.tasks import Task
+
+NETWORKS = {
+    "conv4_strided": partial(conv4_strided, channels=1, size=29, width=12),
+    "conv4_pooled": partial(conv4_pooled, channels=2, size=19, width=10),
+}
+each_engine = pytest.mark.parametrize("engine", [learner, batched], ids=["sequential", "batched"])
+each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
+each_head = pytest.mark.parametrize("zeroed", [False, True], ids=["random", "zeroed"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(*, tasks=2, ways=3, shots=1, queries=2, shape=(2, 3), seed=0, spread=0.5):
+    """float64 tasks whose classes are clouds around random centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(tasks, ways, 1, *shape, generator=generator, dtype=torch.float64)
+
+    def images(each):
+        noise = torch.randn(tasks, ways, each, *shape, generator=generator, dtype=torch.float64)
+        labels = torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
+        return (centres + spread * noise).flatten(1, 2), labels
+
+    return Task(*images(shots), *images(queries))
+
+
+def tiny(*, ways=3, features=4, inputs=6, zeroed=False):
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(inputs, features), nn.Tanh())
+    return prepared(Network(encoder, features, ways), zeroed)
+
+
+def convolutional(build, tasks, *, zeroed=False):
+    torch.manual_seed(1)
+    return prepared(build(ways=int(tasks.query_labels.max()) + 1), zeroed)
+
+
+def prepared(network, zeroed):
+    """In float64, with biases that are not the zeros they start from."""
+    network = network.double()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    if zeroed:
+        zero_head(network)
+    return network
+
+
+def images_for(build, **knobs):
+    return draw(shape=(build.keywords["channels"], build.keywords["size"], build.keywords["size"]), **knobs)
+
+
+def gradients(network):
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def meta_gradient(engine, network, tasks, **knobs):
+    """The outer gradient by name, from .grad = None, and what the engine returns."""
+    network.zero_grad(set_to_none=True)
+    returned = engine.meta_gradient(network, tasks, **knobs)
+    return gradients(network), returned
+
+
+def assert_close(found, expected, tolerance):
+    """Every parameter's gradient, relative to that gradient's own size."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        value = torch.as_tensor(value)
+        assert value.norm() > 0, f"{name}: nothing to compare"
+        assert ((found[name] - value).norm() / value.norm()).item() < tolerance, name
+
+
+# The arithmetic. theta: A (d, p), a (d,), W (K, d), b (K,).
+
+
+def softmax(logits):
+    power = np.exp(logits - logits.real.max(axis=1, keepdims=True))
+    return power / power.sum(axis=1, keepdims=True)
+
+
+def np_logits(theta, x):
+    A, a, W, b = theta
+    return np.tanh(x @ A.T + a) @ W.T + b
+
+
+def np_gradient(theta, x, labels):
+    """Of the mean cross entropy."""
+    A, a, W, _ = theta
+    phi = np.tanh(x @ A.T + a)
+    E = (softmax(np_logits(theta, x)) - np.eye(len(W))[labels]) / len(x)
+    inside = (E @ W) * (1 - phi**2)
+    return inside.T @ x, inside.sum(0), E.T @ phi, E.sum(0)
+
+
+def np_adapted(theta, x, labels, inner_lr, steps):
+    for _ in range(steps):
+        theta = tuple(p - inner_lr * g for p, g in zip(theta, np_gradient(theta, x, labels), strict=True))
+    return theta
+
+
+def np_loss(theta, x, labels):
+    return -np.log(softmax(np_logits(theta, x))[np.arange(len(x)), labels]).mean()
+
+
+def np_accuracy(theta, x, labels):
+    return (np_logits(theta, x).argmax(1) == labels).mean()
+
+
+def complex_step(function, theta, h=1e-30):
+    derivative = []
+    for place, parameter in enumerate(theta):
+        derivative.append(np.empty_like(parameter))
+        for index in np.ndindex(parameter.shape):
+            moved = [p.astype(complex) for p in theta]
+            moved[place][index] += 1j * h
+            derivative[-1][index] = function(tuple(moved)).imag / h
+    return tuple(derivative)
+
+
+def np_tasks(tasks):
+    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+        yield support.flatten(1).numpy(), support_labels.numpy(), query.flatten(1).numpy(), query_labels.numpy()
+
+
+def np_theta(network):
+    return tuple(p.detach().numpy().copy() for p in network.parameters())
+
+
+def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order):
+    """Mean over tasks, and the loss and accuracy of each."""
+    theta, found, losses, accuracies = np_theta(network), [], [], []
+    for x, labels, query, query_labels in np_tasks(tasks):
+        adapted = np_adapted(theta, x, labels, inner_lr, inner_steps)
+        if first_order:
+            found.append(np_gradient(adapted, query, query_labels))
+        else:
+
+            def through_the_inner_loop(theta, x=x, labels=labels, query=query, query_labels=query_labels):
+                return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps), query, query_labels)
+
+            found.append(complex_step(through_the_inner_loop, theta))
+        losses.append(np_loss(adapted, query, query_labels))
+        accuracies.append(np_accuracy(adapted, query, query_labels))
+    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    return dict(zip(dict(network.named_parameters()), mean, strict=True)), losses, accuracies
+
+
+def test_the_arithmetic_itself_is_right():
+    """The gradient by hand is the complex step derivative of the loss: the two halves of the reference agree."""
+    network, tasks = tiny(), draw()
+    x, labels, _, _ = next(np_tasks(tasks))
+    by_hand = np_gradient(np_theta(network), x, labels)
+    by_step = complex_step(lambda theta: np_loss(theta, x, labels), np_theta(network))
+    for hand, step in zip(by_hand, by_step, strict=True):
+        np.testing.assert_allclose(hand, step, rtol=1e-12, atol=1e-14)
+
+
+@each_engine
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("shots", [1, 5])
+@each_head
+def test_the_outer_gradient_is_that_of_the_arithmetic(engine, first_order, inner_steps, shots, zeroed):
+    network, tasks = tiny(zeroed=zeroed), draw(tasks=3, shots=shots, queries=4)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+    expected, losses, accuracies = np_meta_gradient(network, tasks, **knobs)
+    found, (loss, accuracy) = meta_gradient(engine, network, tasks, **knobs)
+    assert_close(found, expected, 1e-10)
+    np.testing.assert_allclose(loss.numpy(), losses, rtol=1e-12)
+    np.testing.assert_allclose(accuracy.numpy(), accuracies, rtol=1e-6)
+    assert not loss.requires_grad and not accuracy.requires_grad
+
+
+def test_first_and_second_order_are_not_the_same_gradient():
+    """Else the tests above could not tell which of the two an engine computes."""
+    network, tasks = tiny(), draw(tasks=3, queries=4)
+    knobs = {"inner_lr": 0.4, "inner_steps": 1}
+    first, second = (np_meta_gradient(network, tasks, first_order=order, **knobs)[0] for order in (True, False))
+    for name in first:
+        assert np.linalg.norm(first[name] - second[name]) > 0.01 * np.linalg.norm(second[name])
+
+
+@each_network
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 2, 5])
+@pytest.mark.parametrize("shots", [1, 5])
+@each_head
+def test_the_engines_give_the_same_gradient(build, first_order, inner_steps, shots, zeroed):
+    tasks = images_for(build, shots=shots)
+    network = convolutional(build, tasks, zeroed=zeroed)
+    knobs = {"inner_lr": 0.1, "inner_steps": inner_steps, "first_order": first_order}
+    expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
+    found, (loss, accuracy) = meta_gradient(batched, network, tasks, **knobs)
+    assert_close(found, expected, 1e-10)
+    torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+    assert torch.equal(accuracy, accuracies)
+
+
+@each_engine
+@each_order
+def test_the_gradient_is_a_mean_over_tasks_and_is_added_to_what_is_there(engine, first_order):
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=3)
+    network = convolutional(build, tasks)
+    knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
+    alone = [meta_gradient(engine, network, Task(*(field[n : n + 1] for field in tasks)), **knobs)[0] for n in range(3)]
+    mean = {name: sum(each[name] for each in alone) / 3 for name in alone[0]}
+    together, _ = meta_gradient(engine, network, tasks, **knobs)
+    assert_close(together, mean, 1e-10)  # so no task has seen another's images or BatchNorm statistics
+
+    engine.meta_gradient(network, tasks, **knobs)  # without zero_grad
+    assert_close(gradients(network), {name: 2 * value for name, value in mean.items()}, 1e-10)
+
+
+@each_order
+@pytest.mark.parametrize("tasks_at_once", [1, 2, 3, 7])
+def test_how_many_tasks_are_in_memory_together_does_not_change_the_gradient(first_order, tasks_at_once):
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=5)
+    network = convolutional(build, tasks)
+    knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
+    expected, (losses, accuracies) = meta_gradient(batched, network, tasks, **knobs)
+    found, (loss, accuracy) = meta_gradient(batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
+    assert_close(found, expected, 1e-10)
+    torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+    assert torch.equal(accuracy, accuracies)
+
+
+@each_engine
+@each_order
+def test_the_gradient_leaves_the_parameters_as_they_are(engine, first_order):
+    build = NETWORKS["conv4_pooled"]
+    tasks = images_for(build)
+    network = convolutional(build, tasks)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    engine.meta_gradient(network, tasks, inner_lr=0.4, inner_steps=2, first_order=first_order)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(p.is_leaf and p.requires_grad for p in network.parameters())
+
+
+@each_engine
+@each_network
+@each_order
+@each_head
+def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine, build, first_order, zeroed):
+    """The published code takes the step-1 query loss without a gradient, so that there it cannot."""
+    tasks = images_for(build, queries=4)
+    network = convolutional(build, tasks, zeroed=zeroed)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss, _ = engine.meta_gradient(network, tasks, inner_lr=0.1, inner_steps=1, first_order=first_order)
+        optimizer.step()
+        losses.append(loss.mean().item())
+    for name, value in network.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+    assert losses[-1] < losses[0]
+
+
+# METHOD 2.6: with w = 0 and one inner step
+
+
+def head_only_gradient(network, tasks, *, inner_lr, first_order):
+    """Encoder gradient where only the head is adapted, by W_1 = eta/N_s (T_S - 1/K)^T Phi_S written out."""
+    network.zero_grad(set_to_none=True)
+    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+        ways = network.head.out_features
+        step = inner_lr / len(support) * (F.one_hot(support_labels, ways).double() - 1 / ways).T
+        w, b = step @ network.encoder(support), step.sum(1)
+        logits = network.encoder(query) @ (w.detach() if first_order else w).T + b
+        (F.cross_entropy(logits, query_labels) / len(tasks.support)).backward()
+    return {name: p.grad.clone() for name, p in network.encoder.named_parameters()}
+
+
+@each_engine
+@each_network
+@each_order
+@pytest.mark.parametrize("shots", [1, 5])
+def test_with_a_zeroed_head_one_inner_step_leaves_the_encoder(engine, build, first_order, shots):
+    """So the encoder's outer gradient is that of head-only MAML; from a random head it is not."""
+    tasks = images_for(build, shots=shots)
+    for zeroed in (True, False):
+        network = convolutional(build, tasks, zeroed=zeroed)
+        expected = head_only_gradient(network, tasks, inner_lr=0.4, first_order=first_order)
+        found, _ = meta_gradient(engine, network, tasks, inner_lr=0.4, inner_steps=1, first_order=first_order)
+        found = {name.removeprefix("encoder."): found[name] for name in found if name.startswith("encoder.")}
+        if zeroed:
+            assert_close(found, expected, 1e-10)
+        else:
+            with pytest.raises(AssertionError):
+                assert_close(found, expected, 1e-2)
+
+
+@each_engine
+@each_network
+@pytest.mark.parametrize("shots", [1, 5])
+def test_with_a_zeroed_head_step_one_is_the_inner_product_prototype_classifier(engine, build, shots):
+    tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
+    network = convolutional(build, tasks)
+    expected = []
+    with torch.no_grad():
+        for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+            phi = network.encoder(support)
+            prototypes = torch.stack([phi[support_labels == k].mean(0) for k in range(5)])
+            predicted = (network.encoder(query) @ prototypes.T).argmax(1)
+            expected.append((predicted == query_labels).double().mean().item())
+    assert 0.2 < np.mean(expected) < 1  # neither all wrong nor all right
+    for inner_lr in (0.01, 0.4, 3.0):
+        found = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=1, zeroing=True)
+        np.testing.assert_allclose(found[:, 1].numpy(), expected, rtol=1e-6)
+
+
+# Evaluation
+
+
+@each_engine
+@pytest.mark.parametrize("zeroing", [False, True])
+def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
+    network, tasks = tiny(), draw(tasks=4, shots=2, queries=25, spread=1.5)
+    theta = np_theta(tiny(zeroed=zeroing))
+    expected = [
+        [np_accuracy(np_adapted(theta, x, labels, 0.4, step), query, query_labels) for step in range(6)]
+        for x, labels, query, query_labels in np_tasks(tasks)
+    ]
+    found = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=5, zeroing=zeroing)
+    assert found.shape == (4, 6)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert len(set(found.flatten().tolist())) > 5  # they move from step to step and task to task
+
+
+@each_network
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("zeroing", [False, True])
+def test_the_engines_give_the_same_step_accuracies(build, shots, zeroing):
+    tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
+    network = convolutional(build, tasks)
+    knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": zeroing}
+    found = batched.step_accuracies(network, tasks, **knobs)
+    assert torch.equal(found, learner.step_accuracies(network, tasks, **knobs))
+    if zeroing:  # step 0: all logits are zero, so all queries get one label
+        torch.testing.assert_close(found[:, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
+
+
+@each_engine
+@each_network
+@each_order
+def test_training_and_evaluation_adapt_alike(engine, build, first_order):
+    """Step N of the evaluation, always first order, is where the training of either order arrives after N steps."""
+    tasks = images_for(build, tasks=3, ways=5, shots=2, queries=6, spread=2.0)
+    network = convolutional(build, tasks)
+    evaluated = engine.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=False)
+    for steps in (1, 3):
+        _, (_, accuracy) = meta_gradient(
+            engine, network, tasks, inner_lr=0.1, inner_steps=steps, first_order=first_order
+        )
+        assert torch.equal(accuracy, evaluated[:, steps])
+
+
+@each_engine
+@each_network
+@pytest.mark.parametrize("zeroing", [False, True])
+def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine, build, zeroing):
+    tasks = images_for(build)
+    network = convolutional(build, tasks)
+    engine.meta_gradient(network, tasks, inner_lr=0.1, inner_steps=1, first_order=True)
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in network.named_parameters()}
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    mode = network.training
+
+    accuracies = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=zeroing)
+
+    assert not accuracies.requires_grad
+    assert network.training == mode and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    for name, parameter in network.named_parameters():
+        value, gradient = before[name]
+        assert torch.equal(parameter, value) and torch.equal(parameter.grad, gradient), name
+        assert parameter.is_leaf and parameter.requires_grad

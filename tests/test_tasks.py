@@ -1,0 +1,164 @@
+"""Tasks and their sampler, seen from outside: every image carries its class and place, so a task shows its draws."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewshot.tasks import SPLITS, Split, TaskSampler
+
+every_case = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+def marked(counts):
+    """A split whose image i of class n has the pixels (n, i), and nothing else."""
+    pixels = [(n, i) for n, count in enumerate(counts) for i in range(count)]
+    images = torch.tensor(pixels, dtype=torch.uint8).view(-1, 1, 1, 2)
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    return Split(images, offsets, tuple(f"class {n}" for n in range(len(counts))))
+
+
+def marks(images):
+    """(B, S, 1, 1, 2) in [0, 1] -> (B, S, 2): class and place of every image."""
+    return images.mul(255).round().long().flatten(2)
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def at(task, position):
+    return tuple(field[position] for field in task)
+
+
+@st.composite
+def samplers(draw):
+    """A split with classes of different sizes and a sampler that it can serve, often with nothing to spare."""
+    shots, queries = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    counts = draw(st.lists(st.integers(shots + queries, 12), min_size=2, max_size=9))
+    ways = draw(st.integers(2, len(counts)))
+    seed, stream = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2))
+    return counts, TaskSampler(marked(counts), ways=ways, shots=shots, queries=queries, seed=seed, stream=stream)
+
+
+@every_case
+@given(samplers(), st.integers(0, 10**7), st.integers(1, 6))
+def test_a_task_is_k_classes_with_disjoint_support_and_query(drawn, first, tasks):
+    counts, sampler = drawn
+    ways, shots, queries = sampler.ways, sampler.shots, sampler.queries
+    batch = sampler(first, tasks)
+    assert batch.support.shape == (tasks, ways * shots, 1, 1, 2)
+    assert batch.query.shape == (tasks, ways * queries, 1, 1, 2)
+    for support, support_labels, query, query_labels in zip(
+        marks(batch.support), batch.support_labels, marks(batch.query), batch.query_labels, strict=True
+    ):
+        assert Counter(support_labels.tolist()) == dict.fromkeys(range(ways), shots)
+        assert Counter(query_labels.tolist()) == dict.fromkeys(range(ways), queries)
+
+        drawn_images = [tuple(mark) for mark in torch.cat([support, query]).tolist()]
+        assert len(set(drawn_images)) == len(drawn_images), "an image twice in one task"
+        assert all(place < counts[n] for n, place in drawn_images)
+
+        classes = torch.cat([support, query])[:, 0]
+        labels = torch.cat([support_labels, query_labels])
+        class_of = [set(classes[labels == label].tolist()) for label in range(ways)]
+        assert all(len(found) == 1 for found in class_of), "a label with images of two classes"
+        assert len(set.union(*class_of)) == ways, "a class under two labels"
+
+
+@every_case
+@given(samplers(), st.integers(0, 10**9), st.integers(1, 8), st.data())
+def test_a_task_does_not_depend_on_its_company(drawn, first, tasks, data):
+    _, sampler = drawn
+    together = sampler(first, tasks)
+    position = data.draw(st.integers(0, tasks - 1))
+    begin = max(0, first + position - data.draw(st.integers(0, 3)))
+    other_company = sampler(begin, first + position - begin + 2)
+    assert same(at(together, position), at(other_company, first + position - begin))
+    assert same(at(together, position), at(sampler(first + position, 1), 0))
+
+
+def test_a_sampler_made_again_draws_the_same_tasks():
+    knobs = {"ways": 5, "shots": 1, "queries": 3, "seed": 7, "stream": 0}
+    used = TaskSampler(marked([10] * 20), **knobs)
+    for first in (0, 5, 100):
+        used(first, 3)
+    assert same(used(40, 4), TaskSampler(marked([10] * 20), **knobs)(40, 4))
+
+
+def test_positions_seeds_and_streams_all_differ():
+    def sampler(seed, stream):
+        return TaskSampler(marked([20] * 50), ways=5, shots=1, queries=4, seed=seed, stream=stream)
+
+    drawn = []
+    for seed in (0, 1, 2, 2**32 - 1):
+        for stream in range(len(SPLITS)):
+            task = sampler(seed, stream)(0, 200)
+            drawn += [image.tobytes() for image in marks(torch.cat([task.support, task.query], dim=1)).numpy()]
+    assert len(set(drawn)) == len(drawn) == 4 * 3 * 200
+
+
+def chi_square(counts, cells):
+    """Of draws that should fall on `cells` equally often."""
+    expected = sum(counts.values()) / cells
+    return sum((counts[cell] - expected) ** 2 / expected for cell in range(cells))
+
+
+def test_every_class_is_every_label_equally_often():
+    classes, tasks = 6, 6000
+    sampler = TaskSampler(marked([4, 9, 4, 30, 5, 4]), ways=3, shots=1, queries=2, seed=3, stream=0)
+    batch = sampler(0, tasks)
+    drawn = marks(batch.support)[:, :, 0]  # 1-shot: (B, K), in the order of the labels
+    assert torch.equal(batch.support_labels, torch.arange(3).expand(tasks, -1))
+    for label in range(3):  # 5 degrees of freedom: exceeds 20.5 once in a thousand; the draws are fixed
+        assert chi_square(Counter(drawn[:, label].tolist()), classes) < 20.5
+
+
+def test_every_image_is_support_and_query_equally_often():
+    sampler = TaskSampler(marked([7, 12]), ways=2, shots=2, queries=3, seed=11, stream=1)
+    batch = sampler(0, 4000)
+    for images in (marks(batch.support), marks(batch.query)):
+        for n, count in enumerate((7, 12)):  # 11 degrees of freedom at most: 31.3 once in a thousand
+            places = images[images[:, :, 0] == n][:, 1]
+            assert chi_square(Counter(places.tolist()), count) < 31.3
+
+
+def test_too_many_ways_is_one_clear_line():
+    with pytest.raises(ValueError) as error:
+        TaskSampler(marked([9] * 5), ways=6, shots=1, queries=1, seed=0, stream=1)
+    assert str(error.value) == "ways=6: the val split has 5 classes; lower ways"
+
+
+def test_too_few_images_is_one_clear_line_that_names_the_class():
+    with pytest.raises(ValueError) as error:
+        TaskSampler(marked([9, 9, 6, 9]), ways=2, shots=2, queries=5, seed=0, stream=2)
+    assert str(error.value) == "shots+queries=7: class 'class 2' of the test split has 6 images; lower shots or queries"
+
+
+def test_all_classes_and_all_images_can_be_asked_for():
+    sampler = TaskSampler(marked([3, 3]), ways=2, shots=1, queries=2, seed=0, stream=0)
+    task = sampler(0, 1)
+    drawn = torch.cat([marks(task.support), marks(task.query)], dim=1)[0].tolist()
+    assert sorted(drawn) == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+
+
+def test_images_are_scaled_to_one_then_normalised_per_channel():
+    values = (0, 51, 255)
+    images = torch.tensor(values, dtype=torch.uint8).view(1, 3, 1, 1).repeat(4, 1, 2, 2)
+    split = Split(images, torch.tensor([0, 2, 4]), ("a", "b"))
+    sampler = TaskSampler(
+        split, ways=2, shots=1, queries=1, seed=0, stream=0, mean=(0.5, 0.2, 0.25), std=(0.25, 0.1, 0.5)
+    )
+    task = sampler(0, 3)
+    for drawn in (task.support, task.query):
+        assert drawn.dtype == torch.float32 and drawn.shape == (3, 2, 3, 2, 2)
+        for channel, expected in enumerate(((0 - 0.5) / 0.25, (0.2 - 0.2) / 0.1, (1 - 0.25) / 0.5)):
+            torch.testing.assert_close(drawn[:, :, channel], torch.full((3, 2, 2, 2), expected))
+    assert task.support_labels.dtype == task.query_labels.dtype == torch.int64
+    assert torch.equal(split.images, images), "drawing a task changed the images"
+
+
+def test_counts_are_the_images_of_each_class():
+    assert marked([4, 1, 7]).counts.tolist() == [4, 1, 7]
