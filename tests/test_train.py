@@ -1,10 +1,12 @@
 """Whole runs: what they leave, how they go on, what they refuse."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,7 +55,14 @@ def test_train_py_trains_tests_and_reports(program, tmp_path, overrides):
     assert (tmp_path / ".hydra" / "config.yaml").exists()
     assert re.search(r"3 │ +\d+\.\d\d ± \d+\.\d\d", output)  # the table: one line per inner step
     sync = re.search(r"wandb sync (\S+)", output)
-    assert list(Path(sync[1]).glob("run-*.wandb")), "an offline W&B run, with no key and no prompt"
+    (offline,) = Path(sync[1]).glob("run-*.wandb")  # with no key and no prompt
+    if curve:
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline]
+        said = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+        for name in ("iteration", "train/loss", "val_zeroed/query_accuracy/step_3", "test/query_accuracy/step_0"):
+            assert re.search(rf'"type":"history".*"{name}":', said), name
+        assert re.search(r'"type":"summary".*"final_test/query_accuracy/step_3":', said)
+        assert re.search(r'"glob_name":"val/\*".*"step_metric":"iteration"', said)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.any(state["network.head.weight"]).item() == ("fomaml" in overrides[0])
 
@@ -265,3 +274,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_there_was(run, tmp_path, monkeyp
         run(folder, "iterations=6")
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == kept
     assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_terminal_gets_a_progress_bar(run, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    run(tmp_path / "run", "trainer.log_every_n_steps=1")
+    assert re.search(r"training .*6/6.*left +loss \d\.\d+  accuracy \d\.\d+", terminal.getvalue())

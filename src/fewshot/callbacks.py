@@ -145,11 +145,7 @@ class Progress(pl.Callback):
         if not sys.stdout.isatty():
             return
         columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
-        times = (
-            rich.progress.TimeElapsedColumn(),
-            "left",
-            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        )
+        times = (rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn(), "left ")
         self._bar = rich.progress.Progress(*columns, *times, "{task.fields[metrics]}")
         self._bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, metrics="")
         self._bar.start()

@@ -1,0 +1,71 @@
+"""Every file of conf/ becomes the object that it describes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+
+from fewshot.config import CONF
+from fewshot.tasks import SPLITS
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOTS = {"omniglot": SHARED / "omniglot", "cifarfs": SHARED / "cifarfs.zip", "folder": SHARED / "tinyimagenet100.zip"}
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_model(config, name):
+    cfg = config(f"model={name}", "ways=3")
+    images = torch.rand(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
+    assert instantiate(cfg.model.network)(images).shape == (4, 3)
+
+
+@pytest.mark.parametrize("name", names("dataset"))
+def test_dataset(config, cache, name):
+    overrides = [f"dataset={name}", f"dataset.cache={cache}"]
+    if name in ROOTS:
+        if not ROOTS[name].exists():
+            pytest.skip(f"no {ROOTS[name].name} in the shared data")
+        overrides.append(f"dataset.root={ROOTS[name]}")
+    cfg = config(*overrides)
+    splits = instantiate(cfg.dataset.source)
+    assert tuple(splits) == SPLITS
+    for split, classes in cfg.dataset.classes.items():
+        assert splits[split].images.shape[1:] == (cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
+        assert splits[split].images.dtype == torch.uint8
+        assert classes is None or len(splits[split].names) == classes
+        if cfg.dataset.images_per_class is not None and name != "cifarfs":  # the shared zip holds 200 of the 600
+            assert set(splits[split].counts.tolist()) == {cfg.dataset.images_per_class}
+
+
+@pytest.mark.parametrize("name", names("trainer"))
+def test_trainer(config, tmp_path, name):
+    cfg = config(f"trainer={name}")
+    if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    assert instantiate(cfg.trainer, logger=False, default_root_dir=tmp_path).max_steps == cfg.iterations
+
+
+@pytest.mark.parametrize("name", names("callbacks"))
+def test_callbacks(config, name):
+    callbacks = instantiate(config(f"callbacks={name}", "+zeroing=true").callbacks)
+    assert all(isinstance(callback, pl.Callback) for callback in callbacks.values())
+    assert next(iter(callbacks)) == "zero_head" and callbacks["zero_head"].enabled
+
+
+def test_logger_without_a_key_is_offline_and_says_so(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr(sys.stdin, "read", lambda: pytest.fail("a prompt"))
+    from fewshot.logger import finished_run
+
+    with finished_run():
+        logger = instantiate(config().logger, _partial_=True)(folder=tmp_path, run_id="abc", values={"ways": 5})
+        assert logger.experiment.settings.mode == "offline" and logger.experiment.config["ways"] == 5
+    assert list(tmp_path.glob("wandb/offline-run-*-abc/run-abc.wandb"))
