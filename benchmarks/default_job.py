@@ -17,10 +17,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from fewshot import learner
+from fewshot import batched, learner
 from fewshot.config import CONF
 from fewshot.data.module import MetaData
 from fewshot.module import MetaLearner
+from fewshot.tasks import Task
 
 TURN = 10  # meta-iterations
 
@@ -45,7 +46,7 @@ class TakeTurns(pl.Callback):
 
 
 def main(rounds: int) -> None:
-    iterations = (rounds + 1) * TURN
+    iterations = (rounds + 2) * TURN
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         # One validation at the start and one at the end, outside of the turns that count.
         cfg = compose("config", [f"iterations={iterations}", f"val_every={iterations}", "val_tasks=2", "logger=none"])
@@ -77,12 +78,30 @@ def main(rounds: int) -> None:
             cfg.trainer, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=Path(folder)
         )
         trainer.fit(module, data)
-    ours, theirs = turns.ours[1:], turns.theirs[1:]  # the first turn warms up
+    ours, theirs = turns.ours[1:-1], turns.theirs[1:-1]  # the first warms up, the last validates
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     print(
         f"meta-iteration, {cfg.meta_batch_size} tasks, {torch.get_num_threads()} threads, {len(ours)} turns of {TURN}:"
     )
     print(f"  train.py {statistics.median(ours):.4f} s, bare loop {statistics.median(theirs):.4f} s, ratio {ratio:.3f}")
+    evaluation(network, tasks, knobs, cfg.test_steps, rounds)
+
+
+def evaluation(network: torch.nn.Module, tasks: Task, knobs: dict, test_steps: int, rounds: int) -> None:
+    """Milliseconds per task of training and of evaluation (every step, both zeroing modes), engines in turn."""
+    seconds = {}
+    for _ in range(rounds):
+        for engine in (learner, batched):
+            name = {learner: "sequential", batched: "batched"}[engine]
+            began = time.perf_counter()
+            engine.meta_gradient(network, tasks, **knobs)
+            trained = time.perf_counter()
+            for zeroing in (False, True):
+                engine.step_accuracies(network, tasks, inner_lr=knobs["inner_lr"], steps=test_steps, zeroing=zeroing)
+            seconds.setdefault(f"{name} training", []).append(trained - began)
+            seconds.setdefault(f"{name} evaluation", []).append(time.perf_counter() - trained)
+    for what, each in seconds.items():
+        print(f"  {what}: {1000 * statistics.median(each) / len(tasks.support):.1f} ms per task")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Runs set the number of threads of the process; the next test gets its own back."""
-    threads = torch.get_num_threads()
+    """One thread: what is computed here is so small that two would only wait for each other."""
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,15 +17,6 @@ MODEL_FILES = sorted((CONF / "model").glob("*.yaml"))
 per_model_file = pytest.mark.parametrize("path", MODEL_FILES, ids=[path.stem for path in MODEL_FILES])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def from_file(path, *, size, channels=1, ways=5, init_scale=1):
     """The configuration and the network of a file in conf/model."""
     rest = {"dataset": {"channels": channels, "size": size}, "ways": ways, "init_scale": init_scale}

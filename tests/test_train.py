@@ -119,9 +119,10 @@ def test_a_stop_between_any_two_writes_loses_nothing(run, tmp_path, monkeypatch)
         assert outcome(run(folder, "algo=zero", "test_every=3")) == whole, f"stopped at write {stop_at} of {total}"
 
 
-def test_checkpoint_continues_in_its_own_folder_with_more_iterations(run, config, tmp_path):
-    whole = outcome(run(tmp_path / "whole", "iterations=8"))
-    folder = run(tmp_path / "short", "iterations=4")
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_checkpoint_continues_in_its_own_folder_with_more_iterations(run, config, tmp_path, precision):
+    whole = outcome(run(tmp_path / "whole", "iterations=8", f"trainer.precision={precision}"))
+    folder = run(tmp_path / "short", "iterations=4", f"trainer.precision={precision}")
     last = folder / "checkpoints" / "last.ckpt"
     assert config(f"checkpoint={last}", "hydra.job.name=x").checkpoint == str(last)
     run(folder, f"checkpoint={last}", "iterations=8")
@@ -164,6 +165,10 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     ours, theirs = (json.loads((each / "results.json").read_text()) for each in (tested, folder))
     assert ours["test"] == theirs["test"] and ours["config"]["seed"] == 3
+    with pytest.raises(UserError, match="goes on only in the folder of its run"):
+        run(tmp_path / "elsewhere", f"checkpoint={best}")
+    with pytest.raises(UserError, match="holds a training run"):
+        run(folder, f"checkpoint={best}", "fit=false")
     more = run(tmp_path / "more", f"checkpoint={best}", "fit=false", "test_tasks=9", "test_steps=5")
     results = json.loads((more / "results.json").read_text())
     assert results["test"]["tasks"] == 9 and len(results["test"]["zeroing_on"]["accuracy"]) == 6
@@ -212,6 +217,23 @@ def test_stop_at_accuracy_ends_the_run_and_it_stays_ended(run, tmp_path):
     (folder / "results.json").unlink()  # as if killed in the test
     run(folder, "stop_at_accuracy=0.01", "iterations=50")
     assert json.loads((folder / "results.json").read_text())["iterations"] == results["iterations"]
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(run, tmp_path, monkeypatch):
+    """The loss of the update that spoils them is still finite, and a validation is due right after it."""
+    from fewshot import learner
+
+    original = learner.meta_gradient
+
+    def spoiled(network, *args, **kwargs):
+        result = original(network, *args, **kwargs)
+        network.head.weight.grad.fill_(torch.nan)
+        return result
+
+    monkeypatch.setattr(learner, "meta_gradient", spoiled)
+    with pytest.raises(UserError, match=r"weights are not finite after iteration 1: .*last\.ckpt"):
+        run(tmp_path / "run", "val_every=1")
+    assert checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, tmp_path):

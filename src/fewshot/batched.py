@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
-from torchmetrics.functional.classification import multiclass_accuracy
 
-from fewshot.tasks import Task
+from fewshot.tasks import Task, query_accuracy
 
 Parameters = dict[str, Tensor]
 
@@ -53,7 +52,7 @@ def meta_gradient(
     for name, parameter in network.named_parameters():
         mean = gradients[name].mean(0)
         parameter.grad = mean if parameter.grad is None else parameter.grad + mean
-    return losses, _accuracy(logits, tasks.query_labels)
+    return losses, query_accuracy(logits, tasks.query_labels)
 
 
 def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool) -> Tensor:
@@ -68,7 +67,7 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
             if step > 0:
                 theta = vmap(partial(_step, network, inner_lr=inner_lr))(theta, tasks)
             logits = vmap(partial(functional_call, network))(theta, tasks.query)
-            accuracies.append(_accuracy(logits, tasks.query_labels))
+            accuracies.append(query_accuracy(logits, tasks.query_labels))
     return torch.stack(accuracies, dim=1)
 
 
@@ -78,10 +77,3 @@ def _step(network: nn.Module, theta: Parameters, task: Task, inner_lr: float) ->
 
     gradients = grad(support_loss)(theta)
     return {name: p - inner_lr * gradients[name] for name, p in theta.items()}  # theta_n <- theta_n - eta grad L(S_n)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, Q, K), (B, Q) -> (B,)"""
-    return multiclass_accuracy(
-        logits.transpose(1, 2), labels, logits.shape[2], average="micro", multidim_average="samplewise"
-    )

@@ -81,11 +81,17 @@ class Record(pl.Callback):
         if any(self._due(trainer, every) for every in (self.val_every, self.test_every, trainer.log_every_n_steps)):
             self._record(trainer, module, {"iteration": iteration, **self._trained(iteration)})
 
+    def _diverged(self, what: str) -> UserError:
+        kept = self._folder / "checkpoints" / "last.ckpt"
+        return UserError(f"{what}: lower inner_lr or outer_lr; the last good checkpoint is {kept}")
+
     def _due(self, trainer: pl.Trainer, every: int | None) -> bool:
         return every is not None and (trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps)
 
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule, row: dict[str, float]) -> None:
         validate = self._due(trainer, self.val_every)
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            raise self._diverged(f"the weights are not finite after iteration {row['iteration']}")
         if self._due(trainer, self.test_every):
             row |= _named("test", module.evaluate(trainer.datamodule.fixed("test", self.test_curve_tasks)))
         if validate:
@@ -118,10 +124,7 @@ class Record(pl.Callback):
         self._pending.clear()
         for number, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                raise UserError(
-                    f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr; "
-                    f"the last good checkpoint is {self._folder / 'checkpoints' / 'last.ckpt'}"
-                )
+                raise self._diverged(f"train/loss={loss} at iteration {number}")
         return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}
 
 

@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read(path, map_location)
+        return read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -47,7 +47,7 @@ def write_atomically(path: Path, write: Any) -> None:
     Raises:
         UserError: no space or no permission; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -63,14 +63,14 @@ def write_atomically(path: Path, write: Any) -> None:
         ) from error
 
 
-def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this program; only tensors and plain data are ever unpickled.
 
     Raises:
         UserError: missing, truncated, or not one of this program's.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint={path}: no such file") from None
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
@@ -158,10 +158,17 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
     else:
         path = Path(cfg.checkpoint).absolute()
         content = read(path)
+        if cfg.fit and path.parent != folder.absolute() / "checkpoints":
+            raise UserError(
+                f"checkpoint={path}: training goes on only in the folder of its run, RUN/checkpoints/last.ckpt, not in "
+                f"{folder}; drop hydra.run.dir, or add fit=false to test it"
+            )
+        if not cfg.fit and (folder / "checkpoints" / "last.ckpt").exists():
+            raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
         overrides = _merged([*content["fewshot"]["overrides"], *overrides])
         cfg = compose("config", overrides)
     if cfg.fit:
-        _refuse_difference(cfg, content["fewshot"]["config"], path)
+        refuse_difference(cfg, content["fewshot"]["config"], path)
     return Start(cfg, overrides, path, content)
 
 
@@ -170,7 +177,8 @@ def _merged(overrides: list[str]) -> list[str]:
     return list({override.lstrip("+~").split("=", 1)[0]: override for override in overrides}.values())
 
 
-def _refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
+def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
+    """Raises UserError naming the first knob in which cfg differs from the configuration found at path."""
     asked, trained = dict(_leaves(settings(cfg))), dict(_leaves(trained))
     for key in sorted({*asked, *trained}):
         if not any(key == free or key.startswith(f"{free}.") for free in FREE) and asked.get(key) != trained.get(key):

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -24,7 +25,7 @@ def one_line_errors() -> Iterator[None]:
     """A UserError ends the program with its line and status 1; HYDRA_FULL_ERROR=1 shows the traceback."""
     try:
         yield
-    except (UserError, InstantiationException) as error:
+    except (UserError, InstantiationException, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
@@ -34,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
     """Where a run writes: training that continues from RUN/checkpoints/x.ckpt goes on in RUN, all else in `new`."""
-    return str(Path(checkpoint).absolute().parent.parent) if checkpoint and fit else new
+    return str(Path(str(checkpoint)).absolute().parent.parent) if checkpoint and fit else new
 
 
 def _first_call(folder: str) -> str | None:
@@ -48,15 +49,17 @@ OmegaConf.register_new_resolver("first_call", _first_call, replace=True)
 
 
 class OutputFolder(Callback):
-    """Says in one line that the output folder cannot be written, before Hydra tries to."""
+    """Says in one line that the checkpoint is missing or the output folder cannot be written, before Hydra makes it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.run.dir)
         with one_line_errors():
+            if config.checkpoint is not None and not Path(str(config.checkpoint)).exists():
+                raise UserError(f"checkpoint={config.checkpoint}: no such file")
+            probe = folder / f".probe-{os.getpid()}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".probe-{os.getpid()}"
-                probe.touch()
+                probe.write_bytes(bytes(2**16))  # an empty file fits on a full disk
                 probe.unlink()
             except OSError as error:
                 raise UserError(
@@ -74,7 +77,7 @@ REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
-MODES = (None, "online", "offline", "disabled")
+LOGGER_MODES = (None, "online", "offline", "disabled")
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -104,10 +107,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"seed={cfg.seed}: must be at most {2**32 - 1}")
     for knob in REALS:
         if not (cfg[knob] is None and knob in OPTIONAL):
-            _real(knob, cfg[knob])
-    for knob in ("inner_lr", "outer_lr", "stop_at_accuracy"):
-        if cfg[knob] == 0:
-            raise UserError(f"{knob}={cfg[knob]}: must be above 0")
+            _real(knob, cfg[knob], above=knob != "init_scale")
     if cfg.stop_at_accuracy is not None and cfg.stop_at_accuracy > 1:
         raise UserError(f"stop_at_accuracy={cfg.stop_at_accuracy}: is a fraction, at most 1")
     for knob in ("fit", "algo.first_order", "algo.zeroing", "zeroing"):
@@ -120,7 +120,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"trainer.precision={cfg.trainer.precision}: must be one of {', '.join(PRECISIONS)}")
     if cfg.trainer.devices != 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: must be 1, a run has one device")
-    if cfg.logger is not None and cfg.logger.get("mode") not in MODES:
+    if cfg.trainer.max_steps != cfg.iterations:
+        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}: set iterations={cfg.trainer.max_steps} instead")
+    _integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
+    if cfg.logger is not None and cfg.logger.get("mode") not in LOGGER_MODES:
         raise UserError(f"logger.mode={cfg.logger.mode}: must be one of online, offline, disabled or null")
     if cfg.test_steps < cfg.inner_steps:
         raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
@@ -132,6 +135,15 @@ def check(cfg: DictConfig) -> None:
 def _check_dataset(cfg: DictConfig) -> None:
     data = cfg.dataset
     _integer("dataset.size", data.size, 1)
+    if data.channels not in (1, 3):
+        raise UserError(f"dataset.channels={shown(data.channels)}: must be 1 (grey) or 3 (colour)")
+    for knob in ("mean", "std"):
+        if len(data[knob]) != data.channels:
+            raise UserError(f"dataset.{knob}={data[knob]}: must have dataset.channels={data.channels} numbers")
+    if not all(isinstance(std, int | float) and std > 0 for std in data.std):
+        raise UserError(f"dataset.std={data.std}: must be numbers above 0")
+    if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.folder.load":
+        raise UserError("dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image")
     _integer("model.width", cfg.model.width, 1)
     for split, classes in data.classes.items():
         if classes is not None and cfg.ways > classes:
@@ -159,10 +171,10 @@ def _integer(knob: str, value: Any, smallest: int) -> None:
         raise UserError(f"{knob}={shown(value)}: must be an integer of at least {smallest}")
 
 
-def _real(knob: str, value: Any) -> None:
+def _real(knob: str, value: Any, above: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise UserError(f"{knob}={shown(value)}: must be a number of at least 0")
+    if not number or not math.isfinite(value) or value < 0 or (above and value == 0):
+        raise UserError(f"{knob}={shown(value)}: must be a number {'above' if above else 'of at least'} 0")
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -1,18 +1,15 @@
 """Recorded numbers -> pictures; trains nothing."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 MODES = (("zeroing_off", "", OFF, "o", "test zeroing off"), ("zeroing_on", "_zeroed", ON, "s", "test zeroing on"))
 
 
-def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any], path: Path) -> None:
+def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -> Figure:
     """Validation accuracy after inner_steps steps over outer iterations, and the test curve where one was recorded."""
     step = config["inner_steps"]
     figure, axes = _axes("outer iteration", f"query accuracy after {step} inner step{'s' * (step > 1)}", config)
@@ -22,10 +19,10 @@ def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config:
             if curve:
                 name = {"val": "validation", "test": "test curve"}[split]
                 axes.plot(*zip(*curve, strict=True), style, color=colour, label=f"{name}, {label}")
-    _finish(figure, axes, path)
+    return _with_legend(figure, axes)
 
 
-def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any], path: Path) -> None:
+def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figure:
     """Test accuracy over inner steps with 95% confidence intervals, both test-time zeroing modes."""
     figure, axes = _axes("inner step", "test query accuracy", config)
     for mode, _, colour, marker, label in MODES:
@@ -36,11 +33,12 @@ def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any], path: P
         )
     axes.set_xticks(steps)
     axes.axhline(1 / config["ways"], color="grey", linewidth=0.8, linestyle="--", label="chance")
-    _finish(figure, axes, path)
+    return _with_legend(figure, axes)
 
 
-def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[plt.Figure, plt.Axes]:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     algorithm = ("FOMAML" if config["algo"]["first_order"] else "SOMAML") + " + zeroing" * config["algo"]["zeroing"]
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(f"{algorithm}, {config['dataset']['name']} {config['ways']}-way {config['shots']}-shot", fontsize=10)
@@ -49,8 +47,6 @@ def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[plt.Figure, plt.Axes]
     return figure, axes
 
 
-def _finish(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+def _with_legend(figure: Figure, axes: Axes) -> Figure:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # outside the data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

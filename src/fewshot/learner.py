@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from learn2learn.algorithms import MAML
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from fewshot.models import zero_head
-from fewshot.tasks import Task
+from fewshot.tasks import Task, query_accuracy
 
 
 def meta_gradient(
@@ -21,19 +20,17 @@ def meta_gradient(
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     maml = MAML(network, lr=inner_lr, first_order=first_order)
-    losses, accuracies = [], []
+    losses, logits = [], []
     for task in _each(tasks):
         learner = maml.clone()  # theta_n <- theta
         for _ in range(inner_steps):
             learner.adapt(_support_loss(learner, task))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-        logits = learner(task.query)
-        loss = F.cross_entropy(logits, task.query_labels)
-        (
-            loss / len(tasks.support)
-        ).backward()  # grad_theta L(theta_n, Q_n); here, so that one task's graph lives at a time
+        prediction = learner(task.query)
+        loss = F.cross_entropy(prediction, task.query_labels)
+        (loss / len(tasks.support)).backward()  # grad_theta L(theta_n, Q_n); one task's graph at a time
         losses.append(loss.detach())
-        accuracies.append(multiclass_accuracy(logits.detach(), task.query_labels, logits.shape[1], average="micro"))
-    return torch.stack(losses), torch.stack(accuracies)
+        logits.append(prediction.detach())
+    return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)
 
 
 def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool) -> Tensor:
@@ -42,7 +39,7 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
     maml = MAML(network, lr=inner_lr, first_order=True)
-    accuracies = []
+    logits: list[list[Tensor]] = [[] for _ in range(steps + 1)]
     for task in _each(tasks):
         learner = maml.clone()
         if zeroing:
@@ -51,9 +48,8 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
             if step > 0:
                 learner.adapt(_support_loss(learner, task))
             with torch.no_grad():
-                logits = learner(task.query)
-            accuracies.append(multiclass_accuracy(logits, task.query_labels, logits.shape[1], average="micro"))
-    return torch.stack(accuracies).view(-1, steps + 1)
+                logits[step].append(learner(task.query))
+    return torch.stack([query_accuracy(torch.stack(each), tasks.query_labels) for each in logits], dim=1)
 
 
 def _each(tasks: Task) -> list[Task]:

@@ -1,6 +1,7 @@
 """The Weights & Biases run: offline unless an API key says otherwise, never a prompt."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,22 +32,27 @@ def wandb_logger(
     Raises:
         UserError: mode="online" without an API key.
     """
-    has_key = wandb.login(prompt=False) if mode != "disabled" else False
-    if mode == "online" and not has_key:
-        raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
-    mode = mode or ("online" if has_key else "offline")
-    run = wandb.init(
-        project=project,
-        group=group,
-        name=name,
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        dir=folder,
-        mode=mode,
-        config=values,
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
-        reinit="finish_previous",
-    )
+    mode = mode or os.environ.get("WANDB_MODE")
+    if mode in (None, "online"):
+        has_key = wandb.login(prompt=False, verify=False)
+        if mode == "online" and not has_key:
+            raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+        mode = "online" if has_key else "offline"
+    try:
+        run = wandb.init(
+            project=project,
+            group=group,
+            name=name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=folder,
+            mode=mode,
+            config=values,
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            reinit="finish_previous",
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"logger.mode={mode}: {error}; use logger.mode=offline") from error
     logger = WandbLogger(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
     for pattern in METRICS:

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, accuracies: Tensor) -> "Scores":
         """accuracies: (B, T + 1)"""
-        values = accuracies.double()
+        values = accuracies.cpu().double()
         ci95 = 1.96 * values.std(dim=0) / len(values) ** 0.5
         return cls(len(values), *([round(value, 6) for value in each.tolist()] for each in (values.mean(dim=0), ci95)))
 
@@ -73,6 +73,8 @@ class MetaLearner(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Settles what engine=auto means: on a GPU single tasks are bound by kernel launches, on a CPU they are not."""
+        # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
+        self.trainer.precision_plugin.convert_module(self)
         if self.engine == "auto":
             device = self.trainer.strategy.root_device.type
             self.engine = "sequential" if device == "cpu" else "batched"

@@ -4,17 +4,19 @@ import csv
 import io
 import json
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import rich
 import rich.table
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from fewshot import figures
-from fewshot.checkpoint import write_atomically
+from fewshot.checkpoint import refuse_difference, write_atomically
 from fewshot.config import UserError, settings
 from fewshot.logger import summarise
 from fewshot.module import Scores
@@ -65,6 +67,7 @@ def finished(folder: Path, cfg: DictConfig) -> bool:
         return False
     results, asked = json.loads(path.read_text()), settings(cfg)
     if results["config"]["fit"] and asked["fit"]:
+        refuse_difference(cfg, results["config"], path)
         if results["config"]["iterations"] < asked["iterations"]:
             return False  # to be continued
     elif results["config"] != asked:
@@ -97,12 +100,18 @@ def write(
     }
     if (folder / "metrics.csv").exists():
         curves = read_metrics(folder / "metrics.csv")
-        figures.accuracy_over_iterations(curves, config, folder / "figures" / "accuracy_over_iterations.png")
-    figures.accuracy_over_steps(content, config, folder / "figures" / "accuracy_over_steps.png")
+        picture = figures.accuracy_over_iterations(curves, config)
+        write_atomically(folder / "figures" / "accuracy_over_iterations.png", partial(_write_png, picture))
+    picture = figures.accuracy_over_steps(content, config)
+    write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(_write_png, picture))
     for logger in loggers:
         summarise(logger, content)
     write_atomically(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
     print_table(content, folder)
+
+
+def _write_png(figure: Figure, file: BinaryIO) -> None:
+    figure.savefig(file, format="png", dpi=150)
 
 
 def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
@@ -113,10 +122,11 @@ def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
 def print_table(results: dict[str, Any], folder: Path) -> None:
     """Query accuracy per inner step with its confidence interval, both test-time zeroing modes."""
     test, config = results["test"], results["config"]
-    table = rich.table.Table(
-        title=f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "
+    print(
+        f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "
         f"{test['tasks']} test tasks, model of iteration {results['best_iteration']}"
     )
+    table = rich.table.Table()
     table.add_column("inner step", justify="right")
     for heading in ("test zeroing off", "test zeroing on"):
         table.add_column(heading, justify="right")
@@ -127,4 +137,4 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
         )
         table.add_row(str(step), *cells)
     rich.print(table)
-    print(f"Written to {folder}: results.json, metrics.csv, figures/, checkpoints/")  # rich would break the path
+    print(f"Written to {folder}")  # rich would break the path

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
 
 SPLITS = ("train", "val", "test")
 
@@ -43,6 +44,12 @@ class Task(NamedTuple):
     support_labels: Tensor
     query: Tensor
     query_labels: Tensor
+
+
+def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,)."""
+    shares = {"average": "micro", "multidim_average": "samplewise"}
+    return multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], validate_args=False, **shares)
 
 
 class TaskSampler:
