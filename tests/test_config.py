@@ -58,7 +58,7 @@ def test_every_file_composes_and_is_valid(override):
     settings(cfg)  # every interpolation resolves
 
 
-def test_there_are_the_files_that_the_design_names():
+def test_the_promised_files_are_there():
     assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init")} <= set(CONFIGS)
     assert {f"dataset={name}" for name in ("glyphs", "omniglot", "cifarfs", "folder")} <= set(CONFIGS)
     assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)

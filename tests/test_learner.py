@@ -1,4 +1,4 @@
-"""The inner loop of both engines: against arithmetic written out in NumPy, against METHOD's closed forms, each other.
+"""The inner loop of both engines: against arithmetic written out in NumPy, docs/method.md's closed forms, each other.
 
 The arithmetic is a one-layer tanh encoder and a linear head with their gradients by hand; second order is the complex
 step derivative Im f(x + ih) / h of inner loop and query loss together, exact to rounding, with no differentiation.
@@ -275,7 +275,7 @@ def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine,
     assert losses[-1] < losses[0]
 
 
-# METHOD 2.6: with w = 0 and one inner step
+# method.md 2.6: with w = 0 and one inner step
 
 
 def head_only_gradient(network, tasks, *, inner_lr, first_order):

@@ -91,6 +91,19 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, 
     assert ended == undisturbed
 
 
+def test_sigterm_is_no_success(program, tmp_path):
+    process = program("iterations=100000", "val_every=10", "logger=none", f"hydra.run.dir={tmp_path}")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM" in errors and "Traceback" not in errors
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] >= 0
+
+
 class Stop(BaseException):
     """Stands for a kill at an exact place; nothing in the program catches it."""
 

@@ -25,7 +25,7 @@ def meta_gradient(
     first_order: bool,
     tasks_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (METHOD section 0).
+    """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     tasks_at_once bounds how many tasks are in memory together.
     Returns the query loss and the query accuracy after the last inner step, (B,) each.

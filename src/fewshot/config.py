@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A UserError ends the program with its line and status 1; HYDRA_FULL_ERROR=1 shows the traceback."""
+    """A UserError ends the program with its line and status 1, or its traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143."""
     try:
         yield
     except (UserError, InstantiationException, OmegaConfBaseException) as error:
@@ -31,6 +33,11 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
             error = error.__cause__
         raise SystemExit(" ".join(str(error).split())) from None
+    except SystemExit as error:
+        if error.code is None:  # how Lightning ends a run on SIGTERM: as if nothing had happened
+            sys.stderr.write("stopped by SIGTERM; the same command with its hydra.run.dir goes on from last.ckpt\n")
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:

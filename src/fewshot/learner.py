@@ -15,7 +15,7 @@ from fewshot.tasks import Task, query_accuracy
 def meta_gradient(
     network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool
 ) -> tuple[Tensor, Tensor]:
-    """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (METHOD section 0).
+    """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """

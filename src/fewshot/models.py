@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Network(nn.Module):
     """An encoder phi and a linear head (w, b): logits = w phi(x) + b.
 
-    Kaiming-normal weights (fan in, gain sqrt 2) and zero biases everywhere, METHOD section 3; then the head's weights
-    are multiplied by init_scale, once.
+    Kaiming-normal weights (fan in, gain sqrt 2) and zero biases everywhere, docs/method.md section 3; then the head's
+    weights are multiplied by init_scale, once.
     """
 
     def __init__(self, encoder: nn.Module, features: int, ways: int, init_scale: float = 1.0) -> None:
@@ -38,7 +38,7 @@ def zero_head(network: nn.Module) -> None:
 
 
 def conv4_strided(*, channels: int, size: int, ways: int, width: int = 64, init_scale: float = 1.0) -> Network:
-    """Four strided convolutions, (B, channels, size, size) -> (B, K): METHOD section 4; 64 features at size 28."""
+    """Four strided convolutions, (B, channels, size, size) -> (B, K): method.md section 4; 64 features at size 28."""
     layers: list[nn.Module] = []
     pixels = size
     for inputs, kernel, stride in ((channels, 3, 2), (width, 3, 2), (width, 3, 2), (width, 2, 1)):
@@ -48,7 +48,7 @@ def conv4_strided(*, channels: int, size: int, ways: int, width: int = 64, init_
 
 
 def conv4_pooled(*, channels: int, size: int, ways: int, width: int = 32, init_scale: float = 1.0) -> Network:
-    """Four pooled convolutions, (B, channels, size, size) -> (B, K): METHOD section 5; 800 features at size 84."""
+    """Four pooled convolutions, (B, channels, size, size) -> (B, K): method.md section 5; 800 features at size 84."""
     layers: list[nn.Module] = []
     for inputs in (channels, width, width, width):
         layers += [nn.Conv2d(inputs, width, 3, padding=1), *_relu_norm(width), nn.MaxPool2d(2)]

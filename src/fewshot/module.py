@@ -36,7 +36,7 @@ class Scores(NamedTuple):
 
 
 class MetaLearner(pl.LightningModule):
-    """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (METHOD section 0).
+    """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (method.md section 0).
 
     Args:
         network: has .encoder and .head.
