@@ -24,7 +24,7 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A UserError ends the program with its line and status 1, or its traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143."""
+    """A UserError ends the program with its line and status 1, or a traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143."""
     try:
         yield
     except (UserError, InstantiationException, OmegaConfBaseException) as error:
