@@ -82,9 +82,11 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, 
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (folder / "results.json").exists()
-    process = program(*call)
+    call_record = (folder / ".hydra" / "overrides.yaml").read_text()
+    process = program(f"checkpoint={last}", small=False)  # gone on by folder above, by checkpoint here
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert (folder / ".hydra" / "overrides.yaml").read_text() == call_record
     ended, undisturbed = outcome(folder), outcome(whole)
     for content in (ended, undisturbed):  # where the letters are cached is no part of the result
         del content["results"]["config"]
