@@ -42,7 +42,7 @@ class Record(pl.Callback):
     is part of the checkpoint, so a run that goes on from one writes the file that an uninterrupted run would have.
 
     Raises:
-        UserError: a loss that is not finite, with its iteration and the checkpoint that remains.
+        UserError: a loss or weights that are not finite, with the iteration and the checkpoint that remains.
     """
 
     def __init__(
@@ -58,15 +58,16 @@ class Record(pl.Callback):
         self.test_every, self.test_curve_tasks = test_every, test_curve_tasks
         self.stop_at_accuracy = stop_at_accuracy
         self.rows: list[dict[str, float]] = []  # of metrics.csv
-        self.best: dict[str, float] = {"iteration": 0, "accuracy": -1.0}
+        self.best_accuracy = -1.0  # of validation, so far
         self.stopped = False  # stop_at_accuracy was reached
         self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "best": self.best, "stopped": self.stopped}
+        return {"rows": self.rows, "best_accuracy": self.best_accuracy, "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.best, self.stopped = (state_dict[key] for key in ("rows", "best", "stopped"))
+        self.rows, self.stopped = state_dict["rows"], state_dict["stopped"]
+        self.best_accuracy = state_dict["best_accuracy"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
@@ -103,9 +104,8 @@ class Record(pl.Callback):
             self._write(trainer, row, row[f"val/query_accuracy/step_{module.inner_steps}"])
 
     def _write(self, trainer: pl.Trainer, row: dict[str, float], accuracy: float) -> None:
-        better = accuracy > self.best["accuracy"]  # the earliest wins ties
-        if better:
-            self.best = {"iteration": row["iteration"], "accuracy": accuracy}
+        better = accuracy > self.best_accuracy  # the earliest wins ties
+        self.best_accuracy = max(self.best_accuracy, accuracy)
         self.stopped = self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy
         trainer.should_stop = trainer.should_stop or self.stopped
         write_metrics(self._folder / "metrics.csv", self.rows)
