@@ -40,10 +40,12 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if report.finished(folder, cfg):
         return
-    prepare(seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator)
+    precision = prepare(
+        seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
+    )
     module = MetaLearner(
         instantiate(cfg.model.network),
-        engine=cfg.engine,
+        engine=start.engine,
         inner_lr=cfg.inner_lr,
         inner_steps=cfg.inner_steps,
         test_steps=cfg.test_steps,
@@ -70,6 +72,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
         trainer = instantiate(
             cfg.trainer,
+            precision=precision,
             logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg)),
             callbacks=[*instantiate(cfg.callbacks).values(), start.describe()],
             plugins=[checkpoint.AtomicCheckpointIO()],

@@ -5,6 +5,7 @@ step derivative Im f(x + ih) / h of inner loop and query loss together, exact to
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,17 @@ NETWORKS = {
     "conv4_strided": partial(conv4_strided, channels=1, size=37, width=12),
     "conv4_pooled": partial(conv4_pooled, channels=2, size=33, width=10),
 }
-each_engine = pytest.mark.parametrize("engine", [learner, batched], ids=["sequential", "batched"])
+all_at_once, one_at_a_time = (
+    SimpleNamespace(
+        meta_gradient=partial(batched.meta_gradient, tasks_at_once=number),
+        step_accuracies=partial(batched.step_accuracies, tasks_at_once=number),
+    )
+    for number in (99, 1)
+)
+each_engine = pytest.mark.parametrize("engine", [learner, all_at_once], ids=["sequential", "batched"])
+each_way = pytest.mark.parametrize(
+    "engine", [learner, all_at_once, one_at_a_time], ids=["sequential", "batched", "batched one at a time"]
+)
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
 each_head = pytest.mark.parametrize("zeroed", [False, True], ids=["random", "zeroed"])
@@ -206,7 +217,7 @@ def test_the_engines_give_the_same_gradient(build, first_order, inner_steps, sho
     network = convolutional(build, tasks, zeroed=zeroed)
     knobs = {"inner_lr": 0.1, "inner_steps": inner_steps, "first_order": first_order}
     expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
-    found, (loss, accuracy) = meta_gradient(batched, network, tasks, **knobs)
+    found, (loss, accuracy) = meta_gradient(all_at_once, network, tasks, **knobs)
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
@@ -235,14 +246,14 @@ def test_how_many_tasks_are_in_memory_together_does_not_change_the_gradient(firs
     tasks = images_for(build, tasks=5)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
-    expected, (losses, accuracies) = meta_gradient(batched, network, tasks, **knobs)
+    expected, (losses, accuracies) = meta_gradient(all_at_once, network, tasks, **knobs)
     found, (loss, accuracy) = meta_gradient(batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
 
 
-@each_engine
+@each_way
 @each_order
 def test_the_gradient_leaves_the_parameters_as_they_are(engine, first_order):
     build = NETWORKS["conv4_pooled"]
@@ -353,7 +364,7 @@ def test_the_engines_give_the_same_step_accuracies(build, shots, zeroing):
     tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": zeroing}
-    found = batched.step_accuracies(network, tasks, **knobs)
+    found = all_at_once.step_accuracies(network, tasks, **knobs)
     assert torch.equal(found, learner.step_accuracies(network, tasks, **knobs))
     if zeroing:  # step 0: all logits are zero, so all queries get one label
         torch.testing.assert_close(found[:, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
@@ -374,7 +385,7 @@ def test_training_and_evaluation_adapt_alike(engine, build, first_order):
         assert torch.equal(accuracy, evaluated[:, steps])
 
 
-@each_engine
+@each_way
 @each_network
 @pytest.mark.parametrize("zeroing", [False, True])
 def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine, build, zeroing):

@@ -116,6 +116,11 @@ class Start:
             return False
         return self.iteration >= self.cfg.iterations or self.content["callbacks"]["Record"]["stopped"]
 
+    @property
+    def engine(self) -> str:
+        """A continued run keeps what engine=auto was when it began: another engine rounds differently."""
+        return self.content["engine"] if self.content and self.cfg.fit else self.cfg.engine
+
     @cached_property
     def run_id(self) -> str:
         """Of the logger: a continued run keeps it."""

@@ -83,7 +83,7 @@ GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
 ENGINES = ("auto", "sequential", "batched")
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
+PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 LOGGER_MODES = (None, "online", "offline", "disabled")
 
 

@@ -19,7 +19,7 @@ def meta_gradient(
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
-    maml = MAML(network, lr=inner_lr, first_order=first_order)
+    maml = _maml(network, inner_lr, first_order)
     losses, logits = [], []
     for task in _each(tasks):
         learner = maml.clone()  # theta_n <- theta
@@ -38,7 +38,7 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
-    maml = MAML(network, lr=inner_lr, first_order=True)
+    maml = _maml(network, inner_lr, first_order=True)
     logits: list[list[Tensor]] = [[] for _ in range(steps + 1)]
     for task in _each(tasks):
         learner = maml.clone()
@@ -50,6 +50,11 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
             with torch.no_grad():
                 logits[step].append(learner(task.query))
     return torch.stack([query_accuracy(torch.stack(each), tasks.query_labels) for each in logits], dim=1)
+
+
+def _maml(network: nn.Module, inner_lr: float, first_order: bool) -> MAML:
+    # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
+    return MAML(network, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False)
 
 
 def _each(tasks: Task) -> list[Task]:

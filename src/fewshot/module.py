@@ -4,15 +4,19 @@ Shapes: B tasks, N inner steps while training, T while testing.
 """
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from fewshot import batched, learner
+from fewshot.config import UserError
+from fewshot.execution import CudaGraphs
 from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -40,14 +44,13 @@ class MetaLearner(pl.LightningModule):
 
     Args:
         network: has .encoder and .head.
-        engine: "sequential" (learn2learn, one task at a time), "batched" (torch.func, all at once) or "auto": the same
-            numbers.
+        engine: "sequential" (learn2learn, task after task), "batched" (all at once) or "auto"; the same numbers.
         inner_lr: eta.
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
         first_order: FOMAML; else SOMAML.
         outer_lr: rho.
-        tasks_at_once: bounds the memory of the batched engine.
+        tasks_at_once: of the batched engine; None: as many as there are CPU threads, or all on a GPU.
     """
 
     def __init__(
@@ -72,18 +75,24 @@ class MetaLearner(pl.LightningModule):
         self._tested: tuple[list, ...] = ()
 
     def setup(self, stage: str) -> None:
-        """Settles what engine=auto means: on a GPU single tasks are bound by kernel launches, on a CPU they are not."""
+        """Settles what engine=auto means, by a rule that docs/performance.md has the measurements for."""
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
         self.trainer.precision_plugin.convert_module(self)
+        device, threads = self.trainer.strategy.root_device.type, torch.get_num_threads()
         if self.engine == "auto":
-            device = self.trainer.strategy.root_device.type
-            self.engine = "sequential" if device == "cpu" else "batched"
-            log.info(f"engine=auto: {self.engine} on {device}")
+            several = device != "cpu" or (threads > 1 and self.trainer.datamodule.meta_batch_size > 1)
+            self.engine = "batched" if several else "sequential"
+            where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+            log.info(f"engine=auto: {self.engine} on {where}")
         if self.engine == "sequential":
             self._meta_gradient, self._step_accuracies = learner.meta_gradient, learner.step_accuracies
         else:
-            self._meta_gradient = partial(batched.meta_gradient, tasks_at_once=self.tasks_at_once)
-            self._step_accuracies = batched.step_accuracies
+            how = {"tasks_at_once": self.tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
+            self._meta_gradient = partial(batched.meta_gradient, **how)
+            self._step_accuracies = partial(batched.step_accuracies, **how)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["engine"] = self.engine  # a run that goes on keeps it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=self.outer_lr)
@@ -92,9 +101,9 @@ class MetaLearner(pl.LightningModule):
         """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch."""
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        loss, accuracy = self._meta_gradient(
-            self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps, first_order=self.first_order
-        )
+        knobs = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
+        with self._one_line_out_of_memory(tasks):
+            loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
         optimizer.step()
         return {"loss": loss.mean(), "query_accuracy": accuracy.mean()}
 
@@ -120,9 +129,23 @@ class MetaLearner(pl.LightningModule):
 
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
         """{mode: (B, T + 1)}"""
-        return {
-            mode: self._step_accuracies(
-                self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
-            )
-            for mode, zeroing in MODES.items()
-        }
+        with self._one_line_out_of_memory(tasks):
+            return {
+                mode: self._step_accuracies(
+                    self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
+                )
+                for mode, zeroing in MODES.items()
+            }
+
+    @contextmanager
+    def _one_line_out_of_memory(self, tasks: Task) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
+                error
+            ):
+                raise
+            together = 1 if self.engine == "sequential" else min(len(tasks.support), self.tasks_at_once or sys.maxsize)
+            lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
+            raise UserError(f"engine={self.engine}: out of memory on {tasks.support.device}; lower {lower}") from error

@@ -9,17 +9,24 @@ import torch
 from fewshot.config import UserError
 
 
-def prepare(*, seed: int, threads: int | None, accelerator: str) -> None:
-    """Sets the number of CPU threads, seeds the initial weights, and silences advice that does not apply here.
+def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str) -> str:
+    """Returns the precision that Lightning is to be told.
+
+    Sets the number of CPU threads and whether a GPU may use TF32, seeds the initial weights, and silences advice that
+    does not apply here.
 
     Raises:
-        UserError: a GPU is asked for where there is none.
+        UserError: a GPU, or what only a GPU has, is asked for where there is none.
     """
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use trainer=cpu")
+    if precision == "tf32" and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise UserError("trainer.precision=tf32: only a CUDA GPU has it; use 32-true")
     if threads is not None:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # torch: cuDNN may
     pl.seed_everything(seed, workers=True, verbose=False)
     # Lightning advises on data loaders and logging intervals; tasks are drawn in memory.
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    return "32-true" if precision == "tf32" else precision

@@ -1,0 +1,310 @@
+"""Times one meta-step, zero_grad and the mean outer gradient of a meta-batch, of both engines and of what others offer.
+
+    python benchmarks/meta_step.py --rounds 5 --device cpu --threads 2 --json cpu.json
+    python benchmarks/meta_step.py --draw cpu.json gpu.json --png docs/meta_step.png
+
+Contestants take turns in one process, in an order that rotates from round to round, and a ratio is taken within a
+round: the speed of a shared machine drifts. What every column means is in benchmarks/README.md.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import peers
+import torch
+from instruments import MIB, Machine, Traffic, launches, relative_error
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewshot import batched, learner
+from fewshot.execution import CudaGraphs, one_by_one
+from fewshot.models import conv4_pooled, conv4_strided
+from fewshot.tasks import Task
+
+ENGINES: dict[str, Callable] = {
+    "sequential": learner.meta_gradient,
+    "batched": batched.meta_gradient,
+    "im2col": peers.im2col,
+    "learn2learn": peers.learn2learn_loop,
+    "higher": peers.higher_loop,
+    "torchopt": peers.torchopt_loop,
+}
+CONTESTANTS = (*ENGINES, "jax")
+OURS = ("sequential", "batched", "im2col")
+BASELINE = "learn2learn"
+# Of the others: colours of Okabe and Ito, told apart by the colour-blind, and marks.
+LOOKS = (("#0072B2", "o"), ("#D55E00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "s"), ("#56B4E9", "P"))
+QUERIES = 15  # per class
+TURN = 0.2  # seconds; a contestant repeats a shorter step until its turn is as long
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the benchmark: a network, the tasks of a meta-batch and how they are adapted to."""
+
+    name: str
+    network: Callable[..., nn.Module]
+    channels: int
+    size: int
+    tasks: int
+    ways: int
+    shots: int
+    inner_steps: int
+    inner_lr: float
+    first_order: bool
+
+    @property
+    def knobs(self) -> dict:
+        return {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
+
+    def start(self) -> tuple[nn.Module, Task]:
+        """The initial weights and the tasks, always the same: every class a random image, every image that and noise.
+
+        Images of nothing but noise could only be learnt by heart, and their gradients would be of no size seen in use.
+        """
+        torch.manual_seed(0)
+        network = self.network(channels=self.channels, size=self.size, ways=self.ways)
+        centres = torch.randn(self.tasks, self.ways, 1, self.channels, self.size, self.size)
+
+        def images(per_class: int) -> Tensor:
+            shape = (self.tasks, self.ways, per_class, *centres.shape[3:])
+            return (centres + 0.5 * torch.randn(shape)).flatten(1, 2)
+
+        def labels(per_class: int) -> Tensor:
+            return torch.arange(self.ways).repeat_interleave(per_class).repeat(self.tasks, 1)
+
+        return network, Task(images(self.shots), labels(self.shots), images(QUERIES), labels(QUERIES))
+
+
+def settings() -> list[Setting]:
+    """Twelve: Omniglot and photos as the paper trains on them, in both orders."""
+    omniglot, photos = (conv4_strided, 1, 28), (partial(conv4_pooled, width=32), 3, 84)
+    shapes = [
+        ("omniglot 5w1s", *omniglot, 32, 5, 1, 1, 0.4),
+        ("omniglot 5w1s", *omniglot, 32, 5, 1, 2, 0.4),
+        ("omniglot 5w1s", *omniglot, 32, 5, 1, 5, 0.4),
+        ("omniglot 20w1s", *omniglot, 16, 20, 1, 5, 0.4),
+        ("photos84 5w1s", *photos, 4, 5, 1, 5, 0.01),
+        ("photos84 5w5s", *photos, 4, 5, 5, 5, 0.01),
+    ]
+    return [
+        Setting(f"{name} {shape[-2]} step{'s' * (shape[-2] > 1)} {order}", *shape, first_order=order == "first")
+        for name, *shape in shapes
+        for order in ("first", "second")
+    ]
+
+
+class Torch:
+    """A contestant in torch: an engine with weights of its own, so that no other can touch them."""
+
+    def __init__(self, engine: Callable, network: nn.Module, tasks: Task, **knobs) -> None:
+        self._engine, self._network, self._tasks, self._knobs = engine, copy.deepcopy(network), tasks, knobs
+
+    def __call__(self) -> None:
+        self._network.zero_grad()
+        self._engine(self._network, self._tasks, **self._knobs)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The outer gradient of the last step, by the parameters' names."""
+        return {name: p.grad for name, p in self._network.named_parameters()}
+
+
+def count(setting: Setting) -> tuple[int, int]:
+    """Floating-point operations (of convolutions and matrix products) and bytes of a meta-step, counted on the CPU.
+
+    FLOPs on one task of the sequential engine, times the tasks: torch's counter takes the gradient of the weight of
+    a grouped convolution for a dense one. Bytes on the batched engine, all tasks at once: it has fewer operations.
+    """
+    network, tasks = setting.start()
+    with FlopCounterMode(display=False) as flops:
+        learner.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
+    with Traffic() as traffic:
+        batched.meta_gradient(network, tasks, **setting.knobs, execute=one_by_one)
+    return flops.get_total_flops() * setting.tasks, traffic.bytes
+
+
+def exact_gradients(setting: Setting) -> dict[str, Tensor]:
+    """The outer gradient in float64, one task after the other on the CPU: what every contestant is held against."""
+    network, tasks = setting.start()
+    tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
+    exact = Torch(learner.meta_gradient, network.double(), tasks, **setting.knobs)
+    exact()
+    return exact.gradients()
+
+
+def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int, cap: float) -> list[dict]:
+    """One row per contestant; no round begins after `cap` seconds of them, but for the first three."""
+    exact, (flops, traffic) = exact_gradients(setting), count(setting)
+    floor = max(flops / machine.flops_per_second, traffic / machine.bytes_per_second)
+    entered, rows, times = {}, {}, {}
+    for name in names:
+        try:
+            entered[name], times[name], rows[name] = enter(name, setting, machine)
+        except Exception as error:
+            if name in OURS:
+                raise
+            print(f"{name} is left out of {setting.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    seconds = {name: [] for name in entered}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        order = list(entered)[turn % len(entered) :] + list(entered)[: turn % len(entered)]
+        for name in order:
+            seconds[name].append(machine.seconds(entered[name], times[name]))
+        if turn >= 2 and time.perf_counter() - began > cap:
+            break
+    for name, row in rows.items():
+        median = statistics.median(seconds[name])
+        ratios = [theirs / own for theirs, own in zip(seconds.get(BASELINE, []), seconds[name], strict=False)]
+        row |= {
+            "setting": setting.name,
+            "contestant": name,
+            "milliseconds": 1000 * median,
+            "tasks_per_second": setting.tasks / median,
+            "speedup": statistics.median(ratios) if ratios else None,
+            "relative_error": relative_error(entered[name].gradients(), exact),
+            "times_floor": median / floor,
+            "round_milliseconds": [1000 * each for each in seconds[name]],
+            "gflop": flops / 1e9,
+            "mib_moved": traffic / MIB,
+        }
+    return list(rows.values())
+
+
+def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int, dict]:
+    """Makes a contestant, warms it up and asks for what timing would disturb: steps per turn, memory and kernels.
+
+    On a GPU memory is the peak of the warm-up, in which a CUDA graph is captured: replaying one allocates nothing.
+    """
+    network, tasks = setting.start()
+    network, tasks = network.to(machine.device), Task(*(field.to(machine.device) for field in tasks))
+    if name == "jax":
+        contestant = peers.Jax(network, tasks, **setting.knobs, tf32=machine.tf32)
+    else:
+        recorded = {"execute": CudaGraphs()} if machine.on_gpu and name in ("batched", "im2col") else {}
+        contestant = Torch(ENGINES[name], network, tasks, **setting.knobs, **recorded)
+    before = torch.cuda.memory_allocated() if machine.on_gpu else 0
+    if machine.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3 if machine.on_gpu else 1):
+        warm = machine.seconds(contestant)
+    peak = torch.cuda.max_memory_allocated() - before if machine.on_gpu else 0
+    if name == "jax":
+        kernels, peak = None, contestant.temporary_bytes
+    else:
+        kernels, cpu_peak = launches(contestant, machine)
+        peak = peak or cpu_peak
+        if name == "batched" and not machine.on_gpu:  # its threads are out of the profiler's sight
+            alone = partial(Torch, ENGINES[name], network, tasks, **setting.knobs, execute=one_by_one)
+            kernels, _ = launches(alone(), machine)  # what a GPU would be given: all tasks at once
+            peak = launches(alone(tasks_at_once=1), machine)[1] * torch.get_num_threads()
+    return contestant, max(1, round(TURN / warm)), {"kernels": kernels, "peak_mib": peak / MIB}
+
+
+def table(title: str, rows: list[dict]) -> Table:
+    table = Table(title=title, title_justify="left")
+    headings = ("", "ms", "tasks/s", "speed-up", "peak MiB", "kernels", "rel. error", "x floor", "rounds")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(
+            row["contestant"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['tasks_per_second']:.1f}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            f"{row['peak_mib']:.1f}",
+            "" if row["kernels"] is None else str(row["kernels"]),
+            f"{row['relative_error']:.1e}",
+            f"{row['times_floor']:.1f}",
+            str(len(row["round_milliseconds"])),
+        )
+    return table
+
+
+def draw(files: list[Path], png: Path) -> None:
+    """Speed-up over learn2learn per setting, a panel per file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    found = [json.loads(file.read_text()) for file in files]
+    names = list(dict.fromkeys(row["setting"] for each in found for row in each["rows"]))
+    size = (2.5 + 4 * len(files), 1.4 + 0.42 * len(names))
+    figure, panels = plt.subplots(1, len(files), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, each in zip(panels[0], found, strict=True):
+        panel.axvline(1, color="black", linewidth=1, label=BASELINE)
+        others = [name for name in CONTESTANTS if name != BASELINE]
+        for place, (contestant, (colour, marker)) in enumerate(zip(others, LOOKS, strict=True)):
+            rows = [row for row in each["rows"] if row["contestant"] == contestant and row["speedup"]]
+            heights = [names.index(row["setting"]) + 0.12 * (place - 2) for row in rows]  # side by side where equal
+            panel.plot([row["speedup"] for row in rows], heights, marker, color=colour, markersize=5, label=contestant)
+        machine = each["machine"]
+        panel.set_title(f"{machine['device']}, {machine['precision']}, torch {machine['torch']}", fontsize=9)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.set_yticks(range(len(names)), names)
+        panel.grid(color="0.9")
+        panel.set_axisbelow(True)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("times as fast as learn2learn, same tasks and weights", fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(png, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", default="", help="regular expression; only settings whose name it is found in")
+    parser.add_argument("--contestants", help="separated by commas; all, but im2col on a GPU only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--cap", type=float, default=60, help="seconds of rounds after which no fourth or later one begins"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32", help="tf32: on a GPU only")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw these")
+    parser.add_argument("--png", type=Path, default=Path("meta_step.png"))
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(arguments.draw, arguments.png)
+        return
+    asked = (arguments.contestants or ",".join(CONTESTANTS)).split(",")
+    if not arguments.contestants and arguments.device == "cpu":
+        asked.remove("im2col")
+    names = [name for name in CONTESTANTS if name in asked]
+    for absent in [name for name in names if name not in OURS and not importlib.util.find_spec(name)]:
+        print(f"{absent} is skipped: not installed here; pip install {absent}")
+        names.remove(absent)
+    machine = Machine(arguments.device, arguments.threads, tf32=arguments.precision == "tf32")
+    description, rows, console = machine.describe(), [], Console()
+    console.width = max(console.width, 100)
+    for key, value in description.items():
+        print(f"{key}: {value:.0f}" if isinstance(value, float) else f"{key}: {value}")
+    if "jax" in names and not machine.on_gpu and description["cores"] != description["threads"]:
+        print(f"jax runs on {description['cores']} cores, torch on {description['threads']}: taskset makes them equal")
+    for setting in settings():
+        if re.search(arguments.settings, setting.name):
+            rows += (measured := measure(setting, names, machine, rounds=arguments.rounds, cap=arguments.cap))
+            console.print(table(setting.name, measured))
+            if arguments.json:  # after every setting: a run that is stopped leaves what it has
+                arguments.json.write_text(json.dumps({"machine": description, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

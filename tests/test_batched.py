@@ -1,0 +1,315 @@
+"""The batched engine: tasks side by side in the channels, on threads, as CUDA graphs. Its numbers: test_learner.py."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_learner import NETWORKS, convolutional, draw, images_for, meta_gradient, prepared
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewshot import batched, learner
+from fewshot.execution import CudaGraphs, on_threads, one_by_one
+from fewshot.models import Network, conv4_pooled, conv4_strided
+
+each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
+KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
+
+
+def vector(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in gradients.values()])
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """As a whole: a foreign network may have parameters whose gradient is zero but for rounding."""
+    found, expected = vector(found), vector(expected)
+    assert ((found - expected).norm() / expected.norm()).item() < tolerance
+
+
+# Side by side in the channels
+
+
+@each_network
+def test_the_projects_networks_lie_side_by_side(build):
+    """So they never take the slower way that is right for any network."""
+    tasks = images_for(build, tasks=3)
+    network = convolutional(build, tasks)
+    images = tasks.query.transpose(0, 1).flatten(1, 2)
+    theta = batched._copies(network, 3)
+    with batched.SideBySide(3):
+        logits = functional_call(network, theta, images)
+    expected = torch.cat([network(each) for each in tasks.query], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(
+            nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x + self.inside(x))
+
+
+class Reshaped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1)
+
+
+class Scaled(nn.Module):
+    """A parameter that broadcasts over the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([[1.5], [0.5]]).repeat(1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale.repeat(6, 1)[:5, :5]
+
+
+def norm(width: int = 6) -> nn.Module:
+    return nn.BatchNorm2d(width, track_running_stats=False)
+
+
+ENCODERS = {
+    "residual": lambda: [nn.Conv2d(2, 6, 3), norm(), Residual(), nn.AvgPool2d(5), nn.Flatten()],
+    "grouped": lambda: [nn.Conv2d(2, 6, 3, groups=2, dilation=2), nn.ReLU(), norm(), nn.MaxPool2d(3), nn.Flatten()],
+    "padding=same": lambda: [nn.Conv2d(2, 6, 3, padding="same"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten()],
+    "padding=reflect": lambda: [
+        *(nn.Conv2d(2, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten())
+    ],
+    "channels mixed": lambda: [nn.Conv2d(2, 6, 3), norm(), nn.Softmax(dim=1), nn.AvgPool2d(5), nn.Flatten()],
+    "groups of channels": lambda: [nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(5), nn.Flatten()],
+    "layer norm": lambda: [nn.Conv2d(2, 6, 3), norm(), nn.LayerNorm([6, 5, 5]), nn.MaxPool2d(5), nn.Flatten()],
+    "own reshape": lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), norm(), nn.MaxPool2d(5), Reshaped()],
+    "own parameter": lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), norm(), Scaled(), nn.MaxPool2d(5), nn.Flatten()],
+    "linear on images": lambda: [
+        nn.Conv2d(2, 6, 3),
+        nn.ReLU(),
+        norm(),
+        nn.Linear(5, 1),
+        nn.AvgPool2d((5, 1)),
+        nn.Flatten(),
+    ],
+}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
+@each_order
+def test_any_network_has_the_gradient_of_the_loop(encoder, first_order):
+    """What may mix channels goes through vmap: with BatchNorm, where a vmap of gradients is wrong in second order."""
+    torch.manual_seed(0)
+    network, tasks = (
+        prepared(Network(nn.Sequential(*encoder()), 6, 3), False),
+        draw(tasks=3, shape=(2, 7, 7), queries=3),
+    )
+    expected, (_, accuracies) = meta_gradient(learner, network, tasks, first_order=first_order, **KNOBS)
+    found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
+    assert_same(found, expected)
+    assert torch.equal(accuracy, accuracies)
+
+
+@pytest.mark.parametrize(
+    "geometry", [((1, 1), (0, 0), (1, 1), 1), ((2, 2), (1, 1), (1, 1), 3), ((2, 1), (0, 2), (1, 2), 1)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differences(geometry, bias):
+    torch.manual_seed(0)
+    *_, groups = geometry
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, 3 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
+    assert torch.equal(batched.Convolution.apply(x, w, b, geometry), F.conv2d(x, w, b, *geometry))
+    assert torch.autograd.gradcheck(batched.Convolution.apply, (x, w, b, geometry))
+    assert torch.autograd.gradgradcheck(batched.Convolution.apply, (x, w, b, geometry))
+
+
+# How much is launched, and how much memory it takes
+
+
+class Count(TorchDispatchMode):
+    """Operations that compute something: no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("build, size, tasks, share", [(conv4_strided, 28, 32, 0.1), (conv4_pooled, 32, 4, 0.4)])
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 5])
+def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, first_order, inner_steps):
+    """On a GPU each would be a launch: at most a tenth of the loop's with 32 tasks, 40% with four."""
+    network = build(channels=1, size=size, ways=3, width=4)
+    drawn = draw(tasks=tasks, shape=(1, size, size))
+    drawn = drawn._replace(support=drawn.support.float(), query=drawn.query.float())
+    numbers = []
+    for engine in (learner.meta_gradient, partial(batched.meta_gradient, tasks_at_once=tasks)):
+        with Count() as count:
+            engine(network, drawn, inner_lr=0.01, inner_steps=inner_steps, first_order=first_order)
+        numbers.append(count.number)
+    assert numbers[1] < share * numbers[0]
+
+
+def peak_bytes(function) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    now = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("engine", [learner.meta_gradient, partial(batched.meta_gradient, tasks_at_once=4)])
+def test_the_memory_of_fomaml_does_not_grow_with_the_inner_steps(engine):
+    network = conv4_strided(channels=1, size=28, ways=5, width=16)
+    tasks = draw(tasks=4, ways=5, queries=8, shape=(1, 28, 28))
+    tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
+    one, six = (
+        peak_bytes(partial(engine, network, tasks, inner_lr=0.1, inner_steps=steps, first_order=True))
+        for steps in (1, 6)
+    )
+    assert one > 4 * 5 * 8 * 16 * 13 * 13  # something was measured
+    assert six < 1.05 * one
+
+
+# On threads
+
+
+@each_order
+@pytest.mark.parametrize("tasks_at_once", [None, 1, 2, 4, 7])
+def test_threads_compute_what_one_computes(first_order, tasks_at_once):
+    build = NETWORKS["conv4_pooled"]
+    tasks = images_for(build, tasks=5)
+    network = convolutional(build, tasks)
+    knobs = {"first_order": first_order, **KNOBS}
+    expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
+    evaluated = learner.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=False)
+    torch.set_num_threads(3)
+    several = partial(meta_gradient, batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
+    found, (loss, accuracy) = several()
+    assert_same(found, expected)
+    torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+    assert torch.equal(accuracy, accuracies)
+    again, _ = several()
+    assert torch.equal(vector(again), vector(found))  # bit by bit: the order of the sum does not depend on who is first
+    knobs = {"inner_lr": 0.1, "steps": 3, "zeroing": False, "tasks_at_once": tasks_at_once}
+    assert torch.equal(batched.step_accuracies(network, tasks, **knobs), evaluated)
+    assert torch.get_num_threads() == 3
+
+
+def test_an_error_in_a_thread_is_raised_and_the_number_of_threads_restored():
+    tasks = draw(tasks=4, shape=(1, 2))
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="Expected size"):
+        meta_gradient(batched, Network(nn.Flatten(), 5, 3).double(), tasks, first_order=True, **KNOBS)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("threads, tasks_at_once", [(1, 9), (2, None)])
+def test_autocast_reaches_the_convolutions(threads, tasks_at_once):
+    """bf16-mixed: coarser than float32, and the same direction."""
+    tasks = images_for(NETWORKS["conv4_pooled"], tasks=4, queries=4)
+    tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
+    network = convolutional(NETWORKS["conv4_pooled"], tasks).float()
+    knobs = {"inner_lr": 0.01, "inner_steps": 1, "first_order": True, "tasks_at_once": tasks_at_once}
+    exact, _ = meta_gradient(batched, network, tasks, **knobs)
+    torch.set_num_threads(threads)
+    seen = []
+    hook = network.encoder[0].register_forward_hook(lambda layer, passed, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse, _ = meta_gradient(batched, network, tasks, **knobs)
+    hook.remove()
+    assert threads > 1 or set(seen) == {torch.bfloat16}
+    found, expected = vector(coarse), vector(exact)
+    assert not torch.equal(found, expected)
+    assert F.cosine_similarity(found, expected, dim=0) > 0.8
+    assert found.dtype == torch.float32
+
+
+# As CUDA graphs
+
+
+def test_where_recording_is_impossible_one_line_says_so_and_the_numbers_are_the_same(monkeypatch, caplog):
+    tried = []
+
+    def record(self, function, network, chunk):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    tasks = images_for(NETWORKS["conv4_strided"], tasks=4)
+    network = convolutional(NETWORKS["conv4_strided"], tasks)
+    execute = CudaGraphs()
+    expected, _ = meta_gradient(batched, network, tasks, first_order=True, tasks_at_once=2, **KNOBS)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            knobs = {"first_order": True, "tasks_at_once": 2, "execute": execute, **KNOBS}
+            found, _ = meta_gradient(batched, network, tasks, **knobs)
+            assert torch.equal(vector(found), vector(expected))
+    assert len(tried) == 1
+    assert [record.message for record in caplog.records] == [
+        "engine=batched: no CUDA graph (operation not permitted when stream is capturing); "
+        "kernels are launched one by one"
+    ]
+
+
+def test_out_of_memory_while_recording_is_no_reason_to_go_on(monkeypatch):
+    def record(self, function, network, chunk):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    with pytest.raises(torch.OutOfMemoryError):
+        meta_gradient(
+            batched, Network(nn.Flatten(), 2, 3), draw(shape=(1, 2)), first_order=True, execute=CudaGraphs(), **KNOBS
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@each_network
+@each_order
+def test_a_recorded_meta_step_is_the_meta_step(build, first_order):
+    """On other tasks and other weights than those it was recorded with; evaluation likewise."""
+    drawn = [images_for(build, tasks=5, seed=seed) for seed in range(3)]
+    drawn = [type(tasks)(*(field.cuda() for field in tasks)) for tasks in drawn]
+    network = convolutional(build, images_for(build)).cuda()
+    execute, optimizer = CudaGraphs(), torch.optim.Adam(network.parameters())
+    knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS}
+    for tasks in drawn:
+        expected, (losses, accuracies) = meta_gradient(batched, network, tasks, execute=one_by_one, **knobs)
+        found, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+        assert_same(found, expected)
+        torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+        assert torch.equal(accuracy, accuracies)
+        evaluation = {"inner_lr": 0.1, "steps": 2, "zeroing": True, "tasks_at_once": 2}
+        plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
+        assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)
+        optimizer.step()
+    assert execute._possible and len(execute._recorded) == 4  # two shapes of chunk, training and evaluation
+
+
+def test_on_threads_with_one_thread_is_one_by_one():
+    chunks = [draw(seed=seed) for seed in range(3)]
+    network = Network(nn.Flatten(), 6, 3)
+    seen = []
+
+    def function(given, chunk):
+        seen.append(given)
+        return (chunk.support,)
+
+    results = on_threads(function, network, chunks)
+    assert [result[0] is chunk.support for result, chunk in zip(results, chunks, strict=True)] == [True] * 3
+    assert seen == [network] * 3

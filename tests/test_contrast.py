@@ -1,0 +1,509 @@
+"""The closed forms of docs/method.md section 2: against automatic differentiation, and formula by formula."""
+
+import itertools
+from functools import partial
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewshot import learner
+from fewshot.contrast import Gradients, closed_form_gradients, contrastive_coefficients
+from fewshot.models import conv4_strided, zero_head
+from fewshot.tasks import Task
+
+each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
+each_loss = pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+each_head = pytest.mark.parametrize("head", ["random", "zero"])
+with_and_without_bias = pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+
+
+class Features(NamedTuple):
+    """The arguments of `closed_form_gradients`."""
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def draw(*, tasks=(), counts=(1,) * 5, queries=2, features=7, head="random", biased=True, seed=0):
+    """counts: support images of each class; labels in random order; a zero head has a zero bias."""
+    random = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=random, dtype=torch.float64)
+    ways, scale, tasks = len(counts), float(head == "random"), torch.Size(tasks)
+
+    def images(labels):
+        shuffled = [labels[torch.randperm(len(labels), generator=random)] for _ in range(tasks.numel())]
+        return normal(*tasks, len(labels), features), torch.stack(shuffled).reshape(*tasks, -1)
+
+    support = images(torch.arange(ways).repeat_interleave(torch.tensor(counts)))
+    query = images(torch.arange(ways).repeat_interleave(queries))
+    return Features(*support, *query, scale * normal(ways, features), scale * normal(ways) if biased else None)
+
+
+# The reference: the inner loop and its query loss written plainly for one task, differentiated by torch.
+
+
+def support_loss(logits, labels, loss):
+    if loss == "mse":
+        return (logits - F.one_hot(labels, logits.shape[1])).square().sum() / 2
+    return F.cross_entropy(logits, labels)
+
+
+def linear(x, head):
+    return F.linear(x, *head)
+
+
+def adapted(x, labels, head, *, inner_lr, inner_steps, loss):
+    """The heads W_0 .. W_N, each (weight,) or (weight, bias), as functions of x and the first."""
+    heads = [head]
+    for _ in range(inner_steps):
+        gradients = torch.autograd.grad(support_loss(linear(x, head), labels, loss), head, create_graph=True)
+        head = tuple(p - inner_lr * g for p, g in zip(head, gradients, strict=True))
+        heads.append(head)
+    return heads
+
+
+def differentiated(x, labels, query, query_labels, weight, bias, *, first_order, loss, **knobs):
+    """loss and the gradients with respect to query features, support features, weight and bias of one task."""
+    x, query, *head = (each.clone().requires_grad_() for each in (x, query, weight, bias) if each is not None)
+    last = adapted(x, labels, tuple(head), loss=loss, **knobs)[-1]
+    if first_order:
+        last = head = tuple(p.detach().requires_grad_() for p in last)
+    value = support_loss(linear(query, last), query_labels, loss)
+    gradients = torch.autograd.grad(value, [query, x, *head], allow_unused=True, materialize_grads=True)
+    return value.detach(), *gradients
+
+
+def one_by_one(function, given, **knobs):
+    """The function of each task by itself, stacked again."""
+    tasks = given.support.shape[:-2]
+    each = zip(*(field.reshape(-1, *field.shape[len(tasks) :]) for field in given[:4]), strict=True)
+    results = [function(*task, given.weight, given.bias, **knobs) for task in each]
+    return [torch.stack(field).reshape(tasks + field[0].shape) for field in zip(*results, strict=True)]
+
+
+def relative(found, expected):
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-3)).item()  # 1e-3: where zeros are expected
+
+
+def assert_as_differentiated(given, *, inner_lr=0.4, inner_steps=1, first_order, loss="cross_entropy"):
+    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "loss": loss}
+    value, query, support, weight, *bias = one_by_one(differentiated, given, **knobs)
+    found = closed_form_gradients(*given, **knobs)
+    assert relative(found.loss, value) < 1e-10
+    assert relative(found.query_features, query) < 1e-10
+    assert relative(found.support_features, support) < 1e-10
+    assert relative(found.weight, weight) < 1e-10
+    assert (found.bias is None) == (given.bias is None)
+    if bias:
+        assert relative(found.bias, bias[0]) < 1e-10
+    return found
+
+
+# Cross entropy (2.4, 2.5) and mean square (2.1)
+
+
+@each_order
+@with_and_without_bias
+@each_head
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("inner_steps", [1, 2, 5])
+@pytest.mark.parametrize("tasks", [(), (3,), (2, 3)], ids=str)
+def test_the_gradients_are_those_of_automatic_differentiation(first_order, biased, head, shots, inner_steps, tasks):
+    given = draw(tasks=tasks, counts=(shots,) * 5, head=head, biased=biased)
+    found = assert_as_differentiated(given, inner_steps=inner_steps, first_order=first_order)
+    assert found.query_features.norm() > 1e-2 and found.weight.norm() > 1e-2
+    assert (found.support_features.norm() == 0) if first_order else (found.support_features.norm() > 1e-3)
+    if inner_steps > 1:  # the later steps count: more than the tolerance could hide
+        fewer = closed_form_gradients(*given, inner_lr=0.4, inner_steps=inner_steps - 1, first_order=first_order)
+        assert relative(fewer.query_features, found.query_features) > 1e-3
+
+
+@each_order
+@each_loss
+@each_head
+@pytest.mark.parametrize("counts", [(3, 1, 2), (4, 0, 1), (0, 0, 2)], ids=str)
+def test_the_support_may_be_unbalanced_and_a_class_absent(first_order, loss, head, counts):
+    steps, inner_lr = (3, 0.4) if loss == "cross_entropy" else (1, 0.05)
+    given = draw(tasks=(2,), counts=counts, queries=3, head=head)
+    assert_as_differentiated(given, inner_lr=inner_lr, inner_steps=steps, first_order=first_order, loss=loss)
+
+
+@each_order
+@with_and_without_bias
+@each_head
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("tasks", [(), (2, 3)], ids=str)
+def test_the_gradients_of_the_mean_square_are_those_of_automatic_differentiation(
+    first_order, biased, head, shots, tasks
+):
+    given = draw(tasks=tasks, counts=(shots,) * 5, head=head, biased=biased)
+    assert_as_differentiated(given, inner_lr=0.05, first_order=first_order, loss="mse")
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_shapes_and_labels(data):
+    ways, features, tasks = (data.draw(st.integers(1, most)) for most in (4, 4, 3))
+    support, query = (data.draw(st.integers(1, 5)) for _ in range(2))
+    labels = [
+        torch.tensor(data.draw(st.lists(st.integers(0, ways - 1), min_size=tasks * images, max_size=tasks * images)))
+        for images in (support, query)
+    ]
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    normal = partial(torch.randn, generator=random, dtype=torch.float64)
+    given = Features(
+        normal(tasks, support, features),
+        labels[0].reshape(tasks, support),
+        normal(tasks, query, features),
+        labels[1].reshape(tasks, query),
+        normal(ways, features),
+        normal(ways) if data.draw(st.booleans()) else None,
+    )
+    assert_as_differentiated(given, inner_steps=data.draw(st.integers(1, 4)), first_order=data.draw(st.booleans()))
+
+
+# The parts of the query features' gradient (2.3, 2.4)
+
+
+def predictions(x, labels, query, query_labels, weight, bias, **knobs):
+    """Q (Q, K) and the support predictions P (N, S, K) of one task, by the reference's inner loop."""
+    head = tuple(p.clone().requires_grad_() for p in (weight, bias) if p is not None)
+    *before, last = adapted(x, labels, head, loss="cross_entropy", **knobs)
+    return linear(query, last).softmax(1).detach(), torch.stack(
+        [linear(x, each).softmax(1).detach() for each in before]
+    )
+
+
+@with_and_without_bias
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_the_parts_are_interference_and_contrast(biased, inner_steps):
+    given = draw(tasks=(2,), counts=(2, 1, 3), biased=biased)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
+    found = closed_form_gradients(*given, first_order=True, **knobs)
+    Q, _ = one_by_one(predictions, given, **knobs)
+    interference = (Q - F.one_hot(given.query_labels, 3)) @ given.weight / 6
+    C = contrastive_coefficients(*given, **knobs)
+    assert C.shape == (inner_steps, 2, 6, 6)
+    assert relative(found.interference, interference) < 1e-12
+    assert relative(found.contrastive, -0.4 / (6 * 6) * C.sum(0) @ given.support) < 1e-12
+    assert torch.equal(found.interference + found.contrastive, found.query_features)
+    second = closed_form_gradients(*given, first_order=False, **knobs)
+    for part in ("query_features", "interference", "contrastive", "loss"):
+        assert torch.equal(getattr(found, part), getattr(second, part))
+
+
+@with_and_without_bias
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("tasks", [(), (2,)], ids=str)
+def test_the_coefficients_are_those_of_the_elementwise_formula(biased, inner_steps, tasks):
+    given = draw(tasks=tasks, counts=(2, 1, 3), biased=biased)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
+    found = contrastive_coefficients(*given, **knobs)
+    assert found.shape == (inner_steps, *tasks, 6, 6)
+    Q, P = one_by_one(predictions, given, **knobs)
+    for task in itertools.product(*(range(n) for n in tasks)):
+        for p, (query, u), (support, t) in itertools.product(
+            range(inner_steps), enumerate(given.query_labels[task]), enumerate(given.support_labels[task])
+        ):
+            q, s = Q[task][query], P[task][p, support]
+            c = sum(q[j] * s[j] for j in range(3)) - s[u] - q[t] + float(t == u)
+            torch.testing.assert_close(found[p][task][query, support], c, rtol=1e-12, atol=1e-14)
+
+
+def same_class(given):
+    """1[t=u], (..., Q, S)"""
+    return (given.query_labels.unsqueeze(-1) == given.support_labels.unsqueeze(-2)).double()
+
+
+def noise_free(given, **knobs):
+    """1[t=u] - q_t, (..., Q, S)"""
+    Q, _ = one_by_one(predictions, given, **knobs)
+    return same_class(given) - Q.gather(-1, given.support_labels.unsqueeze(-2).expand(*Q.shape[:-1], -1))
+
+
+@with_and_without_bias
+@pytest.mark.parametrize("counts", [(1,) * 5, (3,) * 5, (4, 1, 2, 1, 0)], ids=str)
+def test_from_a_zero_head_the_coefficients_of_step_one_have_no_noise(biased, counts):
+    given = draw(tasks=(3,), counts=counts, head="zero", biased=biased)
+    knobs = {"inner_lr": 0.4, "inner_steps": 1}
+    (found,) = contrastive_coefficients(*given, **knobs)
+    assert relative(found, noise_free(given, **knobs)) < 1e-12
+    assert torch.equal(found > 0, same_class(given) == 1)
+    if len(set(counts)) == 1:
+        assert (found > 0).double().mean() == 1 / 5  # exactly 1/K
+    assert not closed_form_gradients(*given, first_order=False, **knobs).interference.any()
+
+
+@pytest.mark.parametrize("inner_steps", [2, 3, 5])
+def test_from_a_zero_head_the_noise_is_back_after_step_one(inner_steps):
+    """So that MAML "becomes supervised contrastive learning" holds for one inner step alone (2.6)."""
+    given = draw(tasks=(3,), counts=(2,) * 5, head="zero")
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
+    first, *later = contrastive_coefficients(*given, **knobs)
+    expected = noise_free(given, **knobs)
+    assert relative(first, expected) < 1e-12
+    assert all(relative(each, expected) > 1e-2 for each in later)
+
+
+def test_from_a_random_head_negative_pairs_get_the_wrong_sign():
+    given = draw(tasks=(20,))
+    knobs = {"inner_lr": 0.4, "inner_steps": 1}
+    negative = same_class(given) == 0
+    assert (noise_free(given, **knobs)[negative] < 0).all()
+    assert (contrastive_coefficients(*given, **knobs)[0][negative] > 0).double().mean() > 0.05
+
+
+def test_zero_weights_with_a_bias_are_no_zero_head():
+    """P = softmax(b) is not uniform: there is noise, and the share of c > 0 is not 1/K (2.6)."""
+    given = draw(tasks=(20,), head="zero")._replace(bias=torch.linspace(-2, 2, 5, dtype=torch.float64))
+    knobs = {"inner_lr": 0.4, "inner_steps": 1}
+    found = contrastive_coefficients(*given, **knobs)[0]
+    _, P = one_by_one(predictions, given, **knobs)
+    torch.testing.assert_close(P, given.bias.softmax(0).expand_as(P))
+    assert relative(found, noise_free(given, **knobs)) > 0.1
+    assert (found > 0).double().mean() != 1 / 5
+    assert not closed_form_gradients(*given, first_order=True, **knobs).interference.any()
+
+
+@each_head
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_papers_support_gradient_is_its_first_part_alone(head, bias):
+    """-eta/(N_s N_q) C^T Phi_Q: exact where W_0 = 0, whatever the bias, and only there (2.5)."""
+    given = draw(tasks=(3,), counts=(2,) * 5, head=head)._replace(bias=torch.arange(5.0).double() if bias else None)
+    knobs = {"inner_lr": 0.4, "inner_steps": 1}
+    found = closed_form_gradients(*given, first_order=False, **knobs).support_features
+    first_part = -0.4 / (10 * 10) * contrastive_coefficients(*given, **knobs)[0].mT @ given.query
+    if head == "zero":
+        assert relative(first_part, found) < 1e-12
+    else:
+        assert relative(first_part, found) > 0.1
+
+
+# The formulas of 2.1, the motivating example
+
+
+@pytest.mark.parametrize("counts", [(1,) * 5, (2, 1, 3, 0, 1)], ids=str)
+def test_the_motivating_example(counts):
+    given, eta = draw(counts=counts, head="zero", biased=False), 0.05
+    knobs = {"inner_lr": eta, "inner_steps": 1, "loss": "mse"}
+    found = closed_form_gradients(*given, first_order=False, **knobs)
+    (C,) = contrastive_coefficients(*given, **knobs)
+
+    T_S, T_Q = (F.one_hot(labels, 5).double() for labels in (given.support_labels, given.query_labels))
+    m = torch.stack([given.support[given.support_labels == k].sum(0) for k in range(5)])
+    W_1 = eta * m  # a classifier whose rows are eta times the sums of the classes' support features
+    expected = same_class(given) - eta * given.query @ m[given.support_labels].T
+    identity = torch.eye(7, dtype=torch.float64)
+    assert relative(C, expected) < 1e-12
+    assert relative(found.loss, (eta * given.query @ m.T - T_Q).square().sum() / 2) < 1e-12
+    assert relative(found.query_features, -eta * expected @ given.support) < 1e-12
+    assert relative(found.support_features, -eta * expected.T @ given.query) < 1e-12
+    inner = identity - eta * given.support.T @ given.support
+    assert relative(found.weight, (W_1 @ given.query.T - T_Q.T) @ given.query @ inner) < 1e-12
+    assert relative(W_1, eta * T_S.T @ given.support) < 1e-12
+
+    head = draw(counts=counts, biased=False)  # not zero: W_1 has the memory of W_0 that the data leave
+    W_1 = head.weight @ inner + eta * T_S.T @ given.support
+    found = closed_form_gradients(*given._replace(weight=head.weight), first_order=False, **knobs)
+    assert relative(found.weight, (W_1 @ given.query.T - T_Q.T) @ given.query @ inner) < 1e-12
+    assert relative(found.query_features, (given.query @ W_1.T - T_Q) @ W_1) < 1e-12
+
+
+def test_with_the_mean_of_torchs_mse_loss_eta_is_smaller():
+    given, inner_lr = draw(counts=(2,) * 5), 0.4
+    head = tuple(p.clone().requires_grad_() for p in (given.weight, given.bias))
+    T_S, T_Q = (F.one_hot(labels, 5).double() for labels in (given.support_labels, given.query_labels))
+    gradients = torch.autograd.grad(F.mse_loss(linear(given.support, head), T_S), head)
+    head = tuple(p - inner_lr * g for p, g in zip(head, gradients, strict=True))
+    query_loss = (linear(given.query, head) - T_Q).square().sum() / 2
+    eta = 2 * inner_lr / (10 * 5)
+    found = closed_form_gradients(*given, inner_lr=eta, inner_steps=1, first_order=True, loss="mse")
+    assert relative(found.loss, query_loss.detach()) < 1e-12
+
+
+# The encoder's gradient (2.5, 2.6), through convolutions and BatchNorm
+
+
+def images(*, tasks=2, ways=3, shots=2, queries=3, size=28):
+    random = torch.Generator().manual_seed(0)
+
+    def each(count):
+        labels = torch.arange(ways).repeat_interleave(count).expand(tasks, -1)
+        return torch.randn(tasks, ways * count, 1, size, size, generator=random, dtype=torch.float64), labels
+
+    return Task(*each(shots), *each(queries))
+
+
+def network(*, zeroed=False):
+    torch.manual_seed(1)
+    built = conv4_strided(channels=1, size=28, ways=3, width=6).double()
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    if zeroed:
+        zero_head(built)
+    return built
+
+
+def through_the_closed_form(net, tasks, **knobs):
+    """<[dL/dPhi_Q], Phi_Q> + <[dL/dPhi_S], Phi_S>, mean over tasks: the encoder's gradients by name, and Gradients."""
+    support, query = (torch.stack([net.encoder(x) for x in each]) for each in (tasks.support, tasks.query))
+    found = closed_form_gradients(
+        support, tasks.support_labels, query, tasks.query_labels, net.head.weight, net.head.bias, **knobs
+    )
+    assert isinstance(found, Gradients)
+    surrogate = (found.query_features * query).sum() + (found.support_features * support).sum()
+    parameters = dict(net.encoder.named_parameters())
+    gradients = torch.autograd.grad(surrogate / len(support), parameters.values())
+    return dict(zip(parameters, gradients, strict=True)), found
+
+
+def with_the_head_alone_adapted(net, tasks, *, first_order, **knobs):
+    """The encoder's gradients by torch, support features constant in the first order."""
+    parameters, loss = dict(net.encoder.named_parameters()), 0.0
+    for x, labels, query, query_labels in zip(*tasks, strict=True):
+        support = net.encoder(x)
+        head = (net.head.weight, net.head.bias)
+        head = adapted(support.detach() if first_order else support, labels, head, loss="cross_entropy", **knobs)[-1]
+        loss = loss + F.cross_entropy(linear(net.encoder(query), head), query_labels) / len(tasks.support)
+    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+
+
+def worst(found, expected):
+    assert found.keys() == expected.keys() and all(value.norm() > 1e-6 for value in expected.values())
+    return max(relative(found[name] / value.norm(), value / value.norm()) for name, value in expected.items())
+
+
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("zeroed", [False, True], ids=["random", "zero"])
+def test_the_encoders_gradient_follows_from_the_features(first_order, inner_steps, zeroed):
+    net, tasks = network(zeroed=zeroed), images()
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+    expected = with_the_head_alone_adapted(net, tasks, **knobs)
+    found, _ = through_the_closed_form(net, tasks, **knobs)
+    assert worst(found, expected) < 1e-10
+    other, _ = through_the_closed_form(net, tasks, **{**knobs, "first_order": not first_order})
+    assert worst(other, expected) > 1e-2  # the support features' part is seen
+
+
+@each_order
+def test_from_a_zero_head_one_step_of_full_maml_is_head_only_maml(first_order):
+    """The encoder's gradient, in both orders; from a random head, or with two steps, it is not (2.6)."""
+    tasks = images()
+    for zeroed, inner_steps in ((True, 1), (False, 1), (True, 2)):
+        net = network(zeroed=zeroed)
+        knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+        found, closed = through_the_closed_form(net, tasks, **knobs)
+        losses, _ = learner.meta_gradient(net, tasks, **knobs)
+        full = {name: p.grad for name, p in net.encoder.named_parameters()}
+        if zeroed and inner_steps == 1:
+            assert worst(found, full) < 1e-10
+            assert relative(closed.loss, losses) < 1e-12
+            if first_order:
+                assert relative(closed.weight.mean(0), net.head.weight.grad) < 1e-10
+                assert relative(closed.bias.mean(0), net.head.bias.grad) < 1e-10
+        else:
+            assert worst(found, full) > 1e-3
+
+
+# What comes back, and what is refused
+
+
+@each_order
+@each_loss
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_float32_in_is_float32_out(first_order, loss, integer):
+    given = draw(tasks=(2,), counts=(2,) * 5)
+    knobs = {"inner_lr": 0.05, "inner_steps": 3 if loss == "cross_entropy" else 1, "loss": loss}
+    single = Features(*(each.float() if each.is_floating_point() else each.to(integer) for each in given))
+    pairs = zip(
+        (*closed_form_gradients(*single, first_order=first_order, **knobs), contrastive_coefficients(*single, **knobs)),
+        (*closed_form_gradients(*given, first_order=first_order, **knobs), contrastive_coefficients(*given, **knobs)),
+        strict=True,
+    )
+    for found, expected in pairs:
+        assert found.dtype == torch.float32
+        assert relative(found.double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_nothing_is_differentiated(requires_grad, enabled):
+    given = draw(tasks=(2,))
+    expected = closed_form_gradients(*given, inner_lr=0.4, inner_steps=2, first_order=False)
+    given = Features(*(each.requires_grad_(requires_grad) if each.is_floating_point() else each for each in given))
+    before = [each.detach().clone() for each in given]
+    with torch.set_grad_enabled(enabled):
+        found = closed_form_gradients(*given, inner_lr=0.4, inner_steps=2, first_order=False)
+        coefficients = contrastive_coefficients(*given, inner_lr=0.4, inner_steps=2)
+        assert torch.is_grad_enabled() == enabled
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected, strict=True))
+    assert not coefficients.requires_grad
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(given, before, strict=True))
+
+
+MISTAKES = {
+    "an unknown loss": ({"loss": "hinge"}, r"loss='hinge': give 'cross_entropy' or 'mse'"),
+    "no step": ({"inner_steps": 0}, r"inner_steps=0: give an integer of at least 1"),
+    "half a step": ({"inner_steps": 1.5}, r"inner_steps=1.5: give an integer"),
+    "mse, two steps": ({"inner_steps": 2, "loss": "mse"}, r"inner_steps=2: loss='mse' takes one step; give 1, or"),
+    "a vector as weight": ({"weight": torch.zeros(5)}, r"weight is \(5,\) torch.float32: give \(K, d\)"),
+    "integers as weight": ({"weight": torch.zeros(5, 7).long()}, r"weight is \(5, 7\) torch.int64: .*torch.float32 or"),
+    "a short bias": ({"bias": torch.zeros(4).double()}, r"bias is \(4,\) torch.float64: give \(5,\)"),
+    "a bias of another type": ({"bias": torch.zeros(5)}, r"bias is \(5,\) torch.float32: give \(5,\) torch.float64"),
+    "one vector": (
+        {"query": torch.zeros(7).double()},
+        r"query_features is \(7,\) torch.float64: give \(\.\.\., images, 7",
+    ),
+    "fewer features": ({"support": torch.zeros(2, 5, 6).double()}, r"support_features is \(2, 5, 6\) .* images, 7\)"),
+    "features of another type": (
+        {"query": torch.zeros(2, 10, 7)},
+        r"query_features is \(2, 10, 7\) torch.float32: give",
+    ),
+    "too few labels": (
+        {"support_labels": torch.zeros(2, 4).long()},
+        r"support_labels is \(2, 4\) .* give \(2, 5\) int",
+    ),
+    "one task's labels": (
+        {"query_labels": torch.zeros(10).long()},
+        r"query_labels is \(10,\) .* give \(2, 10\) integers",
+    ),
+    "labels that are no integers": ({"query_labels": torch.zeros(2, 10)}, r"query_labels is .*float32: .* integers"),
+    "labels that are yes or no": (
+        {"support_labels": torch.zeros(2, 5).bool()},
+        r"support_labels is .*torch.bool: give",
+    ),
+    "a label too large": ({"query_labels": torch.full((2, 10), 5)}, r"query_labels are 5\.\.5: give 0\.\.4"),
+    "a negative label": ({"support_labels": torch.full((2, 5), -1)}, r"support_labels are -1\.\.-1: give 0\.\.4"),
+    "no image": (
+        {"support": torch.zeros(2, 0, 7).double(), "support_labels": torch.zeros(2, 0).long()},
+        r"support_features is \(2, 0, 7\) torch.float64: give at least one image",
+    ),
+    "other tasks": (
+        {"query": torch.zeros(3, 10, 7).double(), "query_labels": torch.zeros(3, 10).long()},
+        r"support_features is \(2, 5, 7\).*query_features \(3, 10, 7\).*: give both the same task dimensions",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_clear_line(change, message):
+    knobs = {"inner_lr": 0.4, "inner_steps": 1, "loss": "cross_entropy"}
+    knobs |= {name: value for name, value in change.items() if name in knobs}
+    given = draw(tasks=(2,))._replace(**{name: value for name, value in change.items() if name not in knobs})
+    for function in (partial(closed_form_gradients, first_order=True), contrastive_coefficients):
+        with pytest.raises(ValueError, match=message) as error:
+            function(*given, **knobs)
+        assert "\n" not in str(error.value)

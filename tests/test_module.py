@@ -1,0 +1,100 @@
+"""The LightningModule: which engine computes, and what is said when memory runs out."""
+
+import logging
+
+import pytest
+import torch
+from conftest import outcome
+
+from fewshot import batched, learner
+from fewshot.config import UserError
+from fewshot.runtime import prepare
+
+BEGAN = ("iterations=2", "val_every=1")
+
+
+def engine_of(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["engine"]
+
+
+@pytest.mark.parametrize(
+    "threads, meta_batch_size, engine",
+    [(1, 2, "sequential"), (2, 2, "batched"), (2, 1, "sequential")],
+)
+def test_engine_auto_is_a_rule_and_says_what_it_chose(run, tmp_path, caplog, threads, meta_batch_size, engine):
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, *BEGAN, f"threads={threads}", f"meta_batch_size={meta_batch_size}")
+    said = [record.message for record in caplog.records if "engine=" in record.message]
+    assert said and set(said) == {f"engine=auto: {engine} on {threads} thread{'s' * (threads > 1)}"}
+    assert engine_of(tmp_path) == engine
+
+
+def test_a_continued_run_keeps_its_engine(run, tmp_path, caplog):
+    """A checkpoint from where auto meant something else, as on a machine with more cores."""
+    run(tmp_path, *BEGAN)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"engine": "batched"}, path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, f"checkpoint={path}", "iterations=4")
+    assert engine_of(tmp_path) == "batched"
+    assert not [record for record in caplog.records if "engine=auto" in record.message]
+
+
+def test_a_run_on_threads_that_goes_on_is_the_run_that_never_stopped(run, tmp_path):
+    knobs = ("threads=2", "meta_batch_size=3", "val_every=1")
+    whole = outcome(run(tmp_path / "whole", "iterations=4", *knobs))
+    short = run(tmp_path / "short", "iterations=2", *knobs)
+    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=4"))
+    assert went_on["state"] == whole["state"] and went_on["metrics"] == whole["metrics"]
+
+
+def too_much(*args, **knobs):
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize(
+    "overrides, name, lower",
+    [
+        (("engine=sequential",), "learner", "lower queries, shots or model.width"),
+        (("engine=batched",), "batched", "lower tasks_at_once (now 2)"),
+        (("engine=batched", "tasks_at_once=1"), "batched", "lower queries, shots or model.width"),
+    ],
+)
+@pytest.mark.parametrize("function", ["meta_gradient", "step_accuracies"])
+def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overrides, name, lower, function):
+    monkeypatch.setattr({"learner": learner, "batched": batched}[name], function, too_much)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, *BEGAN, *overrides)
+    assert str(error.value) == f"{overrides[0]}: out of memory on cpu; {lower}"
+
+
+def test_an_error_in_the_inner_loop_is_the_error_that_is_raised(run, tmp_path, monkeypatch):
+    """learn2learn's adapt() would print it and fail later, for want of gradients."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise torch.OutOfMemoryError("no memory")
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    network.register_forward_hook(lambda module, passed, out: Fails.apply(out))
+    from test_learner import draw
+
+    tasks = draw(ways=2, shape=(2,))
+    with pytest.raises(torch.OutOfMemoryError):
+        learner.meta_gradient(network.double(), tasks, inner_lr=0.1, inner_steps=1, first_order=True)
+
+
+def test_tf32_is_asked_for_or_off(monkeypatch):
+    with pytest.raises(UserError, match="tf32: only a CUDA GPU has it"):
+        prepare(seed=0, threads=None, accelerator="auto", precision="tf32")
+    for precision, lightning, allowed in (("tf32", "32-true", True), ("bf16-mixed", "bf16-mixed", False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda precision=precision: precision == "tf32")
+        assert prepare(seed=0, threads=None, accelerator="auto", precision=precision) == lightning
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
