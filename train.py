@@ -50,6 +50,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         inner_steps=cfg.inner_steps,
         test_steps=cfg.test_steps,
         first_order=cfg.algo.first_order,
+        adapted=cfg.algo.adapted,
+        noise=cfg.algo.get("noise"),
+        interference=cfg.algo.get("interference"),
         outer_lr=cfg.outer_lr,
         tasks_at_once=cfg.tasks_at_once,
     )

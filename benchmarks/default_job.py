@@ -60,7 +60,12 @@ def main(rounds: int) -> None:
         **{k: cfg[k] for k in ("val_tasks", "test_tasks")},
     )
     module = MetaLearner(
-        instantiate(cfg.model.network), engine="sequential", outer_lr=cfg.outer_lr, test_steps=cfg.test_steps, **knobs
+        instantiate(cfg.model.network),
+        engine="sequential",
+        adapted=cfg.algo.adapted,
+        outer_lr=cfg.outer_lr,
+        test_steps=cfg.test_steps,
+        **knobs,
     )
     network = instantiate(cfg.model.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.outer_lr)

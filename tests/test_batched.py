@@ -1,6 +1,12 @@
 """The batched engine: tasks side by side in the channels, on threads, as CUDA graphs. Its numbers: test_learner.py."""
 
+import contextlib
 import logging
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -13,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewshot import batched, learner
-from fewshot.execution import CudaGraphs, on_threads, one_by_one
+from fewshot.execution import CaptureFailed, CudaGraphs, on_threads, one_by_one
 from fewshot.models import Network, conv4_pooled, conv4_strided
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
@@ -58,6 +64,37 @@ class Residual(nn.Module):
         return F.leaky_relu(x + self.inside(x))
 
 
+class Keywords(nn.Module):
+    """The functions by their keywords and defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.line = nn.Parameter(torch.randn(6, 2, 3, 3)), nn.Parameter(torch.randn(6, 150))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.weight, stride=2, padding=1)
+        x = torch.flatten(F.pad(F.relu(x), (0, 1, 1, 0)), start_dim=1)
+        return F.linear(x, self.line)
+
+
+class Shortcut(nn.Module):
+    """Twice the channels, the new ones zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, 3))
+
+
+class Blur(nn.Module):
+    """A kernel that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.ones(6, 1, 2, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, groups=6)
+
+
 class Reshaped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view(x.size(0), -1)
@@ -68,22 +105,30 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor([[1.5], [0.5]]).repeat(1, 5))
+        self.scale = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale.repeat(6, 1)[:5, :5]
+        return torch.add(x, other=self.scale)
 
 
 def norm(width: int = 6) -> nn.Module:
     return nn.BatchNorm2d(width, track_running_stats=False)
 
 
-ENCODERS = {
+SIDE_BY_SIDE = {
+    "keywords": lambda: [Keywords()],
     "residual": lambda: [nn.Conv2d(2, 6, 3), norm(), Residual(), nn.AvgPool2d(5), nn.Flatten()],
     "grouped": lambda: [nn.Conv2d(2, 6, 3, groups=2, dilation=2), nn.ReLU(), norm(), nn.MaxPool2d(3), nn.Flatten()],
-    "padding=same": lambda: [nn.Conv2d(2, 6, 3, padding="same"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten()],
     "padding=reflect": lambda: [
         *(nn.Conv2d(2, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten())
+    ],
+}
+BY_VMAP = {
+    "padding=same": lambda: [nn.Conv2d(2, 6, 3, padding="same"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten()],
+    "more channels": lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), norm(3), Shortcut(), nn.MaxPool2d(5), nn.Flatten()],
+    "constant kernel": lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), norm(), Blur(), nn.MaxPool2d(4), nn.Flatten()],
+    "pooled lines": lambda: [
+        *(nn.Conv2d(2, 4, 3), nn.ReLU(), norm(4), nn.Flatten(2), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(26, 6))
     ],
     "channels mixed": lambda: [nn.Conv2d(2, 6, 3), norm(), nn.Softmax(dim=1), nn.AvgPool2d(5), nn.Flatten()],
     "groups of channels": lambda: [nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(5), nn.Flatten()],
@@ -101,17 +146,18 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("name", [*SIDE_BY_SIDE, *BY_VMAP])
 @each_order
-def test_any_network_has_the_gradient_of_the_loop(encoder, first_order):
+def test_any_network_has_the_gradient_of_the_loop(name, first_order, monkeypatch):
     """What may mix channels goes through vmap: with BatchNorm, where a vmap of gradients is wrong in second order."""
     torch.manual_seed(0)
-    network, tasks = (
-        prepared(Network(nn.Sequential(*encoder()), 6, 3), False),
-        draw(tasks=3, shape=(2, 7, 7), queries=3),
-    )
+    encoder = nn.Sequential(*(SIDE_BY_SIDE | BY_VMAP)[name]())
+    network, tasks = prepared(Network(encoder, 6, 3), False), draw(tasks=3, shape=(2, 7, 7), queries=3)
     expected, (_, accuracies) = meta_gradient(learner, network, tasks, first_order=first_order, **KNOBS)
+    used = []
+    monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
+    assert bool(used) == (name in BY_VMAP)
     assert_same(found, expected)
     assert torch.equal(accuracy, accuracies)
 
@@ -128,7 +174,9 @@ def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differen
     b = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
     assert torch.equal(batched.Convolution.apply(x, w, b, geometry), F.conv2d(x, w, b, *geometry))
     assert torch.autograd.gradcheck(batched.Convolution.apply, (x, w, b, geometry))
-    assert torch.autograd.gradgradcheck(batched.Convolution.apply, (x, w, b, geometry))
+    assert torch.autograd.gradgradcheck(
+        batched.Convolution.apply, (x, w, b, geometry), gen_non_contig_grad_outputs=True
+    )
 
 
 # How much is launched, and how much memory it takes
@@ -208,15 +256,66 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     assert torch.equal(vector(again), vector(found))  # bit by bit: the order of the sum does not depend on who is first
     knobs = {"inner_lr": 0.1, "steps": 3, "zeroing": False, "tasks_at_once": tasks_at_once}
     assert torch.equal(batched.step_accuracies(network, tasks, **knobs), evaluated)
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tasks_at_once", [None, 1, 2, 4])
+def test_no_more_tasks_are_in_memory_than_asked_for(monkeypatch, threads, tasks_at_once):
+    """And no fewer at a time than there are threads for."""
+    lock, now, most = threading.Lock(), [0], [0]
+    original = batched._outer_gradient
+
+    def counted(network, chunk, **knobs):
+        with lock:
+            now[0] += len(chunk.support)
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        found = original(network, chunk, **knobs)
+        with lock:
+            now[0] -= len(chunk.support)
+        return found
+
+    monkeypatch.setattr(batched, "_outer_gradient", counted)
+    torch.set_num_threads(threads)
+    network, tasks = Network(nn.Flatten(), 2, 3).double(), draw(tasks=8, shape=(1, 2))
+    meta_gradient(batched, network, tasks, first_order=True, tasks_at_once=tasks_at_once, **KNOBS)
+    if tasks_at_once is None:
+        assert most[0] == threads
+    else:
+        assert min(threads, tasks_at_once) <= most[0] <= tasks_at_once
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    torch.set_num_threads(2)
+    network, tasks = Network(nn.Flatten(), 2, 3).double(), draw(tasks=4, shape=(1, 2))
+    meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+            os._exit(7)
+        os._exit(1)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0] and os.waitstatus_to_exitcode(ended[1]) == 7
 
 
 def test_an_error_in_a_thread_is_raised_and_the_number_of_threads_restored():
     tasks = draw(tasks=4, shape=(1, 2))
     torch.set_num_threads(2)
-    with pytest.raises(RuntimeError, match="Expected size"):
+    with pytest.raises(RuntimeError):
         meta_gradient(batched, Network(nn.Flatten(), 5, 3).double(), tasks, first_order=True, **KNOBS)
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
 
 
 @pytest.mark.parametrize("threads, tasks_at_once", [(1, 9), (2, None)])
@@ -233,72 +332,11 @@ def test_autocast_reaches_the_convolutions(threads, tasks_at_once):
     with torch.autocast("cpu", torch.bfloat16):
         coarse, _ = meta_gradient(batched, network, tasks, **knobs)
     hook.remove()
-    assert threads > 1 or set(seen) == {torch.bfloat16}
+    assert set(seen) == {torch.bfloat16}
     found, expected = vector(coarse), vector(exact)
     assert not torch.equal(found, expected)
     assert F.cosine_similarity(found, expected, dim=0) > 0.8
     assert found.dtype == torch.float32
-
-
-# As CUDA graphs
-
-
-def test_where_recording_is_impossible_one_line_says_so_and_the_numbers_are_the_same(monkeypatch, caplog):
-    tried = []
-
-    def record(self, function, network, chunk):
-        tried.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-
-    monkeypatch.setattr(CudaGraphs, "_record", record)
-    tasks = images_for(NETWORKS["conv4_strided"], tasks=4)
-    network = convolutional(NETWORKS["conv4_strided"], tasks)
-    execute = CudaGraphs()
-    expected, _ = meta_gradient(batched, network, tasks, first_order=True, tasks_at_once=2, **KNOBS)
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            knobs = {"first_order": True, "tasks_at_once": 2, "execute": execute, **KNOBS}
-            found, _ = meta_gradient(batched, network, tasks, **knobs)
-            assert torch.equal(vector(found), vector(expected))
-    assert len(tried) == 1
-    assert [record.message for record in caplog.records] == [
-        "engine=batched: no CUDA graph (operation not permitted when stream is capturing); "
-        "kernels are launched one by one"
-    ]
-
-
-def test_out_of_memory_while_recording_is_no_reason_to_go_on(monkeypatch):
-    def record(self, function, network, chunk):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(CudaGraphs, "_record", record)
-    with pytest.raises(torch.OutOfMemoryError):
-        meta_gradient(
-            batched, Network(nn.Flatten(), 2, 3), draw(shape=(1, 2)), first_order=True, execute=CudaGraphs(), **KNOBS
-        )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@each_network
-@each_order
-def test_a_recorded_meta_step_is_the_meta_step(build, first_order):
-    """On other tasks and other weights than those it was recorded with; evaluation likewise."""
-    drawn = [images_for(build, tasks=5, seed=seed) for seed in range(3)]
-    drawn = [type(tasks)(*(field.cuda() for field in tasks)) for tasks in drawn]
-    network = convolutional(build, images_for(build)).cuda()
-    execute, optimizer = CudaGraphs(), torch.optim.Adam(network.parameters())
-    knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS}
-    for tasks in drawn:
-        expected, (losses, accuracies) = meta_gradient(batched, network, tasks, execute=one_by_one, **knobs)
-        found, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
-        assert_same(found, expected)
-        torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
-        assert torch.equal(accuracy, accuracies)
-        evaluation = {"inner_lr": 0.1, "steps": 2, "zeroing": True, "tasks_at_once": 2}
-        plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
-        assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)
-        optimizer.step()
-    assert execute._possible and len(execute._recorded) == 4  # two shapes of chunk, training and evaluation
 
 
 def test_on_threads_with_one_thread_is_one_by_one():
@@ -313,3 +351,103 @@ def test_on_threads_with_one_thread_is_one_by_one():
     results = on_threads(function, network, chunks)
     assert [result[0] is chunk.support for result, chunk in zip(results, chunks, strict=True)] == [True] * 3
     assert seen == [network] * 3
+
+
+# As CUDA graphs
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CudaGraphs on a CPU: nothing is warmed up, and a graph is a call that writes where the recorded one did."""
+    monkeypatch.setattr(CudaGraphs, "possible", True)
+    monkeypatch.setattr(CudaGraphs, "_warm_up", lambda *args: None)
+
+    class Replayed:
+        def __init__(self, function, network, inputs, outputs):
+            self.given = function, network, inputs, outputs
+
+        def replay(self):
+            function, network, inputs, outputs = self.given
+            for place, value in zip(outputs, function(network, inputs), strict=True):
+                place.copy_(value)
+
+    def record(self, function, network, inputs):
+        outputs = tuple(torch.zeros_like(output) for output in function(network, inputs))
+        return Replayed(function, network, inputs, outputs), inputs, outputs
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    return CudaGraphs()
+
+
+def assert_recorded_is_direct(build, execute, first_order, device):
+    """On other tasks and other weights than those it was recorded with; evaluation likewise."""
+    drawn = [images_for(build, tasks=5, seed=seed) for seed in range(3)]
+    drawn = [type(tasks)(*(field.to(device) for field in tasks)) for tasks in drawn]
+    network = convolutional(build, images_for(build)).to(device)
+    optimizer = torch.optim.Adam(network.parameters())
+    knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS}
+    for tasks in drawn:
+        expected, (losses, accuracies) = meta_gradient(batched, network, tasks, execute=one_by_one, **knobs)
+        found, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+        assert_same(found, expected)
+        torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+        assert torch.equal(accuracy, accuracies)
+        for zeroing in (True, False):
+            evaluation = {"inner_lr": 0.1, "steps": 2, "zeroing": zeroing, "tasks_at_once": 2}
+            plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
+            assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)
+        optimizer.step()
+    assert CudaGraphs.possible and len(execute._recorded) == 6  # two shapes of chunk; training and both evaluations
+
+
+@each_order
+def test_what_is_recorded_is_found_again_and_given_the_tasks_at_hand(graphs, first_order):
+    assert_recorded_is_direct(NETWORKS["conv4_strided"], graphs, first_order, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@each_network
+@each_order
+def test_a_recorded_meta_step_is_the_meta_step(build, first_order):
+    assert_recorded_is_direct(build, CudaGraphs(), first_order, "cuda")
+
+
+def test_where_recording_is_impossible_one_line_says_so_and_the_numbers_are_the_same(graphs, monkeypatch, caplog):
+    tried = []
+
+    def record(self, function, network, inputs):
+        tried.append(1)
+        raise CaptureFailed from RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    tasks = images_for(NETWORKS["conv4_strided"], tasks=4)
+    network = convolutional(NETWORKS["conv4_strided"], tasks)
+    knobs = {"first_order": True, "tasks_at_once": 2, **KNOBS}
+    expected, _ = meta_gradient(batched, network, tasks, **knobs)
+    with caplog.at_level(logging.INFO):
+        for execute in (graphs, graphs, CudaGraphs()):  # the last is of the test that follows training
+            found, _ = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+            assert torch.equal(vector(found), vector(expected))
+    assert len(tried) == 1
+    assert [record.message for record in caplog.records] == [
+        "engine=batched: no CUDA graph (operation not permitted when stream is capturing); "
+        "kernels are launched one by one"
+    ]
+
+
+def test_an_error_of_the_function_itself_is_not_taken_for_that(graphs, monkeypatch):
+    monkeypatch.setattr(CudaGraphs, "_warm_up", lambda self, function, network, inputs: function(network, inputs))
+    network = Network(nn.Flatten(), 5, 3).double()
+    with pytest.raises(RuntimeError):
+        meta_gradient(batched, network, draw(shape=(1, 2)), first_order=True, execute=graphs, **KNOBS)
+    assert CudaGraphs.possible
+
+
+def test_out_of_memory_while_recording_is_no_reason_to_go_on(graphs, monkeypatch):
+    def record(self, function, network, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CudaGraphs, "_record", record)
+    network = Network(nn.Flatten(), 2, 3).double()
+    with pytest.raises(torch.OutOfMemoryError):
+        meta_gradient(batched, network, draw(shape=(1, 2)), first_order=True, execute=graphs, **KNOBS)

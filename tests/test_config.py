@@ -59,7 +59,7 @@ def test_every_file_composes_and_is_valid(override):
 
 
 def test_the_promised_files_are_there():
-    assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init")} <= set(CONFIGS)
+    assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init", "anil", "contrastive")} <= set(CONFIGS)
     assert {f"dataset={name}" for name in ("glyphs", "omniglot", "cifarfs", "folder")} <= set(CONFIGS)
     assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)
 
@@ -168,7 +168,7 @@ def test_algorithm_and_zeroing_in_every_pairing(overrides, first_order, zeroing)
     assert cfg.algo.first_order is first_order
     assert cfg.callbacks.zero_head.enabled is zeroing  # what acts
     recorded = settings(cfg)  # what is recorded and compared
-    assert recorded["algo"] == {"first_order": first_order, "zeroing": zeroing}
+    assert recorded["algo"] == {"first_order": first_order, "adapted": "all", "zeroing": zeroing}
     assert "zeroing" not in recorded
 
 
@@ -258,6 +258,12 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "logger.mode=loud": ("logger.mode=loud: ", "one of online, offline, disabled"),
     "algo.first_order=maybe": ("algo.first_order=maybe: ", "true or false"),
     "algo.zeroing=1": ("algo.zeroing=1: ", "true or false"),
+    "algo.adapted=encoder": ("algo.adapted=encoder: ", "one of all, head"),
+    "algo=contrastive algo.noise=much": ("algo.noise=much: ", "true or false"),
+    "algo=contrastive inner_steps=2": ("inner_steps=2 ", "use inner_steps=1"),
+    "algo=contrastive algo.adapted=all": ("inner_steps=1 algo.adapted=all: ", "algo.adapted=head"),
+    "probes=some": ("probes=some: ", "true or false"),
+    "model.head_bias=0": ("model.head_bias=0: ", "true or false"),
     "+zeroing=maybe": ("zeroing=maybe: ", "true or false"),
     "+zeroing=null": ("zeroing=null: ", "true or false"),
     "fit=1": ("fit=1: ", "true or false"),
@@ -399,7 +405,7 @@ def test_hydra_full_error_shows_the_traceback(train):
 def test_help_names_knobs_and_choices(train):
     done = train("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("algo: fomaml, somaml, zero, zero_init", "inner_lr: 0.4", "meta_batch_size: 16"):
+    for word in ("algo: anil, contrastive, fomaml, somaml, zero, zero_init", "inner_lr: 0.4", "meta_batch_size: 16"):
         assert word in done.stdout
 
 

@@ -352,7 +352,7 @@ def network(*, zeroed=False):
             if name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     if zeroed:
-        zero_head(built)
+        zero_head(built.head)
     return built
 
 

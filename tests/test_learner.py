@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewshot import batched, learner
+from fewshot.contrast import closed_form_gradients
 from fewshot.models import Network, conv4_pooled, conv4_strided, zero_head
 from fewshot.tasks import Task
 
@@ -69,7 +70,7 @@ def prepared(network, zeroed):
             if name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     if zeroed:
-        zero_head(network)
+        zero_head(network.head)
     return network
 
 
@@ -205,6 +206,35 @@ def test_first_and_second_order_are_not_the_same_gradient():
     first, second = (np_meta_gradient(network, tasks, first_order=order, **knobs)[0] for order in (True, False))
     for name in first:
         assert np.linalg.norm(first[name] - second[name]) > 0.01 * np.linalg.norm(second[name])
+
+
+@each_way
+@each_network
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
+    """Against the closed forms of method.md 2.4 and 2.5, whose cotangents the encoder is given."""
+    tasks = images_for(build, tasks=3, shots=2)
+    network = convolutional(partial(build, head_bias=bias), tasks)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+    phi_S, phi_Q = (torch.stack([network.encoder(x) for x in each]) for each in (tasks.support, tasks.query))
+    head = network.head.weight, network.head.bias
+    closed = closed_form_gradients(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, *head, **knobs)
+    surrogate = (closed.query_features * phi_Q).sum() + (closed.support_features * phi_S).sum()
+    parameters = dict(network.encoder.named_parameters())
+    by_encoder = torch.autograd.grad(surrogate / 3, parameters.values())
+    expected = {f"encoder.{name}": g for name, g in zip(parameters, by_encoder, strict=True)}
+    expected["head.weight"] = closed.weight.mean(0)
+    if bias:
+        expected["head.bias"] = closed.bias.mean(0)
+    found, (losses, accuracies) = meta_gradient(engine, network, tasks, adapted="head", **knobs)
+    assert_close(found, expected, 1e-10)
+    torch.testing.assert_close(losses, closed.loss, rtol=1e-10, atol=0)
+    evaluated = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=inner_steps, zeroing=False, adapted="head")
+    assert torch.equal(evaluated[:, -1], accuracies)
+    zeroed = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=1, zeroing=True, adapted="head")
+    torch.testing.assert_close(zeroed[:, 0], torch.full((3,), 1 / 3))
 
 
 @each_network

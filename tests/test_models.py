@@ -105,7 +105,7 @@ def test_zero_head_zeroes_weight_and_bias_in_place_and_leaves_the_encoder(build)
     torch.nn.init.normal_(network.head.bias)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     weight, bias = network.head.weight, network.head.bias
-    zero_head(network)
+    zero_head(network.head)
     assert network.head.weight is weight and network.head.bias is bias and weight.requires_grad
     assert weight.count_nonzero() == bias.count_nonzero() == 0
     for name, value in network.state_dict().items():

@@ -58,7 +58,8 @@ def too_much(*args, **knobs):
     "overrides, name, lower",
     [
         (("engine=sequential",), "learner", "lower queries, shots or model.width"),
-        (("engine=batched",), "batched", "lower tasks_at_once (now 2)"),
+        (("engine=batched", "threads=2"), "batched", "lower tasks_at_once (now 2)"),
+        (("engine=batched",), "batched", "lower queries, shots or model.width"),
         (("engine=batched", "tasks_at_once=1"), "batched", "lower queries, shots or model.width"),
     ],
 )

@@ -27,18 +27,21 @@ def meta_gradient(
     inner_lr: float,
     inner_steps: int,
     first_order: bool,
+    adapted: str = "all",
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
+        adapted: what the inner loop adapts, "all" or the "head" alone (EFIL, method.md section 1).
         tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
-    function = partial(_outer_gradient, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order)
+    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "adapted": adapted}
+    function = partial(_outer_gradient, **knobs)
     gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
     parameters = list(network.parameters())
@@ -55,6 +58,7 @@ def step_accuracies(
     inner_lr: float,
     steps: int,
     zeroing: bool,
+    adapted: str = "all",
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> Tensor:
@@ -62,7 +66,7 @@ def step_accuracies(
 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
-    function = partial(_step_logits, inner_lr=inner_lr, steps=steps, zeroing=zeroing)
+    function = partial(_step_logits, inner_lr=inner_lr, steps=steps, zeroing=zeroing, adapted=adapted)
     chunks = _run(function, network, tasks, tasks_at_once, execute)
     each_step = [torch.cat(logits) for logits in zip(*chunks, strict=True)]
     return torch.stack([query_accuracy(logits, tasks.query_labels) for logits in each_step], dim=1)
@@ -72,45 +76,63 @@ def _run(
     function: Function, network: nn.Module, tasks: Task, tasks_at_once: int | None, execute: Execute | None
 ) -> list[tuple[Tensor, ...]]:
     """function(network, chunk) for all chunks of the tasks, in their order."""
-    if execute is None:
-        execute = on_threads if tasks.support.device.type == "cpu" else one_by_one
-    if execute is on_threads:  # as many chunks at a time as there are threads
-        workers = min(torch.get_num_threads(), tasks_at_once or len(tasks.support))
-        size = (tasks_at_once or workers) // workers
-    else:
-        size = tasks_at_once or len(tasks.support)
+    number = len(tasks.support)
+    size = tasks_at_once or number
+    if execute is None and tasks.support.device.type == "cpu":  # `workers` chunks at a time
+        workers = min(torch.get_num_threads(), size)
+        size = min((tasks_at_once or workers) // workers, -(-number // workers))
+        execute = partial(on_threads, workers=workers)
     chunks = [Task(*fields) for fields in zip(*(field.split(size) for field in tasks), strict=True)]
-    return execute(function, network, chunks)
+    return (execute or one_by_one)(function, network, chunks)
 
 
 def _outer_gradient(
-    network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool
+    network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool, adapted: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K)."""
-    theta = _copies(network, len(tasks.support))
-    adapted = theta  # theta_n <- theta
+    initial = _copies(network, len(tasks.support))  # theta_n <- theta
+    part, theta, tasks = _adapting(network, initial, tasks, adapted)
     for _ in range(inner_steps):
-        adapted = _step(network, adapted, tasks, inner_lr, first_order)
-    logits = _logits(network, adapted, tasks.query)
+        theta = _step(part, theta, tasks, inner_lr, first_order)
+    logits = _outputs(part, theta, tasks.query)
     losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
-    at = adapted if first_order else theta  # where the gradient is taken; second order: through all inner steps
+    at = initial
+    if first_order:  # the gradient at theta_n; second order: at theta, through all inner steps
+        at = theta if part is network else initial | {f"head.{name}": p for name, p in theta.items()}
     gradients = torch.autograd.grad(losses.sum(), list(at.values()))
     return torch.cat([each.sum(0).flatten() for each in gradients]), losses.detach(), logits.detach()
 
 
-def _step_logits(network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool) -> tuple[Tensor, ...]:
+def _step_logits(
+    network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool, adapted: str
+) -> tuple[Tensor, ...]:
     """The query logits after every inner step, steps + 1 times (B, Q, K)."""
     theta = _copies(network, len(tasks.support))
-    if zeroing:
-        with torch.no_grad():
-            theta["head.weight"].zero_(), theta["head.bias"].zero_()
+    with torch.no_grad():
+        if zeroing:
+            for name in theta:
+                if name.startswith("head."):
+                    theta[name].zero_()
+        part, theta, tasks = _adapting(network, theta, tasks, adapted)
     logits = []
     for step in range(steps + 1):
         if step > 0:
-            theta = _step(network, theta, tasks, inner_lr, first_order=True)
+            theta = _step(part, theta, tasks, inner_lr, first_order=True)
         with torch.no_grad():
-            logits.append(_logits(network, theta, tasks.query))
+            logits.append(_outputs(part, theta, tasks.query))
     return tuple(logits)
+
+
+def _adapting(network: nn.Module, theta: Parameters, tasks: Task, adapted: str) -> tuple[nn.Module, Parameters, Task]:
+    """What adapts, its parameters, and to what: the network to images, or the head to features (B, I, d)."""
+    if adapted == "all":
+        return network, theta, tasks
+    encoder, head = (
+        {name.removeprefix(part): p for name, p in theta.items() if name.startswith(part)}
+        for part in ("encoder.", "head.")
+    )
+    support, query = (_outputs(network.encoder, encoder, images) for images in (tasks.support, tasks.query))
+    return network.head, head, tasks._replace(support=support, query=query)
 
 
 def _copies(network: nn.Module, tasks: int) -> Parameters:
@@ -121,7 +143,7 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
 
 
 def _step(network: nn.Module, theta: Parameters, tasks: Task, inner_lr: float, first_order: bool) -> Parameters:
-    losses = _losses(_logits(network, theta, tasks.support), tasks.support_labels)
+    losses = _losses(_outputs(network, theta, tasks.support), tasks.support_labels)
     gradients = torch.autograd.grad(losses.sum(), list(theta.values()), create_graph=not first_order)
     with torch.set_grad_enabled(not first_order):  # theta_n <- theta_n - eta grad L(theta_n, S_n)
         theta = {name: p - inner_lr * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
@@ -133,15 +155,15 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
 
 
-def _logits(network: nn.Module, theta: Parameters, images: Tensor) -> Tensor:
-    """(B, I, C, H, W) -> (B, I, K), every task by its own parameters."""
-    side_by_side = images.transpose(0, 1).flatten(1, 2)  # (I, B*C, H, W)
+def _outputs(module: nn.Module, theta: Parameters, x: Tensor) -> Tensor:
+    """Every task by its own parameters. Of the network: images (B, I, C, H, W) -> logits (B, I, K)."""
+    side_by_side = x.transpose(0, 1).flatten(1, 2)  # (I, B*C, H, W)
     try:
-        with SideBySide(len(images)):
-            logits = functional_call(network, theta, side_by_side)
-    except NotSideBySide:  # slower, and right for any network as long as all differentiation stays outside
-        return vmap(partial(functional_call, network))(theta, images)
-    return logits.unflatten(1, (len(images), -1)).transpose(0, 1)
+        with SideBySide(len(x)):
+            y = functional_call(module, theta, side_by_side)
+    except NotSideBySide:  # slower, for whatever vmap takes; right as long as all differentiation stays outside of it
+        return vmap(partial(functional_call, module))(theta, x)
+    return y.unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 class NotSideBySide(Exception):
@@ -165,38 +187,62 @@ class SideBySide(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in OWN:
             return OWN[function](self.tasks, *args, **kwargs)
-        if function not in EACH_CHANNEL_ALONE or len({a.shape for a in args if isinstance(a, Tensor)}) > 1:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if function in ON_IMAGES:
+            fits = tensors and tensors[0].dim() == 4 and not (function is F.pad and len(args[1]) > 4)
+        else:
+            fits = function in METADATA or (function in ELEMENTWISE and len({t.shape for t in tensors}) == 1)
+        if not fits:
             raise NotSideBySide(function)
         return function(*args, **kwargs)
 
 
-def _conv2d(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    if isinstance(padding, str):
-        raise NotSideBySide(f"padding={padding}")
+def _conv2d(
+    tasks: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.dim() != 4 or weight.dim() != 5:
+        raise NotSideBySide(F.conv2d)
     weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
-    if torch.is_autocast_enabled(x.device.type):  # it does not reach into an autograd.Function
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return Convolution.apply(x, weight, bias, (stride, padding, dilation, tasks * groups))
+    if torch.is_autocast_enabled(input.device.type):  # it does not reach into an autograd.Function
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    pairs = (each if isinstance(each, tuple) else (each, each) for each in (stride, padding, dilation))
+    return Convolution.apply(input, weight, bias, (*pairs, tasks * groups))
 
 
-def _batch_norm(tasks: int, x: Tensor, mean: None, var: None, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+def _batch_norm(
+    tasks: int,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    if running_mean is not None or (weight is not None and weight.dim() != 2):
+        raise NotSideBySide(F.batch_norm)
     weight, bias = (None if each is None else each.flatten() for each in (weight, bias))
-    return F.batch_norm(x, mean, var, weight, bias, **options)
+    return F.batch_norm(input, None, None, weight, bias, **options)
 
 
-def _linear(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(I, B*d), (B, K, d), (B, K) -> (I, B*K)"""
-    if x.dim() != 2:
+    if input.dim() != 2 or weight.dim() != 3:
         raise NotSideBySide(F.linear)
-    x = x.unflatten(1, (tasks, -1)).transpose(0, 1)
+    x = input.unflatten(1, (tasks, -1)).transpose(0, 1)
     logits = x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
     return logits.transpose(0, 1).flatten(1)
 
 
 def _flatten(tasks: int, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    if start_dim == 0:
+    if start_dim % x.dim() == 0:
         raise NotSideBySide(torch.flatten)
     return x.flatten(start_dim, end_dim)
 
@@ -208,12 +254,13 @@ OWN = {
     torch.flatten: _flatten,
     Tensor.flatten: _flatten,
 }
-EACH_CHANNEL_ALONE = {
-    *(F.relu, F.leaky_relu, F.gelu, F.silu, F.elu, torch.relu, torch.tanh, torch.sigmoid, F.pad),
-    *(torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+# Each channel alone: on (I, B*C, H, W), or number by number where all tensors have one shape.
+ON_IMAGES = {F.pad, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+ELEMENTWISE = {
+    *(F.relu, F.leaky_relu, F.gelu, F.silu, F.elu, torch.relu, torch.tanh, torch.sigmoid),
     *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__),
-    *(Tensor.dim, Tensor.dtype.__get__, Tensor.device.__get__),
 }
+METADATA = {Tensor.dim, Tensor.dtype.__get__, Tensor.device.__get__}
 
 
 # <dy, conv(x, w)> is linear in all three, so the derivatives of each of these functions are the other two. Torch's own

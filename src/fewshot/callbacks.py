@@ -28,11 +28,11 @@ class ZeroHead(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.enabled:
-            zero_head(module.network)
+            zero_head(module.network.head)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         if self.enabled:
-            zero_head(module.network)
+            zero_head(module.network.head)
 
 
 class Record(pl.Callback):
@@ -53,10 +53,11 @@ class Record(pl.Callback):
         test_every: int | None,
         test_curve_tasks: int,
         stop_at_accuracy: float | None,
+        probes: bool,
     ) -> None:
         self.val_every, self.val_tasks = val_every, val_tasks
         self.test_every, self.test_curve_tasks = test_every, test_curve_tasks
-        self.stop_at_accuracy = stop_at_accuracy
+        self.stop_at_accuracy, self.probes = stop_at_accuracy, probes
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.best_accuracy = -1.0  # of validation, so far
         self.stopped = False  # stop_at_accuracy was reached
@@ -96,7 +97,10 @@ class Record(pl.Callback):
         if self._due(trainer, self.test_every):
             row |= _named("test", module.evaluate(trainer.datamodule.fixed("test", self.test_curve_tasks)))
         if validate:
-            row |= _named("val", module.evaluate(trainer.datamodule.fixed("val", self.val_tasks)))
+            validation = trainer.datamodule.fixed("val", self.val_tasks)
+            row |= _named("val", module.evaluate(validation))
+            if self.probes:
+                row |= {f"probe/{name}": value for name, value in module.probes(validation).items()}
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["iteration"]))

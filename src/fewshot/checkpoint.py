@@ -119,7 +119,7 @@ class Start:
     @property
     def engine(self) -> str:
         """A continued run keeps what engine=auto was when it began: another engine rounds differently."""
-        return self.content["engine"] if self.content and self.cfg.fit else self.cfg.engine
+        return self.content.get("engine", self.cfg.engine) if self.content and self.cfg.fit else self.cfg.engine
 
     @cached_property
     def run_id(self) -> str:

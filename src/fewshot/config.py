@@ -81,7 +81,9 @@ INTEGERS = {  # knob: smallest value
 OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
 GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
-KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "zeroing"}
+KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "probes", "zeroing"}
+ALGO = ("first_order", "adapted", "zeroing", "noise", "interference")
+ADAPTED = ("all", "head")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 LOGGER_MODES = (None, "online", "offline", "disabled")
@@ -105,8 +107,8 @@ def check(cfg: DictConfig) -> None:
         if key not in KNOBS:
             raise UserError(f"{key}: no such knob; {_nearest(key, KNOBS)}")
     for key in cfg.algo:
-        if key not in ("first_order", "zeroing"):
-            raise UserError(f"algo.{key}: no such knob; {_nearest(key, {'first_order', 'zeroing'})}")
+        if key not in ALGO:
+            raise UserError(f"algo.{key}: no such knob; {_nearest(key, set(ALGO))}")
     for knob, smallest in INTEGERS.items():
         if not (cfg[knob] is None and knob in OPTIONAL):
             _integer(knob, cfg[knob], smallest)
@@ -117,10 +119,27 @@ def check(cfg: DictConfig) -> None:
             _real(knob, cfg[knob], above=knob != "init_scale")
     if cfg.stop_at_accuracy is not None and cfg.stop_at_accuracy > 1:
         raise UserError(f"stop_at_accuracy={cfg.stop_at_accuracy}: is a fraction, at most 1")
-    for knob in ("fit", "algo.first_order", "algo.zeroing", "zeroing"):
+    flags = (
+        "fit",
+        "probes",
+        "zeroing",
+        "algo.first_order",
+        "algo.zeroing",
+        "algo.noise",
+        "algo.interference",
+        "model.head_bias",
+    )
+    for knob in flags:
         value = OmegaConf.select(cfg, knob, default=False)
         if not isinstance(value, bool):
             raise UserError(f"{knob}={shown(value)}: must be true or false")
+    if cfg.algo.adapted not in ADAPTED:
+        raise UserError(f"algo.adapted={shown(cfg.algo.adapted)}: must be one of {', '.join(ADAPTED)}")
+    if "noise" in cfg.algo and (cfg.inner_steps != 1 or cfg.algo.adapted != "head"):
+        raise UserError(
+            f"inner_steps={cfg.inner_steps} algo.adapted={cfg.algo.adapted}: the explicit loss of algo=contrastive is "
+            "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
+        )
     if cfg.engine not in ENGINES:
         raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
     if cfg.trainer.precision not in PRECISIONS:

@@ -112,6 +112,58 @@ def contrastive_coefficients(
     return _coefficients(task)
 
 
+def explicit_loss(
+    support_features: Tensor,
+    support_labels: Tensor,
+    query_features: Tensor,
+    query_labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    inner_lr: float,
+    first_order: bool,
+    noise: bool = True,
+    interference: bool = True,
+) -> Tensor:
+    """The contrastive loss whose gradient with respect to the features is MAML's after one inner step (method.md 5).
+
+    L1 = mean_{q,s} eta [-c_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order; without noise c_qs
+    is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is added. Second order is exact
+    for a zero head only (2.5). Arguments as of `closed_form_gradients`. Returns (...), to be differentiated with
+    respect to the features.
+    """
+    with torch.no_grad():
+        task = _adapt(
+            support_features, support_labels, query_features, query_labels, weight, bias, inner_lr, 1, "cross_entropy"
+        )
+        residual = task.Q - task.T_Q
+        c = -residual @ (task.T_S - (task.P[0] if noise else 0)).mT  # -(Q - T_Q) T_S^T is 1[t=u] - q_t
+    phi_S = support_features.detach() if first_order else support_features
+    loss = -inner_lr * (c * (query_features @ phi_S.mT)).mean((-2, -1))
+    if interference:
+        loss = loss + (residual @ weight.detach() * query_features).sum(-1).mean(-1)
+    return loss
+
+
+@torch.no_grad()
+def adapted_logits(
+    support_features: Tensor,
+    support_labels: Tensor,
+    query_features: Tensor,
+    query_labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+) -> Tensor:
+    """Phi_Q W_N^T + b_N, (..., Q, K), by (2.2). Arguments and errors as of `closed_form_gradients`."""
+    return _adapt(
+        *(support_features, support_labels, query_features, query_labels, weight, bias),
+        *(inner_lr, inner_steps, "cross_entropy"),
+    ).logits
+
+
 class _Adapted(NamedTuple):
     """A task after its inner loop; phi and W include the bias."""
 

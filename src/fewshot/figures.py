@@ -36,15 +36,56 @@ def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figu
     return _with_legend(figure, axes)
 
 
+PROBES = (  # one panel each: axis and (name, label)
+    (
+        "norm of the query gradient's terms",
+        (("interference_norm", "interference"), ("contrastive_norm", "contrastive")),
+    ),
+    ("share of coefficients", (("wrong_sign", "wrong sign"),)),
+    ("cosine similarity, query and support", (("cosine_other", "other class"), ("cosine_same", "same class"))),
+    (
+        "cosine similarity, two queries",
+        (("cosine_other_queries", "other class"), ("cosine_same_queries", "same class")),
+    ),
+    ("norm", (("head_norm", "head w0"),)),
+    ("cosine similarity", (("cross_task", "head w0 and a task's\nhead gradient"),)),
+)
+
+
+def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -> Figure:
+    """What probes=true recorded, over outer iterations."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axes, (label, names) in zip(figure.subplots(3, 2).flat, PROBES, strict=True):
+        for (name, meaning), colour, style in zip(names, (ON, OFF), ("-", "--"), strict=False):
+            axes.plot(*zip(*curves[f"probe/{name}"], strict=True), style, color=colour, label=meaning)
+        axes.set(xlabel="outer iteration", ylabel=label)
+        _plain(axes)
+        _with_legend(figure, axes)
+    figure.suptitle(f"{_title(config)}: means over validation tasks, unadapted encoder", fontsize=10)
+    return figure
+
+
 def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    algorithm = ("FOMAML" if config["algo"]["first_order"] else "SOMAML") + " + zeroing" * config["algo"]["zeroing"]
     axes.set(xlabel=x, ylabel=y)
-    axes.set_title(f"{algorithm}, {config['dataset']['name']} {config['ways']}-way {config['shots']}-shot", fontsize=10)
+    axes.set_title(_title(config), fontsize=10)
+    _plain(axes)
+    return figure, axes
+
+
+def _title(config: dict[str, Any]) -> str:
+    algo = config["algo"]
+    name = ("FOMAML" if algo["first_order"] else "SOMAML") + ", head only" * (algo["adapted"] == "head")
+    if "noise" in algo:
+        name = f"explicit contrastive loss ({'first' if algo['first_order'] else 'second'} order)"
+    name += " + zeroing" * algo["zeroing"]
+    return f"{name}, {config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
+
+
+def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:

@@ -13,16 +13,22 @@ from fewshot.tasks import Task, query_accuracy
 
 
 def meta_gradient(
-    network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool
+    network: nn.Module,
+    tasks: Task,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool,
+    adapted: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
+    adapted: what the inner loop adapts, "all" or the "head" alone (EFIL, method.md section 1).
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
-    maml = _maml(network, inner_lr, first_order)
     losses, logits = [], []
     for task in _each(tasks):
-        learner = maml.clone()  # theta_n <- theta
+        learner, task = _clone(network, task, inner_lr, first_order, adapted)  # theta_n <- theta
         for _ in range(inner_steps):
             learner.adapt(_support_loss(learner, task))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
         prediction = learner(task.query)
@@ -33,17 +39,18 @@ def meta_gradient(
     return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)
 
 
-def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool) -> Tensor:
+def step_accuracies(
+    network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool, adapted: str = "all"
+) -> Tensor:
     """Query accuracy after every inner step 0 .. steps, (B, steps + 1); with zeroing, adapted from a zeroed head.
 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
-    maml = _maml(network, inner_lr, first_order=True)
     logits: list[list[Tensor]] = [[] for _ in range(steps + 1)]
     for task in _each(tasks):
-        learner = maml.clone()
+        learner, task = _clone(network, task, inner_lr, True, adapted)
         if zeroing:
-            zero_head(learner.module)
+            zero_head(learner.module if adapted == "head" else learner.module.head)
         for step in range(steps + 1):
             if step > 0:
                 learner.adapt(_support_loss(learner, task))
@@ -52,9 +59,13 @@ def step_accuracies(network: nn.Module, tasks: Task, *, inner_lr: float, steps: 
     return torch.stack([query_accuracy(torch.stack(each), tasks.query_labels) for each in logits], dim=1)
 
 
-def _maml(network: nn.Module, inner_lr: float, first_order: bool) -> MAML:
+def _clone(network: nn.Module, task: Task, inner_lr: float, first_order: bool, adapted: str) -> tuple[MAML, Task]:
+    """What adapts, and to what: the network to images, or the head to features."""
+    if adapted == "head":
+        task = task._replace(support=network.encoder(task.support), query=network.encoder(task.query))
+        network = network.head
     # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
-    return MAML(network, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False)
+    return MAML(network, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False).clone(), task
 
 
 def _each(tasks: Task) -> list[Task]:

@@ -14,7 +14,7 @@ from fewshot.config import UserError
 
 log = logging.getLogger(__name__)
 
-METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*")
+METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*", "probe/*")
 
 
 def wandb_logger(

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from fewshot import batched, learner
+from fewshot import batched, contrastive, evidence, learner
 from fewshot.config import UserError
 from fewshot.execution import CudaGraphs
 from fewshot.tasks import Task
@@ -49,7 +49,9 @@ class MetaLearner(pl.LightningModule):
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
         first_order: FOMAML; else SOMAML.
+        adapted: what the inner loop adapts, "all" or the "head" alone.
         outer_lr: rho.
+        noise, interference: the terms of the explicit contrastive loss, which then takes MAML's place; None: MAML.
         tasks_at_once: of the batched engine; None: as many as there are CPU threads, or all on a GPU.
     """
 
@@ -62,15 +64,19 @@ class MetaLearner(pl.LightningModule):
         inner_steps: int,
         test_steps: int,
         first_order: bool,
+        adapted: str,
         outer_lr: float,
         tasks_at_once: int | None = None,
+        noise: bool | None = None,
+        interference: bool | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
         self.network = network
         self.engine, self.tasks_at_once = engine, tasks_at_once
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
-        self.first_order, self.outer_lr = first_order, outer_lr
+        self.first_order, self.adapted, self.outer_lr = first_order, adapted, outer_lr
+        self.noise, self.interference = noise, interference
         self.results: dict[str, dict[str, Scores]] = {}
         self._tested: tuple[list, ...] = ()
 
@@ -85,11 +91,15 @@ class MetaLearner(pl.LightningModule):
             where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
             log.info(f"engine=auto: {self.engine} on {where}")
         if self.engine == "sequential":
-            self._meta_gradient, self._step_accuracies = learner.meta_gradient, learner.step_accuracies
+            how, engine = {}, learner
         else:
             how = {"tasks_at_once": self.tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
-            self._meta_gradient = partial(batched.meta_gradient, **how)
-            self._step_accuracies = partial(batched.step_accuracies, **how)
+            engine = batched
+        self._step_accuracies = partial(engine.step_accuracies, adapted=self.adapted, **how)
+        self._meta_gradient = partial(engine.meta_gradient, adapted=self.adapted, **how)
+        if self.noise is not None:
+            terms = {"noise": self.noise, "interference": self.interference}
+            self._meta_gradient = partial(contrastive.meta_gradient, **terms)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["engine"] = self.engine  # a run that goes on keeps it
@@ -114,6 +124,13 @@ class MetaLearner(pl.LightningModule):
         with precision.forward_context():
             accuracies = [self._accuracies(precision.convert_input(tasks)) for tasks in batches]
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
+
+    def probes(self, batches: Iterable[Task]) -> dict[str, float]:
+        """What evidence.probes measures; changes nothing in the module."""
+        precision = self.trainer.precision_plugin
+        with precision.forward_context():
+            tasks = (precision.convert_input(each) for each in batches)
+            return evidence.probes(self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps)
 
     def on_test_start(self) -> None:
         self._tested = ([], [])
@@ -146,6 +163,7 @@ class MetaLearner(pl.LightningModule):
                 error
             ):
                 raise
-            together = 1 if self.engine == "sequential" else min(len(tasks.support), self.tasks_at_once or sys.maxsize)
+            default = torch.get_num_threads() if tasks.support.device.type == "cpu" else sys.maxsize
+            together = 1 if self.engine == "sequential" else min(len(tasks.support), self.tasks_at_once or default)
             lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
             raise UserError(f"engine={self.engine}: out of memory on {tasks.support.device}; lower {lower}") from error

@@ -35,9 +35,9 @@ def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def _column_order(name: str) -> tuple[int, str, int]:
-    """train, then val, then test; steps as numbers."""
+    """train, then val, then test, then probe; steps as numbers."""
     stem, _, step = name.partition("/step_")
-    return ("train", "val", "test").index(stem.split("/")[0].split("_")[0]), stem, int(step or 0)
+    return ("train", "val", "test", "probe").index(stem.split("/")[0].split("_")[0]), stem, int(step or 0)
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -102,6 +102,8 @@ def write(
         curves = read_metrics(folder / "metrics.csv")
         picture = figures.accuracy_over_iterations(curves, config)
         write_atomically(folder / "figures" / "accuracy_over_iterations.png", partial(_write_png, picture))
+        if any(name.startswith("probe/") for name in curves):
+            write_atomically(folder / "figures" / "probes.png", partial(_write_png, figures.probes(curves, config)))
     picture = figures.accuracy_over_steps(content, config)
     write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(_write_png, picture))
     for logger in loggers:

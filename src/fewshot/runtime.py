@@ -24,7 +24,7 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
         raise UserError("trainer.precision=tf32: only a CUDA GPU has it; use 32-true")
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # torch: cuDNN may
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # torch lets cuDNN
     pl.seed_everything(seed, workers=True, verbose=False)
     # Lightning advises on data loaders and logging intervals; tasks are drawn in memory.
     warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -1,0 +1,92 @@
+"""What is measured on a model, against loops in NumPy; and in a run."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows
+from test_learner import NETWORKS, convolutional, images_for, softmax
+
+from fewshot.evidence import probes
+from fewshot.models import zero_head
+from fewshot.tasks import Task
+
+NAMES = {
+    *("interference_norm", "contrastive_norm", "wrong_sign", "head_norm", "cross_task"),
+    *("cosine_same", "cosine_other", "cosine_same_queries", "cosine_other_queries"),
+}
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def by_hand(network, task, eta):
+    """One inner step of the head on one task, written out pair by pair."""
+    with torch.no_grad():
+        S, Q = (network.encoder(x).numpy() for x in (task.support, task.query))
+    s_labels, q_labels = task.support_labels.numpy(), task.query_labels.numpy()
+    w, b = network.head.weight.detach().numpy(), network.head.bias.detach().numpy()
+    one_hot = np.eye(len(w))
+    P = softmax(S @ w.T + b)
+    step = eta / len(S) * (one_hot[s_labels] - P)
+    w1, b1 = w + step.T @ S, b + step.sum(0)
+    q = softmax(Q @ w1.T + b1)
+    contrastive, interference, wrong = np.zeros_like(Q), np.zeros_like(Q), []
+    for i, u in enumerate(q_labels):
+        interference[i] = (q[i] - one_hot[u]) @ w / len(Q)
+        for j, t in enumerate(s_labels):
+            c = q[i] @ P[j] - P[j][u] - q[i][t] + (t == u)
+            contrastive[i] -= eta / len(S) / len(Q) * c * S[j]
+            wrong.append((c > 0) != (t == u))
+    pairs = {"same": [], "other": [], "same_queries": [], "other_queries": []}
+    for i, u in enumerate(q_labels):
+        for j, t in enumerate(s_labels):
+            pairs["same" if t == u else "other"].append(cosine(Q[i], S[j]))
+        for k, v in enumerate(q_labels):
+            if i != k:
+                pairs["same_queries" if v == u else "other_queries"].append(cosine(Q[i], Q[k]))
+    head_gradient = (q - one_hot[q_labels]).T @ Q / len(Q)
+    return {
+        "interference_norm": np.linalg.norm(interference),
+        "contrastive_norm": np.linalg.norm(contrastive),
+        "wrong_sign": np.mean(wrong),
+        **{f"cosine_{name}": np.mean(values) for name, values in pairs.items()},
+        "head_norm": np.linalg.norm(w),
+        "cross_task": cosine(w.ravel(), head_gradient.ravel()),
+    }
+
+
+def test_probes_are_what_the_formulas_say():
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=3, shots=2, queries=3)
+    network = convolutional(build, tasks)
+    each = [by_hand(network, Task(*fields), 0.4) for fields in zip(*tasks, strict=True)]
+    batches = [Task(*(field[:2] for field in tasks)), Task(*(field[2:] for field in tasks))]  # of unequal size
+    found = probes(network, batches, inner_lr=0.4, inner_steps=1)
+    assert found.keys() == NAMES
+    for name, value in found.items():
+        assert value == pytest.approx(np.mean([one[name] for one in each]), abs=2e-6), name
+    assert found["wrong_sign"] > 0  # or nothing would be seen of the noise
+
+
+def test_a_zero_head_interferes_with_nothing_and_has_no_wrong_sign_in_one_step():
+    build = NETWORKS["conv4_pooled"]
+    tasks = images_for(build, tasks=3, shots=2, queries=3)
+    network = convolutional(build, tasks)
+    zero_head(network.head)
+    found = probes(network, [tasks], inner_lr=0.4, inner_steps=1)
+    assert found["interference_norm"] == found["head_norm"] == found["cross_task"] == found["wrong_sign"] == 0
+    assert found["contrastive_norm"] > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_a_run_records_and_draws_them_and_is_otherwise_the_same(run, tmp_path, precision):
+    knobs = ("iterations=4", f"trainer.precision={precision}")
+    with_probes = rows(run(tmp_path / "with", "probes=true", *knobs))
+    without = rows(run(tmp_path / "without", *knobs))
+    names = {f"probe/{name}" for name in NAMES}
+    assert names <= set(with_probes[0]) and not names & set(without[0])
+    assert [{k: v for k, v in row.items() if k not in names} for row in with_probes] == without
+    assert all(row[name] for row in with_probes for name in names)  # validated at every row of these
+    assert (tmp_path / "with" / "figures" / "probes.png").stat().st_size > 10_000
+    assert not (tmp_path / "without" / "figures" / "probes.png").exists()
