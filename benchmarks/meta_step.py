@@ -248,12 +248,14 @@ def draw(files: list[Path], png: Path) -> None:
         others = [name for name in CONTESTANTS if name != BASELINE]
         for place, (contestant, (colour, marker)) in enumerate(zip(others, LOOKS, strict=True)):
             rows = [row for row in each["rows"] if row["contestant"] == contestant and row["speedup"]]
+            if not rows:
+                continue
             heights = [names.index(row["setting"]) + 0.12 * (place - 2) for row in rows]  # side by side where equal
             panel.plot([row["speedup"] for row in rows], heights, marker, color=colour, markersize=5, label=contestant)
         machine = each["machine"]
         panel.set_title(f"{machine['device']}, {machine['precision']}, torch {machine['torch']}", fontsize=9)
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         panel.set_yticks(range(len(names)), names)
@@ -262,7 +264,7 @@ def draw(files: list[Path], png: Path) -> None:
     panels[0][0].invert_yaxis()
     figure.supxlabel("times as fast as learn2learn, same tasks and weights", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(png, dpi=150)
 
 

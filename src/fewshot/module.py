@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MODES = {"zeroing_off": False, "zeroing_on": True}  # test-time zeroing: adapt from a copy whose head is zeroed
 
+LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory back to the system every time
+
 
 class Scores(NamedTuple):
     """Query accuracy after every inner step: mean over the tasks and half width of its 95% confidence interval."""
@@ -84,12 +86,10 @@ class MetaLearner(pl.LightningModule):
         """Settles what engine=auto means, by a rule that docs/performance.md has the measurements for."""
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
         self.trainer.precision_plugin.convert_module(self)
-        device, threads = self.trainer.strategy.root_device.type, torch.get_num_threads()
+        device = self.trainer.strategy.root_device.type
         if self.engine == "auto":
-            several = device != "cpu" or (threads > 1 and self.trainer.datamodule.meta_batch_size > 1)
-            self.engine = "batched" if several else "sequential"
-            where = f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
-            log.info(f"engine=auto: {self.engine} on {where}")
+            self.engine, reason = ("batched", device) if device != "cpu" else self._engine_on_a_cpu()
+            log.info(f"engine=auto: {self.engine} ({reason})")
         if self.engine == "sequential":
             how, engine = {}, learner
         else:
@@ -100,6 +100,23 @@ class MetaLearner(pl.LightningModule):
         if self.noise is not None:
             terms = {"noise": self.noise, "interference": self.interference}
             self._meta_gradient = partial(contrastive.meta_gradient, **terms)
+
+    def _engine_on_a_cpu(self) -> tuple[str, str]:
+        """Which, and why: one task per thread, unless there is but one or its tensors are large."""
+        data, precision, numbers = self.trainer.datamodule, self.trainer.precision_plugin, [0]
+        if torch.get_num_threads() == 1 or data.meta_batch_size == 1:
+            return "sequential", "one thread" if torch.get_num_threads() == 1 else "one task"
+        hooks = [
+            layer.register_forward_hook(lambda layer, given, output: numbers.append(output.numel()))
+            for layer in self.network.modules()
+        ]
+        with torch.no_grad(), precision.forward_context():
+            self.network(precision.convert_input(data.samplers["train"](0, 1)).query[0])
+        for hook in hooks:
+            hook.remove()
+        if max(numbers) > LARGE:
+            return "sequential", f"a layer's output has {max(numbers) / 1e6:.1f} million numbers, above {LARGE / 1e6:g}"
+        return "batched", f"{torch.get_num_threads()} threads"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["engine"] = self.engine  # a run that goes on keeps it
