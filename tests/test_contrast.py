@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from test_learner import prepared
 from torch import Tensor
 
 from fewshot import learner
 from fewshot.contrast import Gradients, closed_form_gradients, contrastive_coefficients
-from fewshot.models import conv4_strided, zero_head
+from fewshot.models import conv4_strided
 from fewshot.tasks import Task
 
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
@@ -346,14 +347,7 @@ def images(*, tasks=2, ways=3, shots=2, queries=3, size=28):
 
 def network(*, zeroed=False):
     torch.manual_seed(1)
-    built = conv4_strided(channels=1, size=28, ways=3, width=6).double()
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    if zeroed:
-        zero_head(built.head)
-    return built
+    return prepared(conv4_strided(channels=1, size=28, ways=3, width=6), zeroed)
 
 
 def through_the_closed_form(net, tasks, **knobs):

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from conftest import outcome
+from test_learner import draw
 
 from fewshot import batched, learner, module
 from fewshot.config import UserError
@@ -79,7 +80,7 @@ def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overr
     assert str(error.value) == f"{overrides[0]}: out of memory on cpu; {lower}"
 
 
-def test_an_error_in_the_inner_loop_is_the_error_that_is_raised(run, tmp_path, monkeypatch):
+def test_an_error_in_the_inner_loop_is_the_error_that_is_raised():
     """learn2learn's adapt() would print it and fail later, for want of gradients."""
 
     class Fails(torch.autograd.Function):
@@ -91,11 +92,8 @@ def test_an_error_in_the_inner_loop_is_the_error_that_is_raised(run, tmp_path, m
         def backward(ctx, gradient):
             raise torch.OutOfMemoryError("no memory")
 
-    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    network, tasks = torch.nn.Sequential(torch.nn.Linear(2, 2)), draw(ways=2, shape=(2,))
     network.register_forward_hook(lambda module, passed, out: Fails.apply(out))
-    from test_learner import draw
-
-    tasks = draw(ways=2, shape=(2,))
     with pytest.raises(torch.OutOfMemoryError):
         learner.meta_gradient(network.double(), tasks, inner_lr=0.1, inner_steps=1, first_order=True)
 

@@ -36,7 +36,7 @@ def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figu
     return _with_legend(figure, axes)
 
 
-PROBES = (  # one panel each: axis and (name, label)
+PROBES = (  # one panel each: title and (name, label)
     (
         "norm of the query gradient's terms",
         (("interference_norm", "interference"), ("contrastive_norm", "contrastive")),
@@ -58,7 +58,8 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
     for axes, (label, names) in zip(figure.subplots(3, 2).flat, PROBES, strict=True):
         for (name, meaning), colour, style in zip(names, (ON, OFF), ("-", "--"), strict=False):
             axes.plot(*zip(*curves[f"probe/{name}"], strict=True), style, color=colour, label=meaning)
-        axes.set(xlabel="outer iteration", ylabel=label)
+        axes.set(xlabel="outer iteration")
+        axes.set_title(label, fontsize=9, loc="left")
         _plain(axes)
         _with_legend(figure, axes)
     figure.suptitle(f"{_title(config)}: means over validation tasks, unadapted encoder", fontsize=10)
