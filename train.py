@@ -8,23 +8,29 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot.config import CONF, check, check_overrides, one_line_errors, settings
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
-    with one_line_errors():
+def main(cfg: DictConfig) -> float | None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with one_line_errors(job=folder if HydraConfig.get().mode == RunMode.MULTIRUN else None):
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides)
         if cfg.checkpoint is None:
             check(cfg)
-        run(cfg, overrides, Path(HydraConfig.get().runtime.output_dir))
+        return run(cfg, overrides, folder)
+    return None  # a job of a sweep that failed
 
 
-def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
-    """One run in `folder`: new, continued from its last.ckpt, or, with fit=false, a test of a checkpoint."""
+def run(cfg: DictConfig, overrides: list[str], folder: Path) -> float:
+    """One run in `folder`: new, continued from its last.ckpt, or, with fit=false, a test of a checkpoint.
+
+    Returns the validation accuracy of the model that was tested, after inner_steps.
+    """
     began = time.monotonic()
     # Torch and Lightning take seconds to import, and a mistake in the configuration should not have to wait for them.
     from hydra.utils import instantiate
@@ -38,39 +44,14 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
-    if report.finished(folder, cfg):
-        return
+    if results := report.finished(folder, cfg):
+        return report.validation_accuracy(results)
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )
-    module = MetaLearner(
-        instantiate(cfg.model.network),
-        engine=start.engine,
-        inner_lr=cfg.inner_lr,
-        inner_steps=cfg.inner_steps,
-        test_steps=cfg.test_steps,
-        first_order=cfg.algo.first_order,
-        adapted=cfg.algo.adapted,
-        noise=cfg.algo.get("noise"),
-        interference=cfg.algo.get("interference"),
-        outer_lr=cfg.outer_lr,
-        tasks_at_once=cfg.tasks_at_once,
-    )
+    module = MetaLearner.from_config(cfg, start.engine)
     start.check_fits(module)
-    data = MetaData(
-        instantiate(cfg.dataset.source),
-        ways=cfg.ways,
-        shots=cfg.shots,
-        queries=cfg.queries,
-        mean=cfg.dataset.mean,
-        std=cfg.dataset.std,
-        seed=cfg.seed,
-        meta_batch_size=cfg.meta_batch_size,
-        iterations=cfg.iterations,
-        val_tasks=cfg.val_tasks,
-        test_tasks=cfg.test_tasks,
-        tasks_at_once=cfg.tasks_at_once,
-    )
+    data = MetaData.from_config(cfg)
     with finished_run():
         start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
         trainer = instantiate(
@@ -87,7 +68,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         trained = time.monotonic()
         tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
         trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
-        report.write(
+        results = report.write(
             folder,
             module.results,
             iterations=trainer.global_step or start.iteration,
@@ -96,6 +77,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
             config=settings(cfg),
             loggers=trainer.loggers,
         )
+    return report.validation_accuracy(results)
 
 
 if __name__ == "__main__":

@@ -51,22 +51,7 @@ def main(rounds: int) -> None:
         # One validation at the start and one at the end, outside of the turns that count.
         cfg = compose("config", [f"iterations={iterations}", f"val_every={iterations}", "val_tasks=2", "logger=none"])
     knobs = {"inner_lr": cfg.inner_lr, "inner_steps": cfg.inner_steps, "first_order": cfg.algo.first_order}
-    data = MetaData(
-        instantiate(cfg.dataset.source),
-        mean=cfg.dataset.mean,
-        std=cfg.dataset.std,
-        tasks_at_once=None,
-        **{k: cfg[k] for k in ("ways", "shots", "queries", "seed", "meta_batch_size", "iterations")},
-        **{k: cfg[k] for k in ("val_tasks", "test_tasks")},
-    )
-    module = MetaLearner(
-        instantiate(cfg.model.network),
-        engine="sequential",
-        adapted=cfg.algo.adapted,
-        outer_lr=cfg.outer_lr,
-        test_steps=cfg.test_steps,
-        **knobs,
-    )
+    data, module = MetaData.from_config(cfg), MetaLearner.from_config(cfg, "sequential")
     network = instantiate(cfg.model.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.outer_lr)
     tasks = data.samplers["train"](0, cfg.meta_batch_size)

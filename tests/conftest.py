@@ -74,13 +74,9 @@ def program(cache: Path) -> Callable[..., subprocess.Popen]:
     started: list[subprocess.Popen] = []
 
     def program(*overrides: str, small: bool = True) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *(SMALL if small else ()),
-            f"dataset.cache={cache}",
-            *overrides,
-        ]
+        base = (*(SMALL if small else ()), f"dataset.cache={cache}")
+        flags = [override for override in overrides if override.startswith("-")]
+        command = [sys.executable, ROOT / "train.py", *flags, *base, *(o for o in overrides if o not in flags)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cache))

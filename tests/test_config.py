@@ -116,6 +116,19 @@ def test_the_paper_experiment_has_the_papers_settings():
     assert cfg.model.name == "conv4_strided" and cfg.callbacks.record.test_curve_tasks == 992
 
 
+def test_the_cosine_similarity_experiment_is_a_sweep_of_one_task():
+    cfg = compose("experiment=cosine_similarity")
+    expected = {"ways": 5, "shots": 10, "queries": 10, "meta_batch_size": 1, "iterations": 101, "inner_steps": 2}
+    assert {knob: cfg[knob] for knob in expected} == expected
+    assert (cfg.dataset.name, cfg.dataset.tasks) == ("omniglot", "one_task")
+    photos = compose("experiment=cosine_similarity", "dataset=cifarfs")
+    assert (photos.dataset.tasks, photos.inner_lr, photos.meta_batch_size) == ("one_task", 0.01, 1)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        whole = hydra.compose("config", overrides=["experiment=cosine_similarity"], return_hydra_config=True)
+    assert whole.hydra.mode.name == "MULTIRUN"
+    assert whole.hydra.sweeper.params == {"algo": "fomaml,zero_init,zero", "seed": "0,1,2,3,4,5,6,7,8,9"}
+
+
 @pytest.mark.parametrize("dataset", PHOTOS)
 def test_photo_datasets_have_the_papers_settings(dataset):
     cfg = compose(f"dataset={dataset}")
@@ -280,6 +293,12 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset.channels=3": ("dataset.mean=[0.0]: ", "3 numbers"),
     "dataset.std=[1.0,1.0]": ("dataset.std=[1.0, 1.0]: ", "dataset.channels=1 numbers"),
     "model.width=0": ("model.width=0: ", "at least 1"),
+    # the tasks of training
+    "dataset.tasks=both": ("dataset.tasks=both: ", "one of mutually_exclusive, non_mutually_exclusive, one_task"),
+    "dataset.tasks=null": ("dataset.tasks=null: ", "one of mutually_exclusive"),
+    "callbacks=cosine_similarity": ("dataset.tasks=mutually_exclusive: ", "dataset.tasks=one_task"),
+    "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),
+    "experiment=cosine_similarity callbacks.cosine_similarity.every=0": ("callbacks.cosine_similarity.every=0: ", "1"),
     # where the photos are
     "dataset=cifarfs": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
     "dataset=folder": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),

@@ -13,7 +13,7 @@ from test_learner import prepared
 from torch import Tensor
 
 from fewshot import learner
-from fewshot.contrast import Gradients, closed_form_gradients, contrastive_coefficients
+from fewshot.contrast import Gradients, adapted_head, closed_form_gradients, contrastive_coefficients
 from fewshot.models import conv4_strided
 from fewshot.tasks import Task
 
@@ -288,6 +288,19 @@ def test_the_papers_support_gradient_is_its_first_part_alone(head, bias):
         assert relative(first_part, found) < 1e-12
     else:
         assert relative(first_part, found) > 0.1
+
+
+@with_and_without_bias
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_the_adapted_head_is_that_of_the_inner_loop(biased, inner_steps):
+    given, knobs = draw(tasks=(2,), counts=(2, 1, 3), biased=biased), {"inner_lr": 0.4, "inner_steps": inner_steps}
+    first = tuple(p.clone().requires_grad_() for p in (given.weight, given.bias) if p is not None)
+    found = adapted_head(*given[:2], given.weight, given.bias, **knobs)
+    assert (found[1] is None) == (not biased)
+    for task in range(2):
+        last = adapted(given.support[task], given.support_labels[task], first, loss="cross_entropy", **knobs)[-1]
+        for each, expected in zip(found, last, strict=False):
+            assert relative(each[task], expected.detach()) < 1e-12
 
 
 # The formulas of 2.1, the motivating example

@@ -6,7 +6,7 @@ import torch
 from conftest import rows
 from test_learner import NETWORKS, convolutional, images_for, softmax
 
-from fewshot.evidence import probes
+from fewshot.evidence.probes import probes
 from fewshot.models import zero_head
 from fewshot.tasks import Task
 

@@ -1,12 +1,15 @@
 """Tasks and their sampler, seen from outside: every image carries its class and place, so a task shows its draws."""
 
+import hashlib
 from collections import Counter
+from itertools import permutations
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fewshot.config import TASKS
 from fewshot.tasks import SPLITS, Split, TaskSampler
 
 every_case = settings(deadline=None, derandomize=True, max_examples=60)
@@ -39,8 +42,9 @@ def samplers(draw):
     shots, queries = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     counts = draw(st.lists(st.integers(shots + queries, 12), min_size=2, max_size=9))
     ways = draw(st.integers(2, len(counts)))
-    seed, stream = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2))
-    return counts, TaskSampler(marked(counts), ways=ways, shots=shots, queries=queries, seed=seed, stream=stream)
+    seed, stream, kind = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 2)), draw(st.sampled_from(TASKS))
+    knobs = {"ways": ways, "shots": shots, "queries": queries, "seed": seed, "stream": stream, "kind": kind}
+    return counts, TaskSampler(marked(counts), **knobs)
 
 
 @every_case
@@ -88,6 +92,12 @@ def test_a_sampler_made_again_draws_the_same_tasks():
     assert same(used(40, 4), TaskSampler(marked([10] * 20), **knobs)(40, 4))
 
 
+def test_the_draws_of_a_seed_are_the_same_in_every_version():
+    sampler = TaskSampler(marked([7, 12, 9, 20, 8, 8, 8]), ways=3, shots=2, queries=4, seed=5, stream=0)
+    drawn = hashlib.sha256(sampler.indices(11, 50).astype("<i8").tobytes()).hexdigest()
+    assert drawn == "af8b372a2fcb73f14697b7ef17efd977c0c7304421155e8a896bfdc3b15a0c75"
+
+
 def test_positions_seeds_and_streams_all_differ():
     def sampler(seed, stream):
         return TaskSampler(marked([20] * 50), ways=5, shots=1, queries=4, seed=seed, stream=stream)
@@ -123,6 +133,65 @@ def test_every_image_is_support_and_query_equally_often():
         for n, count in enumerate((7, 12)):  # 11 degrees of freedom at most: 31.3 once in a thousand
             places = images[images[:, :, 0] == n][:, 1]
             assert chi_square(Counter(places.tolist()), count) < 31.3
+
+
+# Kinds of training tasks
+
+
+def classes_of_labels(seed, classes, ways, tasks):
+    """[Counter of the classes drawn under label t] of non-mutually-exclusive tasks."""
+    sampler = TaskSampler(
+        marked([4] * classes), ways=ways, shots=1, queries=2, seed=seed, stream=0, kind="non_mutually_exclusive"
+    )
+    drawn = marks(sampler(0, tasks).support)[:, :, 0]  # 1-shot: (B, K), in the order of the labels
+    return [Counter(drawn[:, label].tolist()) for label in range(ways)]
+
+
+@every_case
+@given(st.integers(2, 6), st.integers(0, 20), st.integers(0, 2**32 - 1))
+def test_each_label_has_its_own_kth_of_the_classes_whatever_the_seed(ways, more, seed):
+    classes = ways + more
+    found = classes_of_labels(seed, classes, ways, 1000)
+    assert sorted(n for part in found for n in part) == list(range(classes)), "every class under exactly one label"
+    sizes = [len(part) for part in found]
+    assert max(sizes) - min(sizes) <= 1
+    assert [set(part) for part in found] == [set(part) for part in classes_of_labels(seed ^ 1, classes, ways, 1000)]
+
+
+def test_the_classes_of_a_label_are_equally_frequent_and_no_neighbours():
+    for part in classes_of_labels(7, 30, 5, 6000):
+        members = sorted(part)
+        assert members != list(range(members[0], members[0] + 6))
+        # 5 degrees of freedom: exceeds 20.5 once in a thousand; the draws are fixed
+        assert chi_square(Counter({members.index(n): count for n, count in part.items()}), 6) < 20.5
+
+
+def test_one_task_is_always_the_same_in_every_order():
+    knobs = {"ways": 3, "shots": 2, "queries": 2, "stream": 0, "kind": "one_task"}
+    sampler = TaskSampler(marked([9] * 20), seed=5, **knobs)
+    task, batch = sampler.one_task(), sampler(0, 6000)
+    assert torch.equal(batch.support_labels, task.support_labels.expand(6000, -1))
+    assert torch.equal(batch.query_labels, task.query_labels.expand(6000, -1))
+    parts = ((task.support, batch.support), (task.query, batch.query))
+    own, drawn = (
+        torch.cat([marks(each.unsqueeze(0) if each.dim() == 4 else each).unflatten(1, (3, 2)) for each in pair], dim=2)
+        for pair in zip(*parts, strict=True)
+    )  # (1, K, 4, 2), (B, K, 4, 2): a class's two support images, then its two queries
+    orders = (drawn[:, :, 0, 0, None] == own[0, :, 0, 0]).int().argmax(-1)  # (B, K), which class is label t
+    assert torch.equal(drawn, own[0][orders])
+    every = {order: n for n, order in enumerate(permutations(range(3)))}
+    seen = Counter(every[tuple(order)] for order in orders.tolist())
+    assert chi_square(seen, len(every)) < 20.5  # 5 degrees of freedom, as above
+    assert same(task, TaskSampler(marked([9] * 20), seed=5, **knobs).one_task())
+    assert not same(task, TaskSampler(marked([9] * 20), seed=6, **knobs).one_task())
+
+
+def test_one_task_is_of_the_test_split_and_says_so():
+    with pytest.raises(ValueError, match="the test split has 5 classes"):
+        TaskSampler(marked([9] * 5), ways=6, shots=1, queries=1, seed=0, stream=0, kind="one_task")
+
+
+# Mistakes
 
 
 def test_too_many_ways_is_one_clear_line():

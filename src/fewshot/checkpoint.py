@@ -184,7 +184,7 @@ def _merged(overrides: list[str]) -> list[str]:
 
 def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
     """Raises UserError naming the first knob in which cfg differs from the configuration found at path."""
-    asked, trained = dict(_leaves(settings(cfg))), dict(_leaves(trained))
+    asked, trained = dict(leaves(settings(cfg))), dict(leaves(trained))
     for key in sorted({*asked, *trained}):
         if not any(key == free or key.startswith(f"{free}.") for free in FREE) and asked.get(key) != trained.get(key):
             raise UserError(
@@ -198,11 +198,12 @@ def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> N
         )
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
+def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted.key, value)."""
+    found = []
     for key, value in config.items():
         if isinstance(value, dict):
-            leaves += _leaves(value, f"{prefix}{key}.")
+            found += leaves(value, f"{prefix}{key}.")
         else:
-            leaves.append((prefix + key, value))
-    return leaves
+            found.append((prefix + key, value))
+    return found

@@ -1,16 +1,18 @@
 """What a valid configuration is; every mistake that YAML alone shows, said in one line before torch is imported."""
 
+import hashlib
 import math
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,26 +25,47 @@ class UserError(Exception):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A UserError ends the program with its line and status 1, or a traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143."""
+def one_line_errors(job: Path | None = None) -> Iterator[None]:
+    """A UserError ends the program with its line and status 1, or a traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143.
+
+    job: the folder of a job in a sweep, which goes on: any error is left there as error.txt.
+    """
+    if job is not None:
+        (job / "error.txt").unlink(missing_ok=True)
     try:
         yield
-    except (UserError, InstantiationException, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
-            error = error.__cause__
-        raise SystemExit(" ".join(str(error).split())) from None
     except SystemExit as error:
         if error.code is None:  # how Lightning ends a run on SIGTERM: as if nothing had happened
-            sys.stderr.write("stopped by SIGTERM; the same command with its hydra.run.dir goes on from last.ckpt\n")
+            sys.stderr.write("stopped by SIGTERM; the same command with its folder goes on from last.ckpt\n")
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
+    except Exception as error:
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
+            error = error.__cause__
+        expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
+        line = " ".join(str(error).split())
+        if job is not None:
+            (job / "error.txt").write_text(f"{line}\n" if expected else traceback.format_exc())
+            sys.stderr.write(f"{line}\n" if expected else traceback.format_exc())
+        elif not expected or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        else:
+            raise SystemExit(line) from None
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
     """Where a run writes: training that continues from RUN/checkpoints/x.ckpt goes on in RUN, all else in `new`."""
     return str(Path(str(checkpoint)).absolute().parent.parent) if checkpoint and fit else new
+
+
+def _job_folder(overrides: list[str]) -> str:
+    """A job's folder in a sweep, named by its overrides alone, in any order; safe in a path and in checkpoint=."""
+    pairs = dict(override.lstrip("+").split("=", 1) for override in overrides)
+    exact = [f"{key}-{value}" for key, value in sorted(pairs.items())]
+    name = re.sub("[^A-Za-z0-9._-]+", "-", "__".join(exact))
+    if name != "__".join(exact) or name.count("__") >= max(1, len(pairs)) or len(name) > 150:
+        name = f"{name[:150]}-{hashlib.sha256(repr(exact).encode()).hexdigest()[:8]}"
+    return name or "defaults"
 
 
 def _first_call(folder: str) -> str | None:
@@ -52,26 +75,16 @@ def _first_call(folder: str) -> str | None:
 
 OmegaConf.register_new_resolver("at_least", lambda least, value: max(least, value), replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def _job_number(number: int | None) -> str:
+    """What the log lines of a sweep's job begin with: two may run side by side."""
+    return "" if number is None else f"#{number} "
+
+
+OmegaConf.register_new_resolver("job_folder", _job_folder, replace=True)
+OmegaConf.register_new_resolver("job_number", _job_number, replace=True)
 OmegaConf.register_new_resolver("first_call", _first_call, replace=True)
-
-
-class OutputFolder(Callback):
-    """Says in one line that the checkpoint is missing or the output folder cannot be written, before Hydra makes it."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.run.dir)
-        with one_line_errors():
-            if config.checkpoint is not None and not Path(str(config.checkpoint)).exists():
-                raise UserError(f"checkpoint={config.checkpoint}: no such file")
-            probe = folder / f".probe-{os.getpid()}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe.write_bytes(bytes(2**16))  # an empty file fits on a full disk
-                probe.unlink()
-            except OSError as error:
-                raise UserError(
-                    f"hydra.run.dir={folder}: cannot be written ({error.strerror}); name a folder that can"
-                ) from None
 
 
 INTEGERS = {  # knob: smallest value
@@ -84,6 +97,7 @@ REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "probes", "zeroing"}
 ALGO = ("first_order", "adapted", "zeroing", "noise", "interference")
 ADAPTED = ("all", "head")
+TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 LOGGER_MODES = (None, "online", "offline", "disabled")
@@ -181,6 +195,14 @@ def _check_dataset(cfg: DictConfig) -> None:
             f"shots+queries={cfg.shots}+{cfg.queries}: {data.name} has {data.images_per_class} images per class; "
             "lower shots or queries"
         )
+    if data.tasks not in TASKS:
+        raise UserError(f"dataset.tasks={shown(data.tasks)}: must be one of {', '.join(TASKS)}")
+    if "cosine_similarity" in cfg.callbacks:
+        if data.tasks != "one_task":
+            raise UserError(f"dataset.tasks={data.tasks}: callbacks=cosine_similarity needs dataset.tasks=one_task")
+        if cfg.queries == 1:
+            raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
+        _integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
     if data.size < cfg.model.smallest_image:
         raise UserError(
             f"dataset.size={data.size}: {cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"

@@ -164,6 +164,23 @@ def adapted_logits(
     ).logits
 
 
+@torch.no_grad()
+def adapted_head(
+    support_features: Tensor,
+    support_labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+) -> tuple[Tensor, Tensor | None]:
+    """W_N (..., K, d) and b_N (..., K), by (2.2). Arguments and errors as of `closed_form_gradients`."""
+    support = (support_features, support_labels)
+    task = _adapt(*support, *support, weight, bias, inner_lr, inner_steps, "cross_entropy")  # queries play no part
+    W, d = task.W[-1], weight.shape[1]
+    return W[..., :d], None if bias is None else W[..., d]
+
+
 class _Adapted(NamedTuple):
     """A task after its inner loop; phi and W include the bias."""
 

@@ -1,9 +1,15 @@
 """Recorded numbers -> pictures; trains nothing."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+
+from fewshot.config import shown
+
+if TYPE_CHECKING:
+    from fewshot.sweep import Setting
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 MODES = (("zeroing_off", "", OFF, "o", "test zeroing off"), ("zeroing_on", "_zeroed", ON, "s", "test zeroing on"))
@@ -62,26 +68,137 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
         axes.set_title(label, fontsize=9, loc="left")
         _plain(axes)
         _with_legend(figure, axes)
-    figure.suptitle(f"{_title(config)}: means over validation tasks, unadapted encoder", fontsize=10)
+    figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10)
     return figure
+
+
+COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, less the yellow
+LINES = ("-", "--", ":", "-.")  # once the colours are used up
+
+
+def sweep(settings: list["Setting"]) -> Figure:
+    """Accuracy over inner steps and over outer iterations, mean and range over seeds, both test-time zeroing modes."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    for (by_step, by_update), (mode, _, _, _, zeroing) in zip(figure.subplots(2, 2, sharey="row"), MODES, strict=True):
+        for number, setting in enumerate(settings):
+            values = setting.accuracies(mode)
+            if len(values):
+                _mean_and_range(by_step, number, np.arange(values.shape[1]), values, marker="o", markersize=4)
+            _, updates, curve = setting.curve(mode)
+            _mean_and_range(by_update, number, updates, curve, label=setting.label())
+        by_step.set(xlabel="inner step", ylabel="test query accuracy")
+        by_step.xaxis.get_major_locator().set_params(integer=True)
+        by_update.set(xlabel="outer iteration", ylabel="query accuracy after inner_steps steps")
+        by_step.set_title(f"final test, {zeroing}", fontsize=9, loc="left")
+        by_update.set_title(f"{_splits(settings, mode)} curve, {zeroing}", fontsize=9, loc="left")
+        for axes in (by_step, by_update):
+            _plain(axes)
+    return _of_all(figure, by_update, settings)
+
+
+def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
+    """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
+    across, down = (list(dict.fromkeys(setting.value(knob) for setting in settings)) for knob in (knobs[0], knobs[-1]))
+    down = down if len(knobs) > 1 else [None]
+    labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
+    figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
+    grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
+    for row, below in zip(grid, down, strict=True):
+        for axes, beside in zip(row, across, strict=True):
+            heading = {knobs[0]: beside} | ({} if below is None else {knobs[-1]: below})
+            for setting in settings:
+                if all(setting.value(knob) == value for knob, value in heading.items()):
+                    label = setting.label(without=knobs)
+                    _, updates, curve = setting.curve("zeroing_off")
+                    _mean_and_range(axes, labels.index(label), updates, curve, label=label)
+            axes.set_title(setting_label(heading), fontsize=9, loc="left")
+            axes.set(xlabel="outer iteration", ylabel="query accuracy")
+            axes.label_outer()
+            _plain(axes)
+    return _of_all(figure, grid, settings)
+
+
+def _mean_and_range(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
+    """values: (seeds, len(x))"""
+    if not len(x):
+        return
+    colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+    axes.plot(x, values.mean(axis=0), line, color=colour, linewidth=1.4, **how)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
+    """One legend for all axes, outside them, and what the figure is of."""
+    found = {}
+    for each in np.ravel(axes):
+        handles, labels = each.get_legend_handles_labels()
+        found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
+    figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
+    of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
+    figure.suptitle(f"{of}: mean and range over {_seeds(settings)}", fontsize=10)
+    return figure
+
+
+def _seeds(settings: list["Setting"]) -> str:
+    numbers = sorted({len(setting.jobs) for setting in settings})
+    return f"{' to '.join(map(str, {numbers[0], numbers[-1]}))} seed{'s' * (numbers[-1] > 1)}"
+
+
+def _splits(settings: list["Setting"], mode: str) -> str:
+    return " or ".join(dict.fromkeys({"val": "validation"}.get(s.curve(mode)[0], "test") for s in settings))
+
+
+HEADS = {  # the poster's three: (zeroing, init_scale)
+    (False, 1): "random head",
+    (False, 0): "zero at the start",
+    (True, 1): "zeroed every update",
+}
+
+
+def setting_label(knobs: dict[str, Any]) -> str:
+    """E.g. "SOMAML, zeroing, inner_steps=3": the algorithm in words, other knobs as they are given."""
+    parts, algo = [], {key.removeprefix("algo."): value for key, value in knobs.items() if key.startswith("algo.")}
+    explicit = algo.get("noise", algo.get("interference")) is not None
+    if "noise" in algo or "interference" in algo:
+        without = " or ".join(term for term in ("noise", "interference") if algo.get(term) is False)
+        parts.append("contrastive loss" + f" without {without}" * bool(without) if explicit else "MAML")
+    elif "adapted" in algo:
+        parts.append("head only" if algo["adapted"] == "head" else "all adapted")
+    if "first_order" in algo:
+        first = algo["first_order"]
+        if parts == ["MAML"] or not parts:
+            parts[:] = ["FOMAML" if first else "SOMAML"]
+        else:
+            parts.append("first order" if first else "second order")
+    others = {key: value for key, value in knobs.items() if not key.startswith("algo.")}
+    if head := HEADS.get((algo.get("zeroing"), knobs.get("init_scale"))):
+        parts.append(head)
+        del others["init_scale"]
+    elif "zeroing" in algo:
+        parts.append("zeroing" if algo["zeroing"] else "no zeroing")
+    parts += [f"{key}={shown(value)}" for key, value in others.items()]
+    return ", ".join(parts)
 
 
 def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
-    axes.set_title(_title(config), fontsize=10)
+    axes.set_title(title(config), fontsize=10)
     _plain(axes)
     return figure, axes
 
 
-def _title(config: dict[str, Any]) -> str:
-    algo = config["algo"]
+def title(config: dict[str, Any], algorithm: bool = True) -> str:
+    task = f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
+    return f"{algorithm_name(config['algo'])}, {task}" if algorithm else task
+
+
+def algorithm_name(algo: dict[str, Any]) -> str:
     name = ("FOMAML" if algo["first_order"] else "SOMAML") + ", head only" * (algo["adapted"] == "head")
     if "noise" in algo:
         name = f"explicit contrastive loss ({'first' if algo['first_order'] else 'second'} order)"
-    name += " + zeroing" * algo["zeroing"]
-    return f"{name}, {config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
+    return name + " + zeroing" * algo["zeroing"]
 
 
 def _plain(axes: Axes) -> None:
@@ -92,3 +209,71 @@ def _plain(axes: Axes) -> None:
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # outside the data
     return figure
+
+
+PAIRS = (("query_support", "query and support"), ("query_query", "two queries"))  # of cosine_similarity.json
+
+
+def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figure:
+    """How alike the classes of one task become while it is trained on: {setting: cosine_similarity.json of its runs}.
+
+    Above, same class and other class over outer updates, as far as all runs went; below, class by class. Means over the
+    runs of a setting, the bands are 95% confidence intervals.
+    """
+    reached = min(len(run["updates"]) for group in runs.values() for run in group)
+    updates = next(iter(runs.values()))[0]["updates"][:reached]
+    matrices = {  # (runs, updates, K, K)
+        pairs: {label: np.array([run[pairs][:reached] for run in group]) for label, group in runs.items()}
+        for pairs, _ in PAIRS
+    }
+    heights = (3.3, 0.4 + len(runs))
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
+    figure.suptitle(f"{title}: one task, unadapted encoder", fontsize=10)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
+        for number, (label, values) in enumerate(matrices[pairs].items()):
+            itself = np.eye(values.shape[-1], dtype=bool)
+            _mean_and_interval(axes, number, "-", updates, values[..., itself].mean(axis=-1), label=label)
+            _mean_and_interval(axes, number, "--", updates, values[..., ~itself].mean(axis=-1))
+        axes.set(xlabel="outer update", ylabel="mean cosine similarity")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.label_outer()
+        _plain(axes)
+    handles = axes.get_legend_handles_labels()[0]
+    for line, meaning in (("-", "same class"), ("--", "other class")):
+        handles += axes.plot([], [], line, color="grey", label=meaning)
+    above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center")
+    _class_matrices(below, updates, matrices)
+    return figure
+
+
+def _mean_and_interval(axes: Axes, number: int, line: str, x: Any, values: Any, **how: Any) -> None:
+    """values: (runs, len(x)); a single run has no interval."""
+    from fewshot.sweep import mean_and_ci95  # which imports this file
+
+    (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
+    axes.plot(x, mean, line, color=colour, linewidth=1.4, **how)
+    axes.fill_between(x, mean - ci95, mean + ci95, color=colour, alpha=0.2, linewidth=0)
+
+
+def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, dict[str, Any]]) -> None:
+    """A row of K x K pictures per setting: after the first two and the last two updates, of each kind of pairs."""
+    after = sorted({0, 1, len(updates) - 2, len(updates) - 1} & set(range(len(updates))))
+    labels = list(matrices[PAIRS[0][0]])
+    means = {(pairs, label): values.mean(axis=0) for pairs in matrices for label, values in matrices[pairs].items()}
+    largest = max(np.abs(values[after]).max() for values in means.values())
+    gap = len(after)  # the column between the two kinds
+    grid = figure.subplots(len(labels), 2 * gap + 1, squeeze=False, width_ratios=[1] * gap + [0.15] + [1] * gap)
+    for number, (row, label) in enumerate(zip(grid, labels, strict=True)):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[gap].set_axis_off()
+        for kind, (pairs, name) in enumerate(PAIRS):
+            for place, update in enumerate(after, start=kind * (gap + 1)):
+                scale = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}  # white: orthogonal
+                picture = row[place].imshow(means[pairs, label][update], **scale)
+                row[place].set(xticks=[], yticks=[])
+                if number == 0:
+                    heading = f"{name}\n" if update == 0 else "\n"
+                    row[place].set_title(f"{heading}update {updates[update]}", fontsize=9, loc="left")
+    figure.colorbar(picture, ax=grid, label="mean cosine similarity", aspect=30)

@@ -46,7 +46,15 @@ def step_accuracies(
 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
-    logits: list[list[Tensor]] = [[] for _ in range(steps + 1)]
+    logits = step_logits(network, tasks, inner_lr=inner_lr, steps=steps, zeroing=zeroing, adapted=adapted)
+    return torch.stack([query_accuracy(each, tasks.query_labels) for each in logits.unbind(1)], dim=1)
+
+
+def step_logits(
+    network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool, adapted: str = "all"
+) -> Tensor:
+    """The queries' logits after every inner step, (B, steps + 1, Q, K), from which `step_accuracies` are."""
+    logits = []
     for task in _each(tasks):
         learner, task = _clone(network, task, inner_lr, True, adapted)
         if zeroing:
@@ -55,8 +63,8 @@ def step_accuracies(
             if step > 0:
                 learner.adapt(_support_loss(learner, task))
             with torch.no_grad():
-                logits[step].append(learner(task.query))
-    return torch.stack([query_accuracy(torch.stack(each), tasks.query_labels) for each in logits], dim=1)
+                logits.append(learner(task.query))
+    return torch.stack(logits).unflatten(0, (-1, steps + 1))
 
 
 def _clone(network: nn.Module, task: Task, inner_lr: float, first_order: bool, adapted: str) -> tuple[MAML, Task]:

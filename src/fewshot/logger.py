@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot.config import UserError
@@ -32,6 +34,8 @@ def wandb_logger(
     Raises:
         UserError: mode="online" without an API key.
     """
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        group, name = group or Path(HydraConfig.get().sweep.dir).name, name or folder.name
     mode = mode or os.environ.get("WANDB_MODE")
     if mode in (None, "online"):
         has_key = wandb.login(prompt=False, verify=False)
@@ -76,11 +80,17 @@ def finished_run() -> Iterator[None]:
 
 
 def summarise(logger: Logger, results: dict[str, Any]) -> None:
-    """The final test in the run's summary: final_test/query_accuracy/step_K, final_test_zeroed/... and the rest."""
+    """The final test: a table and a line plot, and in the summary final_test/query_accuracy/step_K and the rest."""
     if not isinstance(logger, WandbLogger):
         return
     summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
+    rows = []
     for mode, suffix in (("zeroing_off", ""), ("zeroing_on", "_zeroed")):
-        for step, accuracy in enumerate(results["test"][mode]["accuracy"]):
+        scores = results["test"][mode]
+        for step, (accuracy, ci95) in enumerate(zip(scores["accuracy"], scores["ci95"], strict=True)):
             summary[f"final_test{suffix}/query_accuracy/step_{step}"] = accuracy
+            rows.append([step, accuracy, ci95, mode.removeprefix("zeroing_")])
+    table = wandb.Table(columns=["inner_step", "query_accuracy", "ci95", "test_zeroing"], data=rows)
+    plot = wandb.plot.line(table, "inner_step", "query_accuracy", "test_zeroing", "query accuracy by inner step")
+    logger.experiment.log({"query_accuracy_by_inner_step": plot})
     logger.experiment.summary.update(summary)

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fewshot import batched, contrastive, evidence, learner
+from fewshot import batched, contrastive, learner
 from fewshot.config import UserError
+from fewshot.evidence import probes
 from fewshot.execution import CudaGraphs
 from fewshot.tasks import Task
 
@@ -82,6 +85,23 @@ class MetaLearner(pl.LightningModule):
         self.results: dict[str, dict[str, Scores]] = {}
         self._tested: tuple[list, ...] = ()
 
+    @classmethod
+    def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
+        """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
+        return cls(
+            instantiate(cfg.model.network),
+            engine=engine,
+            inner_lr=cfg.inner_lr,
+            inner_steps=cfg.inner_steps,
+            test_steps=cfg.test_steps,
+            first_order=cfg.algo.first_order,
+            adapted=cfg.algo.adapted,
+            noise=cfg.algo.get("noise"),
+            interference=cfg.algo.get("interference"),
+            outer_lr=cfg.outer_lr,
+            tasks_at_once=cfg.tasks_at_once,
+        )
+
     def setup(self, stage: str) -> None:
         """Settles what engine=auto means, by a rule that docs/performance.md has the measurements for."""
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
@@ -143,11 +163,11 @@ class MetaLearner(pl.LightningModule):
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
     def probes(self, batches: Iterable[Task]) -> dict[str, float]:
-        """What evidence.probes measures; changes nothing in the module."""
+        """What evidence/probes.py measures; changes nothing in the module."""
         precision = self.trainer.precision_plugin
         with precision.forward_context():
             tasks = (precision.convert_input(each) for each in batches)
-            return evidence.probes(self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps)
+            return probes.probes(self.network, tasks, inner_lr=self.inner_lr, inner_steps=self.inner_steps)
 
     def on_test_start(self) -> None:
         self._tested = ([], [])

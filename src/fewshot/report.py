@@ -56,24 +56,24 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def finished(folder: Path, cfg: DictConfig) -> bool:
-    """Whether the folder holds the results of this very configuration; then shows them again.
+def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """The results of this very configuration that the folder holds, shown again; None where there are none.
 
     Raises:
         UserError: they are of another configuration.
     """
     path = folder / "results.json"
     if not path.exists():
-        return False
+        return None
     results, asked = json.loads(path.read_text()), settings(cfg)
     if results["config"]["fit"] and asked["fit"]:
         refuse_difference(cfg, results["config"], path)
         if results["config"]["iterations"] < asked["iterations"]:
-            return False  # to be continued
+            return None  # to be continued
     elif results["config"] != asked:
         raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
     print_table(results, folder)
-    return True
+    return results
 
 
 def write(
@@ -85,8 +85,8 @@ def write(
     seconds: dict[str, float],
     config: dict[str, Any],
     loggers: list[Logger],
-) -> None:
-    """results.json, the figures, the logger's summary and the table on the terminal.
+) -> dict[str, Any]:
+    """results.json, which is returned, the figures, the logger's summary and the table on the terminal.
 
     Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates.
     """
@@ -101,18 +101,24 @@ def write(
     if (folder / "metrics.csv").exists():
         curves = read_metrics(folder / "metrics.csv")
         picture = figures.accuracy_over_iterations(curves, config)
-        write_atomically(folder / "figures" / "accuracy_over_iterations.png", partial(_write_png, picture))
+        write_atomically(folder / "figures" / "accuracy_over_iterations.png", partial(write_png, picture))
         if any(name.startswith("probe/") for name in curves):
-            write_atomically(folder / "figures" / "probes.png", partial(_write_png, figures.probes(curves, config)))
+            write_atomically(folder / "figures" / "probes.png", partial(write_png, figures.probes(curves, config)))
     picture = figures.accuracy_over_steps(content, config)
-    write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(_write_png, picture))
+    write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(write_png, picture))
     for logger in loggers:
         summarise(logger, content)
     write_atomically(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
     print_table(content, folder)
+    return content
 
 
-def _write_png(figure: Figure, file: BinaryIO) -> None:
+def validation_accuracy(results: dict[str, Any]) -> float:
+    """Of the best model, after inner_steps; by what a search goes."""
+    return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
+
+
+def write_png(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 

@@ -8,6 +8,8 @@ import torch
 
 from fewshot.config import UserError
 
+THREADS = torch.get_num_threads()  # torch's choice
+
 
 def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str) -> str:
     """Returns the precision that Lightning is to be told.
@@ -22,8 +24,7 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
         raise UserError(f"trainer.accelerator={accelerator}: there is no CUDA GPU here; use trainer=cpu")
     if precision == "tf32" and (accelerator == "cpu" or not torch.cuda.is_available()):
         raise UserError("trainer.precision=tf32: only a CUDA GPU has it; use 32-true")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or THREADS)  # an earlier job of a sweep may have had another number
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # torch lets cuDNN
     pl.seed_everything(seed, workers=True, verbose=False)
     # Lightning advises on data loaders and logging intervals; tasks are drawn in memory.

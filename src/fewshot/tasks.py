@@ -58,12 +58,18 @@ class TaskSampler:
     Random numbers come from a counter (Philox: key = seed and stream, counter = position), so any task can be drawn
     at any time in any company: a resumed run, another rank or another chunk size sees the same tasks.
 
+    kind, for training:
+        "mutually_exclusive": any class under any label, so a label means nothing outside of its task.
+        "non_mutually_exclusive": label t always from the same K-th of the classes, which can therefore be memorised.
+        "one_task": always the task `one_task`, the order of its labels drawn anew for each position.
+
     Args:
         split: the images; tasks are gathered where they lie, see `to`.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
+        kind: see above; with "one_task" the split is that of the test.
 
     Raises:
         ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
@@ -80,17 +86,19 @@ class TaskSampler:
         stream: int,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
+        kind: str = "mutually_exclusive",
     ) -> None:
         classes, fewest = len(split.names), int(split.counts.min())
+        name = "test" if kind == "one_task" else SPLITS[stream]
         if classes < ways:
-            raise ValueError(f"ways={ways}: the {SPLITS[stream]} split has {classes} classes; lower ways")
+            raise ValueError(f"ways={ways}: the {name} split has {classes} classes; lower ways")
         if fewest < shots + queries:
             short = split.names[int(split.counts.argmin())]
             raise ValueError(
-                f"shots+queries={shots + queries}: class {short!r} of the {SPLITS[stream]} split has {fewest} images; "
+                f"shots+queries={shots + queries}: class {short!r} of the {name} split has {fewest} images; "
                 "lower shots or queries"
             )
-        self.split, self.ways, self.shots, self.queries = split, ways, shots, queries
+        self.split, self.ways, self.shots, self.queries, self.kind = split, ways, shots, queries, kind
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -102,22 +110,54 @@ class TaskSampler:
 
     def indices(self, first: int, tasks: int) -> np.ndarray:
         """(B, K, shots + queries) int64: which images make the tasks at positions first .. first + tasks - 1."""
+        if self.kind != "one_task":
+            return self._draw(first, tasks)
+        keys, _ = self._random(first + 1, tasks)  # position 0 drew the task itself
+        return self._draw(0, 1)[0][keys[:, : self.ways].argsort(axis=1, kind="stable")]
+
+    def one_task(self) -> Task:
+        """The one task of kind "one_task", without a leading B, the classes in their own order."""
+        return Task(*(field[0] for field in self._gather(self._draw(0, 1))))
+
+    def _random(self, first: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random numbers for each task, one per class (B, N) and one per image of K classes (B, K, most) uint64."""
         classes, most = len(self._counts), int(self._counts.max())
-        words = classes + self.ways * most  # random numbers per task, in blocks of four as Philox makes them
+        words = classes + self.ways * most  # drawn in blocks of four, as Philox makes them
         blocks = -(-words // 4)
         generator = np.random.Philox(key=self._key, counter=first * blocks)
         keys = generator.random_raw(tasks * blocks * 4).reshape(tasks, -1)
-        chosen = keys[:, :classes].argsort(axis=1, kind="stable")[:, : self.ways]  # a random order, so random labels
-        image_keys = keys[:, classes:words].reshape(tasks, self.ways, most)
+        return keys[:, :classes], keys[:, classes:words].reshape(tasks, self.ways, most)
+
+    def _draw(self, first: int, tasks: int) -> np.ndarray:
+        """(B, K, shots + queries) int64"""
+        keys, image_keys = self._random(first, tasks)
+        if self.kind == "non_mutually_exclusive":
+            chosen = np.stack([part[keys[:, part].argmin(axis=1)] for part in self._parts()], axis=1)
+        else:
+            chosen = keys.argsort(axis=1, kind="stable")[:, : self.ways]  # a random order, so random labels
+        most = image_keys.shape[2]
         absent = np.arange(most) >= self._counts[chosen][:, :, None]
         image_keys = np.where(absent, np.iinfo(np.uint64).max, image_keys)
         images = image_keys.argsort(axis=2, kind="stable")[:, :, : self.shots + self.queries]
         return self._offsets[chosen][:, :, None] + images
 
+    def _parts(self) -> list[np.ndarray]:
+        """The classes of each label, dealt out in a shuffled order that no seed changes.
+
+        In their own order a part would be a few alphabets, recognised by their style without a class being memorised.
+        """
+        stream_of_its_own = np.array([0, len(SPLITS)], dtype=np.uint64)
+        order = np.random.Philox(key=stream_of_its_own).random_raw(len(self._counts)).argsort(kind="stable")
+        return [order[label :: self.ways] for label in range(self.ways)]
+
     def __call__(self, first: int, tasks: int) -> Task:
         """The tasks at positions first .. first + tasks - 1, on the device of the images."""
-        device = self.split.images.device
-        index = torch.from_numpy(self.indices(first, tasks)).to(device)
+        return self._gather(self.indices(first, tasks))
+
+    def _gather(self, indices: np.ndarray) -> Task:
+        """The images of these (B, K, shots + queries) indices as tasks."""
+        tasks, device = len(indices), self.split.images.device
+        index = torch.from_numpy(indices).to(device)
         images = self.split.images[index].float().div_(255).sub_(self._mean).div_(self._std)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from fewshot.config import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
@@ -38,6 +40,7 @@ class MetaData(pl.LightningDataModule):
     Args:
         splits: train, val and test images, (M, C, H, W) uint8.
         seed: of the training tasks; validation and test tasks are the same for every seed.
+        kind: of the training tasks, as TaskSampler has them; validation and test tasks are mutually exclusive.
     """
 
     def __init__(
@@ -55,15 +58,17 @@ class MetaData(pl.LightningDataModule):
         val_tasks: int,
         test_tasks: int,
         tasks_at_once: int | None,
+        kind: str,
     ) -> None:
         super().__init__()
         self.meta_batch_size, self.iterations = meta_batch_size, iterations
         self.tasks_at_once = tasks_at_once or meta_batch_size
         self.tasks = {"val": val_tasks, "test": test_tasks}
+        trained_on = splits["test" if kind == "one_task" else "train"]
         try:
             self.samplers = {
                 name: TaskSampler(
-                    splits[name],
+                    trained_on if name == "train" else splits[name],
                     ways=ways,
                     shots=shots,
                     queries=queries,
@@ -71,11 +76,31 @@ class MetaData(pl.LightningDataModule):
                     std=tuple(std),
                     seed=seed if name == "train" else EVALUATION_SEED,
                     stream=SPLITS.index(name),
+                    kind=kind if name == "train" else "mutually_exclusive",
                 )
                 for name in SPLITS
             }
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> "MetaData":
+        """The tasks of a composed configuration; reads the images."""
+        return cls(
+            instantiate(cfg.dataset.source),
+            ways=cfg.ways,
+            shots=cfg.shots,
+            queries=cfg.queries,
+            mean=cfg.dataset.mean,
+            std=cfg.dataset.std,
+            kind=cfg.dataset.tasks,
+            seed=cfg.seed,
+            meta_batch_size=cfg.meta_batch_size,
+            iterations=cfg.iterations,
+            val_tasks=cfg.val_tasks,
+            test_tasks=cfg.test_tasks,
+            tasks_at_once=cfg.tasks_at_once,
+        )
 
     def setup(self, stage: str) -> None:
         """The images move to the compute device, where tasks are gathered from them by index."""

@@ -1,0 +1,1 @@
+"""What the theory says of a model, measured on it: python -m fewshot.evidence checkpoint=PATH"""

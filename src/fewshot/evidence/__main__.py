@@ -1,0 +1,110 @@
+"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN/checkpoints/best.ckpt
+
+Composes, checks, measures, draws, writes RUN/evidence/ (with hydra.run.dir=FOLDER: FOLDER/evidence/); trains nothing.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors, settings
+
+log = logging.getLogger(__name__)
+
+FEATURE_TASKS = 32  # the first of the test tasks, on which features and predictions are measured, in float64
+GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, again and again
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    with one_line_errors():
+        overrides = list(HydraConfig.get().overrides.task)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise UserError("-m: one model is measured at a time; call it once for each checkpoint")
+        check_overrides(overrides)
+        for override in overrides:
+            if override.startswith("fit="):
+                raise UserError(f"{override}: nothing is trained here; leave it out")
+        if cfg.checkpoint is None:
+            raise UserError("checkpoint=null: which model? Give checkpoint=RUN/checkpoints/best.ckpt")
+        cfg.fit = False
+        run(cfg, [*overrides, "fit=false"], Path(HydraConfig.get().runtime.output_dir) / "evidence")
+
+
+def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
+    """Measures the model of cfg.checkpoint and writes figures, evidence.json and report.html into `folder`."""
+    began = time.monotonic()
+    # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
+    from hydra.utils import instantiate
+
+    from fewshot import checkpoint
+    from fewshot.data.module import MetaData
+    from fewshot.evidence import write
+    from fewshot.evidence.identities import identities, limits
+    from fewshot.evidence.measures import measure
+    from fewshot.module import MetaLearner
+    from fewshot.runtime import prepare
+    from fewshot.tasks import Task
+
+    try:
+        start = checkpoint.find_start(cfg, overrides, folder)
+    except ConfigCompositionException as error:  # of the checkpoint's call and this one together
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"{first_line} {cfg.checkpoint} was trained with it, and this call chooses what has none"
+        ) from None
+    cfg = start.cfg
+    check(cfg)
+    precision = prepare(
+        seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
+    )
+    module = MetaLearner.from_config(cfg, start.engine)
+    start.check_fits(module)
+    network = instantiate(cfg.model.network).double()
+    network.load_state_dict({name.removeprefix("network."): w for name, w in start.content["state_dict"].items()})
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        raise UserError(f"checkpoint={start.path}: weights that are not finite numbers; there is nothing to measure")
+    data = MetaData.from_config(cfg)
+    tasks = data.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
+    tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
+    few, knobs = Task(*(field[:GRADIENT_TASKS] for field in tasks)), {"inner_lr": cfg.inner_lr}
+    log.info(f"measuring the identities on {len(few.support)} tasks, the features on {len(tasks.support)}")
+    found = {
+        "identities": identities(network, few, **knobs, inner_steps=cfg.inner_steps),
+        "limits": limits(network, few, **knobs, inner_steps=max(2, cfg.inner_steps)),
+        **measure(network, tasks, **knobs, inner_steps=cfg.inner_steps, steps=cfg.test_steps, adapted=cfg.algo.adapted),
+    }
+    log.info(f"testing on {cfg.test_tasks} tasks")
+    trainer = instantiate(
+        cfg.trainer,
+        precision=precision,
+        logger=False,
+        plugins=[checkpoint.AtomicCheckpointIO()],
+        default_root_dir=folder,
+    )
+    trainer.test(module, data, ckpt_path=start.path, weights_only=True, verbose=False)
+    write.write(
+        folder,
+        found,
+        module.results["test"],
+        tasks,
+        start=start,
+        gradient_tasks=len(few.support),
+        seconds=time.monotonic() - began,
+        config=settings(cfg),
+    )
+
+
+if __name__ == "__main__":
+    # Hydra is to leave no record of this call in the folder of the run that is measured. It takes overrides in one row.
+    overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
+    first = next(overrides, len(sys.argv))
+    sys.argv[first:first] = ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    main()

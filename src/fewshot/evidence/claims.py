@@ -1,0 +1,210 @@
+"""What is claimed, in words, and the verdict that the numbers give.
+
+Sections such as 2.6 are those of docs/method.md.
+"""
+
+from typing import Any, NamedTuple
+
+from fewshot.evidence.identities import ROUNDING
+
+IDENTITIES = {  # name: (what must hold, what its number is)
+    "interference_vanishes": (
+        "The interference term of the queries’ gradient, E<sub>Q</sub> W<sub>0</sub>, vanishes.",
+        "its largest entry",
+    ),
+    "coefficient_is_free_of_noise": (
+        "The contrastive coefficient is c<sub>qs</sub> = 1[t=u] − q<sub>t</sub>: there is no noise in it.",
+        "largest difference, q<sub>t</sub> as the model adapted by one inner step predicts it",
+    ),
+    "share_of_positive_coefficients": (
+        "Exactly 1/K of the coefficients are positive.",
+        "difference of the share from 1/K",
+    ),
+    "fomaml_is_the_explicit_loss": (
+        "The gradient that FOMAML gives the encoder is that of the explicit contrastive loss l(q).",
+        "relative difference of the encoder’s gradient, by differentiating MAML and by differentiating l(q)",
+    ),
+    "somaml_is_the_explicit_loss": (
+        "So is SOMAML’s, with the support features no longer held constant.",
+        "relative difference, likewise",
+    ),
+    "full_fomaml_is_head_only": (
+        "FOMAML that adapts all parameters and FOMAML that adapts the head alone give the encoder one gradient.",
+        "relative difference",
+    ),
+    "full_somaml_is_head_only": ("So do the two SOMAMLs.", "relative difference"),
+    "inner_step_leaves_the_encoder": (
+        "The inner step, though of all parameters, leaves the encoder as it was.",
+        "largest entry of the support loss’s gradient in the encoder",
+    ),
+    "head_after_one_step": (
+        "The head after the step is W<sub>1</sub> = (η/K)(μ<sub>k</sub> − mean μ).",
+        "relative difference from the step that differentiation gives",
+    ),
+    "bias_after_one_step": ("Its bias is still b<sub>1</sub> = 0.", "largest entry"),
+    "step_0_accuracy": ("Before the step the accuracy is exactly 1/K.", "difference from 1/K"),
+    "step_1_is_the_prototype_classifier": (
+        "After the step the prediction is argmax<sub>k</sub> φ(q)·μ<sub>k</sub>.",
+        "share of queries given another class",
+    ),
+    "step_1_independent_of_inner_lr": ("It is, whatever η.", "the same share at η/10 and at 10 η, the larger"),
+}
+SPLITS = {
+    "fomaml_split_with_this_head": (
+        "FOMAML’s gradient is interference + noisy contrastive term (2.4), for the head’s own gradient too.",
+        "relative difference of the whole gradient, by differentiation and by the closed form",
+    ),
+    "somaml_split_with_this_head": (
+        "SOMAML’s is the closed form of 2.5, which also reaches the support features.",
+        "relative difference, likewise",
+    ),
+}
+LIMITS = {  # name: (what one might expect, why not, what its number is)
+    "no_noise_beyond_one_step": (
+        "With the zeroing trick MAML becomes supervised contrastive learning: c<sub>qs</sub> = 1[t=u] − q<sub>t</sub>.",
+        "True of one inner step. From step two on the support predictions are not uniform, and the noise is back.",
+        "largest difference from step two on, head zeroed",
+    ),
+    "full_is_head_only_beyond_one_step": (
+        "The inner loop may as well leave the encoder alone, as the theory assumes.",
+        "True of one inner step from a zeroed head; from step two on it is an approximation.",
+        "relative difference of FOMAML’s gradient in the encoder, adapting all and the head alone, head zeroed",
+    ),
+    "uniform_without_zeroing": (
+        "Before the inner loop every class is as likely, P = 1/K.",
+        "Only a head that is zero says so; any other brings noise and interference with it.",
+        "largest difference of a support prediction from 1/K, this model’s head",
+    ),
+    "uniform_with_the_bias_kept": (
+        "It is enough to zero the head’s weights.",
+        "With a bias left, P is not uniform. The trick must zero both.",
+        "largest difference from 1/K, weights zeroed and this model’s bias kept",
+    ),
+    "papers_somaml_loss_with_this_head": (
+        "The explicit SOMAML loss of the paper’s appendix has the gradient of SOMAML.",
+        "It leaves out a way from the support features to the loss, by w<sub>0</sub>; exact for w<sub>0</sub> = 0.",
+        "relative difference in the encoder, one step of this model’s head alone",
+    ),
+}
+
+
+class Verdict(NamedTuple):
+    kind: str  # "holds", "fails" or "partly"
+    words: str
+
+    @property
+    def html(self) -> str:
+        return f'<span class="verdict {self.kind}">{self.words}</span>'
+
+
+def of_check(check: dict[str, Any]) -> Verdict:
+    """check: value (None: not a number), bound and pass, as in evidence.json."""
+    value, bound = short(check["value"]), short(check["bound"])
+    if check["pass"]:
+        return Verdict("holds", f"holds exactly ({value} ≤ {bound})")
+    return Verdict("fails", f"does not hold ({value if check['value'] is None else f'{value} > {bound}'})")
+
+
+def of_all(checks: dict[str, dict[str, Any]]) -> Verdict:
+    held = sum(check["pass"] for check in checks.values())
+    if held == len(checks):
+        return Verdict("holds", f"all {held} identities hold exactly")
+    return Verdict("fails", f"{len(checks) - held} of {len(checks)} identities do not hold")
+
+
+def of_limits(checks: dict[str, dict[str, Any]]) -> Verdict:
+    failed = sum(not check["pass"] for check in checks.values())
+    return Verdict("fails" if failed else "holds", f"{failed} of {len(checks)} statements do not hold for this model")
+
+
+def motivating_example(found: dict[str, Any]) -> list[Verdict]:
+    """Of columns and of logits: both are to differ by rounding alone."""
+    values = (found["classifier_error"], found["logits_error"])
+    return [of_check({"value": x, "bound": ROUNDING, "pass": x is not None and x <= ROUNDING}) for x in values]
+
+
+def outer_step(found: dict[str, Any]) -> Verdict:
+    fomaml, somaml = (
+        [found[head][order]["support_norm"] for head in ("this_head", "zeroed_head")] for order in ("fomaml", "somaml")
+    )
+    said = f"the support’s step is {short(max(fomaml))} under FOMAML, at least {short(min(somaml))} under SOMAML"
+    return _exact(max(fomaml) == 0 < min(somaml), said)
+
+
+def noise(found: dict[str, Any]) -> Verdict:
+    zeroed, this = (found[head]["wrong_sign"] for head in ("zeroed_head", "this_head"))
+    return _exact(
+        zeroed == 0, f"{percent(zeroed)} of the signs are wrong from a zeroed head, {percent(this)} from this head"
+    )
+
+
+def similarity(found: dict[str, Any]) -> Verdict:
+    kept, tasks = found["tasks_where_same_is_larger"], found["tasks"]
+    said = f"{decimals(found['same_class'])} within a class, {decimals(found['other_class'])} across; larger within in "
+    return _share(kept / tasks, f"{said}{kept} of {tasks} tasks")
+
+
+def memory(found: dict[str, Any]) -> Verdict:
+    nearest = found["this_head_after"]["nearest_is_own"]
+    return _share(nearest, f"after the step {percent(nearest)} of the columns are nearest to their own class")
+
+
+def prototypes(found: dict[str, Any]) -> list[Verdict]:
+    """From a zeroed head and from this."""
+    zeroed, this = found["zeroed_head"][0], found["this_head"][0]
+    return [
+        _exact(zeroed == 1, f"from a zeroed head {percent(zeroed)} of the predictions agree after one step"),
+        _share(this, f"from this head {percent(this)} agree after one step"),
+    ]
+
+
+def accuracy(test: dict[str, Any], step: int) -> Verdict:
+    """Whether test-time zeroing costs accuracy after this many inner steps, by the intervals over tasks."""
+    (off, off_ci), (on, on_ci) = (
+        (test[mode]["accuracy"][step], test[mode]["ci95"][step]) for mode in ("zeroing_off", "zeroing_on")
+    )
+    said = f"{interval(on, on_ci)} with and {interval(off, off_ci)} without zeroing after step {step}"
+    if on + on_ci < off - off_ci:
+        return Verdict("fails", f"does not hold: zeroing costs accuracy, {said}")
+    better = "zeroing even helps" if on - on_ci > off + off_ci else "the intervals overlap"
+    return Verdict("holds", f"holds: {better}, {said}")
+
+
+def _exact(holds: bool, said: str) -> Verdict:
+    return Verdict("holds", f"holds exactly: {said}") if holds else Verdict("fails", f"does not hold: {said}")
+
+
+def _share(share: float, said: str) -> Verdict:
+    if share == 1:
+        return Verdict("holds", f"holds: {said}")
+    return Verdict("partly", f"holds in part: {said}") if share > 0.5 else Verdict("fails", f"does not hold: {said}")
+
+
+# Numbers, with a minus sign at which no line is broken
+
+
+def short(value: float | None) -> str:
+    """3e−16, 0.98, 0; None was no finite number."""
+    if value is None:
+        return "not a number"
+    text = f"{value:.2g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}".replace(".0e", "e")
+    return text.replace("e-0", "e-").replace("-", "−")
+
+
+def decimals(value: float | None) -> str:
+    """0.55, −0.12"""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """82.8%; 100% and 0% are said of all and of none alone."""
+    if share is None:
+        return "–"
+    text = f"{100 * share:.1f}".removesuffix(".0")
+    if text == "100" and share < 1:
+        return "> 99.9%"
+    return "< 0.1%" if text == "0" and share > 0 else f"{text}%"
+
+
+def interval(mean: float, half: float) -> str:
+    return f"{100 * mean:.1f} ± {100 * half:.1f}%"

@@ -1,0 +1,107 @@
+"""What was measured becomes evidence.json, figures and report.html."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fewshot.checkpoint import Start, write_atomically
+from fewshot.evidence import figures, page
+from fewshot.figures import accuracy_over_steps
+from fewshot.module import Scores
+from fewshot.report import versions, write_png
+from fewshot.tasks import Task
+
+
+def write(
+    folder: Path,
+    found: dict[str, Any],
+    scores: dict[str, Scores],
+    tasks: Task,
+    *,
+    start: Start,
+    gradient_tasks: int,
+    seconds: float,
+    config: dict[str, Any],
+) -> None:
+    """Numbers, then pictures, then the page that shows both.
+
+    found: by `identities`, `limits` and `measure`; tasks: those they were measured on, of which the first is shown.
+    """
+    test = {mode: {"accuracy": each.accuracy, "ci95": each.ci95} for mode, each in scores.items()}
+    checks = {
+        group: {
+            name: {"value": each.value, "bound": each.bound, "pass": each.passed} for name, each in found[group].items()
+        }
+        for group in ("identities", "limits")
+    }
+    content = {
+        **found,
+        **checks,
+        "test": {"tasks": next(iter(scores.values())).tasks, **test},
+        "tasks": {"features": len(tasks.support), "gradients": gradient_tasks},
+        "model": {
+            "checkpoint": str(start.path),
+            "iteration": start.iteration,
+            "trained_with": start.content["fewshot"]["config"],
+        },
+        "seconds": round(seconds, 2),
+        "config": config,
+        "versions": versions(),
+    }
+    content = finite(content)
+    pictures = {name: _png(figure) for name, figure in draw(content, _shown(tasks, config)).items()}
+    files = {
+        "evidence.json": json.dumps(content, indent=2, allow_nan=False).encode(),
+        **{f"{name}.png": picture for name, picture in pictures.items()},
+        "report.html": page.page(content, pictures).encode(),
+    }
+    for name, data in files.items():
+        write_atomically(folder / name, lambda file, data=data: file.write(data))
+    held = sum(each.passed for each in found["identities"].values())
+    print(f"{held} of {len(found['identities'])} identities hold. Read {folder / 'report.html'}")
+
+
+def draw(content: dict[str, Any], shown: figures.Shown) -> dict[str, Figure]:
+    head_is_zero = content["memory"]["this_head_before"] is None
+    return {
+        "motivating_example": figures.motivating_example(content["motivating_example"], shown),
+        "outer_step": figures.outer_step(content["outer_step"], shown, head_is_zero),
+        "coefficients": figures.coefficients(content["coefficients"], shown, head_is_zero),
+        "similarity": figures.similarity(content["similarity"], shown),
+        "memory": figures.memory(content["memory"], shown, head_is_zero),
+        "prototypes": figures.prototypes(content["prototypes"], shown.ways, head_is_zero),
+        "accuracy": accuracy_over_steps(content, content["config"]),
+    }
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    write_png(figure, file)
+    return file.getvalue()
+
+
+def finite(content: Any) -> Any:
+    """JSON has no nan and no infinity; they become null."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _shown(tasks: Task, config: dict[str, Any]) -> figures.Shown:
+    """The first task, its images as they were before they were normalised."""
+    mean, std = (np.array(config["dataset"][name])[:, None, None] for name in ("mean", "std"))
+
+    def images(normalised: Tensor) -> np.ndarray:
+        pixels = (normalised.numpy() * std + mean).clip(0, 1)  # (I, C, H, W)
+        return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+
+    support, support_labels, query, query_labels = (field[0] for field in tasks)
+    return figures.Shown(images(support), support_labels.numpy(), images(query), query_labels.numpy())

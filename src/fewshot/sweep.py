@@ -1,0 +1,333 @@
+"""Many runs -> one table and one figure: python -m fewshot.sweep FOLDER...
+
+Runs that differ in their seed alone are one setting; what is said of a setting is a mean over its seeds.
+"""
+
+import argparse
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from scipy.stats import t as student
+
+from fewshot import figures
+from fewshot.checkpoint import FREE, leaves, write_atomically
+from fewshot.config import UserError, one_line_errors, shown
+from fewshot.config import settings as resolved
+from fewshot.report import read_metrics, write_png
+
+log = logging.getLogger(__name__)
+
+MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
+TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
+# No part of a setting: the seed, where things lie, and knobs that are others again.
+ELSEWHERE = (
+    "seed",
+    *(knob for knob in FREE if knob != "iterations"),
+    *("callbacks", "trainer", "model.network", "dataset.source"),
+)
+FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
+
+
+class Job(NamedTuple):
+    """One run. results: results.json, None while there is none; curves: metrics.csv; error: error.txt."""
+
+    folder: Path
+    config: dict[str, Any]
+    results: dict[str, Any] | None
+    curves: dict[str, list[tuple[int, float]]]
+    error: str | None
+
+    @property
+    def state(self) -> str:
+        return "failed" if self.error else "unfinished"
+
+
+class Setting(NamedTuple):
+    """Runs that differ in their seed alone. knobs: those in which the settings at hand differ."""
+
+    knobs: dict[str, Any]
+    jobs: list[Job]
+
+    def label(self, without: Iterable[str] = ()) -> str:
+        knobs = {key: value for key, value in self.knobs.items() if key not in without}
+        return figures.setting_label(knobs) or figures.algorithm_name(self.config["algo"])
+
+    def value(self, knob: str) -> Any:
+        return dict(leaves(self.config)).get(knob)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.jobs[0].config
+
+    def accuracies(self, mode: str) -> np.ndarray:
+        """Of the final test, (finished jobs, test_steps + 1)."""
+        return np.array([job.results["test"][mode]["accuracy"] for job in self.jobs if job.results])
+
+    def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """Accuracy after inner_steps over outer updates: of which split, (I,) updates, (jobs, I) accuracies.
+
+        The test curve where there is one, else validation; at the updates that all jobs have (the finished ones, if
+        any: a mean over those that happen to have gone far would be of the slow ones).
+        """
+        jobs = [job for job in self.jobs if job.results] or [job for job in self.jobs if job.curves]
+        split = "test" if all(f"test{MODES[mode]}/{self._step}" in job.curves for job in jobs) and jobs else "val"
+        found = [dict(job.curves.get(f"{split}{MODES[mode]}/{self._step}", ())) for job in jobs]
+        common = sorted(set.intersection(*map(set, found))) if found else []
+        return split, np.array(common), np.array([[each[update] for update in common] for each in found])
+
+    @property
+    def _step(self) -> str:
+        return f"query_accuracy/step_{self.config['inner_steps']}"
+
+
+def conclude(folder: Path, panels: list[str]) -> None:
+    """The end of a sweep in `folder`: summarises it, names the jobs that failed.
+
+    Raises:
+        SystemExit: 1, a job failed.
+    """
+    try:
+        summarise([folder], folder, panels)
+    except UserError as error:  # no job has finished
+        log.error(str(error))
+    if failed := [job for job in read_jobs([folder]) if job.error]:
+        lines = "".join(f"\n{job.folder.name}: {job.error}" for job in failed)
+        log.error(f"{len(failed)} failed; the same command with hydra.sweep.dir={folder} tries them again:{lines}")
+        raise SystemExit(1)
+
+
+def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
+    """summary.csv, summary.md, summary.png and, with panels, panels.png, written into a folder.
+
+    Args:
+        folders: of sweeps or of single runs, finished or not.
+        panels: knobs whose values get axes of their own.
+
+    Raises:
+        UserError: no run has finished, or a panel is no knob.
+    """
+    jobs = read_jobs(folders)
+    if not any(job.results for job in jobs):
+        raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
+    settings = group(jobs)
+    known = dict(leaves(settings[0].config))
+    if unknown := [knob for knob in panels if knob not in known]:
+        raise UserError(f"panels={unknown[0]}: no such knob of these runs, such as algo.first_order or inner_steps")
+    text = as_markdown(settings)
+    _write_text(into / "summary.csv", as_csv(settings))
+    _write_text(into / "summary.md", text)
+    _write_figure(into / "summary.png", figures.sweep(settings))
+    if panels:
+        _write_figure(into / "panels.png", figures.panels(settings, panels))
+    if recorded := _similarities(settings):
+        title = figures.title(settings[0].config, algorithm=False)
+        _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, title))
+    print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
+
+
+def read_jobs(folders: list[Path]) -> list[Job]:
+    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first.
+
+    Raises:
+        UserError: a folder is none, or without a run in it.
+    """
+    jobs: dict[tuple[str, int], Job] = {}
+    for folder in folders:
+        inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
+        found = [job for path in inside if (job := _read_job(path))]
+        if not found:
+            raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
+        for job in found:
+            first = jobs.setdefault((_identity(job.config), job.config["seed"]), job)
+            if first is not job:
+                log.warning(f"{job.folder}: left out, the same setting and seed as {first.folder}")
+    return list(jobs.values())
+
+
+def _read_job(folder: Path) -> Job | None:
+    try:
+        results = json.loads((folder / "results.json").read_text())
+        config = results["config"]
+    except FileNotFoundError:
+        results = None
+        if not (folder / ".hydra" / "config.yaml").exists():
+            return None
+        config = resolved(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+    metrics, error = folder / "metrics.csv", folder / "error.txt"
+    return Job(
+        folder,
+        config,
+        results,
+        read_metrics(metrics) if metrics.exists() else {},
+        error.read_text().strip().splitlines()[-1] if error.exists() and results is None else None,
+    )
+
+
+def group(jobs: list[Job]) -> list[Setting]:
+    """Jobs by their resolved settings; each setting by the knobs that tell it from the others."""
+    together: dict[str, list[Job]] = {}
+    for job in jobs:
+        together.setdefault(_identity(job.config), []).append(job)
+    configs = [json.loads(identity) for identity in together]
+    varied = [key for key in sorted(set().union(*configs)) if len({shown(each.get(key)) for each in configs}) > 1]
+    for key in [key for key in varied if key.split(".")[0] in FOLLOWING and key not in ("dataset.name", "model.name")]:
+        others = [other for other in varied if other != key]
+        if len({tuple(shown(each.get(other)) for other in others) for each in configs}) == len(configs):
+            varied = others
+    found = [
+        Setting({key: config.get(key) for key in varied}, sorted(members, key=lambda job: job.config["seed"]))
+        for config, members in zip(configs, together.values(), strict=True)
+    ]
+    return sorted(found, key=lambda setting: [_order(*knob) for knob in setting.knobs.items()])
+
+
+def _order(knob: str, value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    size = float(value) if number else 0.0
+    downwards = knob in ("algo.first_order", "init_scale")  # FOMAML before SOMAML, a random head before a zero one
+    return number, -size if downwards else size, shown(value)
+
+
+def _identity(config: dict[str, Any]) -> str:
+    """The resolved settings less the seed, as text."""
+    kept = {
+        key: value
+        for key, value in leaves(config)
+        if not any(key == part or key.startswith(f"{part}.") for part in ELSEWHERE)
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
+def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
+    n = len(values)
+    if n < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
+
+
+def as_csv(settings: list[Setting]) -> str:
+    """Long: one row per setting, zeroing mode and step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    knobs = list(settings[0].knobs)
+    writer.writerow(["setting", *knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
+    for setting in settings:
+        for mode in MODES:
+            values = setting.accuracies(mode)
+            if not len(values):
+                continue
+            for step, (mean, ci95) in enumerate(zip(*mean_and_ci95(values), strict=True)):
+                cells = [shown(value) for value in setting.knobs.values()]
+                half = "" if np.isnan(ci95) else f"{ci95:.6f}"
+                writer.writerow(
+                    [setting.label(), *cells, mode.removeprefix("zeroing_"), step, f"{mean:.6f}", half, len(values)]
+                )
+    return text.getvalue()
+
+
+def as_markdown(settings: list[Setting]) -> str:
+    """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without results."""
+    parts = []
+    finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
+    for mode in MODES if finished else ():
+        steps = max(setting.accuracies(mode).shape[1] for setting in finished)
+        rows = []
+        for setting in finished:
+            values = setting.accuracies(mode)
+            cells = [_percent(mean, ci95) for mean, ci95 in zip(*mean_and_ci95(values), strict=True)]
+            rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
+        heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
+        parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
+    rows = [[setting.label(), *_updates_to(setting)] for setting in settings]
+    reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
+    if reached:
+        heading = "Outer updates until the curve after inner_steps first reaches an accuracy, test zeroing off"
+        columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
+        parts.append(_table(heading, columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]))
+    if unfinished := [job for setting in settings for job in setting.jobs if not job.results]:
+        rows = [[job.folder.name, job.state, (job.error or "").replace("|", "\\|")] for job in unfinished]
+        parts.append(_table("Runs without results", ["run", "", ""], rows))
+    parts.append("± is the 95% confidence interval over seeds (Student t).\n")
+    return "\n".join(parts)
+
+
+def _updates_to(setting: Setting) -> list[str]:
+    """Mean over seeds; where not all get there, how many of how many; - for none."""
+    split, updates, accuracies = setting.curve("zeroing_off")
+    cells = []
+    for target in TARGETS:
+        reached = accuracies >= target if len(updates) else np.zeros((1, 1), dtype=bool)
+        there = reached.any(axis=1)
+        if there.all():
+            cells.append(f"{updates[reached.argmax(axis=1)].mean():.0f}")
+        else:
+            cells.append(f"{there.sum()} of {len(there)} seeds" if there.any() else "-")
+    return [{"val": "validation", "test": "test"}[split], *cells]
+
+
+def _percent(mean: float, ci95: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if np.isnan(ci95) else f" ± {100 * ci95:.2f}")
+
+
+def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join(
+        [f"{heading}\n", line(columns), line(["-" * max(3, width) for width in widths]), *map(line, rows), ""]
+    )
+
+
+def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
+    """{setting: what its jobs recorded of the cosine similarities between classes}"""
+    found = {}
+    for setting in settings:
+        paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
+        if contents := [json.loads(path.read_text()) for path in paths if path.exists()]:
+            found[setting.label()] = contents
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_figure(path: Path, figure: Figure) -> None:
+    write_atomically(path, partial(write_png, figure))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m fewshot.sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep, or of a run")
+    parser.add_argument("--into", type=Path, help="where to write; default: FOLDER, with several the current folder")
+    parser.add_argument("--panels", default=None, help="knobs, with commas; panels.png has axes for each value")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with one_line_errors():
+        into = asked.into or (asked.folders[0] if len(asked.folders) == 1 else Path.cwd())
+        panels = asked.panels.split(",") if asked.panels is not None else _panels_of(asked.folders[0])
+        summarise(asked.folders, into, panels)
+
+
+def _panels_of(folder: Path) -> list[str]:
+    """Those that the sweep in the folder was asked for."""
+    path = folder / "multirun.yaml"
+    if not path.exists():
+        return []
+    return list(OmegaConf.select(OmegaConf.load(path), "hydra.callbacks.summary.panels", default=[]))
+
+
+if __name__ == "__main__":
+    main()

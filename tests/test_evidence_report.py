@@ -1,0 +1,576 @@
+"""python -m fewshot.evidence: its numbers against loops in NumPy and differentiation, its verdicts, its files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from test_contrast import Features, differentiated
+from test_evidence import by_hand, cosine
+from test_learner import NETWORKS, convolutional, images_for, softmax
+
+import train
+from fewshot import contrast
+from fewshot.config import CONF, UserError
+from fewshot.evidence import claims, figures, identities, measures, write
+from fewshot.evidence.__main__ import run
+from fewshot.evidence.features import agreement
+from fewshot.evidence.features import features as encoded
+from fewshot.models import Network, zero_head
+from fewshot.tasks import Task
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+KNOBS = {"inner_lr": 0.4, "inner_steps": 2}
+LIMITS = {"no_noise_beyond_one_step", "full_is_head_only_beyond_one_step", "papers_somaml_loss_with_this_head"}
+LIMITS |= {"uniform_without_zeroing", "uniform_with_the_bias_kept"}
+
+
+def model(name="conv4_strided", *, bias=True, **shape):
+    """A network in float64 with a head that is not zero, and tasks for it."""
+    tasks = images_for(NETWORKS[name], **{"tasks": 2, "shots": 1, "queries": 3, **shape})
+    network = convolutional(NETWORKS[name], tasks)
+    if not bias:
+        network.head.bias = None
+    return network, tasks
+
+
+def features(network, task):
+    """Of one task in NumPy: support, its labels, query, its labels."""
+    with torch.no_grad():
+        S, Q = (network.encoder(x).numpy() for x in (task.support, task.query))
+    return S, task.support_labels.numpy(), Q, task.query_labels.numpy()
+
+
+def each(tasks):
+    return [Task(*fields) for fields in zip(*tasks, strict=True)]
+
+
+def head(network):
+    return network.head.weight.detach().numpy(), network.head.bias.detach().numpy()
+
+
+def stepped(S, labels, w, b, eta):
+    """One inner step of the head."""
+    E = (softmax(S @ w.T + b) - np.eye(len(w))[labels]) / len(S)
+    return w - eta * E.T @ S, b - eta * E.sum(0)
+
+
+# The identities, and what does not hold
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("bias", "shots", "queries"), [(True, 1, 3), (False, 2, 2)])
+def test_the_identities_hold_for_any_model_and_the_limits_do_not(name, bias, shots, queries):
+    network, tasks = model(name, bias=bias, shots=shots, queries=queries)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    found = identities.identities(network, tasks, **KNOBS)
+    assert found.keys() | {"bias_after_one_step"} == claims.IDENTITIES.keys() | claims.SPLITS.keys()
+    assert ("bias_after_one_step" in found) == bias
+    assert {key: check for key, check in found.items() if not check.passed} == {}
+    limits = identities.limits(network, tasks, **KNOBS)
+    assert limits.keys() | {"uniform_with_the_bias_kept"} == claims.LIMITS.keys() == LIMITS
+    assert ("uniform_with_the_bias_kept" in limits) == bias
+    assert all(check.value > 1e-3 and not check.passed for check in limits.values())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_the_limits_about_its_own_head_hold_for_a_model_whose_head_is_zero():
+    network, tasks = model()
+    zero_head(network.head)
+    limits = identities.limits(network, tasks, **KNOBS)
+    assert {name for name, check in limits.items() if check.passed} == {
+        *("uniform_without_zeroing", "uniform_with_the_bias_kept", "papers_somaml_loss_with_this_head")
+    }
+
+
+def test_the_limits_are_what_the_formulas_say():
+    network, tasks = model()
+    limits = identities.limits(network, tasks, **KNOBS)
+    w, b = head(network)
+    noise = uniform = 0.0
+    for task in each(tasks):
+        S, labels, Q, q_labels = features(network, task)
+        uniform = max(uniform, np.abs(softmax(S @ w.T + b) - 1 / 3).max())
+        w1, b1 = stepped(S, labels, 0 * w, 0 * b, 0.4)
+        P, (w2, b2) = softmax(S @ w1.T + b1), stepped(S, labels, w1, b1, 0.4)
+        q = softmax(Q @ w2.T + b2)
+        for i, u in enumerate(q_labels):
+            for j in range(len(S)):
+                noise = max(noise, abs(q[i] @ P[j] - P[j][u]))
+    assert limits["no_noise_beyond_one_step"].value == pytest.approx(noise, rel=1e-9)
+    assert limits["uniform_without_zeroing"].value == pytest.approx(uniform, rel=1e-9)
+    kept = np.abs(softmax(b[None]) - 1 / 3).max()
+    assert limits["uniform_with_the_bias_kept"].value == pytest.approx(kept, rel=1e-9)
+
+
+def failing(network, tasks):
+    found = identities.identities(network, tasks, **KNOBS)
+    return {name for name, check in found.items() if not check.passed}
+
+
+def test_a_trick_that_zeroes_half_of_the_head_is_found_out(monkeypatch):
+    network, tasks = model()
+    monkeypatch.setattr(identities, "zero_head", lambda head: torch.nn.init.zeros_(head.weight))
+    assert failing(network, tasks) == {
+        *("coefficient_is_free_of_noise", "share_of_positive_coefficients", "head_after_one_step"),
+        *("bias_after_one_step", "fomaml_is_the_explicit_loss", "somaml_is_the_explicit_loss"),
+        "step_1_independent_of_inner_lr",
+    }
+    monkeypatch.setattr(identities, "zero_head", lambda head: torch.nn.init.zeros_(head.bias))
+    assert failing(network, tasks) == {*claims.IDENTITIES}
+
+
+def test_an_unbalanced_support_is_found_out():
+    network, tasks = model(shots=2)
+    labels = tasks.support_labels.clone()
+    labels[:, 1] = 1
+    assert failing(network, tasks._replace(support_labels=labels)) >= {"head_after_one_step", "bias_after_one_step"}
+
+
+def test_a_wrong_formula_is_found_out(monkeypatch):
+    network, tasks = model()
+    step = contrast._back_through_inner_loop
+
+    def wrong(task, D, G, loss):
+        D, G = step(task, D, G, loss)
+        return D * 1.001, G
+
+    monkeypatch.setattr(contrast, "_back_through_inner_loop", wrong)
+    assert failing(network, tasks) == {"somaml_split_with_this_head"}
+
+    def stronger(task):
+        return torch.stack([-(task.Q - task.T_Q) @ (1.01 * task.T_S - P).mT for P in task.P])
+
+    monkeypatch.setattr(contrast, "_coefficients", stronger)
+    zero = identities.zeroed(network)
+    assert not identities._coefficients(zero, tasks, encoded(zero, tasks), 0.4)["coefficient_is_free_of_noise"].passed
+
+
+def test_a_check_of_what_is_no_number_fails():
+    assert not identities.Check(float("nan"), 1.0).passed
+    assert identities._worst([0.0, float("nan"), 1.0]) != identities._worst([1.0])
+    assert claims.of_check({"value": None, "bound": 0.0, "pass": False}).words == "does not hold (not a number)"
+
+
+# What is measured
+
+
+def test_the_motivating_example_is_what_the_formulas_say():
+    network, tasks = model(shots=2)
+    found = measures.motivating_example(encoded(network, tasks), inner_lr=0.4)
+    S, labels, Q, q_labels = features(network, each(tasks)[0])
+    eta = 2 * 0.4 / (6 * 3)
+    m = [S[labels == k].sum(0) for k in range(3)]
+    firsts = [int(np.argmax(q_labels == k)) for k in range(3)]
+    assert found["inner_lr"] == pytest.approx(eta)
+    np.testing.assert_allclose(found["classifier"], [[cosine(a, b) for b in m] for a in m], atol=1e-5)
+    np.testing.assert_allclose(found["inner_products"], [[eta * Q[i] @ mk for mk in m] for i in firsts], rtol=1e-4)
+    np.testing.assert_allclose(found["logits"], found["inner_products"], rtol=1e-4)
+    assert max(found["classifier_error"], found["logits_error"]) < 1e-12
+    logits = np.stack([eta * features(network, t)[2] @ np.stack(sums(network, t)).T for t in each(tasks)])
+    own = np.stack([np.eye(3, dtype=bool)[t.query_labels] for t in each(tasks)])
+    assert found["same_class"] == pytest.approx(logits[own].mean())
+    assert found["other_class"] == pytest.approx(logits[~own].mean())
+
+
+def sums(network, task):
+    S, labels, *_ = features(network, task)
+    return [S[labels == k].sum(0) for k in range(3)]
+
+
+def test_the_outer_step_is_that_of_differentiation():
+    network, tasks = model()
+    found = measures.outer_step(encoded(network, tasks), **KNOBS)
+    weight, bias = (p.detach() for p in (network.head.weight, network.head.bias))
+    for order, first_order in (("fomaml", True), ("somaml", False)):
+        norms, drawn, pushed, arrows = [], [], [], []
+        for task in each(tasks):
+            S, labels, Q, q_labels = (torch.as_tensor(x) for x in features(network, task))
+            given = Features(S, labels, Q, q_labels, weight, bias)
+            _, to_Q, to_S, *_ = differentiated(*given, **KNOBS, first_order=first_order, loss="cross_entropy")
+            norms.append([to_Q.norm().item(), to_S.norm().item()])
+            arrows.append((-to_Q.numpy(), -to_S.numpy()))
+            small = 1e-7
+            change = (Q - small * to_Q) @ (S - small * to_S).T - Q @ S.T
+            same = q_labels[:, None] == labels[None]
+            drawn += (change[same] > 0).tolist()
+            pushed += (change[~same] < 0).tolist()
+        measured = found["this_head"][order]
+        assert [measured["query_norm"], measured["support_norm"]] == pytest.approx(np.mean(norms, axis=0).tolist())
+        assert [measured["same_class_drawn"], measured["other_class_pushed"]] == [np.mean(drawn), np.mean(pushed)]
+        S, _, Q, _ = features(network, each(tasks)[0])
+        both = np.concatenate([S, Q]) - np.concatenate([S, Q]).mean(0)
+        _, directions = np.linalg.eigh(both.T @ both)
+        plane = directions[:, :-3:-1] * np.where(directions[:, :-3:-1].sum(0) < 0, -1, 1)
+        np.testing.assert_allclose(found["support"], both[: len(S)] @ plane, atol=1e-4)
+        np.testing.assert_allclose(measured["query_arrows"], arrows[0][0] @ plane, atol=1e-6)
+        np.testing.assert_allclose(measured["support_arrows"], arrows[0][1] @ plane, atol=1e-6)
+    assert found["this_head"]["fomaml"]["support_norm"] == found["zeroed_head"]["fomaml"]["support_norm"] == 0
+    assert found["zeroed_head"]["somaml"]["support_norm"] > 0
+    values = np.linalg.eigvalsh(both.T @ both)
+    assert found["spread_shown"] == pytest.approx(values[-2:].sum() / values.sum())
+
+
+def test_the_memory_is_what_the_formulas_say():
+    network, tasks = model(shots=2)
+    found, (w, b) = measures.memory(encoded(network, tasks), inner_lr=0.4), head(network)
+    cosines = []
+    for task in each(tasks):
+        S, labels, *_ = features(network, task)
+        mu = [S[labels == k].mean(0) for k in range(3)]
+        cosines.append([[cosine(column, mean) for mean in mu] for column in stepped(S, labels, w, b, 0.4)[0]])
+    cosines, own = np.array(cosines), np.eye(3, dtype=bool)
+    after = found["this_head_after"]
+    np.testing.assert_allclose(after["first_task"], cosines[0], atol=1e-5)
+    assert after["same_class"] == pytest.approx(cosines[:, own].mean())
+    assert after["other_class"] == pytest.approx(cosines[:, ~own].mean())
+    assert after["nearest_is_own"] == (cosines.argmax(2) == np.arange(3)).mean()
+    assert found["zeroed_head_before"] is None and found["zeroed_head_after"]["same_class"] > after["same_class"]
+
+
+def test_the_noise_is_what_the_formulas_say():
+    network, tasks = model(shots=2)
+    found = measures.coefficients(encoded(network, tasks), **KNOBS)
+    wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in each(tasks)])
+    assert found["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
+    assert found["zeroed_head"]["wrong_sign"] == 0 and found["zeroed_head"]["first_task_wrong"] == []
+
+
+@pytest.mark.parametrize("adapted", ["all", "head"])
+def test_agreement_is_counted_query_by_query(adapted):
+    network, tasks = model(tasks=4, queries=5)
+    found = measures.prototypes(network, tasks, encoded(network, tasks), inner_lr=0.4, steps=2, adapted=adapted)
+    agree, right = [], []
+    for task in each(tasks):
+        S, labels, Q, q_labels = features(network, task)
+        nearest = np.argmax(Q @ np.stack([S[labels == k].mean(0) for k in range(3)]).T, axis=1)
+        w, b = head(network)
+        right.append((nearest == q_labels).mean())
+        agree.append(np.argmax(Q @ stepped(S, labels, w, b, 0.4)[0].T + stepped(S, labels, w, b, 0.4)[1], 1) == nearest)
+    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["ties"] == 0 and found["queries"] == 60
+    assert found["zeroed_head"][0] == 1 and len(found["zeroed_head"]) == 2
+    if adapted == "head":  # a step of the encoder changes the features that are compared
+        assert found["this_head"][0] == pytest.approx(np.mean(agree))
+
+
+def test_a_tie_counts_as_agreement_with_any_of_its_classes():
+    network, tasks = model()
+    support = tasks.support.clone()
+    support[:, 1] = support[:, 0]  # two classes with one image
+    tied = tasks._replace(support=support)
+    found = measures.prototypes(network, tied, encoded(network, tied), inner_lr=0.4, steps=1, adapted="all")
+    assert 0 < found["ties"] < found["queries"] and found["zeroed_head"] == [1.0]
+    assert "step_1_is_the_prototype_classifier" not in failing(network, tied)
+    scores = torch.tensor([[1.0, 1.0 - 1e-15, 0.0]])
+    for chosen, agrees in ((0, True), (1, True), (2, False)):
+        assert agreement(scores, torch.eye(3)[[chosen]]).tolist() == [agrees]
+
+
+def test_similarity_counts_the_tasks():
+    network, tasks = model(tasks=3)
+    found = measures.similarity(network, tasks, encoded(network, tasks))
+    kept, same = 0, []
+    for task in each(tasks):
+        S, labels, Q, q_labels = features(network, task)
+        pairs = [
+            (u == t, cosine(q, s)) for q, u in zip(Q, q_labels, strict=True) for s, t in zip(S, labels, strict=True)
+        ]
+        means = [np.mean([value for is_same, value in pairs if is_same == which]) for which in (True, False)]
+        kept += means[0] > means[1]
+        same.append(means[0])
+    assert found["tasks_where_same_is_larger"] == kept and found["same_class"] == pytest.approx(np.mean(same))
+
+
+def test_a_head_may_have_one_feature_two_ways_and_many():
+    for ways, width in ((2, 1), (9, 5)):
+        torch.manual_seed(0)
+        encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, width))
+        network = Network(encoder, width, ways).double()
+        labels = torch.arange(ways)[None]
+        tasks = Task(torch.randn(1, ways, 1, 4, 4).double(), labels, torch.randn(1, ways, 1, 4, 4).double(), labels)
+        found = write.finite(measures.measure(network, tasks, **KNOBS, steps=2, adapted="all"))
+        shown = figures.Shown(*(np.random.rand(ways, 4, 4), labels[0].numpy()) * 2)
+        found["test"] = {mode: {"accuracy": [0.5] * 3, "ci95": [0.1] * 3} for mode in ("zeroing_off", "zeroing_on")}
+        assert np.isnan(np.array(found["similarity"]["first_task"]["query_query"], float)[0, 0])  # one query a class
+        del found["probes"]
+        found["config"] = config_of(ways)
+        for name, figure in write.draw(found, shown).items():
+            if ways == 2 or name in ("motivating_example", "outer_step"):  # what many classes change, and one feature
+                figure.draw_without_rendering()
+
+
+def config_of(ways):
+    algo = {"first_order": True, "adapted": "all", "zeroing": False}
+    return {"algo": algo, "dataset": {"name": "none"}, "ways": ways, "shots": 1}
+
+
+# The words
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(3.3e-16, "3.3e−16"), (1e-12, "1e−12"), (0.0, "0"), (0.98, "0.98"), (-0.25, "−0.25"), (None, "not a number")],
+)
+def test_numbers_in_short(value, said):
+    assert claims.short(value) == said
+
+
+def test_all_and_none_are_said_of_all_and_none_alone():
+    assert [claims.percent(x) for x in (1.0, 0.99999, 0.8279, 0.00001, 0.0)] == [
+        *("100%", "> 99.9%", "82.8%", "< 0.1%", "0%")
+    ]
+    assert claims.decimals(-0.001) == "0.00"
+
+
+def test_a_verdict_follows_its_number():
+    assert claims.of_check({"value": 3e-16, "bound": 1e-12, "pass": True}) == ("holds", "holds exactly (3e−16 ≤ 1e−12)")
+    assert claims.of_check({"value": 0.4, "bound": 1e-12, "pass": False}) == ("fails", "does not hold (0.4 > 1e−12)")
+    assert claims.similarity(alike(32)).kind == "holds"
+    assert claims.similarity(alike(31)).kind == "partly"
+    assert claims.similarity(alike(3)).kind == "fails"
+    assert [claims.prototypes({"zeroed_head": [x], "this_head": [x]})[0].kind for x in (1, 0.999)] == ["holds", "fails"]
+    moved = {order: {"support_norm": 1.0} for order in ("fomaml", "somaml")}
+    assert claims.outer_step({"this_head": moved, "zeroed_head": moved}).kind == "fails"
+    signs = {"zeroed_head": {"wrong_sign": 0.01}, "this_head": {"wrong_sign": 0.2}}
+    assert claims.noise(signs).kind == "fails"
+    assert claims.motivating_example({"classifier_error": 1e-16, "logits_error": 1e-3})[1].kind == "fails"
+    for on, kind, said in ((0.9, "holds", "helps"), (0.81, "holds", "overlap"), (0.7, "fails", "costs")):
+        test = {"zeroing_off": {"accuracy": [0.8], "ci95": [0.01]}, "zeroing_on": {"accuracy": [on], "ci95": [0.01]}}
+        verdict = claims.accuracy(test, 0)
+        assert verdict.kind == kind and said in verdict.words
+
+
+def alike(kept):
+    return {"tasks": 32, "tasks_where_same_is_larger": kept, "same_class": 0.5, "other_class": -0.1}
+
+
+# The program
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    """The folder of a small run."""
+    folder = tmp_path_factory.mktemp("run")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        overrides = [*SMALL, f"dataset.cache={cache}", "logger=none"]
+        train.run(compose("config", overrides), overrides, folder)
+    return folder
+
+
+@pytest.fixture
+def evidence(config, monkeypatch):
+    """evidence(checkpoint, folder, *overrides) does what the program does, in this process and in rough pictures."""
+    monkeypatch.setattr(write, "write_png", lambda figure, file: figure.savefig(file, format="png", dpi=20))
+
+    def evidence(checkpoint, folder, *overrides):
+        overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]
+        run(config(*overrides), overrides, folder)
+        return json.loads((folder / "evidence.json").read_text()), (folder / "report.html").read_text()
+
+    return evidence
+
+
+def program(*overrides, cwd):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
+    command = [sys.executable, "-m", "fewshot.evidence", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+
+
+class Page(HTMLParser):
+    """Every start tag must have its end; collects sources, links and anchors."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.images, self.links, self.anchors, self.text = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "img":
+            assert attributes["alt"]
+            self.images.append(attributes["src"])
+        else:
+            assert "src" not in attributes
+        if "href" in attributes:
+            self.links.append(attributes["href"])
+        if "id" in attributes:
+            self.anchors.append(attributes["id"])
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+
+def assert_self_contained(html, pictures):
+    page = Page(html)
+    assert len(page.images) == pictures and all(source.startswith("data:image/png;base64,") for source in page.images)
+    assert page.links and all(link.startswith("#") and link[1:] in page.anchors for link in page.links)
+    assert "@import" not in html and "url(" not in html and "http" not in re.sub(r"base64,[^\"]*", "", html)
+    text = "".join(page.text)
+    assert not re.search(r"[{}]|\bNone\b|\bnan\b|\binf\b|tensor\(", text), "something was not filled in"
+    return text
+
+
+def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    process = program(f"checkpoint={trained}/checkpoints/best.ckpt", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "15 of 15 identities hold" in process.stdout and "report.html" in process.stdout
+    after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    new = {path.relative_to(trained).as_posix() for path in after.keys() - before.keys()}
+    names = ("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy")
+    assert new == {"evidence/evidence.json", "evidence/report.html", *(f"evidence/{name}.png" for name in names)}
+    assert all(after[path] == content for path, content in before.items())
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(after[trained / "evidence" / "evidence.json"])
+    assert {"identities", "limits", "test", "tasks", "model", "config", "versions", *names[:-1]} <= found.keys()
+    for check in [*found["identities"].values(), *found["limits"].values()]:
+        assert check.keys() == {"value", "bound", "pass"} and check["pass"] == (check["value"] <= check["bound"])
+    assert found["test"] == json.loads((trained / "results.json").read_text())["test"]  # the very same numbers
+    assert found["tasks"] == {"features": 6, "gradients": 6}
+    text = assert_self_contained(after[trained / "evidence" / "report.html"].decode(), len(names))
+    assert "all 15 identities hold exactly" in text and "5 of 5 statements do not hold" in text
+
+
+def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
+    folder = run_of("model.head_bias=false", "shots=2", "ways=3", "algo=zero", "inner_steps=1", "dataset.size=32")
+    found, html = evidence(folder / "checkpoints" / "last.ckpt", tmp_path / "elsewhere" / "evidence", "test_steps=4")
+    assert not (folder / "evidence").exists()
+    assert (
+        all(check["pass"] for check in found["identities"].values())
+        and "bias_after_one_step" not in found["identities"]
+    )
+    assert len(found["prototypes"]["this_head"]) == 4 and found["prototypes"]["this_head"][0] == 1
+    assert found["memory"]["this_head_before"] is None and found["limits"]["uniform_without_zeroing"]["pass"]
+    text = assert_self_contained(html, 7)
+    assert "has no bias" in text and "head is zero" in text and "2 of 4 statements do not hold" in text
+
+
+@pytest.fixture
+def run_of(run, tmp_path):
+    return lambda *overrides: run(tmp_path / "run", *overrides)
+
+
+def photos(root, *, classes, images):
+    for split, number in (("train", 5), ("val", 5), ("test", classes)):
+        for label in range(number):
+            (root / split / f"{split}{label}").mkdir(parents=True)
+            for name in range(images):
+                pixels = np.random.default_rng((label, name)).integers(0, 255, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / f"{split}{label}" / f"{name}.png")
+    return (
+        *("dataset=folder", f"dataset.root={root}", "dataset.channels=1", "dataset.size=28", "dataset.mean=[0.0]"),
+        *("dataset.std=[1.0]", "model=conv4_strided"),
+    )
+
+
+def test_on_another_dataset_of_the_same_size(trained, evidence, tmp_path):
+    given = photos(tmp_path / "photos", classes=6, images=4)
+    found, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence", *given, "test_steps=5")
+    assert (
+        found["config"]["dataset"]["name"] == "folder" and found["model"]["trained_with"]["dataset"]["name"] == "glyphs"
+    )
+    assert all(check["pass"] for check in found["identities"].values())
+    assert "measured on folder" in assert_self_contained(html, 7)
+
+
+def test_images_are_shown_as_they_were():
+    pixels = torch.rand(1, 2, 3, 4, 4, dtype=torch.float64)
+    config = {"dataset": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in config["dataset"].values())
+    labels = torch.arange(2)[None]
+    shown = write._shown(Task((pixels - mean) / std, labels, (pixels - mean) / std, labels), config)
+    np.testing.assert_allclose(shown.support, pixels[0].permute(0, 2, 3, 1), atol=1e-12)
+    grey = {"dataset": {"mean": [0.0], "std": [1.0]}}
+    shown = write._shown(Task(pixels[:, :, :1], labels, pixels[:, :, :1], labels), grey)
+    assert shown.query.shape == (2, 4, 4)
+
+
+def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monkeypatch):
+    monkeypatch.setattr(identities, "zero_head", lambda head: None)
+    found, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
+    failed = [name for name, check in found["identities"].items() if not check["pass"]]
+    text = assert_self_contained(html, 7)
+    assert len(failed) > 5 and f"{len(failed)} of 15 identities do not hold" in text and "all 15" not in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), r"checkpoint=null: which model\? Give checkpoint=RUN/checkpoints/best.ckpt"),
+        (("checkpoint=nowhere.ckpt",), r"checkpoint=nowhere.ckpt: no such file"),
+        (("checkpoint=FILE", "fit=false"), r"fit=false: nothing is trained here; leave it out"),
+        (("checkpoint=FILE", "+zerong=true"), r"\+zerong=true: .* did you mean zeroing\?"),
+    ],
+    ids=["no checkpoint", "no such file", "fit", "unknown"],
+)
+def test_a_mistake_is_one_line(tmp_path, overrides, said):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (file := tmp_path / "run" / "checkpoints" / "a.ckpt").write_text("no checkpoint")
+    process = program(*(override.replace("FILE", str(file)) for override in overrides), cwd=tmp_path)
+    assert process.returncode == 1 and re.fullmatch(f"{said}\n", process.stderr), process.stderr
+    assert not (tmp_path / "run" / "evidence").exists()
+
+
+def test_a_knob_that_only_the_checkpoints_dataset_has_is_one_line(run_of, evidence, tmp_path):
+    given = photos(tmp_path / "photos", classes=5, images=4)
+    folder = run_of(*given, "iterations=1")
+    with pytest.raises(
+        UserError, match=r"^Could not override 'dataset.root'. \S+last.ckpt was trained with it, and this"
+    ):
+        evidence(folder / "checkpoints" / "last.ckpt", tmp_path / "evidence", "dataset=glyphs")
+
+
+def test_an_unknown_knob_has_hydras_words(tmp_path, trained):
+    process = program(f"checkpoint={trained}/checkpoints/best.ckpt", "zerong=true", cwd=tmp_path)
+    assert process.returncode == 1 and "zerong" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_mistake_that_the_checkpoint_shows_is_one_line(trained, evidence, tmp_path):
+    best = trained / "checkpoints" / "best.ckpt"
+    few = photos(tmp_path / "few", classes=3, images=4)
+    single = photos(tmp_path / "single", classes=5, images=1)
+    for overrides, said in (
+        (("model.width=9",), "checkpoint=.*head.weight is .* there and .* here; it was trained with"),
+        (("ways=4",), "checkpoint=.*trained with model=conv4_strided ways=5"),
+        (("ways=80",), "ways=80: dataset glyphs has 30 val classes; at most 30 ways"),
+        (few, "ways=5: the test split has 3 classes; lower ways"),
+        (single, r"shots\+queries=4: class 'train0' of the train split has 1 images; lower shots or queries"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            evidence(best, tmp_path / "evidence", *overrides)
+        assert "\n" not in str(error.value)
+    content = torch.load(best, weights_only=True)
+    content["state_dict"]["network.head.weight"][0] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match="weights that are not finite numbers"):
+        evidence(tmp_path / "nan.ckpt", tmp_path / "evidence")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(UserError, match="cannot be read, truncated or not a checkpoint"):
+        evidence(tmp_path / "text.ckpt", tmp_path / "evidence")
+    assert not (tmp_path / "evidence").exists()
+
+
+@pytest.mark.skipif(not (SHARED / "omniglot").exists(), reason="no omniglot in the shared data")
+def test_on_real_images(trained, evidence, tmp_path):
+    given = ("dataset=omniglot", f"dataset.root={SHARED / 'omniglot'}", "test_tasks=3")
+    found, html = evidence(trained / "checkpoints" / "last.ckpt", tmp_path / "evidence", *given)
+    assert all(check["pass"] for check in found["identities"].values())
+    assert "glyphs 5-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(html, 7)

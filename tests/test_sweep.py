@@ -1,0 +1,251 @@
+"""Many runs: how their folders are named, what is said of them, how a sweep goes on after a kill."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import hydra
+import pytest
+from conftest import outcome
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from fewshot import checkpoint, sweep
+from fewshot.config import CONF, UserError, _job_folder, check, settings
+
+KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
+VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
+
+
+@given(st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES), st.randoms())
+def test_a_jobs_folder_is_named_by_its_overrides_alone(one, other, random):
+    overrides = [f"{key}={value}" for key, value in one.items()]
+    name = _job_folder(overrides)
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) and name not in (".", "..")
+    random.shuffle(overrides)
+    assert _job_folder(overrides) == name
+    assert (_job_folder([f"{key}={value}" for key, value in other.items()]) == name) == (one == other)
+
+
+def test_a_short_name_says_what_the_job_is():
+    assert _job_folder(["seed=0", "algo=fomaml", "+zeroing=true"]) == "algo-fomaml__seed-0__zeroing-true"
+
+
+def make_run(folder, config, *, accuracy=None, curve=(), error=None):
+    """What a run leaves: results.json if it has an accuracy, else what Hydra wrote when it began."""
+    folder.mkdir(parents=True)
+    if accuracy is None:
+        (folder / ".hydra").mkdir()
+        OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    else:
+        scores = {"accuracy": accuracy, "ci95": [0.0] * len(accuracy)}
+        test = {"tasks": 6, "zeroing_off": scores, "zeroing_on": scores}
+        content = {"test": test, "config": settings(config)}
+        (folder / "results.json").write_text(json.dumps(content))
+    if curve:
+        step = f"val/query_accuracy/step_{config.inner_steps}"
+        (folder / "metrics.csv").write_text("\n".join([f"iteration,{step}", *(f"{n},{a}" for n, a in curve)]) + "\n")
+    if error:
+        (folder / "error.txt").write_text(error)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.6, 0.8)):
+        ends = [(0, 0.2), (10, accuracy), (20, 0.9)]
+        make_run(tmp_path / "a" / f"{seed}", config("algo=zero", f"seed={seed}"), accuracy=[0.2, accuracy], curve=ends)
+    make_run(tmp_path / "a" / "other", config("algo=somaml", "seed=0"), accuracy=[0.25, 0.75], curve=[(0, 0.25)])
+    make_run(tmp_path / "a" / "late", config("algo=somaml", "seed=1"), curve=[(0, 0.3)])
+    make_run(tmp_path / "b" / "broken", config("algo=somaml", "seed=2"), error="Traceback\n  ...\nValueError: 1 | 2\n")
+    make_run(tmp_path / "b" / "again", config("algo=zero", "seed=2", "logger=none"), accuracy=[0, 0])  # the same
+    sweep.main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    rows = table(tmp_path / "summary.csv")
+    assert len(rows) == 2 * 2 * 2  # settings, zeroing modes, steps
+    found = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
+    one = found["FOMAML, zeroing", "off", "1"]
+    # By hand: mean 19/30, standard deviation sqrt(7/300), Student's t of 2 degrees of freedom 4.302653
+    assert (one["accuracy"], one["ci95"], one["n"]) == ("0.633333", "0.379458", "3")
+    assert one["algo.first_order"] == "true" and one["algo.zeroing"] == "true"
+    other = found["SOMAML, no zeroing", "on", "1"]
+    assert (other["accuracy"], other["ci95"], other["n"]) == ("0.750000", "", "1")
+    text = (tmp_path / "summary.md").read_text()
+    assert re.search(r"FOMAML, zeroing +\| 20.00 ± 0.00 \| 63.33 ± 37.95 \| 3 ", text)
+    # 50% is first reached at 10 by all three, 80% at 20, 20, 10
+    assert re.search(r"FOMAML, zeroing +\| validation \| 10 +\| 13 +\| 17 +\| 17 +\| 20 +\| 20", text)
+    assert re.search(r"late +\| unfinished", text) and re.search(r"broken +\| failed +\| ValueError: 1 \\\| 2", text)
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
+    for number, overrides in enumerate((["inner_steps=1"], ["inner_steps=5"], ["dataset=cifarfs", "inner_steps=1"])):
+        make_run(tmp_path / str(number), config(*overrides), accuracy=[0.5] * 6)
+    labels = [setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))]
+    assert not any("test_steps" in label or "dataset.size" in label or "smallest" in label for label in labels)
+    assert sum("dataset.name=cifarfs" in label for label in labels) == 1 and len(set(labels)) == 3
+
+
+def test_panels_have_axes_for_each_value(config, tmp_path):
+    for algo in ("fomaml", "somaml", "zero"):
+        make_run(tmp_path / algo, config(f"algo={algo}"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
+    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    from fewshot import figures
+
+    figure = figures.panels(settings_, ["algo.first_order"])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+    sweep.main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
+    assert (tmp_path / "panels.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda folder, config: None, "no run in it; give the folder of a sweep"),
+        (lambda folder, config: make_run(folder / "a", config()), "none of the 1 runs in it has finished"),
+        (lambda folder, config: make_run(folder / "a", config(), accuracy=[1]), "panels=innersteps: no such knob"),
+    ],
+)
+def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, line):
+    make(tmp_path, config)
+    with pytest.raises(SystemExit, match=line) as error:
+        sweep.main([str(tmp_path), "--panels", "innersteps"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError):
+        sweep.read_jobs([tmp_path / "nowhere"])
+
+
+def jobs_of(experiment):
+    """The overrides of every job of an experiment's own sweep."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    overrides = OverridesParser.create().parse_overrides([*params, f"experiment={experiment}", "seed=0"])
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+EXPERIMENTS = {path.stem: path.read_text() for path in (CONF / "experiment").glob("*.yaml")}
+SWEEPS = [name for name, text in EXPERIMENTS.items() if "MULTIRUN" in text and "optuna" not in text]
+
+
+@pytest.mark.parametrize("experiment", sorted(SWEEPS))
+def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
+    jobs, seen = jobs_of(experiment), set()
+    assert len(jobs) > 1
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for job in jobs:
+            cfg = hydra.compose("config", job)
+            check(cfg)
+            seen.add(sweep._identity(settings(cfg)))
+    assert len(seen) == len(jobs)
+
+
+def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    knobs = ("iterations=30", "val_every=10")
+    call = ("-m", "inner_lr=1e30,0.4", "seed=0,1", *knobs, "logger=none")
+    whole = run(tmp_path / "whole", "seed=1", *knobs)
+    process = program(*call, f"hydra.sweep.dir={folder}")
+    deadline = time.monotonic() + 200
+
+    def job(seed):
+        for path in folder.glob("*/checkpoints/last.ckpt"):
+            content = checkpoint.read(path)
+            if (content["fewshot"]["config"]["inner_lr"], content["fewshot"]["config"]["seed"]) == (0.4, seed):
+                return path.parents[1], content["global_step"]
+        return None, -1
+
+    while job(1)[1] < 10:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = job(0)[0] / "results.json"
+    written = first.stat().st_mtime_ns
+    assert not (job(1)[0] / "results.json").exists() and not (folder / "summary.csv").exists()
+
+    process = program(*call, f"hydra.sweep.dir={folder}")  # the same again
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, output + errors
+    assert "Traceback" not in errors
+    assert re.search(r"2 failed; the same command with hydra.sweep.dir=\S+ tries them again:", output)
+    assert len(list(folder.glob("*/error.txt"))) == 2  # 1e30, both seeds
+    for error in folder.glob("*/error.txt"):
+        assert "lower inner_lr" in error.read_text() and error.read_text().strip() in output
+    assert first.stat().st_mtime_ns == written  # finished before: left alone
+    ended, undisturbed = outcome(job(1)[0]), outcome(whole)
+    for content in (ended, undisturbed):
+        del content["results"]["config"]
+    assert ended == undisturbed
+    (row, *_) = table(folder / "summary.csv")
+    assert row["n"] == "2" and {path.name for path in folder.glob("summary.*")} == {
+        *("summary.csv", "summary.md", "summary.png")
+    }
+    sweep.main([str(folder)])
+    assert "| failed |" in re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, tmp_path):
+    process = program("-m", "seed=0,1", "+zerong=true,false", f"hydra.sweep.dir={tmp_path}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors == "+zerong=true,false: a + is for +zeroing alone, a ~ for nothing; did you mean zeroing?\n"
+    process = program("-m", "seed=0,1", "inner_step=1,3", f"hydra.sweep.dir={tmp_path}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "inner_step" in errors and "Traceback" not in errors
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp_path):
+    """Two at a time by joblib, one of which fails; what W&B is to be told, read back from its offline files."""
+    folder = tmp_path / "a sweep"
+    process = program(
+        *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "inner_lr=0.4,1e30", "seed=3"),
+        f"hydra.sweep.dir='{folder}'",
+    )
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in output + errors, output + errors
+    said = {}
+    for file in folder.glob("*/wandb/offline-run-*/run-*.wandb"):
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
+        text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+        records = [json.loads(line) for line in text.splitlines()]
+        (begun,) = (each["run"] for each in records if each["type"] == "run")
+        assert begun["run_group"] == "a sweep" and begun["config"]["update"]["inner_steps"] == 2
+        assert f"wandb sync {file.parent}" in output
+        said[begun["config"]["update"]["inner_lr"]] = file, text, records[-1]["exit"]["exit_code"]
+    assert {inner_lr: exit_code for inner_lr, (_, _, exit_code) in said.items()} == {0.4: 0, 1e30: 1}
+    file, text, _ = said[0.4]
+    assert '"query_accuracy_by_inner_step_table"' in text and '"final_test_zeroed/query_accuracy/step_3"' in text
+    (table_file,) = file.parent.glob("files/media/table/*.json")
+    rows = json.loads(table_file.read_text())["data"]
+    results = json.loads((file.parents[2] / "results.json").read_text())
+    assert [row[1] for row in rows if row[3] == "off"] == results["test"]["zeroing_off"]["accuracy"]
+    alone = run(tmp_path / "alone", "seed=3")
+    assert outcome(alone)["state"] == outcome(file.parents[2])["state"]
+    assert re.search("^#0 iteration", output, re.MULTILINE) and re.search("^#1 iteration", output, re.MULTILINE)
+
+
+def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(program, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    knobs = ("hydra.sweeper.n_trials=3", "inner_steps=1", "outer_lr=choice(0.001,0.01,1e30)", "iterations=2")
+    process = program("experiment=search", *knobs, "logger=none", f"hydra.sweep.dir={tmp_path}")
+    output, errors = process.communicate(timeout=300)
+    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
+    failed = len(list(tmp_path.glob("*/error.txt")))
+    assert failed + len(results) == 3 and process.returncode == min(failed, 1), output + errors
+    best = max(results, key=lambda each: each["val"]["zeroing_off"]["accuracy"][1])
+    assert found.best_value == best["val"]["zeroing_off"]["accuracy"][1]
+    assert found.best_params.inner_lr == best["config"]["inner_lr"]
