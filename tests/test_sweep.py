@@ -109,6 +109,52 @@ def test_panels_have_axes_for_each_value(config, tmp_path):
     assert (tmp_path / "panels.png").stat().st_size > 10_000
 
 
+def test_runs_that_ended_at_an_accuracy_are_counted_each_on_its_own_curve(config, tmp_path):
+    for seed, (end, accuracy) in enumerate(((80, 0.91), (160, 0.92))):
+        curve = [(n, 0.2) for n in range(0, end, 40)] + [(end, accuracy)]
+        make_run(tmp_path / f"{seed}", config(f"seed={seed}", "stop_at_accuracy=0.9"), accuracy=[0.2, 0.9], curve=curve)
+    (setting,) = sweep.group(sweep.read_jobs([tmp_path]))
+    assert sweep._updates_to(setting)[1 + sweep.TARGETS.index(0.9)] == "120"
+
+
+def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinished_one(config, tmp_path, capsys):
+    make_run(tmp_path / "a" / "failed", config("seed=0"), error="no disk\n")
+    make_run(tmp_path / "a" / "mistaken", config("inner_steps=x", "seed=x"), error="inner_steps=x\n")
+    (tmp_path / "a" / "cut" / ".hydra").mkdir(parents=True)
+    (tmp_path / "a" / "cut" / ".hydra" / "config.yaml").touch()
+    make_run(tmp_path / "b" / "finished", config("seed=0", "dataset.cache=elsewhere"), accuracy=[0.2, 0.5])
+    make_run(tmp_path / "b" / "refused", config("seed=1"), accuracy=[0.2, 0.7], error="another configuration\n")
+    sweep.main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    assert [(row["step"], row["accuracy"], row["n"]) for row in table(tmp_path / "summary.csv")[:2]] == [
+        ("0", "0.200000", "2"),
+        ("1", "0.600000", "2"),
+    ]
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    for line in (
+        "| mistaken | failed | inner_steps=x",
+        "| cut | failed | cannot be read",
+        "| refused | failed | another",
+    ):
+        assert line in said
+    with pytest.raises(SystemExit):
+        sweep.conclude(tmp_path / "b", [])
+
+
+def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
+    calls = (
+        ["dataset=folder", "dataset.root=birds"],
+        ["dataset=folder", "dataset.root=cars"],
+        ["trainer.precision=64-true"],
+        ["trainer=cpu"],
+        ["init_scale=1.0", "seed=1"],  # of the last two one
+        *([f"algo={path.stem}", "inner_steps=1"] for path in (CONF / "algo").glob("*.yaml")),
+    )
+    for number, call in enumerate(calls):
+        make_run(tmp_path / str(number), config(*call), accuracy=[0.2, 0.5])
+    labels = [setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))]
+    assert len(labels) == len(set(labels)) == len(calls) - 1
+
+
 @pytest.mark.parametrize(
     ("make", "line"),
     [
@@ -223,7 +269,7 @@ def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp
         records = [json.loads(line) for line in text.splitlines()]
         (begun,) = (each["run"] for each in records if each["type"] == "run")
         assert begun["run_group"] == "a sweep" and begun["config"]["update"]["inner_steps"] == 2
-        assert f"wandb sync {file.parent}" in output
+        assert f"wandb sync '{file.parent}'" in output
         said[begun["config"]["update"]["inner_lr"]] = file, text, records[-1]["exit"]["exit_code"]
     assert {inner_lr: exit_code for inner_lr, (_, _, exit_code) in said.items()} == {0.4: 0, 1e30: 1}
     file, text, _ = said[0.4]
@@ -245,7 +291,7 @@ def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(program, tmp
     found = OmegaConf.load(tmp_path / "optimization_results.yaml")
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
     failed = len(list(tmp_path.glob("*/error.txt")))
-    assert failed + len(results) == 3 and process.returncode == min(failed, 1), output + errors
+    assert failed >= 1 and failed + len(results) == 3 and process.returncode == min(failed, 1), output + errors
     best = max(results, key=lambda each: each["val"]["zeroing_off"]["accuracy"][1])
     assert found.best_value == best["val"]["zeroing_off"]["accuracy"][1]
     assert found.best_params.inner_lr == best["config"]["inner_lr"]

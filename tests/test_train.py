@@ -107,6 +107,14 @@ def test_sigterm_is_no_success(program, tmp_path):
     checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")  # whole
 
 
+def test_another_dataset_leaves_the_knobs_of_the_first_behind():
+    trained = ["dataset=folder", "dataset.root=photos", "dataset.size=28", "seed=1", "+zeroing=true"]
+    merged = checkpoint._merged(trained, ["dataset=glyphs", "seed=2", "fit=false"])
+    assert sorted(merged) == ["+zeroing=true", "dataset=glyphs", "fit=false", "seed=2"]
+    kept = checkpoint._merged(trained, ["dataset=folder", "dataset.root=elsewhere", "+zeroing=false"])
+    assert sorted(kept) == ["+zeroing=false", "dataset.root=elsewhere", "dataset.size=28", "dataset=folder", "seed=1"]
+
+
 class Stop(BaseException):
     """Stands for a kill at an exact place; nothing in the program catches it."""
 

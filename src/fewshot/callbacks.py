@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import rich.progress
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fewshot.checkpoint import write_atomically
@@ -177,6 +178,11 @@ class CosineSimilarity(pl.Callback):
         write_atomically(path, lambda file: file.write(json.dumps(self.content).encode()))
 
 
+def _side_by_side() -> bool:
+    """Whether other jobs of the sweep may write to the same terminal."""
+    return HydraConfig.initialized() and not HydraConfig.get().launcher._target_.endswith("BasicLauncher")
+
+
 class Progress(pl.Callback):
     """A bar with loss, accuracy and time left, on a terminal; elsewhere the lines of Record say it."""
 
@@ -184,7 +190,7 @@ class Progress(pl.Callback):
         self._bar: rich.progress.Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not sys.stdout.isatty():
+        if not sys.stdout.isatty() or _side_by_side():
             return
         columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
         times = (rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn(), "left ")

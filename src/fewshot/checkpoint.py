@@ -170,16 +170,22 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             )
         if not cfg.fit and (folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
-        overrides = _merged([*content["fewshot"]["overrides"], *overrides])
+        overrides = _merged(content["fewshot"]["overrides"], overrides)
         cfg = compose("config", overrides)
     if cfg.fit:
         refuse_difference(cfg, content["fewshot"]["config"], path)
     return Start(cfg, overrides, path, content)
 
 
-def _merged(overrides: list[str]) -> list[str]:
-    """The last override of each key."""
-    return list({override.lstrip("+~").split("=", 1)[0]: override for override in overrides}.values())
+def _merged(trained: list[str], asked: list[str]) -> list[str]:
+    """The last override of each key; where another member of a group is asked for, none that was for the first."""
+    latest = {override.lstrip("+~").split("=", 1)[0]: override for override in trained}
+    for override in asked:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if "." not in key and latest.get(key, override) != override:
+            latest = {other: each for other, each in latest.items() if not other.startswith(f"{key}.")}
+        latest[key] = override
+    return list(latest.values())
 
 
 def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:

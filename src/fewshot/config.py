@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
         expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
         line = " ".join(str(error).split())
         if job is not None:
-            (job / "error.txt").write_text(f"{line}\n" if expected else traceback.format_exc())
-            sys.stderr.write(f"{line}\n" if expected else traceback.format_exc())
+            text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
+            sys.stderr.write(f"{text}\n")
+            with suppress(OSError):  # a full disk is no reason to end the sweep
+                (job / "error.txt").write_text(f"{text}\n")
         elif not expected or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         else:

@@ -83,7 +83,8 @@ def sweep(settings: list["Setting"]) -> Figure:
         for number, setting in enumerate(settings):
             values = setting.accuracies(mode)
             if len(values):
-                _mean_and_range(by_step, number, np.arange(values.shape[1]), values, marker="o", markersize=4)
+                steps, points = np.arange(values.shape[1]), {"marker": "o", "markersize": 4}
+                _mean_and_range(by_step, number, steps, values, label=setting.label(), **points)
             _, updates, curve = setting.curve(mode)
             _mean_and_range(by_update, number, updates, curve, label=setting.label())
         by_step.set(xlabel="inner step", ylabel="test query accuracy")
@@ -93,13 +94,14 @@ def sweep(settings: list["Setting"]) -> Figure:
         by_update.set_title(f"{_splits(settings, mode)} curve, {zeroing}", fontsize=9, loc="left")
         for axes in (by_step, by_update):
             _plain(axes)
-    return _of_all(figure, by_update, settings)
+    return _of_all(figure, figure.axes, settings)
 
 
 def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
     """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
-    across, down = (list(dict.fromkeys(setting.value(knob) for setting in settings)) for knob in (knobs[0], knobs[-1]))
+    across, down = (_unlike([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
     down = down if len(knobs) > 1 else [None]
+    mixed = any("noise" in setting.config["algo"] for setting in settings)  # the order of more than MAML
     labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
     figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
     grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
@@ -111,11 +113,15 @@ def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
                     label = setting.label(without=knobs)
                     _, updates, curve = setting.curve("zeroing_off")
                     _mean_and_range(axes, labels.index(label), updates, curve, label=label)
-            axes.set_title(setting_label(heading), fontsize=9, loc="left")
+            axes.set_title(setting_label(heading, mixed), fontsize=9, loc="left")
             axes.set(xlabel="outer iteration", ylabel="query accuracy")
             axes.label_outer()
             _plain(axes)
     return _of_all(figure, grid, settings)
+
+
+def _unlike(values: list[Any]) -> list[Any]:
+    return [value for number, value in enumerate(values) if value not in values[:number]]
 
 
 def _mean_and_range(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
@@ -140,7 +146,7 @@ def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
 
 
 def _seeds(settings: list["Setting"]) -> str:
-    numbers = sorted({len(setting.jobs) for setting in settings})
+    numbers = sorted({len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings})
     return f"{' to '.join(map(str, {numbers[0], numbers[-1]}))} seed{'s' * (numbers[-1] > 1)}"
 
 
@@ -155,19 +161,22 @@ HEADS = {  # the poster's three: (zeroing, init_scale)
 }
 
 
-def setting_label(knobs: dict[str, Any]) -> str:
-    """E.g. "SOMAML, zeroing, inner_steps=3": the algorithm in words, other knobs as they are given."""
+def setting_label(knobs: dict[str, Any], mixed: bool = False) -> str:
+    """E.g. "SOMAML, zeroing, inner_steps=3": the algorithm in words, other knobs as they are given.
+
+    mixed: it is said of other losses too, which have an order, but are no FOMAML.
+    """
     parts, algo = [], {key.removeprefix("algo."): value for key, value in knobs.items() if key.startswith("algo.")}
     explicit = algo.get("noise", algo.get("interference")) is not None
     if "noise" in algo or "interference" in algo:
         without = " or ".join(term for term in ("noise", "interference") if algo.get(term) is False)
         parts.append("contrastive loss" + f" without {without}" * bool(without) if explicit else "MAML")
-    elif "adapted" in algo:
+    if "adapted" in algo and not explicit:
         parts.append("head only" if algo["adapted"] == "head" else "all adapted")
     if "first_order" in algo:
         first = algo["first_order"]
-        if parts == ["MAML"] or not parts:
-            parts[:] = ["FOMAML" if first else "SOMAML"]
+        if not explicit and not mixed:
+            parts[:1] = ["FOMAML" if first else "SOMAML"] + [part for part in parts[:1] if part != "MAML"]
         else:
             parts.append("first order" if first else "second order")
     others = {key: value for key, value in knobs.items() if not key.startswith("algo.")}

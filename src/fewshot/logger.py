@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,14 +37,17 @@ def wandb_logger(
         UserError: mode="online" without an API key.
     """
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        group, name = group or Path(HydraConfig.get().sweep.dir).name, name or folder.name
+        sweep = Path(HydraConfig.get().sweep.dir).resolve()
+        by_time = re.fullmatch(r"\d\d-\d\d-\d\d", sweep.name)  # multirun/DATE/TIME
+        group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
+        name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
     mode = mode or os.environ.get("WANDB_MODE")
-    if mode in (None, "online"):
-        has_key = wandb.login(prompt=False, verify=False)
-        if mode == "online" and not has_key:
-            raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
-        mode = "online" if has_key else "offline"
     try:
+        if mode in (None, "online"):
+            has_key = wandb.login(prompt=False, verify=False)
+            if mode == "online" and not has_key:
+                raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+            mode = "online" if has_key else "offline"
         run = wandb.init(
             project=project,
             group=group,
@@ -55,7 +60,7 @@ def wandb_logger(
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
             reinit="finish_previous",
         )
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:
         raise UserError(f"logger.mode={mode}: {error}; use logger.mode=offline") from error
     logger = WandbLogger(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
@@ -76,7 +81,7 @@ def finished_run() -> Iterator[None]:
             folder, offline = Path(wandb.run.dir).parent, wandb.run.settings.mode == "offline"
             wandb.finish(exit_code=int(failed))
             if offline:
-                log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
+                log.info(f"W&B run kept offline; to upload it: wandb sync {shlex.quote(str(folder))}")
 
 
 def summarise(logger: Logger, results: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import t as student
 
 from fewshot import figures
-from fewshot.checkpoint import FREE, leaves, write_atomically
+from fewshot.checkpoint import leaves, write_atomically
 from fewshot.config import UserError, one_line_errors, shown
 from fewshot.config import settings as resolved
 from fewshot.report import read_metrics, write_png
@@ -28,20 +30,19 @@ log = logging.getLogger(__name__)
 
 MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
-# No part of a setting: the seed, where things lie, and knobs that are others again.
+# No part of a setting: the seed, where and on what it ran, and knobs that are others again.
 ELSEWHERE = (
-    "seed",
-    *(knob for knob in FREE if knob != "iterations"),
-    *("callbacks", "trainer", "model.network", "dataset.source"),
+    *("seed", "fit", "logger", "dataset.cache", "dataset.source", "model.network", "callbacks.zero_head"),
+    *("trainer.accelerator", "trainer.devices", "trainer.max_steps", "trainer.log_every_n_steps"),
 )
 FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
 
 
 class Job(NamedTuple):
-    """One run. results: results.json, None while there is none; curves: metrics.csv; error: error.txt."""
+    """One run. results: results.json, None while there is none; curves: metrics.csv; error: the end of error.txt."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # {} where it cannot be read
     results: dict[str, Any] | None
     curves: dict[str, list[tuple[int, float]]]
     error: str | None
@@ -78,15 +79,16 @@ class Setting(NamedTuple):
         The test curve where there is one, else validation; at the updates that all jobs have (the finished ones, if
         any: a mean over those that happen to have gone far would be of the slow ones).
         """
-        jobs = [job for job in self.jobs if job.results] or [job for job in self.jobs if job.curves]
-        split = "test" if all(f"test{MODES[mode]}/{self._step}" in job.curves for job in jobs) and jobs else "val"
-        found = [dict(job.curves.get(f"{split}{MODES[mode]}/{self._step}", ())) for job in jobs]
+        split, found = self.curves(mode)
         common = sorted(set.intersection(*map(set, found))) if found else []
         return split, np.array(common), np.array([[each[update] for update in common] for each in found])
 
-    @property
-    def _step(self) -> str:
-        return f"query_accuracy/step_{self.config['inner_steps']}"
+    def curves(self, mode: str) -> tuple[str, list[dict[int, float]]]:
+        """Of which split, and {outer update: accuracy after inner_steps} of each job, as far as it went."""
+        step = f"{MODES[mode]}/query_accuracy/step_{self.config['inner_steps']}"
+        jobs = [job for job in self.jobs if job.results] or self.jobs
+        split = "test" if all(f"test{step}" in job.curves for job in jobs) else "val"
+        return split, [dict(job.curves.get(f"{split}{step}", ())) for job in jobs]
 
 
 def conclude(folder: Path, panels: list[str]) -> None:
@@ -95,14 +97,17 @@ def conclude(folder: Path, panels: list[str]) -> None:
     Raises:
         SystemExit: 1, a job failed.
     """
+    failed, complaint = [job for job in read_jobs([folder]) if job.error], None
     try:
         summarise([folder], folder, panels)
-    except UserError as error:  # no job has finished
-        log.error(str(error))
-    if failed := [job for job in read_jobs([folder]) if job.error]:
+    except UserError as error:
+        complaint = str(error)
+    if failed:
+        again = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} tries them again"
         lines = "".join(f"\n{job.folder.name}: {job.error}" for job in failed)
-        log.error(f"{len(failed)} failed; the same command with hydra.sweep.dir={folder} tries them again:{lines}")
-        raise SystemExit(1)
+        log.error(f"{len(failed)} failed; {again}:{lines}")
+    if failed or complaint:
+        raise SystemExit(complaint or 1)
 
 
 def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
@@ -118,20 +123,24 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     jobs = read_jobs(folders)
     if not any(job.results for job in jobs):
         raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
-    settings = group(jobs)
-    known = dict(leaves(settings[0].config))
-    if unknown := [knob for knob in panels if knob not in known]:
-        raise UserError(f"panels={unknown[0]}: no such knob of these runs, such as algo.first_order or inner_steps")
-    text = as_markdown(settings)
+    settings = group([job for job in jobs if job.results or job.curves])
+    text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
     _write_text(into / "summary.csv", as_csv(settings))
     _write_text(into / "summary.md", text)
     _write_figure(into / "summary.png", figures.sweep(settings))
+    print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
+    known = {key for setting in settings for key, _ in leaves(setting.config)}
+    if unknown := [knob for knob in panels if knob not in known]:
+        raise UserError(f"panels={unknown[0]}: no such knob of these runs, such as algo.first_order or inner_steps")
+    if len(panels) > 2:
+        raise UserError(f"panels={','.join(panels)}: at most two knobs, one across and one down")
     if panels:
         _write_figure(into / "panels.png", figures.panels(settings, panels))
+        print(f"Written to {into}/panels.png")
     if recorded := _similarities(settings):
         title = figures.title(settings[0].config, algorithm=False)
         _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, title))
-    print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
+        print(f"Written to {into}/cosine_similarity.png")
 
 
 def read_jobs(folders: list[Path]) -> list[Job]:
@@ -140,36 +149,40 @@ def read_jobs(folders: list[Path]) -> list[Job]:
     Raises:
         UserError: a folder is none, or without a run in it.
     """
-    jobs: dict[tuple[str, int], Job] = {}
+    jobs: dict[tuple[str, str], Job] = {}
     for folder in folders:
         inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
         found = [job for path in inside if (job := _read_job(path))]
         if not found:
             raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
         for job in found:
-            first = jobs.setdefault((_identity(job.config), job.config["seed"]), job)
-            if first is not job:
+            # What cannot be read is no other's equal.
+            identity = (_identity(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
+            first = jobs.setdefault(identity, job)
+            if job.results and not first.results:
+                jobs[identity] = job
+            elif first is not job and first.results and job.results:
                 log.warning(f"{job.folder}: left out, the same setting and seed as {first.folder}")
     return list(jobs.values())
 
 
 def _read_job(folder: Path) -> Job | None:
+    """None where there has been no run."""
+    paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
+    result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
+    if not (result_file or begun):
+        return None
+    error = (failed.read_text().strip().splitlines() or ["an empty error.txt"])[-1] if failed else None
     try:
-        results = json.loads((folder / "results.json").read_text())
-        config = results["config"]
-    except FileNotFoundError:
-        results = None
-        if not (folder / ".hydra" / "config.yaml").exists():
-            return None
-        config = resolved(OmegaConf.load(folder / ".hydra" / "config.yaml"))
-    metrics, error = folder / "metrics.csv", folder / "error.txt"
-    return Job(
-        folder,
-        config,
-        results,
-        read_metrics(metrics) if metrics.exists() else {},
-        error.read_text().strip().splitlines()[-1] if error.exists() and results is None else None,
-    )
+        results = json.loads(result_file.read_text()) if result_file else None
+        config = results["config"] if results else resolved(OmegaConf.load(begun))
+        curves = read_metrics(metrics) if metrics else {}
+        if results:
+            results["test"]["zeroing_off"], results["test"]["zeroing_on"]
+        _identity(config), config["seed"], figures.title(config)
+    except (KeyError, TypeError, ValueError, AttributeError, OmegaConfBaseException) as problem:
+        return Job(folder, {}, None, {}, error or f"cannot be read as a run ({type(problem).__name__})")
+    return Job(folder, config, results, curves, error)
 
 
 def group(jobs: list[Job]) -> list[Setting]:
@@ -199,11 +212,15 @@ def _order(knob: str, value: Any) -> tuple[bool, float, str]:
 
 def _identity(config: dict[str, Any]) -> str:
     """The resolved settings less the seed, as text."""
-    kept = {
-        key: value
-        for key, value in leaves(config)
-        if not any(key == part or key.startswith(f"{part}.") for part in ELSEWHERE)
-    }
+    kept = {}
+    for key, value in leaves(config):
+        again = key.startswith("callbacks.") and key.split(".")[-1] in config
+        moved = (key == "dataset.root" and config["dataset"]["name"] != "folder") or (
+            key == "checkpoint" and config["fit"]
+        )
+        if value is None or again or moved or any(key == part or key.startswith(f"{part}.") for part in ELSEWHERE):
+            continue
+        kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
     return json.dumps(kept, sort_keys=True)
 
 
@@ -235,8 +252,8 @@ def as_csv(settings: list[Setting]) -> str:
     return text.getvalue()
 
 
-def as_markdown(settings: list[Setting]) -> str:
-    """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without results."""
+def as_markdown(settings: list[Setting], without: list[Job]) -> str:
+    """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without (new) results."""
     parts = []
     finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
     for mode in MODES if finished else ():
@@ -254,8 +271,8 @@ def as_markdown(settings: list[Setting]) -> str:
         heading = "Outer updates until the curve after inner_steps first reaches an accuracy, test zeroing off"
         columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
         parts.append(_table(heading, columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]))
-    if unfinished := [job for setting in settings for job in setting.jobs if not job.results]:
-        rows = [[job.folder.name, job.state, (job.error or "").replace("|", "\\|")] for job in unfinished]
+    if without:
+        rows = [[job.folder.name, job.state, (job.error or "").replace("|", "\\|")] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
     parts.append("± is the 95% confidence interval over seeds (Student t).\n")
     return "\n".join(parts)
@@ -263,15 +280,15 @@ def as_markdown(settings: list[Setting]) -> str:
 
 def _updates_to(setting: Setting) -> list[str]:
     """Mean over seeds; where not all get there, how many of how many; - for none."""
-    split, updates, accuracies = setting.curve("zeroing_off")
+    split, curves = setting.curves("zeroing_off")
     cells = []
     for target in TARGETS:
-        reached = accuracies >= target if len(updates) else np.zeros((1, 1), dtype=bool)
-        there = reached.any(axis=1)
-        if there.all():
-            cells.append(f"{updates[reached.argmax(axis=1)].mean():.0f}")
+        reached = [[update for update, accuracy in each.items() if accuracy >= target] for each in curves]
+        there = [min(updates) for updates in reached if updates]
+        if len(there) == len(curves):
+            cells.append(f"{np.mean(there):.0f}")
         else:
-            cells.append(f"{there.sum()} of {len(there)} seeds" if there.any() else "-")
+            cells.append(f"{len(there)} of {len(curves)} seeds" if there else "-")
     return [{"val": "validation", "test": "test"}[split], *cells]
 
 

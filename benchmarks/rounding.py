@@ -1,0 +1,71 @@
+"""How fast float32 rounding parts two trainings that are the same in exact arithmetic.
+
+    python benchmarks/rounding.py [overrides, such as dataset=omniglot dataset.root=FOLDER]
+
+Head-only MAML with zeroing, and the explicit contrastive loss that equals it (docs/method.md 2.6), from the same
+weights, on the same tasks: prints the relative difference of the encoders' weights over outer updates.
+"""
+
+import copy
+import sys
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+
+from fewshot import contrastive, learner
+from fewshot.config import CONF
+from fewshot.data.module import MetaData
+from fewshot.models import zero_head
+
+SHOWN = (1, 2, 4, 8, 16)  # outer updates
+ONE_STEP = {"inner_lr": 0.1, "inner_steps": 1}
+
+
+def main(overrides: list[str]) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", ["model.head_bias=false", "meta_batch_size=8", "seed=0", *overrides])
+    torch.set_num_threads(1)
+    data = MetaData.from_config(cfg)
+    torch.manual_seed(cfg.seed)
+    network = instantiate(cfg.model.network)
+    zero_head(network.head)
+    print("precision  order   ", *(f"update {update:<3}" for update in SHOWN))
+    for dtype in (torch.float32, torch.float64):
+        for first_order in (True, False):
+            apart = difference(network.to(dtype), data, first_order)
+            order = "first " if first_order else "second"
+            print(f"{str(dtype)[6:]}    {order}  ", *(f"{each:.1e}   " for each in apart))
+
+
+def difference(network: nn.Module, data: MetaData, first_order: bool) -> list[float]:
+    """Of the two encoders' weights, relative to their size, after the updates SHOWN."""
+    ways = (
+        lambda network, tasks: learner.meta_gradient(
+            network, tasks, **ONE_STEP, first_order=first_order, adapted="head"
+        ),
+        lambda network, tasks: contrastive.meta_gradient(
+            network, tasks, **ONE_STEP, first_order=first_order, noise=False, interference=False
+        ),
+    )
+    networks = [copy.deepcopy(network) for _ in ways]
+    optimizers = [torch.optim.Adam(each.parameters(), lr=0.001) for each in networks]
+    found = []
+    for update in range(1, SHOWN[-1] + 1):
+        tasks = data.samplers["train"]((update - 1) * data.meta_batch_size, data.meta_batch_size)
+        dtype = network.head.weight.dtype
+        tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))
+        for each, optimizer, meta_gradient in zip(networks, optimizers, ways, strict=True):
+            optimizer.zero_grad()
+            meta_gradient(each, tasks)
+            optimizer.step()
+            zero_head(each.head)
+        if update in SHOWN:
+            one, other = (nn.utils.parameters_to_vector(each.encoder.parameters()) for each in networks)
+            found.append(((one - other).norm() / one.norm()).item())
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
