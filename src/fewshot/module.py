@@ -83,6 +83,7 @@ class MetaLearner(pl.LightningModule):
         self.first_order, self.adapted, self.outer_lr = first_order, adapted, outer_lr
         self.noise, self.interference = noise, interference
         self.results: dict[str, dict[str, Scores]] = {}
+        self.tested: dict[str, dict[str, Tensor]] = {}  # accuracies of the test by split and mode, (tasks, T + 1)
         self._tested: tuple[list, ...] = ()
 
     @classmethod
@@ -179,7 +180,8 @@ class MetaLearner(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         for split, chunks in zip(("val", "test"), self._tested, strict=True):
-            self.results[split] = {mode: Scores.of(torch.cat([each[mode] for each in chunks])) for mode in MODES}
+            self.tested[split] = {mode: torch.cat([each[mode] for each in chunks]).cpu() for mode in MODES}
+            self.results[split] = {mode: Scores.of(each) for mode, each in self.tested[split].items()}
 
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
         """{mode: (B, T + 1)}"""

@@ -3,6 +3,7 @@
 Composes, checks, measures, draws, writes RUN/evidence/ (with hydra.run.dir=FOLDER: FOLDER/evidence/); trains nothing.
 """
 
+import copy
 import logging
 import sys
 import time
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -53,13 +53,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     from fewshot.runtime import prepare
     from fewshot.tasks import Task
 
-    try:
-        start = checkpoint.find_start(cfg, overrides, folder)
-    except ConfigCompositionException as error:  # of the checkpoint's call and this one together
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"{first_line} {cfg.checkpoint} was trained with it, and this call chooses what has none"
-        ) from None
+    start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
     precision = prepare(
@@ -67,7 +61,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     )
     module = MetaLearner.from_config(cfg, start.engine)
     start.check_fits(module)
-    network = instantiate(cfg.model.network).double()
+    initial, network = (copy.deepcopy(module.network).double() for _ in range(2))
     network.load_state_dict({name.removeprefix("network."): w for name, w in start.content["state_dict"].items()})
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         raise UserError(f"checkpoint={start.path}: weights that are not finite numbers; there is nothing to measure")
@@ -76,10 +70,11 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     few, knobs = Task(*(field[:GRADIENT_TASKS] for field in tasks)), {"inner_lr": cfg.inner_lr}
     log.info(f"measuring the identities on {len(few.support)} tasks, the features on {len(tasks.support)}")
+    steps = {"inner_steps": cfg.inner_steps, "steps": cfg.test_steps}
     found = {
         "identities": identities(network, few, **knobs, inner_steps=cfg.inner_steps),
         "limits": limits(network, few, **knobs, inner_steps=max(2, cfg.inner_steps)),
-        **measure(network, tasks, **knobs, inner_steps=cfg.inner_steps, steps=cfg.test_steps, adapted=cfg.algo.adapted),
+        **measure(network, tasks, initial=initial, **knobs, **steps, adapted=cfg.algo.adapted),
     }
     log.info(f"testing on {cfg.test_tasks} tasks")
     trainer = instantiate(
@@ -93,7 +88,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     write.write(
         folder,
         found,
-        module.results["test"],
+        module.tested["test"],
         tasks,
         start=start,
         gradient_tasks=len(few.support),

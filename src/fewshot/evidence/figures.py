@@ -98,7 +98,7 @@ def outer_step(found: dict[str, Any], shown: Shown, head_is_zero: bool) -> Figur
         "support image": Line2D([], [], **grey, markeredgecolor="black", markersize=11),
         "and its step": Line2D([], [], **STEP, color="none", markerfacecolor="black"),
         "query": Line2D([], [], **grey, markeredgecolor="none", markersize=5),
-        "and its step (a larger scale)": Line2D([], [], **STEP, color="none", markerfacecolor="grey"),
+        "and its step (a scale of its own)": Line2D([], [], **STEP, color="none", markerfacecolor="grey"),
     }
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     return figure

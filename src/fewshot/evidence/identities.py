@@ -77,6 +77,12 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
         _encoder_gradient(zero, learner.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
         for adapted in ("all", "head")
     )
+    own_full, own_head_only = (
+        _encoder_gradient(
+            network, learner.meta_gradient, tasks, inner_lr=inner_lr, inner_steps=1, first_order=True, adapted=adapted
+        )
+        for adapted in ("all", "head")
+    )
     one_step = {"inner_lr": inner_lr, "inner_steps": 1, "first_order": False}
     exact = _encoder_gradient(network, learner.meta_gradient, tasks, **one_step, adapted="head")
     explicit = partial(contrastive.meta_gradient, noise=True, interference=True)
@@ -86,6 +92,7 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     found = {
         "no_noise_beyond_one_step": Check(_largest(later - _without_noise(given, q.softmax(-1))), ROUNDING),
         "full_is_head_only_beyond_one_step": Check(_relative(full, head_only), GRADIENT),
+        "full_is_head_only_with_this_head": Check(_relative(own_full, own_head_only), GRADIENT),
         "uniform_without_zeroing": Check(_largest(P - 1 / P.shape[-1]), ROUNDING),
         "papers_somaml_loss_with_this_head": Check(_relative(papers, exact), GRADIENT),
     }
@@ -100,11 +107,10 @@ def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) 
     (c,) = contrastive_coefficients(*given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
     q = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, zeroing=False)[:, 1].softmax(-1)
     undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
-    share = ((c > 0) & ~undecided).double().mean().item()
-    off = abs(share - 1 / zero.head.out_features) - undecided.double().mean().item()
+    off = (((c > 0) != given.same_class()) & ~undecided).double().mean().item()
     return {
         "coefficient_is_free_of_noise": Check(_largest(c - _without_noise(given, q)), ROUNDING),
-        "share_of_positive_coefficients": Check(max(0.0, off), ROUNDING),
+        "share_of_positive_coefficients": Check(off, NONE),
     }
 
 

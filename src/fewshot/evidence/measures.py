@@ -112,15 +112,22 @@ def coefficients(given: Features, *, inner_lr: float, inner_steps: int) -> dict[
     return found
 
 
-def similarity(network: Network, tasks: Task, given: Features) -> dict[str, Any]:
-    """Cosines between the classes of the first task, (K, K), and of all tasks: means, and how many keep their order."""
+def similarity(network: Network, tasks: Task, given: Features, initial: Network) -> dict[str, Any]:
+    """Cosines between the classes of the first task, (K, K), and of all tasks: means, now and of the initial network.
+
+    tasks_where_the_gap_grew: in how many same class less other class is larger than it was.
+    """
     same, other = cosines(given.query, given.support, given.same_class())
+    then = features(initial, tasks)
+    same_then, other_then = cosines(then.query, then.support, then.same_class())
     return {
         "first_task": class_similarities(network, Task(*(field[0] for field in tasks))),
         "same_class": same.mean().item(),
         "other_class": other.mean().item(),
         "tasks": len(same),
-        "tasks_where_same_is_larger": int((same > other).sum()),
+        "initially_same_class": same_then.mean().item(),
+        "initially_other_class": other_then.mean().item(),
+        "tasks_where_the_gap_grew": int((same - other > same_then - other_then).sum()),
     }
 
 
@@ -171,14 +178,16 @@ def prototypes(
     return found
 
 
-def measure(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int, steps: int, adapted: str) -> dict:
-    """All of the above. inner_steps: N in training; steps: T."""
+def measure(
+    network: Network, tasks: Task, *, initial: Network, inner_lr: float, inner_steps: int, steps: int, adapted: str
+) -> dict[str, Any]:
+    """All of the above. initial: the network before training; inner_steps: N in training; steps: T."""
     knobs, given = {"inner_lr": inner_lr, "inner_steps": inner_steps}, features(network, tasks)
     return {
         "motivating_example": motivating_example(given, inner_lr=inner_lr),
         "outer_step": outer_step(given, **knobs),
         "coefficients": coefficients(given, inner_lr=inner_lr, inner_steps=max(2, inner_steps)),
-        "similarity": similarity(network, tasks, given),
+        "similarity": similarity(network, tasks, given, initial),
         "memory": memory(given, inner_lr=inner_lr),
         "prototypes": prototypes(network, tasks, given, inner_lr=inner_lr, steps=steps, adapted=adapted),
         "probes": probes(network, [tasks], **knobs),

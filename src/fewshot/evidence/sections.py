@@ -88,14 +88,16 @@ def _outer_step(found: dict[str, Any]) -> Section:
         overline="The contrastive perspective",
         claim="FOMAML moves the queries, SOMAML moves queries and support",
         lead="Seen from the features, the outer step moves a query toward the support features of its class and away "
-        "from the others (2.4). FOMAML takes the support features for constants; SOMAML moves them as well (2.5).",
+        "from the others (2.4). FOMAML takes the support features for constants; SOMAML moves them as well (2.5). As "
+        "everywhere in the theory, the inner loop is that of the head alone.",
         picture=Picture(
             "outer_step",
             "Features of a task in two dimensions with arrows, FOMAML left and SOMAML right",
             "The features of one test task along their two principal directions, which hold "
             f"{percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go against the "
-            f"gradient with respect to the features after {_steps(steps)}; queries and support have a scale each, the "
-            "same left and right. The encoder, which serves all images at once, can follow them only roughly.",
+            f"gradient with respect to the features after {_steps(steps)}; queries and support have a scale each in "
+            "every row, the same left and right. The encoder, which serves all images at once, can follow them only "
+            "roughly.",
         ),
         tables=[
             Table(("", "step of the queries", "step of the support", "same class drawn", "other classes pushed"), rows)
@@ -240,7 +242,7 @@ def _accuracy(found: dict[str, Any]) -> Section:
             f"Query accuracy after every inner step: mean over {test['tasks']} test tasks and 95% confidence interval.",
         ),
         tables=[Table(("inner step", "test zeroing off", "test zeroing on"), rows)],
-        verdicts=[("Zeroing the head at test time costs nothing.", claims.accuracy(test, step))],
+        verdicts=[("Zeroing the head at test time costs nothing.", claims.accuracy(test, step, _head_is_zero(found)))],
     )
 
 
@@ -279,7 +281,7 @@ def _limits(found: dict[str, Any]) -> Section:
     rows = [
         (
             f"Expected: {expected}<small>{why}</small><small>Measured: {what}.</small>",
-            claims.of_check(checks[name]).html,
+            claims.of_limit(name, checks[name]).html,
         )
         for name, (expected, why, what) in claims.LIMITS.items()
         if name in checks
@@ -292,9 +294,6 @@ def _limits(found: dict[str, Any]) -> Section:
         "2.6), measured like the identities and on the same tasks; where it takes more than one inner step, with "
         f"{found['coefficients']['inner_steps']}.",
         tables=[Table(("expected and found", "verdict"), rows, "statements")],
-        note="This model’s head is zero, so statements about its own head hold here for want of one."
-        if found["memory"]["this_head_before"] is None
-        else "",
         verdicts=[("", claims.of_limits(checks))],
     )
 
@@ -311,13 +310,18 @@ def how(found: dict[str, Any]) -> Table:
         "Test tasks": f"{escape(config['dataset']['name'])}, {config['ways']}-way {config['shots']}-shot, "
         f"{config['queries']} queries per class; the same in every run; {found['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
-        "Inner loop": f"η = {config['inner_lr']}; {_steps(config['inner_steps'])} in training, {config['test_steps']} "
-        f"at test; adapts {adapts}",
-        "Arithmetic": f"accuracy as in training ({escape(config['trainer']['precision'])}), all else in float64",
+        "Inner loop": f"η = {config['inner_lr']}; {_steps(config['inner_steps'])}, {config['test_steps']} at test; "
+        f"adapts {adapts} (trained with η = {trained['inner_lr']}, {_steps(trained['inner_steps'])}, "
+        f"{trained['shots']}-shot)",
+        "Arithmetic": f"accuracy in {escape(config['trainer']['precision'])}, all else in float64",
         "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
         "Versions": escape(", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     }
     return Table((), list(rows.items()), "plain")
+
+
+def _head_is_zero(found: dict[str, Any]) -> bool:
+    return found["memory"]["this_head_before"] is None
 
 
 def _steps(number: int) -> str:

@@ -21,7 +21,7 @@ from fewshot.tasks import Task
 def write(
     folder: Path,
     found: dict[str, Any],
-    scores: dict[str, Scores],
+    tested: dict[str, Tensor],
     tasks: Task,
     *,
     start: Start,
@@ -31,9 +31,12 @@ def write(
 ) -> None:
     """Numbers, then pictures, then the page that shows both.
 
-    found: by `identities`, `limits` and `measure`; tasks: those they were measured on, of which the first is shown.
+    found: by `identities`, `limits` and `measure`; tested: accuracies of each mode and task, (tasks, T + 1); tasks:
+    those that found was measured on, of which the first is shown.
     """
+    scores = {mode: Scores.of(each) for mode, each in tested.items()}
     test = {mode: {"accuracy": each.accuracy, "ci95": each.ci95} for mode, each in scores.items()}
+    gain = Scores.of(tested["zeroing_on"] - tested["zeroing_off"])  # on the same tasks, so paired
     checks = {
         group: {
             name: {"value": each.value, "bound": each.bound, "pass": each.passed} for name, each in found[group].items()
@@ -43,7 +46,7 @@ def write(
     content = {
         **found,
         **checks,
-        "test": {"tasks": next(iter(scores.values())).tasks, **test},
+        "test": {"tasks": gain.tasks, **test, "gain": {"accuracy": gain.accuracy, "ci95": gain.ci95}},
         "tasks": {"features": len(tasks.support), "gradients": gradient_tasks},
         "model": {
             "checkpoint": str(start.path),
