@@ -28,7 +28,7 @@ from fewshot.report import read_metrics, write_png
 
 log = logging.getLogger(__name__)
 
-MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
+MODES = {mode: suffix for mode, suffix, *_ in figures.MODES}  # of the metrics' names
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
 # No part of a setting: the seed, where and on what it ran, and knobs that are others again.
 ELSEWHERE = (
@@ -144,7 +144,7 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
 
 
 def read_jobs(folders: list[Path]) -> list[Job]:
-    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first.
+    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first that finished.
 
     Raises:
         UserError: a folder is none, or without a run in it.
