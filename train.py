@@ -11,22 +11,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot.config import CONF, check, check_overrides, one_line_errors, settings
+from fewshot import ranks
+from fewshot.config import CONF, check, check_overrides, one_line_errors, processes, settings
+from fewshot.signals import Signals
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with one_line_errors(job=folder if HydraConfig.get().mode == RunMode.MULTIRUN else None):
+    job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    with one_line_errors(job), ranks.locked(folder), Signals() as signals:
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides)
         if cfg.checkpoint is None:
             check(cfg)
-        return run(cfg, overrides, folder)
+        return run(cfg, overrides, folder, signals)
     return None  # a job of a sweep that failed
 
 
-def run(cfg: DictConfig, overrides: list[str], folder: Path) -> float:
+def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -> float:
     """One run in `folder`: new, continued from its last.ckpt, or, with fit=false, a test of a checkpoint.
 
     Returns the validation accuracy of the model that was tested, after inner_steps.
@@ -36,7 +39,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> float:
     from hydra.utils import instantiate
 
     from fewshot import checkpoint, report
+    from fewshot.callbacks import Stop
     from fewshot.data.module import MetaData
+    from fewshot.distributed import cluster
     from fewshot.logger import finished_run
     from fewshot.module import MetaLearner
     from fewshot.runtime import prepare
@@ -46,6 +51,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> float:
     check(cfg)
     if results := report.finished(folder, cfg):
         return report.validation_accuracy(results)
+    if processes(cfg) > 1 and not ranks.launcher():
+        ranks.start(__file__, overrides, folder, processes(cfg))
+        return report.validation_accuracy(report.read(folder))
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )
@@ -57,9 +65,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> float:
         trainer = instantiate(
             cfg.trainer,
             precision=precision,
-            logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg)),
-            callbacks=[*instantiate(cfg.callbacks).values(), start.describe()],
-            plugins=[checkpoint.AtomicCheckpointIO()],
+            logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg), rows=start.rows),
+            callbacks=[*instantiate(cfg.callbacks).values(), start.describe(), Stop(signals)],
+            plugins=[checkpoint.AtomicCheckpointIO(), cluster()],
             default_root_dir=folder,
         )
         ready = time.monotonic()

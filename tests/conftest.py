@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 import train
 from fewshot.config import CONF
+from fewshot.signals import Signals
 
 ROOT = Path(__file__).parents[1]
 # The default configuration, shrunk: every part is there, each a second or less.
@@ -62,7 +63,8 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
         overrides = tuple(
             {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
         )
-        train.run(config(*overrides), list(overrides), folder)
+        with Signals() as signals:
+            train.run(config(*overrides), list(overrides), folder, signals)
         return folder
 
     return run

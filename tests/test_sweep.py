@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fewshot import checkpoint, sweep
-from fewshot.config import CONF, UserError, _job_folder, check, settings
+from fewshot.config import CONF, UserError, check, job_folder, settings
 
 KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -28,15 +28,15 @@ VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60
 @given(st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES), st.randoms())
 def test_a_jobs_folder_is_named_by_its_overrides_alone(one, other, random):
     overrides = [f"{key}={value}" for key, value in one.items()]
-    name = _job_folder(overrides)
+    name = job_folder(overrides)
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) and name not in (".", "..")
     random.shuffle(overrides)
-    assert _job_folder(overrides) == name
-    assert (_job_folder([f"{key}={value}" for key, value in other.items()]) == name) == (one == other)
+    assert job_folder(overrides) == name
+    assert (job_folder([f"{key}={value}" for key, value in other.items()]) == name) == (one == other)
 
 
 def test_a_short_name_says_what_the_job_is():
-    assert _job_folder(["seed=0", "algo=fomaml", "+zeroing=true"]) == "algo-fomaml__seed-0__zeroing-true"
+    assert job_folder(["seed=0", "algo=fomaml", "+zeroing=true"]) == "algo-fomaml__seed-0__zeroing-true"
 
 
 def make_run(folder, config, *, accuracy=None, curve=(), error=None):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from conftest import outcome, rows
 
-from fewshot import checkpoint
+from fewshot import checkpoint, ranks
 from fewshot.config import UserError
+from fewshot.logger import wandb_logger
 
 
 @pytest.mark.parametrize(
@@ -93,18 +96,29 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, 
     assert ended == undisturbed
 
 
-def test_sigterm_is_no_success(program, tmp_path):
-    process = program("iterations=100000", "val_every=10", "logger=none", f"hydra.run.dir={tmp_path}")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    time.sleep(1)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by SIGTERM" in errors and "Traceback" not in errors
-    assert not (tmp_path / "results.json").exists()
-    checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")  # whole
+def test_two_processes_cannot_write_one_run(program, tmp_path):
+    with ranks.locked(tmp_path):
+        process = program(f"hydra.run.dir={tmp_path}")
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == (
+        f"hydra.run.dir={tmp_path}: process {os.getpid()} on {platform.node()} is at work on this run; "
+        "wait for it or end it\n"
+    )
+    with ranks.locked(tmp_path):
+        pass
+
+
+def test_the_last_offline_folder_of_a_continued_run_has_all_that_it_logged(tmp_path):
+    logged = [{"iteration": iteration, "val/query_accuracy/step_1": iteration / 10} for iteration in (0, 2, 4)]
+    knobs = {"project": "fewshot", "mode": "offline", "group": None, "name": None, "run_id": "abcdefgh"}
+    wandb_logger(**knobs, folder=tmp_path, values={}, rows=logged[:2]).log_metrics(logged[2], step=4)
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-abcdefgh.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
+    text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+    told = [json.loads(line)["history"]["item"] for line in text.splitlines() if json.loads(line)["type"] == "history"]
+    assert [(each["iteration"], each["val/query_accuracy/step_1"]) for each in told] == [(0, 0), (2, 0.2), (4, 0.4)]
 
 
 def test_another_dataset_leaves_the_knobs_of_the_first_behind():

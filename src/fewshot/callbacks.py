@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from fewshot.evidence.similarity import class_similarities
 from fewshot.models import zero_head
 from fewshot.module import Scores
 from fewshot.report import write_metrics
+from fewshot.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +70,24 @@ class Record(pl.Callback):
         self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "best_accuracy": self.best_accuracy, "stopped": self.stopped}
+        pending = [{name: value.cpu() for name, value in each.items()} for each in self._pending]
+        return {
+            "rows": self.rows,
+            "best_accuracy": self.best_accuracy,
+            "stopped": self.stopped,
+            "pending": pending,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.stopped = state_dict["rows"], state_dict["stopped"]
-        self.best_accuracy = state_dict["best_accuracy"]
+        self.best_accuracy, self._pending = state_dict["best_accuracy"], state_dict["pending"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._pending = [{name: value.to(module.device) for name, value in each.items()} for each in self._pending]
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
         if not self.rows:
             self._record(trainer, module, {"iteration": 0})
@@ -101,9 +114,9 @@ class Record(pl.Callback):
         if self._due(trainer, self.test_every):
             row |= _named("test", module.evaluate(trainer.datamodule.fixed("test", self.test_curve_tasks)))
         if validate:
-            validation = trainer.datamodule.fixed("val", self.val_tasks)
-            row |= _named("val", module.evaluate(validation))
+            row |= _named("val", module.evaluate(trainer.datamodule.fixed("val", self.val_tasks)))
             if self.probes:
+                validation = trainer.datamodule.fixed("val", self.val_tasks, shared=False)
                 row |= {f"probe/{name}": value for name, value in module.probes(validation).items()}
         self.rows.append(row)
         for logger in trainer.loggers:
@@ -116,7 +129,6 @@ class Record(pl.Callback):
         self.best_accuracy = max(self.best_accuracy, accuracy)
         self.stopped = self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy
         trainer.should_stop = trainer.should_stop or self.stopped
-        write_metrics(self._folder / "metrics.csv", self.rows)
         for name in ("best", "last") if better else ("last",):
             trainer.save_checkpoint(self._folder / "checkpoints" / f"{name}.ckpt")
         done, seconds = row["iteration"] - self._first, time.monotonic() - self._began
@@ -175,7 +187,34 @@ class CosineSimilarity(pl.Callback):
         for name, matrix in found.items():
             self.content[name].append(matrix)
         path = Path(trainer.default_root_dir) / "cosine_similarity.json"
-        write_atomically(path, lambda file: file.write(json.dumps(self.content).encode()))
+        if trainer.is_global_zero:
+            write_atomically(path, lambda file: file.write(json.dumps(self.content).encode()))
+
+
+class Stop(pl.Callback):
+    """Obeys a signal between two outer updates, with last.ckpt written.
+
+    Comes after all other callbacks: what is due after an update, such as validation, is done before the run ends.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.signals.install(training=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        noted = self.signals.noted
+        if trainer.strategy.reduce_boolean_decision(noted is not None, all=False):  # on any rank
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            log.info(f"iteration {trainer.global_step}/{trainer.max_steps}  last.ckpt written")
+            self.signals.obey(noted or signal.SIGTERM)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.signals.install()
+
+    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.signals.install()
 
 
 def _side_by_side() -> bool:
@@ -190,7 +229,7 @@ class Progress(pl.Callback):
         self._bar: rich.progress.Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not sys.stdout.isatty() or _side_by_side():
+        if not (sys.stdout.isatty() and trainer.is_global_zero) or _side_by_side():
             return
         columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
         times = (rich.progress.TimeElapsedColumn(), rich.progress.TimeRemainingColumn(), "left ")

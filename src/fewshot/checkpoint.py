@@ -58,9 +58,7 @@ def write_atomically(path: Path, write: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be written ({reason}); make room there or name another hydra.run.dir"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({reason}); make room there or name another folder") from error
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -125,6 +123,11 @@ class Start:
     def run_id(self) -> str:
         """Of the logger: a continued run keeps it."""
         return self.content["fewshot"]["run_id"] if self.content and self.cfg.fit else uuid.uuid4().hex[:8]
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """Of metrics.csv, so far."""
+        return self.content["callbacks"]["Record"]["rows"] if self.content and self.cfg.fit else []
 
     def describe(self) -> Describe:
         """What every checkpoint of this run is to carry."""

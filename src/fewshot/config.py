@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -12,9 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from fewshot import ranks
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -24,9 +29,19 @@ class UserError(Exception):
     """A mistake the user can mend: one line with the knob, its value and what would work."""
 
 
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt nothing on the way takes it for an error."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 @contextmanager
 def one_line_errors(job: Path | None = None) -> Iterator[None]:
-    """A UserError ends the program with its line and status 1, or a traceback with HYDRA_FULL_ERROR=1; SIGTERM: 143.
+    """A UserError ends the program with its line and status 1, a signal with 128 + its number.
+
+    HYDRA_FULL_ERROR=1 shows the traceback.
 
     job: the folder of a job in a sweep, which goes on: any error is left there as error.txt.
     """
@@ -34,25 +49,38 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
         (job / "error.txt").unlink(missing_ok=True)
     try:
         yield
-    except SystemExit as error:
-        if error.code is None:  # how Lightning ends a run on SIGTERM: as if nothing had happened
-            sys.stderr.write("stopped by SIGTERM; the same command with its folder goes on from last.ckpt\n")
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise
+    except (Stopped, KeyboardInterrupt) as stop:
+        number = signal.Signals(stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
+        if not ranks.rank() and ranks.PARENT not in os.environ:
+            sys.stderr.write(f"stopped by {number.name}{_how_to_go_on()}\n")
+        raise SystemExit(128 + number) from None
     except Exception as error:
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
             error = error.__cause__
         expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
+        expected = expected and os.environ.get("HYDRA_FULL_ERROR") != "1"
         line = " ".join(str(error).split())
+        if expected and ranks.leave_error(line):
+            raise SystemExit(1) from None
         if job is not None:
             text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
             sys.stderr.write(f"{text}\n")
             with suppress(OSError):  # a full disk is no reason to end the sweep
                 (job / "error.txt").write_text(f"{text}\n")
-        elif not expected or os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        else:
+        elif expected:
             raise SystemExit(line) from None
+        else:
+            raise
+
+
+def _how_to_go_on() -> str:
+    if not HydraConfig.initialized():
+        return ""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
+    last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
+    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else " before it trained"
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
@@ -60,7 +88,7 @@ def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
     return str(Path(str(checkpoint)).absolute().parent.parent) if checkpoint and fit else new
 
 
-def _job_folder(overrides: list[str]) -> str:
+def job_folder(overrides: list[str]) -> str:
     """A job's folder in a sweep, named by its overrides alone, in any order; safe in a path and in checkpoint=."""
     pairs = dict(override.lstrip("+").split("=", 1) for override in overrides)
     exact = [f"{key}-{value}" for key, value in sorted(pairs.items())]
@@ -71,8 +99,8 @@ def _job_folder(overrides: list[str]) -> str:
 
 
 def _first_call(folder: str) -> str | None:
-    """Hydra's record of the call, only where no run has been yet."""
-    return None if (Path(folder) / "checkpoints" / "last.ckpt").exists() else ".hydra"
+    """Hydra's record of the call, only where no run has been yet, and from one process."""
+    return None if ranks.rank() or (Path(folder) / "checkpoints" / "last.ckpt").exists() else ".hydra"
 
 
 OmegaConf.register_new_resolver("at_least", lambda least, value: max(least, value), replace=True)
@@ -84,7 +112,7 @@ def _job_number(number: int | None) -> str:
     return "" if number is None else f"#{number} "
 
 
-OmegaConf.register_new_resolver("job_folder", _job_folder, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 OmegaConf.register_new_resolver("job_number", _job_number, replace=True)
 OmegaConf.register_new_resolver("first_call", _first_call, replace=True)
 
@@ -160,8 +188,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
     if cfg.trainer.precision not in PRECISIONS:
         raise UserError(f"trainer.precision={cfg.trainer.precision}: must be one of {', '.join(PRECISIONS)}")
-    if cfg.trainer.devices != 1:
-        raise UserError(f"trainer.devices={cfg.trainer.devices}: must be 1, a run has one device")
+    _check_processes(cfg)
     if cfg.trainer.max_steps != cfg.iterations:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}: set iterations={cfg.trainer.max_steps} instead")
     _integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
@@ -172,6 +199,30 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     _check_dataset(cfg)
+
+
+def processes(cfg: DictConfig) -> int:
+    """That the run asks for, on all its machines."""
+    return cfg.trainer.devices * cfg.trainer.get("num_nodes", 1)
+
+
+def _check_processes(cfg: DictConfig) -> None:
+    for knob in ("devices", "num_nodes"):
+        _integer(f"trainer.{knob}", cfg.trainer.get(knob, 1), 1)
+    wanted, started = processes(cfg), ranks.world_size()
+    if wanted > 1 and "strategy" not in cfg.trainer:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: use trainer=ddp trainer.devices={cfg.trainer.devices}")
+    for knob in ("meta_batch_size", "val_tasks", "test_tasks"):
+        if cfg[knob] < wanted or (knob == "meta_batch_size" and cfg[knob] % wanted):
+            least = f"a multiple of {wanted}" if knob == "meta_batch_size" else f"at least {wanted}"
+            raise UserError(f"{knob}={cfg[knob]}: must be {least}, one share for each of {wanted} processes")
+    if ranks.launcher() and started != wanted:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: {ranks.launcher()} started {started} processes; use trainer=ddp "
+            f"trainer.devices=N with N of them on each of trainer.num_nodes machines"
+        )
+    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1:
+        raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: several machines need torchrun or srun")
 
 
 def _check_dataset(cfg: DictConfig) -> None:

@@ -5,10 +5,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from fewshot.config import UserError, check_overrides, one_line_errors
+from fewshot import ranks
+from fewshot.config import UserError, check_overrides, job_folder, one_line_errors
 
 
 class OutputFolder(Callback):
@@ -18,13 +20,23 @@ class OutputFolder(Callback):
         with one_line_errors():
             if config.checkpoint is not None and not Path(str(config.checkpoint)).exists():
                 raise UserError(f"checkpoint={config.checkpoint}: no such file")
+            named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
+            if ranks.launcher() and not named and not (config.checkpoint and config.fit):
+                raise UserError(f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder")
             _check_writable("hydra.run.dir", Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A knob that does not exist ends a sweep before its first job; Hydra sees to those without a +."""
         with one_line_errors():
+            if ranks.launcher():
+                raise UserError(
+                    f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use python train.py -m "
+                    "trainer=ddp trainer.devices=N"
+                )
             check_overrides([*config.hydra.overrides.task, *(f"{key}=" for key in config.hydra.sweeper.params or ())])
             _check_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
+            if "submitit" in config.hydra.launcher._target_:
+                _outlive_lost_jobs(Path(config.hydra.sweep.dir))
 
 
 class Summary(Callback):
@@ -46,6 +58,25 @@ class Summary(Callback):
         except Exception:  # Hydra would turn it into a warning and status 0
             traceback.print_exc()
             raise SystemExit(1) from None
+
+
+def _outlive_lost_jobs(sweep: Path) -> None:
+    """A job that the cluster ended for good, cancelled for example, is one failure, where submitit ends the sweep."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+    from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+    class Job(SlurmJob):
+        def results(self) -> list[Any]:
+            try:
+                return super().results()
+            except (UncompletedJobError, FailedJobError):
+                overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
+                error = sweep / job_folder(overrides) / "error.txt"
+                error.parent.mkdir(parents=True, exist_ok=True)
+                error.write_text(f"Slurm job {self.job_id}: {self.state}; its log is {self.paths.stderr}\n")
+                return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
+
+    SlurmExecutor.job_class = Job
 
 
 def _check_writable(knob: str, folder: Path) -> None:

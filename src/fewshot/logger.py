@@ -14,11 +14,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from fewshot.config import UserError
+from fewshot import ranks
+from fewshot.config import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
 METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*", "probe/*")
+
+
+class EachOnce(WandbLogger):
+    """Leaves out the rows up to iteration `last`: the server has them from before the run was continued."""
+
+    last = -1
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if metrics["iteration"] > self.last:
+            super().log_metrics(metrics, step)
 
 
 def wandb_logger(
@@ -30,19 +41,27 @@ def wandb_logger(
     folder: Path,
     run_id: str,
     values: dict[str, Any],
-) -> WandbLogger:
+    rows: list[dict[str, float]],
+) -> WandbLogger | None:
     """Starts the run in `folder`/wandb with every metric against `iteration`; a continued run keeps its run_id.
+
+    rows: what a continued run logged before, told again where W&B does not have it: what had not been uploaded when
+    the run was killed; offline all, since every start has a folder of its own and the last uploaded replaces the rest.
+
+    None on other ranks than the first.
 
     Raises:
         UserError: mode="online" without an API key.
     """
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        sweep = Path(HydraConfig.get().sweep.dir).resolve()
+    if ranks.rank():
+        return None
+    if sweep := _sweep():
         by_time = re.fullmatch(r"\d\d-\d\d-\d\d", sweep.name)  # multirun/DATE/TIME
         group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
         name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
     mode = mode or os.environ.get("WANDB_MODE")
     try:
+        wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
         if mode in (None, "online"):
             has_key = wandb.login(prompt=False, verify=False)
             if mode == "online" and not has_key:
@@ -57,31 +76,63 @@ def wandb_logger(
             dir=folder,
             mode=mode,
             config=values,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                finish_timeout=120,  # seconds, if the server is gone: all is in the folder
+            ),
             reinit="finish_previous",
         )
     except (wandb.errors.Error, ValueError) as error:
         raise UserError(f"logger.mode={mode}: {error}; use logger.mode=offline") from error
-    logger = WandbLogger(experiment=run, save_dir=folder)
+    logger = EachOnce(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
     for pattern in METRICS:
         run.define_metric(pattern, step_metric="iteration")
+    if run.resumed:
+        logger.last = run.summary.get("iteration", -1)
+    for row in rows:
+        logger.log_metrics(row, step=int(row["iteration"]))
+    if run.url:
+        log.info(f"W&B: {run.url}")
     return logger
+
+
+def _sweep() -> Path | None:
+    """The folder of the sweep that this run is a job of."""
+    if folder := os.environ.get(ranks.SWEEP):
+        return Path(folder)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().sweep.dir).resolve()
+    return None
 
 
 @contextmanager
 def finished_run() -> Iterator[None]:
-    """Finishes the W&B run, if one was started, as failed or not; an offline one says how to upload it."""
-    failed = True
+    """Finishes the W&B run, if one was started, as what it is; an offline one says how to upload it."""
+    exit_code = 1
     try:
         yield
-        failed = False
+        exit_code = 0
+    except Stopped as stop:
+        exit_code = 128 + stop.signum
+        raise
     finally:
         if wandb.run is not None:
-            folder, offline = Path(wandb.run.dir).parent, wandb.run.settings.mode == "offline"
-            wandb.finish(exit_code=int(failed))
+            folder, offline = shlex.quote(str(Path(wandb.run.dir).parent)), wandb.run.settings.mode == "offline"
+            try:
+                if exit_code > 128:
+                    wandb.run.mark_preempting()
+                wandb.finish(exit_code=exit_code)
+            except Exception as error:  # its own process may have been ended by the same signal
+                log.warning(
+                    f"W&B could not finish its run ({type(error).__name__}: {error}); to upload what it has: "
+                    f"wandb sync --no-skip-online {folder}"
+                )
             if offline:
-                log.info(f"W&B run kept offline; to upload it: wandb sync {shlex.quote(str(folder))}")
+                log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
 
 
 def summarise(logger: Logger, results: dict[str, Any]) -> None:
@@ -97,5 +148,8 @@ def summarise(logger: Logger, results: dict[str, Any]) -> None:
             rows.append([step, accuracy, ci95, mode.removeprefix("zeroing_")])
     table = wandb.Table(columns=["inner_step", "query_accuracy", "ci95", "test_zeroing"], data=rows)
     plot = wandb.plot.line(table, "inner_step", "query_accuracy", "test_zeroing", "query accuracy by inner step")
-    logger.experiment.log({"query_accuracy_by_inner_step": plot})
     logger.experiment.summary.update(summary)
+    try:
+        logger.experiment.log({"query_accuracy_by_inner_step": plot})
+    except wandb.errors.Error as error:
+        log.warning(f"W&B has no table of the final test: {error}")

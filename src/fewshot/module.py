@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewshot import batched, contrastive, learner
 from fewshot.config import UserError
+from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.evidence import probes
 from fewshot.execution import CudaGraphs
 from fewshot.tasks import Task
@@ -146,21 +147,29 @@ class MetaLearner(pl.LightningModule):
         return torch.optim.Adam(self.network.parameters(), lr=self.outer_lr)
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
-        """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch."""
+        """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch.
+
+        tasks: this rank's share of it.
+        """
         optimizer = self.optimizers()
         optimizer.zero_grad()
         knobs = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
         with self._one_line_out_of_memory(tasks):
             loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
+        means = loss.mean(), accuracy.mean()
+        mean_over_ranks([*(parameter.grad for parameter in self.network.parameters()), *means])
         optimizer.step()
-        return {"loss": loss.mean(), "query_accuracy": accuracy.mean()}
+        return dict(zip(("loss", "query_accuracy"), means, strict=True))
 
     @torch.enable_grad()
     def evaluate(self, batches: Iterable[Task]) -> dict[str, Scores]:
-        """Accuracy after every inner step 0 .. T, with and without test-time zeroing; changes nothing in the module."""
+        """Accuracy after every inner step 0 .. T, with and without test-time zeroing; changes nothing in the module.
+
+        batches: this rank's share; the scores are of all.
+        """
         precision = self.trainer.precision_plugin
         with precision.forward_context():
-            accuracies = [self._accuracies(precision.convert_input(tasks)) for tasks in batches]
+            accuracies = of_all_ranks([self._accuracies(precision.convert_input(tasks)) for tasks in batches])
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
     def probes(self, batches: Iterable[Task]) -> dict[str, float]:
@@ -180,7 +189,8 @@ class MetaLearner(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         for split, chunks in zip(("val", "test"), self._tested, strict=True):
-            self.tested[split] = {mode: torch.cat([each[mode] for each in chunks]).cpu() for mode in MODES}
+            chunks = of_all_ranks(chunks)
+            self.tested[split] = {mode: torch.cat([each[mode] for each in chunks]) for mode in MODES}
             self.results[split] = {mode: Scores.of(each) for mode, each in self.tested[split].items()}
 
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
@@ -189,7 +199,7 @@ class MetaLearner(pl.LightningModule):
             return {
                 mode: self._step_accuracies(
                     self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
-                )
+                ).cpu()
                 for mode, zeroing in MODES.items()
             }
 

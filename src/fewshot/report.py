@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
-from fewshot import figures
+from fewshot import figures, ranks
 from fewshot.checkpoint import refuse_difference, write_atomically
 from fewshot.config import UserError, settings
 from fewshot.logger import summarise
@@ -56,6 +56,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """results.json"""
+    return json.loads((folder / "results.json").read_text())
+
+
 def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     """The results of this very configuration that the folder holds, shown again; None where there are none.
 
@@ -65,7 +70,7 @@ def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     path = folder / "results.json"
     if not path.exists():
         return None
-    results, asked = json.loads(path.read_text()), settings(cfg)
+    results, asked = read(folder), settings(cfg)
     if results["config"]["fit"] and asked["fit"]:
         refuse_difference(cfg, results["config"], path)
         if results["config"]["iterations"] < asked["iterations"]:
@@ -88,7 +93,7 @@ def write(
 ) -> dict[str, Any]:
     """results.json, which is returned, the figures, the logger's summary and the table on the terminal.
 
-    Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates.
+    Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates. Rank 0 writes.
     """
     content = {
         **{split: _scores(results[split]) for split in ("test", "val")},
@@ -98,6 +103,8 @@ def write(
         "config": config,
         "versions": versions(),
     }
+    if ranks.rank():
+        return content
     if (folder / "metrics.csv").exists():
         curves = read_metrics(folder / "metrics.csv")
         picture = figures.accuracy_over_iterations(curves, config)
@@ -106,10 +113,10 @@ def write(
             write_atomically(folder / "figures" / "probes.png", partial(write_png, figures.probes(curves, config)))
     picture = figures.accuracy_over_steps(content, config)
     write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(write_png, picture))
-    for logger in loggers:
-        summarise(logger, content)
     write_atomically(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
     print_table(content, folder)
+    for logger in loggers:
+        summarise(logger, content)
     return content
 
 
@@ -129,6 +136,8 @@ def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
 
 def print_table(results: dict[str, Any], folder: Path) -> None:
     """Query accuracy per inner step with its confidence interval, both test-time zeroing modes."""
+    if ranks.rank():
+        return
     test, config = results["test"], results["config"]
     print(
         f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "

@@ -33,7 +33,8 @@ TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the oute
 # No part of a setting: the seed, where and on what it ran, and knobs that are others again.
 ELSEWHERE = (
     *("seed", "fit", "logger", "dataset.cache", "dataset.source", "model.network", "callbacks.zero_head"),
-    *("trainer.accelerator", "trainer.devices", "trainer.max_steps", "trainer.log_every_n_steps"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
 )
 FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
 
@@ -170,9 +171,9 @@ def _read_job(folder: Path) -> Job | None:
     """None where there has been no run."""
     paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
     result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
-    if not (result_file or begun):
-        return None
     error = (failed.read_text().strip().splitlines() or ["an empty error.txt"])[-1] if failed else None
+    if not (result_file or begun):
+        return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
     try:
         results = json.loads(result_file.read_text()) if result_file else None
         config = results["config"] if results else resolved(OmegaConf.load(begun))

@@ -18,7 +18,7 @@ EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, what
 
 @dataclass(frozen=True)
 class MetaBatches:
-    """Yields the tasks at positions start() * size, (start() + 1) * size, ..., `size` of them at a time, up to `stop`.
+    """Yields `size` tasks at positions start(), start() + stride, ... below stop; fewer where stop is nearer.
 
     start is asked when iteration begins: a resumed run starts at the outer updates done, not at zero. It has no
     length: Lightning would end an epoch where a resumed run's count of batches reaches it.
@@ -26,11 +26,12 @@ class MetaBatches:
 
     draw: TaskSampler
     size: int
+    stride: int
     stop: int
-    start: Callable[[], int] = lambda: 0
+    start: Callable[[], int]
 
     def __iter__(self) -> Iterator[Task]:
-        for first in range(self.start() * self.size, self.stop, self.size):
+        for first in range(self.start(), self.stop, self.stride):
             yield self.draw(first, min(self.size, self.stop - first))
 
 
@@ -108,14 +109,24 @@ class MetaData(pl.LightningDataModule):
             sampler.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> MetaBatches:
-        """One Task of meta_batch_size tasks per outer update still to do."""
-        stop = self.iterations * self.meta_batch_size
-        return MetaBatches(self.samplers["train"], self.meta_batch_size, stop, lambda: self.trainer.global_step)
+        """One Task per outer update still to do: this rank's share of its meta_batch_size tasks."""
+        whole, ranks = self.meta_batch_size, self.trainer.world_size
+        share = whole // ranks
+        return MetaBatches(
+            self.samplers["train"],
+            size=share,
+            stride=whole,
+            stop=self.iterations * whole,
+            start=lambda: self.trainer.global_step * whole + self.trainer.global_rank * share,
+        )
 
     def test_dataloader(self) -> list[MetaBatches]:
-        """The fixed validation tasks, then the fixed test tasks."""
+        """This rank's share of the fixed validation tasks, then of the fixed test tasks."""
         return [self.fixed("val", self.tasks["val"]), self.fixed("test", self.tasks["test"])]
 
-    def fixed(self, split: str, tasks: int) -> MetaBatches:
-        """The first `tasks` tasks of the split's stream, the same in every run."""
-        return MetaBatches(self.samplers[split], self.tasks_at_once, tasks)
+    def fixed(self, split: str, tasks: int, shared: bool = True) -> MetaBatches:
+        """The first `tasks` tasks of the split's stream, the same in every run; shared: out over the ranks."""
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if shared else (1, 0)
+        first, stop = tasks * rank // ranks, tasks * (rank + 1) // ranks
+        size = self.tasks_at_once
+        return MetaBatches(self.samplers[split], size=size, stride=size, stop=stop, start=lambda: first)

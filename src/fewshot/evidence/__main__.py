@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors, settings
+from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors, processes, settings
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
+    if processes(cfg) > 1:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )

@@ -1,0 +1,66 @@
+"""Tasks over ranks: each computes its share of a meta-batch, and all do the same outer update."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+from fewshot import ranks
+from fewshot.config import UserError
+
+T = TypeVar("T")
+
+
+class TasksOverRanks(DDPStrategy):
+    """Lightning's DDP without torch's wrapper, whose hooks would wait in vain for a backward pass through the module:
+    the engines leave the outer gradient in .grad, and the module calls mean_over_ranks on it.
+    """
+
+    def configure_ddp(self) -> None:
+        pass
+
+    def _configure_launcher(self) -> None:
+        pass  # ranks.start, torchrun or srun have started the processes
+
+
+def mean_over_ranks(values: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its mean over the ranks, in place, all in one message.
+
+    Raises:
+        UserError: another rank is gone.
+    """
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([value.flatten() for value in values])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:  # gloo's "connection closed by peer" and the like
+        raise UserError(f"another rank is gone ({str(error).splitlines()[0]})") from error
+    flat /= dist.get_world_size()
+    for value, mean in zip(values, flat.split([value.numel() for value in values]), strict=True):
+        value.copy_(mean.view_as(value))
+
+
+def of_all_ranks(values: list[T]) -> list[T]:
+    """The lists of all ranks one after the other."""
+    if not dist.is_initialized():
+        return values
+    lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, values)
+    return [value for each in lists for value in each]
+
+
+def cluster() -> ClusterEnvironment:
+    """Where Lightning finds its rank; left to choose it would, under Slurm, put jobs back into the queue on its own."""
+    if ranks.launcher() == "srun":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if ranks.launcher() else LightningEnvironment()

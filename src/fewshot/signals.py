@@ -1,0 +1,82 @@
+"""What a signal does: the outer update at hand is finished, last.ckpt written, and the run ends."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from typing import Any
+
+from fewshot import ranks
+from fewshot.config import Stopped
+
+log = logging.getLogger(__name__)
+
+# SIGUSR1 and 2 are what a job can ask Slurm for before its time is up: sbatch --signal=USR1@60, submitit's USR2
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Signals:
+    """While a run trains, signals are noted and its callback obeys them between two outer updates (callbacks.Stop).
+
+    At any other time, and at a second SIGINT, the run ends at once: its last checkpoint holds all there is. A handler
+    that was there before, such as submitit's, decides whether the run ends. SIGUSR1 under Slurm puts the job back into
+    the queue, from where it goes on in the same folder.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self._training = self._ending = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
+            slurm = "SLURM_JOB_ID" in os.environ
+            wanted = [each for each in HANDLED if slurm or each in (signal.SIGTERM, signal.SIGINT)]
+            self._before = {signum: signal.getsignal(signum) for signum in wanted}
+            self.install()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Last of all: Slurm ends what is left of the job at once.
+        if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and not ranks.rank():
+            _requeue()
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def install(self, training: bool = False) -> None:
+        """Over Lightning's own for SIGTERM too, which would leave without a checkpoint."""
+        self._training = training
+        for signum in self._before:
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self._ending and signum != signal.SIGINT:
+            return
+        again = signum == signal.SIGINT and self.noted == signum
+        if self._training and not again:
+            self.noted = signum
+            log.info(f"{signal.Signals(signum).name}: finishing the outer update")
+        else:
+            self.obey(signum)
+
+    def obey(self, signum: int) -> None:
+        """
+        Raises:
+            Stopped: the run is to end.
+        """
+        self.noted, before = None, self._before.get(signum)
+        if callable(before) and before is not signal.default_int_handler:
+            before(signum, None)  # submitit's: puts the job back into the queue and exits, or lets it go on
+            if signum == signal.SIGTERM or not ranks.rank():
+                return
+        self._ending = True
+        raise Stopped(signum)
+
+
+def _requeue() -> None:
+    """Asks Slurm to run the job again: as one of an array by that name."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    log.info(f"job {job}: " + ("put back into the queue" if asked.returncode == 0 else asked.stderr.strip()))

@@ -1,0 +1,178 @@
+"""Several processes: the same tasks, gradient and weights as one; one folder; a rank that dies ends the run usably."""
+
+import csv
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, outcome
+from hydra import compose, initialize_config_dir
+
+import train
+from fewshot.checkpoint import read
+from fewshot.config import CONF, UserError, check
+from fewshot.module import MetaLearner
+from fewshot.signals import Signals
+
+DDP = ("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iterations=20", "val_every=5", "val_tasks=7")
+
+
+def one_rank(rank, world, port, folder, overrides):
+    """A run as torchrun would start it, which leaves the tasks and the first outer gradient of its rank."""
+    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+    if world > 1:
+        os.environ |= {name: str(value) for name, value in number.items()}
+        os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    step, seen = MetaLearner.training_step, []
+
+    def watched(self, tasks, batch_idx):
+        result = step(self, tasks, batch_idx)
+        images = [task.double().numpy().tobytes() for task in tasks.query]
+        seen.append((images, [parameter.grad.clone() for parameter in self.network.parameters()]))
+        return result
+
+    MetaLearner.training_step = watched
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
+        train.run(compose("config", overrides), overrides, folder, signals)
+    torch.save(seen[0][1], folder / f"gradient_{rank}.pt")
+    (folder / f"tasks_{rank}.pickle").write_bytes(pickle.dumps([images for images, _ in seen]))
+
+
+if __name__ == "__main__":  # a process that forks ranks, before anything has made threads of its own
+    base, cache = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    common = (*SMALL, f"dataset.cache={cache}", "logger=none", *DDP)
+    for world in map(int, sys.argv[4:]):
+        call, name = [*common, sys.argv[3], f"trainer.devices={world}"], str(world)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        (base / name).mkdir()
+        context = multiprocessing.get_context("fork")
+        ranks = [context.Process(target=one_rank, args=(r, world, port, base / name, call)) for r in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        assert not any(process.exitcode for process in ranks)
+
+
+@pytest.fixture
+def forked(cache, tmp_path):
+    """forked(override, 2, 4): the folder with the runs by 2 and by 4 processes, named by their number."""
+
+    def forked(override, *worlds):
+        (tmp_path / "forked").mkdir()
+        call = [sys.executable, __file__, tmp_path / "forked", cache, override, *map(str, worlds)]
+        subprocess.run(call, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return tmp_path / "forked"
+
+    return forked
+
+
+def test_ranks_share_the_meta_batch_and_agree_with_one_process(forked):
+    runs = forked("trainer.precision=64-true", 1, 2, 4)
+    for world in (2, 4):
+        agree(runs / "1", runs / str(world), world)
+
+
+def agree(alone, shared, world):
+    whole = pickle.loads((alone / "tasks_0.pickle").read_bytes())
+    shares = [pickle.loads((shared / f"tasks_{rank}.pickle").read_bytes()) for rank in range(world)]
+    assert len(whole) == 20 and len(set(whole[0])) == 4
+    for iteration, tasks in enumerate(whole):
+        assert [task for share in shares for task in share[iteration]] == tasks  # disjoint, and all of them
+    expected = torch.load(alone / "gradient_0.pt")
+    for rank in range(world):
+        for ours, theirs in zip(torch.load(shared / f"gradient_{rank}.pt"), expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+    ours, theirs = (read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (shared, alone))
+    for name, expected in theirs.items():
+        assert (ours[name] - expected).norm() <= 1e-8 * expected.norm(), name
+    columns = []
+    for folder in (shared, alone):
+        with open(folder / "metrics.csv", newline="") as file:
+            columns.append(list(csv.DictReader(file)))
+    for ours, theirs in zip(*columns, strict=True):
+        assert {key: float(value) for key, value in ours.items() if value} == pytest.approx(
+            {key: float(value) for key, value in theirs.items() if value}, rel=1e-6
+        )
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (shared, alone))
+    assert (ours["test"], ours["val"]) == (theirs["test"], theirs["val"])
+
+
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(program, forked, tmp_path):
+    """Two processes for the job of a sweep; one of them gets a real SIGKILL; one folder and one W&B run come of it."""
+    sweep = tmp_path / "sweep"
+    call = ("-m", *DDP, "trainer.devices=2", "seed=3", f"hydra.sweep.dir={sweep}")
+    process = program(*call)
+    deadline = time.monotonic() + 200
+    while not any(read(path)["global_step"] >= 5 for path in sweep.glob("*/checkpoints/last.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "train.py" in line]
+    environment = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+    (victim,) = (pid for pid, has in zip(ranks, environment, strict=True) if b"RANK=1" in has)
+    os.kill(victim, signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors, output + errors
+    line = r"rank 1 of 2 was killed by SIGKILL, .*; the same call in this folder goes on from \S+last.ckpt"
+    assert re.search(line, errors) and re.search(line, output)  # at once, and at the end of the sweep
+    for pid in ranks:
+        assert not Path(f"/proc/{pid}").exists()
+    process = program(*call)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, output + errors
+    (folder,) = (path for path in sweep.iterdir() if path.is_dir())
+    ended, undisturbed = outcome(folder), outcome(forked("seed=3", 2) / "2")
+    for content in (ended, undisturbed):
+        del content["results"]["config"]
+    assert ended == undisturbed
+    assert (sweep / "summary.csv").exists() and output.count("model of iteration") == 1
+    names = {path.name.split("-")[-1] for path in folder.glob("wandb/offline-run-*")}
+    assert len(names) == 1 and len(list(folder.glob("wandb/offline-run-*"))) == 2  # one run, begun twice
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["trainer=ddp", "trainer.devices=3"], "meta_batch_size=16: must be a multiple of 3"),
+        (["trainer=ddp", "trainer.devices=4", "val_tasks=3"], "val_tasks=3: must be at least 4"),
+        (["trainer=ddp", "trainer.devices=auto"], "trainer.devices=auto: must be an integer"),
+        (["trainer.devices=2"], "trainer.devices=2: use trainer=ddp trainer.devices=2"),
+        (["trainer=ddp", "trainer.num_nodes=2"], "trainer.num_nodes=2: several machines need torchrun or srun"),
+    ],
+)
+def test_what_does_not_divide_is_one_line(config, overrides, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        check(config(*overrides))
+
+
+def test_processes_that_others_started_must_be_as_many_and_name_one_folder(config, program, monkeypatch, tmp_path):
+    started = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun started 2 processes; use trainer=ddp"):
+        check(config())
+    check(config("trainer=ddp", "trainer.devices=2"))
+    for call, line in (
+        (("trainer=ddp",), "hydra.run.dir: torchrun starts several processes; name their one folder\n"),
+        (
+            ("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}"),
+            "torchrun: a sweep starts the processes of its jobs itself",
+        ),
+    ):
+        process = program(*call)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and line in errors and errors.count("\n") == 1

@@ -1,0 +1,122 @@
+"""A signal ends a run after the outer update at hand, and the run goes on from there as if nothing had happened."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from conftest import outcome
+
+from fewshot import checkpoint
+from fewshot.callbacks import Record
+from fewshot.config import Stopped, one_line_errors
+from fewshot.module import MetaLearner
+
+MANY = ("iterations=9", "val_every=4", "trainer.log_every_n_steps=3")
+
+
+def send(monkeypatch, signum, *, at, times=1, to=MetaLearner, when="training_step"):
+    """Sends the signal to this process while the given call of a method is under way."""
+    method, calls = getattr(to, when), 0
+
+    def sending(self, *args):
+        nonlocal calls
+        calls += 1
+        for _ in range(times if calls == at else 0):
+            os.kill(os.getpid(), signum)
+        return method(self, *args)
+
+    monkeypatch.setattr(to, when, sending)
+
+
+@pytest.mark.parametrize(
+    ("signum", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 8), (signal.SIGTERM, 4), (signal.SIGTERM, 9)]
+)
+def test_the_update_is_finished_and_the_run_goes_on_exactly(run, tmp_path, monkeypatch, signum, at):
+    """Also one in the update after which validation is due, and in the last one."""
+    whole = outcome(run(tmp_path / "whole", *MANY))
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        send(patch, signum, at=at)
+        with pytest.raises(Stopped) as stop:
+            run(tmp_path / "run", *MANY)
+    assert stop.value.signum == signum and signal.getsignal(signum) is before
+    content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == at and not (tmp_path / "run" / "results.json").exists()
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(lines) - 1 == len(content["callbacks"]["Record"]["rows"])
+    assert outcome(run(tmp_path / "run", *MANY)) == whole
+
+
+def test_a_second_sigint_leaves_at_once(run, tmp_path, monkeypatch):
+    send(monkeypatch, signal.SIGINT, at=6, times=2)
+    with pytest.raises(Stopped):
+        run(tmp_path, *MANY)
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
+
+
+def test_a_signal_before_or_after_training_leaves_at_once(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGTERM, at=1, to=Record, when="on_train_start")
+        with pytest.raises(Stopped):
+            run(tmp_path / "early", *MANY)
+    assert not (tmp_path / "early" / "checkpoints").exists()
+    with monkeypatch.context() as patch:
+        send(patch, signal.SIGTERM, at=1, when="test_step")
+        with pytest.raises(Stopped):
+            run(tmp_path / "late", *MANY)
+    assert checkpoint.read(tmp_path / "late" / "checkpoints" / "last.ckpt")["global_step"] == 9
+
+
+def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(run, tmp_path, monkeypatch):
+    """As submitit's: it lets SIGTERM pass, and ends the run itself at SIGUSR2."""
+    whole = outcome(run(tmp_path / "whole", *MANY))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    found = []
+
+    def bypass(signum, frame):
+        found.append(checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"])
+
+    def requeue(signum, frame):
+        bypass(signum, frame)
+        raise SystemExit(-1)
+
+    handlers = {signal.SIGTERM: bypass, signal.SIGUSR2: requeue}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        with monkeypatch.context() as patch:
+            send(patch, signal.SIGTERM, at=3)
+            assert outcome(run(tmp_path / "run", *MANY)) == whole and found == [3]
+        (tmp_path / "run").rename(tmp_path / "bypassed")
+        with monkeypatch.context() as patch:
+            send(patch, signal.SIGUSR2, at=5)
+            with pytest.raises(SystemExit):
+                run(tmp_path / "run", *MANY)
+        assert found == [3, 5]
+        assert outcome(run(tmp_path / "run", *MANY)) == whole
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_the_exit_status_names_the_signal_and_a_line_says_how_to_go_on(program, tmp_path):
+    process = program("iterations=100000", "val_every=10", f"hydra.run.dir={tmp_path}")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert f"stopped by SIGTERM; python train.py checkpoint={last} goes on" in errors
+    (written,) = re.findall(r"iteration (\d+)/100000  last.ckpt written", output)
+    assert checkpoint.read(last)["global_step"] == int(written)
+    assert "wandb sync" in output
+    assert not (tmp_path / "results.json").exists()
+    for stop in (Stopped(signal.SIGINT), KeyboardInterrupt()):
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            raise stop
+        assert ended.value.code == 130

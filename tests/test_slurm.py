@@ -1,0 +1,151 @@
+"""On a real Slurm of this one machine: sweeps as job arrays; what is preempted, out of time or cancelled.
+
+Runs where the programs are (Debian: slurm-wlm and munge) and the user may start them (root); docs/cluster.md says how.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, outcome
+
+pytest.importorskip("submitit")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("slurmctld") and shutil.which("munged") and os.geteuid() == 0),
+    reason="no Slurm to start here: needs slurm-wlm, munge and root",
+)
+LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
+LONG = ("iterations=1500", "val_every=300")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm():
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)  # munge's socket wants to be reached by all
+    started = subprocess.run([ROOT / "tests/slurm/up.sh", folder], capture_output=True, text=True, timeout=120)
+    assert started.returncode == 0, started.stdout + started.stderr
+    before = {name: os.environ.get(name) for name in ("SLURM_CONF", "PATH")}
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    os.environ["PATH"] = f"{ROOT / 'tests/slurm'}:{os.environ['PATH']}"  # its sacct
+    yield
+    subprocess.run([ROOT / "tests/slurm/down.sh", folder], timeout=120)
+    shutil.rmtree(folder)
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def wait_until(what, seconds=150):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, queue()
+        time.sleep(0.2)
+
+
+def queue():
+    return subprocess.run(["squeue", "-a", "-o", "%i %T %r"], capture_output=True, text=True).stdout
+
+
+def hurry(job):
+    """Slurm lets a job that was put back wait for minutes."""
+    subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], capture_output=True)
+
+
+def preempt():
+    command = ["sbatch", "-p", "high", f"-c{os.cpu_count()}", "--mem=50M", "-o/dev/null", "--wrap=sleep 2"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def example(tmp_path, cache, minutes=10):
+    """Submits the script of docs/cluster.md as it stands, but for its knobs and what it asks of the machine."""
+    (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    knobs = " ".join((*SMALL, *LONG, "logger=none", f"dataset.cache={cache}"))
+    for there, here in (
+        ("algo=zero", knobs),
+        ("outputs/", f"{tmp_path}/"),
+        ("srun ", f"cd {ROOT}; export PATH={Path(sys.executable).parent}:$PATH; srun "),
+        ("--cpus-per-task=8", "--cpus-per-task=1"),
+        ("--gpus-per-node=1", ""),
+        ("--mem=16G", "--mem=1G"),
+        ("--time=04:00:00", f"--time={minutes}"),
+    ):
+        assert there in text
+        text = text.replace(there, here)
+    (tmp_path / "job.sh").write_text(text)
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", tmp_path / "job.sh"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    return job, tmp_path / job
+
+
+def test_a_preempted_job_goes_on_exactly(run, tmp_path, cache):
+    whole = outcome(run(tmp_path / "whole", *LONG))
+    job, folder = example(tmp_path, cache)
+    wait_until((folder / "checkpoints/last.ckpt").exists)
+    time.sleep(1)
+    preempt()
+    output = tmp_path / f"slurm-{job}.out"
+    wait_until(lambda: "last.ckpt written" in output.read_text())
+    wait_until(lambda: hurry(job) or (folder / "results.json").exists())
+    assert outcome(folder) == whole
+
+
+def test_a_job_out_of_time_goes_on_exactly(run, tmp_path, cache):
+    whole = outcome(run(tmp_path / "whole", *LONG))
+    job, folder = example(tmp_path, cache, minutes=1)
+    wait_until((folder / "checkpoints/last.ckpt").exists)
+    output = tmp_path / f"slurm-{job}.out"
+    wait_until(lambda: hurry(job) or (folder / "results.json").exists(), 500)
+    assert f"job {job}: put back into the queue" in output.read_text()
+    assert outcome(folder) == whole
+
+
+def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(program, run, tmp_path):
+    call = ("-m", *LAUNCHER, "seed=0,1,2,3", "iterations=400", "val_every=100", "logger=none")
+    call = (*call, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    whole = outcome(run(tmp_path / "whole", "iterations=400", "val_every=100", "seed=0"))
+
+    def first(seed):
+        return next((tmp_path / "sweep").glob(f"*seed-{seed}*/checkpoints/last.ckpt"), None)
+
+    process = program(*call)
+    wait_until(lambda: first(0) or process.poll() is not None)
+    (array,) = set(re.findall(r"^(\d+)_", queue(), re.MULTILINE))
+    subprocess.run(["scancel", f"{array}_3"], check=True)
+    preempt()
+    wait_until(lambda: [hurry(f"{array}_{n}") for n in range(3)] and process.poll() is not None, 500)
+    output, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors, output + errors
+    assert re.search(rf"1 failed; .*\n\S+seed-3\S+: Slurm job {array}_3: CANCELLED", output)
+    assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 3
+    ended = outcome(first(0).parents[1])
+    for content in (ended, whole):
+        del content["results"]["config"]
+    assert ended == whole
+    process = program(*call)  # again, for what is missing
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 4
+
+
+def test_two_processes_of_a_job_are_one_run(program, tmp_path):
+    call = ("-m", *LAUNCHER, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "seed=0")
+    process = program(*call, f"hydra.sweep.dir={tmp_path}")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir() and path.name != ".submitit")
+    assert json.loads((folder / "results.json").read_text())["config"]["trainer"]["devices"] == 2
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    logs = [path.read_text() for path in tmp_path.glob(".submitit/*/*_log.out")]
+    assert len(logs) == 2 and "".join(logs).count("model of iteration") == 1
