@@ -1,5 +1,6 @@
 """The embedded letters: that they are what `glyphs.json` says, and look as they should."""
 
+import re
 import unicodedata
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFilter
 
+from fewshot.data import __main__ as prepare
 from fewshot.data import glyphs
 
 CONF = Path(__file__).parents[1] / "conf" / "dataset" / "glyphs.yaml"
@@ -130,3 +132,12 @@ def test_the_contact_sheet_shows_all_scripts():
     sheet = glyphs.contact_sheet(rows=5)
     assert sheet.width > 20 * 28
     assert sheet.height == 5 * 3 * 2 * 28
+
+
+def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, capsys):
+    prepare.main(["prepare", f"dataset.cache={tmp_path}"])
+    assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 1
+    for mistake, line in (("dataset=glyph", "Could not find 'dataset/glyph'"), ("+dataset.roto=1", "a + is for")):
+        with pytest.raises(SystemExit, match=re.escape(line)):
+            prepare.main(["prepare", mistake])

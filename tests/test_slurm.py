@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, outcome
 
+from fewshot.checkpoint import read
+
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.skipif(
     not (shutil.which("slurmctld") and shutil.which("munged") and os.geteuid() == 0),
     reason="no Slurm to start here: needs slurm-wlm, munge and root",
 )
-LAUNCHER = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
+LAUNCHER = (
+    "hydra/launcher=slurm",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.mem_gb=1",
+    "hydra.launcher.timeout_min=30",
+)
 LONG = ("iterations=1500", "val_every=300")
 
 
@@ -65,7 +73,7 @@ def preempt():
     subprocess.run(command, check=True, capture_output=True)
 
 
-def example(tmp_path, cache, minutes=10):
+def example(tmp_path, cache, minutes=10, warning=60):
     """Submits the script of docs/cluster.md as it stands, but for its knobs and what it asks of the machine."""
     (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
     knobs = " ".join((*SMALL, *LONG, "logger=none", f"dataset.cache={cache}"))
@@ -77,6 +85,7 @@ def example(tmp_path, cache, minutes=10):
         ("--gpus-per-node=1", ""),
         ("--mem=16G", "--mem=1G"),
         ("--time=04:00:00", f"--time={minutes}"),
+        ("USR1@120", f"USR1@{warning}"),
     ):
         assert there in text
         text = text.replace(there, here)
@@ -102,12 +111,15 @@ def test_a_preempted_job_goes_on_exactly(run, tmp_path, cache):
 
 
 def test_a_job_out_of_time_goes_on_exactly(run, tmp_path, cache):
+    """Slurm sends the signal 10 to 40 seconds before the end, and wakes a process that was stopped till then."""
     whole = outcome(run(tmp_path / "whole", *LONG))
-    job, folder = example(tmp_path, cache, minutes=1)
+    job, folder = example(tmp_path, cache, minutes=2, warning=10)
     wait_until((folder / "checkpoints/last.ckpt").exists)
+    process = int(re.findall(r"process (\d+) ", (folder / ".lock").read_text())[0])
+    os.kill(process, signal.SIGSTOP)
     output = tmp_path / f"slurm-{job}.out"
-    wait_until(lambda: hurry(job) or (folder / "results.json").exists(), 500)
-    assert f"job {job}: put back into the queue" in output.read_text()
+    wait_until(lambda: f"job {job}: put back into the queue" in output.read_text())
+    wait_until(lambda: hurry(job) or (folder / "results.json").exists())
     assert outcome(folder) == whole
 
 
@@ -117,17 +129,19 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
     whole = outcome(run(tmp_path / "whole", "iterations=400", "val_every=100", "seed=0"))
 
     def first(seed):
-        return next((tmp_path / "sweep").glob(f"*seed-{seed}*/checkpoints/last.ckpt"), None)
+        found = (tmp_path / "sweep").glob("*/checkpoints/last.ckpt")
+        return next((path for path in found if read(path)["fewshot"]["config"]["seed"] == seed), None)
 
     process = program(*call)
     wait_until(lambda: first(0) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     (array,) = set(re.findall(r"^(\d+)_", queue(), re.MULTILINE))
     subprocess.run(["scancel", f"{array}_3"], check=True)
     preempt()
     wait_until(lambda: [hurry(f"{array}_{n}") for n in range(3)] and process.poll() is not None, 500)
     output, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors, output + errors
-    assert re.search(rf"1 failed; .*\n\S+seed-3\S+: Slurm job {array}_3: CANCELLED", output)
+    assert re.search(rf"1 failed; .*\n\S+: Slurm job {array}_3: CANCELLED", output)
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 3
     ended = outcome(first(0).parents[1])
     for content in (ended, whole):

@@ -212,6 +212,8 @@ class Stop(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.signals.install()
+        if self.signals.noted:  # after the last update
+            self.signals.obey(self.signals.noted)
 
     def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.signals.install()

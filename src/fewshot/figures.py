@@ -141,13 +141,15 @@ def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
         found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
     figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
-    figure.suptitle(f"{of}: mean and range over {_seeds(settings)}", fontsize=10)
+    figure.suptitle(f"{of}: {_over_seeds(settings)}", fontsize=10)
     return figure
 
 
-def _seeds(settings: list["Setting"]) -> str:
+def _over_seeds(settings: list["Setting"]) -> str:
     numbers = sorted({len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings})
-    return f"{' to '.join(map(str, {numbers[0], numbers[-1]}))} seed{'s' * (numbers[-1] > 1)}"
+    if numbers == [1]:
+        return "1 seed"
+    return f"mean and range over {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} seeds"
 
 
 def _splits(settings: list["Setting"], mode: str) -> str:
