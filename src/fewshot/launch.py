@@ -1,6 +1,8 @@
 """What Hydra calls before and after a run or a sweep."""
 
 import os
+import subprocess
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -61,22 +63,37 @@ class Summary(Callback):
 
 
 def _outlive_lost_jobs(sweep: Path) -> None:
-    """A job that the cluster ended for good, cancelled for example, is one failure, where submitit ends the sweep."""
+    """A job that Slurm ended for good, cancelled for example, is one failure; submitit would end the sweep, or, where
+    there is no accounting (sacct), wait for it forever.
+    """
     from submitit.core.utils import FailedJobError, UncompletedJobError
-    from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+    from submitit.slurm import slurm
 
-    class Job(SlurmJob):
+    class Job(slurm.SlurmJob):
+        asked = 0.0  # when squeue was
+
+        def done(self, force_check: bool = False) -> bool:
+            if super().done(force_check):
+                return True
+            if self.state != "UNKNOWN" or time.monotonic() < self.asked + 5:
+                return False
+            self.asked = time.monotonic()
+            command = ["squeue", "--noheader", "--all", "--jobs", self.job_id, "--format=%T"]
+            queue = subprocess.run(command, capture_output=True, text=True)
+            return "Invalid job id" in queue.stderr or (queue.returncode == 0 and not queue.stdout.strip())
+
         def results(self) -> list[Any]:
             try:
                 return super().results()
             except (UncompletedJobError, FailedJobError):
+                state = "gone from the queue" if self.state == "UNKNOWN" else self.state
                 overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
                 error = sweep / job_folder(overrides) / "error.txt"
                 error.parent.mkdir(parents=True, exist_ok=True)
-                error.write_text(f"Slurm job {self.job_id}: {self.state}; its log is {self.paths.stderr}\n")
+                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n")
                 return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
 
-    SlurmExecutor.job_class = Job
+    slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs
 
 
 def _check_writable(knob: str, folder: Path) -> None:
