@@ -68,6 +68,7 @@ def test_logger_without_a_key_is_offline_and_says_so(config, tmp_path, monkeypat
     from fewshot.logger import finished_run
 
     with finished_run():
-        logger = instantiate(config().logger, _partial_=True)(folder=tmp_path, run_id="abc", values={"ways": 5})
+        start = instantiate(config().logger, _partial_=True)
+        logger = start(folder=tmp_path, run_id="abc", values={"ways": 5}, rows=[])
         assert logger.experiment.settings.mode == "offline" and logger.experiment.config["ways"] == 5
     assert list(tmp_path.glob("wandb/offline-run-*-abc/run-abc.wandb"))
