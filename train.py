@@ -39,7 +39,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     from hydra.utils import instantiate
 
     from fewshot import checkpoint, report
-    from fewshot.callbacks import Stop
+    from fewshot.callbacks import Listen, Stop
     from fewshot.data.module import MetaData
     from fewshot.distributed import cluster
     from fewshot.logger import finished_run
@@ -66,7 +66,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
             cfg.trainer,
             precision=precision,
             logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg), rows=start.rows),
-            callbacks=[*instantiate(cfg.callbacks).values(), start.describe(), Stop(signals)],
+            callbacks=[Listen(signals), *instantiate(cfg.callbacks).values(), start.describe(), Stop(signals)],
             plugins=[checkpoint.AtomicCheckpointIO(), cluster()],
             default_root_dir=folder,
         )

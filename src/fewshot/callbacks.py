@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fewshot.checkpoint import write_atomically
 from fewshot.config import UserError
+from fewshot.distributed import max_over_ranks
 from fewshot.evidence.similarity import class_similarities
 from fewshot.models import zero_head
 from fewshot.module import Scores
@@ -191,6 +191,19 @@ class CosineSimilarity(pl.Callback):
             write_atomically(path, lambda file: file.write(json.dumps(self.content).encode()))
 
 
+class Listen(pl.Callback):
+    """Takes SIGTERM back from Lightning, which would leave without a checkpoint. Comes before all other callbacks."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.signals.install()
+
+    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.signals.install()
+
+
 class Stop(pl.Callback):
     """Obeys a signal between two outer updates, with last.ckpt written.
 
@@ -201,22 +214,19 @@ class Stop(pl.Callback):
         self.signals = signals
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.signals.install(training=True)
+        self.signals.training = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        noted = self.signals.noted
-        if trainer.strategy.reduce_boolean_decision(noted is not None, all=False):  # on any rank
+        noted = max_over_ranks(self.signals.noted or 0, module.device)  # on any of them
+        if noted:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             log.info(f"iteration {trainer.global_step}/{trainer.max_steps}  last.ckpt written")
-            self.signals.obey(noted or signal.SIGTERM)
+            self.signals.obey(noted)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.signals.install()
-        if self.signals.noted:  # after the last update
-            self.signals.obey(self.signals.noted)
-
-    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.signals.install()
+        self.signals.training = False
+        if noted := max_over_ranks(self.signals.noted or 0, module.device):  # after the last update
+            self.signals.obey(noted)
 
 
 def _side_by_side() -> bool:

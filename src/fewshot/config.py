@@ -29,6 +29,14 @@ class UserError(Exception):
     """A mistake the user can mend: one line with the knob, its value and what would work."""
 
 
+class AtWork(UserError):
+    """Another process writes the same run; no failure of that run."""
+
+
+class RankGone(UserError):
+    """Another rank has ended; why, is for that one to say."""
+
+
 class Stopped(BaseException):
     """A signal ended the run; like KeyboardInterrupt nothing on the way takes it for an error."""
 
@@ -43,12 +51,12 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1 shows the traceback.
 
-    job: the folder of a job in a sweep, which goes on: any error is left there as error.txt.
+    job: the folder of a job in a sweep, which goes on: any error is left there as error.txt, until a try without one.
     """
-    if job is not None:
-        (job / "error.txt").unlink(missing_ok=True)
     try:
         yield
+        if job is not None and not ranks.rank():
+            (job / "error.txt").unlink(missing_ok=True)
     except (Stopped, KeyboardInterrupt) as stop:
         number = signal.Signals(stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
         if not ranks.rank() and ranks.PARENT not in os.environ:
@@ -60,13 +68,16 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
         expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
         expected = expected and os.environ.get("HYDRA_FULL_ERROR") != "1"
         line = " ".join(str(error).split())
-        if expected and ranks.leave_error(line):
+        if expected and (isinstance(error, RankGone) or ranks.leave_error(line)):
             raise SystemExit(1) from None
         if job is not None:
             text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
             sys.stderr.write(f"{text}\n")
             with suppress(OSError):  # a full disk is no reason to end the sweep
-                (job / "error.txt").write_text(f"{text}\n")
+                if not isinstance(error, AtWork):
+                    (job / "error.txt").write_text(f"{text}\n")
+            if ranks.launcher():
+                raise SystemExit(1) from None  # the other ranks wait for this one, until the launcher ends them
         elif expected:
             raise SystemExit(line) from None
         else:

@@ -1,6 +1,8 @@
 """Tasks over ranks: each computes its share of a meta-batch, and all do the same outer update."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from fewshot import ranks
-from fewshot.config import UserError
+from fewshot.config import RankGone, UserError
 
 T = TypeVar("T")
 
@@ -36,15 +38,13 @@ def mean_over_ranks(values: Sequence[Tensor]) -> None:
     """Replaces each tensor by its mean over the ranks, in place, all in one message.
 
     Raises:
-        UserError: another rank is gone.
+        RankGone: another rank is.
     """
     if not dist.is_initialized():
         return
     flat = torch.cat([value.flatten() for value in values])
-    try:
+    with _others_there():
         dist.all_reduce(flat)
-    except RuntimeError as error:  # gloo's "connection closed by peer" and the like
-        raise UserError(f"another rank is gone ({str(error).splitlines()[0]})") from error
     flat /= dist.get_world_size()
     for value, mean in zip(values, flat.split([value.numel() for value in values]), strict=True):
         value.copy_(mean.view_as(value))
@@ -55,12 +55,33 @@ def of_all_ranks(values: list[T]) -> list[T]:
     if not dist.is_initialized():
         return values
     lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lists, values)
+    with _others_there():
+        dist.all_gather_object(lists, values)
     return [value for each in lists for value in each]
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers, on all of them."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    with _others_there():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's "connection closed by peer" and the like
+        raise RankGone(f"another rank is gone ({str(error).splitlines()[0]})") from error
 
 
 def cluster() -> ClusterEnvironment:
     """Where Lightning finds its rank; left to choose it would, under Slurm, put jobs back into the queue on its own."""
     if ranks.launcher() == "srun":
+        if "SLURM_NTASKS_PER_NODE" not in os.environ and os.environ.get("SLURM_JOB_NUM_NODES") != "1":
+            raise UserError("srun: give --ntasks-per-node, as many as trainer.devices")
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if ranks.launcher() else LightningEnvironment()

@@ -86,11 +86,12 @@ def _outlive_lost_jobs(sweep: Path) -> None:
             try:
                 return super().results()
             except (UncompletedJobError, FailedJobError):
-                state = "gone from the queue" if self.state == "UNKNOWN" else self.state
+                state = "cancelled, or lost with its node" if self.state == "UNKNOWN" else self.state
                 overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
                 error = sweep / job_folder(overrides) / "error.txt"
                 error.parent.mkdir(parents=True, exist_ok=True)
-                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n")
+                before = f"; it said: {error.read_text().strip().splitlines()[-1]}" if error.exists() else ""
+                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}{before}\n")
                 return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
 
     slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs

@@ -11,11 +11,13 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -40,10 +42,8 @@ def world_size() -> int:
 
 
 def here() -> int:
-    """Processes of this run on this machine, which share its CPU threads."""
-    if launcher() == "srun":
-        return int(os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launcher() else 1
+    """Processes that share the CPU threads of this machine; torchrun and srun give each its own."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if PARENT in os.environ else 1
 
 
 def follow_parent() -> None:
@@ -71,20 +71,21 @@ def locked(folder: Path) -> Iterator[None]:
     The lock goes with the process that holds it, however it ends.
 
     Raises:
-        UserError: another process is at work there.
+        AtWork: another process is at work there.
     """
-    from fewshot.config import UserError
+    from fewshot.config import AtWork
 
-    if rank() or PARENT in os.environ:
-        yield  # rank 0, or the process that started all, holds it
+    if rank():
+        yield  # rank 0 holds it
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    # Ranks outlive the process that started them, which has the first, for a while.
+    with open(folder / (".lock-ranks" if PARENT in os.environ else ".lock"), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
+            raise AtWork(
                 f"hydra.run.dir={folder}: {file.read().strip()} is at work on this run; wait for it or end it"
             ) from None
         except OSError:  # a file system without locks
@@ -93,6 +94,48 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def _said(failure: Any) -> str | None:
+    """What leave_error left for the failure of a rank."""
+    try:
+        return json.loads(Path(failure.error_file).read_text())["message"]["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hydra_arguments() -> list[str]:
+    """What this call told Hydra itself, less where and how often it runs."""
+    if not HydraConfig.initialized():
+        return []
+    hydra, own = HydraConfig.get(), ("hydra.run.", "hydra.sweep", "hydra.mode", "hydra/launcher", "hydra.launcher")
+    arguments = [each for each in hydra.overrides.hydra if not each.startswith((*own, "hydra/sweeper"))]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            arguments += ["--config-dir", source.path]
+    if hydra.mode == RunMode.MULTIRUN:
+        arguments.append(f"hydra.job.num={hydra.job.num}")
+    return [*arguments, "hydra.mode=RUN"]
+
+
+def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseException:
+    """Of the end of all ranks: of one, the others ended by SIGTERM, or since that one was gone."""
+    from fewshot.config import Stopped, UserError
+
+    secondary = (1, -signal.SIGTERM, 128 + signal.SIGTERM)
+    told = {number: each for number, each in failures.items() if _said(each)}
+    killed = {number: each for number, each in failures.items() if each.exitcode not in secondary}
+    number, failure = next(iter((told or killed or failures).items()))
+    rank_number = f"rank {number} of {processes}"
+    if failure.exitcode < 0:
+        last, name = folder / "checkpoints" / "last.ckpt", signal.Signals(-failure.exitcode).name
+        kept = f"the same call in this folder goes on from {last}" if last.exists() else "nothing was trained yet"
+        return UserError(f"{rank_number} was killed by {name}, which ends the run; {kept}")
+    if failure.exitcode > 128:
+        return Stopped(failure.exitcode - 128)
+    return UserError(
+        f"{rank_number}: {_said(failure) or f'ended with status {failure.exitcode}, as its own lines tell'}"
+    )
 
 
 def start(script: str, overrides: list[str], folder: Path, processes: int) -> None:
@@ -105,45 +148,45 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
         UserError: one failed or was killed; the others were ended too.
         Stopped: a signal was sent to this process; it was passed on to them.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from fewshot.config import Stopped, UserError
+    from fewshot.config import Stopped
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     quoted = str(folder).replace("'", "\\'")
-    call = [script, *overrides, f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null", "hydra.mode=RUN"]
+    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    os.environ[PARENT] = str(os.getpid())
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         os.environ[SWEEP] = str(Path(HydraConfig.get().sweep.dir).resolve())
-        call.append(f"hydra.job.num={HydraConfig.get().job.num}")
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    os.environ[PARENT] = str(os.getpid())
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say all below at length
-    try:
-        elastic_launch(config, entrypoint=sys.executable)(*call)
-    except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            last, name = folder / "checkpoints" / "last.ckpt", signal.Signals(-failure.exitcode).name
-            kept = f"the same call in this folder goes on from {last}" if last.exists() else "nothing was trained yet"
-            raise UserError(f"rank {number} of {processes} was killed by {name}, which ends the run; {kept}") from None
-        said = failure.message if failure.timestamp and failure.error_file_data else f"ended with {failure.exitcode}"
-        raise UserError(f"rank {number} of {processes}: {said}") from None
-    except SignalException as stop:
-        raise Stopped(stop.sigval) from None
-    finally:
-        del os.environ[PARENT]
-        os.environ.pop(SWEEP, None)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    # Seconds that the ranks have after a signal: an update, the validation due, and W&B.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    for name in ("agent.server.api", "agent.server.local_elastic_agent", "multiprocessing.api"):
+        # It would say all below at length.
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as logs:
+        try:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                monitor_interval=0.1,
+                signals_to_handle="SIGTERM,SIGINT",
+            )
+            elastic_launch(config, entrypoint=sys.executable)(*call)
+        except ChildFailedError as error:
+            raise _cause(error.failures, folder, processes) from None
+        except SignalException as stop:
+            raise Stopped(stop.sigval) from None
+        finally:
+            del os.environ[PARENT]
+            os.environ.pop(SWEEP, None)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)

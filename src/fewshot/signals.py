@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from typing import Any
 
 from fewshot import ranks
@@ -26,7 +27,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.noted: int | None = None
-        self._training = self._ending = False
+        self.training = self._ending = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -38,23 +39,22 @@ class Signals:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
         # Last of all: Slurm ends what is left of the job at once.
         if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and not ranks.rank():
             _requeue()
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
 
-    def install(self, training: bool = False) -> None:
-        """Over Lightning's own for SIGTERM too, which would leave without a checkpoint."""
-        self._training = training
+    def install(self) -> None:
         for signum in self._before:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: Any) -> None:
         if self._ending and signum != signal.SIGINT:
             return
-        again = signum == signal.SIGINT and self.noted == signum
-        if self._training and not again:
+        # A second SIGINT, or SIGTERM, which it becomes for ranks that another process started.
+        again = self.noted == signal.SIGINT and signum in (signal.SIGINT, signal.SIGTERM)
+        if self.training and not again:
             self.noted = signum
             log.info(f"{signal.Signals(signum).name}: finishing the outer update")
         else:
@@ -68,9 +68,10 @@ class Signals:
         self.noted, before = None, self._before.get(signum)
         if callable(before) and before is not signal.default_int_handler:
             before(signum, None)  # submitit's: puts the job back into the queue and exits, or lets it go on
-            if signum == signal.SIGTERM or not ranks.rank():
-                return
-        self._ending = True
+            while ranks.rank() and signum != signal.SIGTERM:
+                time.sleep(1)  # the handler of rank 0 ends the job; to exit before could end that one
+            return
+        self._ending, self.training = True, False
         raise Stopped(signum)
 
 
@@ -78,5 +79,9 @@ def _requeue() -> None:
     """Asks Slurm to run the job again: as one of an array by that name."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-    asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    log.info(f"job {job}: " + ("put back into the queue" if asked.returncode == 0 else asked.stderr.strip()))
+    try:
+        asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        said = "put back into the queue" if asked.returncode == 0 else asked.stderr.strip()
+    except FileNotFoundError:
+        said = "not put back into the queue, there is no scontrol here"
+    log.info(f"job {job}: {said}")
