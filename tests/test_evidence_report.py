@@ -27,6 +27,7 @@ from fewshot.evidence.__main__ import run
 from fewshot.evidence.features import agreement
 from fewshot.evidence.features import features as encoded
 from fewshot.models import Network, zero_head
+from fewshot.signals import Signals
 from fewshot.tasks import Task
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -375,7 +376,7 @@ def trained(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         overrides = [*SMALL, f"dataset.cache={cache}", "logger=none"]
-        train.run(compose("config", overrides), overrides, folder)
+        train.run(compose("config", overrides), overrides, folder, Signals())
     return folder
 
 
