@@ -12,7 +12,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv==0.13.9
 # Bytecode is compiled here, since the user of the image cannot write it and would compile at every start.
-ENV UV_COMPILE_BYTECODE=1 \
+ENV UV_CACHE_DIR=/var/cache/uv \
+    UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_PROJECT_ENVIRONMENT=/opt/venv \
     UV_PYTHON=/usr/local/bin/python \
@@ -20,7 +21,7 @@ ENV UV_COMPILE_BYTECODE=1 \
 WORKDIR /build
 COPY pyproject.toml ./
 # Triton (a gigabyte) would need a compiler at run time, and torch does without it: only torch.compile is lost.
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv sync --no-dev --extra optuna --no-install-project --no-install-package triton \
     && /opt/venv/bin/python -c "import sysconfig as s; print('/opt/fewshot', file=open(s.get_path('purelib') + '/fewshot.pth', 'w'))"
 
