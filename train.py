@@ -12,21 +12,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot import ranks
-from fewshot.config import CONF, check, check_overrides, one_line_errors, processes, settings
+from fewshot.config import CONF, check, check_overrides, how_to_go_on, one_line_errors, processes, settings
 from fewshot.signals import Signals
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
-    with one_line_errors(job), ranks.locked(folder), Signals() as signals:
+    with one_line_errors(job, how_to_go_on), ranks.locked(folder), Signals() as signals:
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides)
         if cfg.checkpoint is None:
             check(cfg)
         return run(cfg, overrides, folder, signals)
-    return None  # a job of a sweep that failed
+    return 0.0  # a job of a sweep that failed: to a search, the worst there is
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -> float:

@@ -316,6 +316,129 @@ def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine,
     assert losses[-1] < losses[0]
 
 
+# What else the inner loop may adapt, start its head from and be judged by: the family of conf/algo
+
+
+FAMILY = {
+    "boil": {"adapted": "encoder"},
+    "protomaml": {"prototypes": True},
+    "protomaml, head only": {"prototypes": True, "adapted": "head"},
+    "msl": {"step_losses": torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)},
+    "metasgd": {"rates": True},
+    "metasgd, head only": {"rates": True, "adapted": "head"},
+    "all of it": {
+        "adapted": "encoder",
+        "prototypes": True,
+        "rates": True,
+        "step_losses": torch.tensor([0.1, 0.0, 0.9], dtype=torch.float64),
+    },
+}
+each_member = pytest.mark.parametrize("member", FAMILY.values(), ids=FAMILY)
+
+
+def member_knobs(network, member):
+    """A member's knobs for an engine, with rates of their own for what adapts."""
+    knobs = dict(member)
+    if knobs.pop("rates", False):
+        part = {"all": network, "head": network.head, "encoder": network.encoder}[member.get("adapted", "all")]
+        generator = torch.Generator().manual_seed(2)
+        draws = (torch.rand(p.shape, generator=generator, dtype=torch.float64) for p in part.parameters())
+        return knobs | {"inner_lr": [nn.Parameter(0.2 + 0.4 * draw) for draw in draws]}
+    return knobs | {"inner_lr": 0.4}
+
+
+def np_prototypes(theta, x, labels):
+    A, a, W, _ = theta
+    phi = np.tanh(x @ A.T + a)
+    c = np.stack([phi[labels == k].mean(0) for k in range(len(W))])
+    return A, a, 2 * c, -(c**2).sum(1)
+
+
+def np_steps(theta, etas, task, steps, prototypes, constants=None):
+    """theta_0 .. theta_N and the inner gradients, which are given where they are taken for constants."""
+    x, labels, *_ = task
+    at = np_prototypes(theta, x, labels) if prototypes else theta
+    passed, found = [at], []
+    for step in range(steps):
+        found.append(np_gradient(at, x, labels) if constants is None else constants[step])
+        at = tuple(p - eta * g for p, eta, g in zip(at, etas, found[-1], strict=True))
+        passed.append(at)
+    return passed, found
+
+
+def np_etas(network, inner_lr, adapted):
+    """eta for A, a, W, b; 0 for what does not adapt."""
+    theta = np_theta(network)
+    places = {"all": range(4), "encoder": range(2), "head": range(2, 4)}[adapted]
+    given = [inner_lr] * 4 if isinstance(inner_lr, float) else [eta.detach().numpy() for eta in inner_lr]
+    etas = [np.zeros_like(p) for p in theta]
+    for place, eta in zip(places, given, strict=False):
+        etas[place] = etas[place] + eta
+    return tuple(etas), places
+
+
+def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", prototypes=False, step_losses=None):
+    """Mean over the tasks of the complex step derivatives by theta and by what adapts' etas."""
+    v = [0.0] * (inner_steps - 1) + [1.0] if step_losses is None else step_losses.tolist()
+    theta, (etas, places), found = np_theta(network), np_etas(network, inner_lr, adapted), []
+    for task in np_tasks(tasks):
+        constants = np_steps(theta, etas, task, inner_steps, prototypes)[1] if first_order else None
+
+        def outer(both, task=task, constants=constants):
+            passed, _ = np_steps(both[:4], both[4:], task, inner_steps, prototypes, constants)
+            return sum(weight * np_loss(at, *task[2:]) for weight, at in zip(v, passed[1:], strict=True))
+
+        found.append(complex_step(outer, (*theta, *etas)))
+    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    return dict(zip(dict(network.named_parameters()), mean[:4], strict=True)), [mean[4 + place] for place in places]
+
+
+@each_way
+@each_order
+@each_member
+def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, first_order, member):
+    network, tasks = tiny(), draw(tasks=3, shots=2, queries=4)
+    knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
+    expected, by_rate = np_family(network, tasks, **knobs)
+    found, _ = meta_gradient(engine, network, tasks, **knobs)
+    if "prototypes" in member:
+        assert not any(found.pop(name).any() or expected.pop(name).any() for name in ("head.weight", "head.bias"))
+    assert_close(found, expected, 1e-10)
+    if "rates" in member:
+        engine.meta_gradient(network, tasks, **knobs)  # adds to what is there
+        assert_close(dict(enumerate(p.grad / 2 for p in knobs["inner_lr"])), dict(enumerate(by_rate)), 1e-10)
+
+
+@each_way
+@pytest.mark.parametrize("zeroing", [False, True])
+@each_member
+def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, zeroing, member):
+    """A zeroed head takes the place of the prototypes, too."""
+    network, tasks = tiny(), draw(tasks=4, shots=2, queries=25, spread=1.5)
+    knobs = {name: value for name, value in member_knobs(network, member).items() if name != "step_losses"}
+    theta, (etas, _) = np_theta(tiny(zeroed=zeroing)), np_etas(network, knobs["inner_lr"], knobs.get("adapted", "all"))
+    expected = []
+    for task in np_tasks(tasks):
+        passed, _ = np_steps(theta, etas, task, 4, knobs.get("prototypes", False) and not zeroing)
+        expected.append([np_accuracy(at, *task[2:]) for at in passed])
+    found = engine.step_accuracies(network, tasks, steps=4, zeroing=zeroing, **knobs)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+@each_network
+@each_order
+@each_member
+def test_the_engines_agree_on_the_family(build, first_order, member):
+    tasks = images_for(build, shots=2)
+    network = convolutional(build, tasks)
+    knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
+    expected, (losses, _) = meta_gradient(learner, network, tasks, **knobs)
+    found, (loss, _) = meta_gradient(all_at_once, network, tasks, **knobs)
+    found, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (found, expected))
+    assert (found - expected).norm() < 1e-10 * expected.norm()
+    torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
+
+
 # method.md 2.6: with w = 0 and one inner step
 
 

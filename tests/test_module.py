@@ -4,11 +4,16 @@ import logging
 
 import pytest
 import torch
-from conftest import outcome
+import torch.nn.functional as F
+from conftest import SMALL, outcome
+from hydra.utils import instantiate
 from test_learner import draw
+from torch import nn
+from torch.func import functional_call
 
 from fewshot import batched, learner, module
 from fewshot.config import UserError
+from fewshot.data.module import MetaData
 from fewshot.runtime import prepare
 
 BEGAN = ("iterations=2", "val_every=1")
@@ -78,6 +83,58 @@ def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overr
     with pytest.raises(UserError) as error:
         run(tmp_path, *BEGAN, *overrides)
     assert str(error.value) == f"{overrides[0]}: out of memory on cpu; {lower}"
+
+
+@pytest.mark.parametrize("name", ["boil", "metasgd", "msl", "protomaml", "unicorn"])
+def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, name):
+    knobs = ("val_every=1", "val_tasks=2", "test_tasks=2", f"algo={name}", "inner_lr=0.1")
+    whole = outcome(run(tmp_path / "whole", "iterations=3", *knobs))
+    short = run(tmp_path / "short", "iterations=1", *knobs)
+    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=3"))
+    assert went_on["state"]["last"] == whole["state"]["last"]
+    assert went_on["results"]["test"] == whole["results"]["test"]
+
+
+def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cache, tmp_path):
+    """Against an encoder, one vector v and one number b, with plain autograd.
+
+    With a black that is not 0, where the first convolution would be 0 but for rounding, just where ReLU bends.
+    """
+    knobs = ("algo=unicorn", "iterations=3", "val_every=3", "trainer.precision=64-true", "dataset.mean=[0.3]")
+    run(tmp_path, *knobs)
+    cfg = config(*SMALL, *knobs, f"dataset.cache={cache}")
+    prepare(seed=cfg.seed, threads=1, accelerator="cpu", precision="64-true")
+    network, sampler = instantiate(cfg.model.network).double(), MetaData.from_config(cfg).samplers["train"]
+    head = [nn.Parameter(p[0].detach().clone()) for p in network.head.parameters()]
+    optimizer = torch.optim.Adam([*network.encoder.parameters(), *head], lr=cfg.outer_lr)
+
+    def loss(theta, images, labels):
+        return F.cross_entropy(functional_call(network, theta, images.double()), labels)
+
+    for iteration in range(3):
+        optimizer.zero_grad()
+        for task in zip(*sampler(2 * iteration, 2), strict=True):
+            theta = {f"encoder.{name}": p for name, p in network.encoder.named_parameters()}
+            theta |= {"head.weight": head[0].expand(5, -1), "head.bias": head[1].expand(5)}
+            for _ in range(cfg.inner_steps):
+                gradients = torch.autograd.grad(loss(theta, *task[:2]), theta.values())
+                theta = {n: p - cfg.inner_lr * g for (n, p), g in zip(theta.items(), gradients, strict=True)}
+            (loss(theta, *task[2:]) / 2).backward()
+        optimizer.step()
+    found = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, p in network.encoder.named_parameters():
+        torch.testing.assert_close(found[f"network.encoder.{name}"], p.data, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
+
+
+def test_the_weights_of_the_step_losses_are_those_of_maml_plus_plus():
+    """Its code, with numbers: five steps, annealed over 15 epochs."""
+    for epoch in range(15):
+        weights, decay, least = [1 / 5] * 5, 1 / 5 / 15, 0.03 / 5
+        weights[:4] = [max(each - epoch * decay, least) for each in weights[:4]]
+        weights[4] = min(weights[4] + epoch * 4 * decay, 1 - 4 * least)
+        assert module.step_weights(5, epoch / 15) == pytest.approx(weights)
+    assert module.step_weights(1, 0.5) == [1]
 
 
 def test_an_error_in_the_inner_loop_is_the_error_that_is_raised():

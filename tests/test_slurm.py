@@ -135,7 +135,7 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
     wait_until(lambda: [hurry(f"{array}_{n}") for n in range(3)] and process.poll() is not None, 500)
     output, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors, output + errors
-    assert re.search(rf"1 failed; .*\n\S+: Slurm job {array}_3: (cancelled|CANCELLED)", output)
+    assert re.search(rf"1 failed or unfinished; .*\n\S+: Slurm job {array}_3: (cancelled|CANCELLED)", output)
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 3
     ended = outcome(first(0).parents[1])
     for content in (ended, whole):

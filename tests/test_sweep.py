@@ -225,7 +225,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, output + errors
     assert "Traceback" not in errors
-    assert re.search(r"2 failed; the same command with hydra.sweep.dir=\S+ tries them again:", output)
+    assert re.search(r"2 failed or unfinished; the same command with hydra.sweep.dir=\S+ tries them again:", output)
     assert len(list(folder.glob("*/error.txt"))) == 2  # 1e30, both seeds
     for error in folder.glob("*/error.txt"):
         assert "lower inner_lr" in error.read_text() and error.read_text().strip() in output
@@ -240,6 +240,18 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
     }
     sweep.main([str(folder)])
     assert "| failed |" in re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_sweep_with_a_job_that_failed_or_was_not_done_ends_so(config, tmp_path, caplog):
+    """Though another job with the same settings has finished, which is what a table shows of the two."""
+    make_run(tmp_path / "done", config("algo=zero"), accuracy=[0.2, 0.5])
+    make_run(tmp_path / "twin", config("algo=fomaml", "+zeroing=true"), error="Slurm job 3: CANCELLED\n")
+    make_run(tmp_path / "begun", config("seed=1"))
+    with pytest.raises(SystemExit) as ended:
+        sweep.conclude(tmp_path, [])
+    assert ended.value.code == 1
+    for line in ("2 failed or unfinished", "twin: Slurm job 3: CANCELLED", "begun: unfinished; is another process"):
+        assert line in caplog.text
 
 
 def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, tmp_path):

@@ -1,9 +1,10 @@
 """The same inner loop for every task of a meta-batch at once.
 
-Shapes: B tasks, K ways, S support and Q query images per task, I images of C channels, H x W pixels, N inner steps;
-the parameters of adapted networks have a leading B.
+Shapes: B tasks, K ways, S support and Q query images per task, I images of C channels, H x W pixels, N inner steps, T
+steps of an evaluation; the parameters of adapted networks have a leading B.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from fewshot.execution import Execute, Function, on_threads, one_by_one
+from fewshot.models import prototype_head
 from fewshot.tasks import Task, query_accuracy
 
 Parameters = dict[str, Tensor]
@@ -24,27 +26,29 @@ def meta_gradient(
     network: nn.Module,
     tasks: Task,
     *,
-    inner_lr: float,
+    inner_lr: float | Sequence[Tensor],
     inner_steps: int,
     first_order: bool,
     adapted: str = "all",
+    prototypes: bool = False,
+    step_losses: Tensor | None = None,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
-        adapted: what the inner loop adapts, "all" or the "head" alone (EFIL, method.md section 1).
+        inner_lr, adapted, prototypes, step_losses: as in learner.py.
         tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "adapted": adapted}
-    function = partial(_outer_gradient, **knobs)
+    function = partial(_outer_gradient, **knobs, prototypes=prototypes, step_losses=step_losses)
     gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
-    parameters = list(network.parameters())
+    parameters = [*network.parameters(), *_rates(inner_lr)]
     for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         gradient = gradient.view_as(parameter)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -55,19 +59,20 @@ def step_accuracies(
     network: nn.Module,
     tasks: Task,
     *,
-    inner_lr: float,
+    inner_lr: float | Sequence[Tensor],
     steps: int,
     zeroing: bool,
     adapted: str = "all",
+    prototypes: bool = False,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> Tensor:
-    """Query accuracy after every inner step 0 .. steps, (B, steps + 1); with zeroing, adapted from a zeroed head.
+    """Query accuracy after every inner step 0 .. T, (B, T + 1); with zeroing, adapted from a zeroed head.
 
     First-order adaptation (the adapted parameters are the same); the network is left as it is.
     """
-    function = partial(_step_logits, inner_lr=inner_lr, steps=steps, zeroing=zeroing, adapted=adapted)
-    chunks = _run(function, network, tasks, tasks_at_once, execute)
+    knobs = {"inner_lr": inner_lr, "steps": steps, "zeroing": zeroing, "adapted": adapted, "prototypes": prototypes}
+    chunks = _run(partial(_step_logits, **knobs), network, tasks, tasks_at_once, execute)
     each_step = [torch.cat(logits) for logits in zip(*chunks, strict=True)]
     return torch.stack([query_accuracy(logits, tasks.query_labels) for logits in each_step], dim=1)
 
@@ -87,52 +92,80 @@ def _run(
 
 
 def _outer_gradient(
-    network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool, adapted: str
+    network: nn.Module,
+    tasks: Task,
+    *,
+    inner_lr: float | Sequence[Tensor],
+    inner_steps: int,
+    first_order: bool,
+    adapted: str,
+    prototypes: bool,
+    step_losses: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K)."""
     initial = _copies(network, len(tasks.support))  # theta_n <- theta
-    part, theta, tasks = _adapting(network, initial, tasks, adapted)
-    for _ in range(inner_steps):
-        theta = _step(part, theta, tasks, inner_lr, first_order)
-    logits = _outputs(part, theta, tasks.query)
-    losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
-    at = initial
-    if first_order:  # the gradient at theta_n; second order: at theta, through all inner steps
-        at = theta if part is network else initial | {f"head.{name}": p for name, p in theta.items()}
-    gradients = torch.autograd.grad(losses.sum(), list(at.values()))
-    return torch.cat([each.sum(0).flatten() for each in gradients]), losses.detach(), logits.detach()
+    module, theta, names, tasks = _start(network, initial, tasks, adapted, prototypes)
+    outer = 0.0
+    for step in range(inner_steps):
+        theta = theta | _step(module, theta, names, tasks, inner_lr, first_order)
+        if step_losses is not None or step == inner_steps - 1:
+            logits = _outputs(module, theta, tasks.query)
+            losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
+            outer = losses if step_losses is None else outer + step_losses[step] * losses
+    leaves, rates = list(initial.values()), _rates(inner_lr)
+    gradients = torch.autograd.grad(outer.sum(), [*leaves, *rates], materialize_grads=True)
+    summed = [*(each.sum(0) for each in gradients[: len(leaves)]), *gradients[len(leaves) :]]
+    return torch.cat([each.flatten() for each in summed]), losses.detach(), logits.detach()
 
 
 def _step_logits(
-    network: nn.Module, tasks: Task, *, inner_lr: float, steps: int, zeroing: bool, adapted: str
+    network: nn.Module,
+    tasks: Task,
+    *,
+    inner_lr: float | Sequence[Tensor],
+    steps: int,
+    zeroing: bool,
+    adapted: str,
+    prototypes: bool,
 ) -> tuple[Tensor, ...]:
-    """The query logits after every inner step, steps + 1 times (B, Q, K)."""
-    theta = _copies(network, len(tasks.support))
+    """The query logits after every inner step, T + 1 times (B, Q, K)."""
+    initial = _copies(network, len(tasks.support))
     with torch.no_grad():
         if zeroing:
-            for name in theta:
+            for name in initial:
                 if name.startswith("head."):
-                    theta[name].zero_()
-        part, theta, tasks = _adapting(network, theta, tasks, adapted)
+                    initial[name].zero_()
+        module, theta, names, tasks = _start(network, initial, tasks, adapted, prototypes and not zeroing)
     logits = []
     for step in range(steps + 1):
         if step > 0:
-            theta = _step(part, theta, tasks, inner_lr, first_order=True)
+            theta = theta | _step(module, theta, names, tasks, inner_lr, first_order=True)
+        theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
         with torch.no_grad():
-            logits.append(_outputs(part, theta, tasks.query))
+            logits.append(_outputs(module, theta, tasks.query))
     return tuple(logits)
 
 
-def _adapting(network: nn.Module, theta: Parameters, tasks: Task, adapted: str) -> tuple[nn.Module, Parameters, Task]:
-    """What adapts, its parameters, and to what: the network to images, or the head to features (B, I, d)."""
-    if adapted == "all":
-        return network, theta, tasks
+def _start(
+    network: nn.Module, theta: Parameters, tasks: Task, adapted: str, prototypes: bool
+) -> tuple[nn.Module, Parameters, list[str], Task]:
+    """A module, its parameters and which of them adapt, and its tasks: images, or features (B, I, d) for the head."""
     encoder, head = (
         {name.removeprefix(part): p for name, p in theta.items() if name.startswith(part)}
         for part in ("encoder.", "head.")
     )
-    support, query = (_outputs(network.encoder, encoder, images) for images in (tasks.support, tasks.query))
-    return network.head, head, tasks._replace(support=support, query=query)
+    if prototypes:
+        support = _outputs(network.encoder, encoder, tasks.support)
+        start = prototype_head(support, tasks.support_labels, network.head.out_features)
+        head = {name: start[name] for name in head}
+    if adapted == "head":
+        support, query = (_outputs(network.encoder, encoder, images) for images in (tasks.support, tasks.query))
+        return network.head, head, list(head), tasks._replace(support=support, query=query)
+    if prototypes:  # of theta, of which theta_n is a copy: no inner gradient goes through them
+        theta = {name: p.view_as(p) for name, p in theta.items()}
+        theta |= {f"head.{name}": p for name, p in head.items()}
+    names = [name for name in theta if adapted == "all" or name.startswith("encoder.")]
+    return network, theta, names, tasks
 
 
 def _copies(network: nn.Module, tasks: int) -> Parameters:
@@ -142,12 +175,26 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
     }
 
 
-def _step(network: nn.Module, theta: Parameters, tasks: Task, inner_lr: float, first_order: bool) -> Parameters:
-    losses = _losses(_outputs(network, theta, tasks.support), tasks.support_labels)
-    gradients = torch.autograd.grad(losses.sum(), list(theta.values()), create_graph=not first_order)
-    with torch.set_grad_enabled(not first_order):  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-        theta = {name: p - inner_lr * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
-    return {name: p.requires_grad_() for name, p in theta.items()} if first_order else theta
+def _rates(inner_lr: float | Sequence[Tensor]) -> list[Tensor]:
+    """The inner_lr that are learned."""
+    return [] if isinstance(inner_lr, float | int) else list(inner_lr)
+
+
+def _step(
+    module: nn.Module,
+    theta: Parameters,
+    names: list[str],
+    tasks: Task,
+    inner_lr: float | Sequence[Tensor],
+    first_order: bool,
+) -> Parameters:
+    """What adapts, moved. First order: the inner gradient is a constant, so that d theta_n / d theta is 1."""
+    losses = _losses(_outputs(module, theta, tasks.support), tasks.support_labels)
+    before = [theta[name] for name in names]
+    gradients = torch.autograd.grad(losses.sum(), before, create_graph=not first_order)
+    etas = _rates(inner_lr) or [inner_lr] * len(names)
+    moved = (p - eta * g for p, eta, g in zip(before, etas, gradients, strict=True))
+    return dict(zip(names, moved, strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -223,6 +223,9 @@ class Stop(pl.Callback):
             log.info(f"iteration {trainer.global_step}/{trainer.max_steps}  last.ckpt written")
             self.signals.obey(noted)
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.signals.training = False
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.signals.training = False
         if noted := max_over_ranks(self.signals.noted or 0, module.device):  # after the last update

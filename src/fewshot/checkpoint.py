@@ -117,17 +117,22 @@ class Start:
     @property
     def engine(self) -> str:
         """A continued run keeps what engine=auto was when it began: another engine rounds differently."""
-        return self.content.get("engine", self.cfg.engine) if self.content and self.cfg.fit else self.cfg.engine
+        return self._continued.get("engine", self.cfg.engine)
 
     @cached_property
     def run_id(self) -> str:
         """Of the logger: a continued run keeps it."""
-        return self.content["fewshot"]["run_id"] if self.content and self.cfg.fit else uuid.uuid4().hex[:8]
+        return self._continued["fewshot"]["run_id"] if self._continued else uuid.uuid4().hex[:8]
 
     @property
     def rows(self) -> list[dict[str, float]]:
         """Of metrics.csv, so far."""
-        return self.content["callbacks"]["Record"]["rows"] if self.content and self.cfg.fit else []
+        return self._continued["callbacks"]["Record"]["rows"] if self._continued else []
+
+    @property
+    def _continued(self) -> dict[str, Any]:
+        """The checkpoint of the run that goes on; empty if none does."""
+        return (self.content or {}) if self.cfg.fit else {}
 
     def describe(self) -> Describe:
         """What every checkpoint of this run is to carry."""

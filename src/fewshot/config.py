@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,13 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def one_line_errors(job: Path | None = None) -> Iterator[None]:
+def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> Iterator[None]:
     """A UserError ends the program with its line and status 1, a signal with 128 + its number.
 
     HYDRA_FULL_ERROR=1 shows the traceback.
 
     job: the folder of a job in a sweep, which goes on: any error is left there as error.txt, until a try without one.
+    hint: of how to go on after a signal.
     """
     try:
         yield
@@ -60,7 +61,7 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
     except (Stopped, KeyboardInterrupt) as stop:
         number = signal.Signals(stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
         if not ranks.rank() and ranks.PARENT not in os.environ:
-            sys.stderr.write(f"stopped by {number.name}{_how_to_go_on()}\n")
+            sys.stderr.write(f"stopped by {number.name}{hint()}\n")
         raise SystemExit(128 + number) from None
     except Exception as error:
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
@@ -84,14 +85,13 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
             raise
 
 
-def _how_to_go_on() -> str:
-    if not HydraConfig.initialized():
-        return ""
+def how_to_go_on() -> str:
+    """After a signal, for whoever reads the line that says so: the call that continues this training or sweep."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
-    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else " before it trained"
+    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else ""
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
@@ -114,18 +114,20 @@ def _first_call(folder: str) -> str | None:
     return None if ranks.rank() or (Path(folder) / "checkpoints" / "last.ckpt").exists() else ".hydra"
 
 
-OmegaConf.register_new_resolver("at_least", lambda least, value: max(least, value), replace=True)
-OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-
-
 def _job_number(number: int | None) -> str:
     """What the log lines of a sweep's job begin with: two may run side by side."""
     return "" if number is None else f"#{number} "
 
 
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-OmegaConf.register_new_resolver("job_number", _job_number, replace=True)
-OmegaConf.register_new_resolver("first_call", _first_call, replace=True)
+RESOLVERS = {
+    "at_least": max,
+    "run_folder": _run_folder,
+    "job_folder": job_folder,
+    "job_number": _job_number,
+    "first_call": _first_call,
+}
+for _name, _resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
 INTEGERS = {  # knob: smallest value
@@ -135,9 +137,14 @@ INTEGERS = {  # knob: smallest value
 OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
 GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
+FLAGS = (
+    *("fit", "probes", "zeroing", "algo.first_order", "algo.zeroing", "algo.learned_inner_lr", "algo.noise"),
+    *("algo.interference", "model.head_bias"),
+)
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "probes", "zeroing"}
-ALGO = ("first_order", "adapted", "zeroing", "noise", "interference")
-ADAPTED = ("all", "head")
+ALGO = ("first_order", "adapted", "head", "step_losses", "learned_inner_lr", "zeroing", "noise", "interference")
+ADAPTED = ("all", "head", "encoder")
+HEADS = ("learned", "shared", "prototypes")
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
@@ -174,27 +181,11 @@ def check(cfg: DictConfig) -> None:
             _real(knob, cfg[knob], above=knob != "init_scale")
     if cfg.stop_at_accuracy is not None and cfg.stop_at_accuracy > 1:
         raise UserError(f"stop_at_accuracy={cfg.stop_at_accuracy}: is a fraction, at most 1")
-    flags = (
-        "fit",
-        "probes",
-        "zeroing",
-        "algo.first_order",
-        "algo.zeroing",
-        "algo.noise",
-        "algo.interference",
-        "model.head_bias",
-    )
-    for knob in flags:
+    for knob in FLAGS:
         value = OmegaConf.select(cfg, knob, default=False)
         if not isinstance(value, bool):
             raise UserError(f"{knob}={shown(value)}: must be true or false")
-    if cfg.algo.adapted not in ADAPTED:
-        raise UserError(f"algo.adapted={shown(cfg.algo.adapted)}: must be one of {', '.join(ADAPTED)}")
-    if "noise" in cfg.algo and (cfg.inner_steps != 1 or cfg.algo.adapted != "head"):
-        raise UserError(
-            f"inner_steps={cfg.inner_steps} algo.adapted={cfg.algo.adapted}: the explicit loss of algo=contrastive is "
-            "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
-        )
+    _check_algo(cfg)
     if cfg.engine not in ENGINES:
         raise UserError(f"engine={cfg.engine}: must be one of {', '.join(ENGINES)}")
     if cfg.trainer.precision not in PRECISIONS:
@@ -210,6 +201,30 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     _check_dataset(cfg)
+
+
+def _check_algo(cfg: DictConfig) -> None:
+    algo = cfg.algo
+    for knob, known in (("adapted", ADAPTED), ("head", HEADS)):
+        if algo[knob] not in known:
+            raise UserError(f"algo.{knob}={shown(algo[knob])}: must be one of {', '.join(known)}")
+    if algo.step_losses is not None:
+        _integer("algo.step_losses", algo.step_losses, 1)
+    if "noise" in algo and (cfg.inner_steps != 1 or algo.adapted != "head"):
+        raise UserError(
+            f"inner_steps={cfg.inner_steps} algo.adapted={algo.adapted}: the explicit loss of algo=contrastive is "
+            "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
+        )
+    unusual = {"head": "learned", "step_losses": None, "learned_inner_lr": False}
+    if "noise" in algo and (changed := [knob for knob, usual in unusual.items() if algo[knob] != usual]):
+        raise UserError(f"algo.{changed[0]}={algo[changed[0]]}: algo=contrastive has an explicit loss without it")
+    zeroing = cfg.get("zeroing", algo.zeroing)
+    if zeroing and algo.adapted == "encoder":
+        raise UserError("+zeroing=true: with algo.adapted=encoder the head stays zero and nothing is learned from it")
+    if zeroing and algo.head == "prototypes":
+        raise UserError("+zeroing=true: with algo.head=prototypes no head is learned that could be zeroed")
+    if cfg.probes and (algo.head == "prototypes" or algo.learned_inner_lr):
+        raise UserError("probes=true: they are of a learned head and one inner_lr; leave them out with this algorithm")
 
 
 def processes(cfg: DictConfig) -> int:

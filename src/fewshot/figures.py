@@ -174,7 +174,8 @@ def setting_label(knobs: dict[str, Any], mixed: bool = False) -> str:
         without = " or ".join(term for term in ("noise", "interference") if algo.get(term) is False)
         parts.append("contrastive loss" + f" without {without}" * bool(without) if explicit else "MAML")
     if "adapted" in algo and not explicit:
-        parts.append("head only" if algo["adapted"] == "head" else "all adapted")
+        parts.append("all adapted" if algo["adapted"] == "all" else f"{algo['adapted']} only")
+    parts += _family(algo)
     if "first_order" in algo:
         first = algo["first_order"]
         if not explicit and not mixed:
@@ -206,10 +207,19 @@ def title(config: dict[str, Any], algorithm: bool = True) -> str:
 
 
 def algorithm_name(algo: dict[str, Any]) -> str:
-    name = ("FOMAML" if algo["first_order"] else "SOMAML") + ", head only" * (algo["adapted"] == "head")
+    only = [f"{algo['adapted']} only"] if algo["adapted"] != "all" else []
+    name = ", ".join(["FOMAML" if algo["first_order"] else "SOMAML", *only, *_family(algo)])
     if "noise" in algo:
         name = f"explicit contrastive loss ({'first' if algo['first_order'] else 'second'} order)"
     return name + " + zeroing" * algo["zeroing"]
+
+
+def _family(algo: dict[str, Any]) -> list[str]:
+    """What is not as in MAML itself; an old results.json has none of it."""
+    head = {"shared": "one head vector", "prototypes": "head from prototypes"}.get(algo.get("head", "learned"))
+    losses = f"step losses for {algo['step_losses']}" if algo.get("step_losses") else None
+    rates = "learned inner_lr" if algo.get("learned_inner_lr") else None
+    return [word for word in (head, losses, rates) if word]
 
 
 def _plain(axes: Axes) -> None:

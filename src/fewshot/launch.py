@@ -1,6 +1,7 @@
 """What Hydra calls before and after a run or a sweep."""
 
 import os
+import shutil
 import subprocess
 import time
 import traceback
@@ -37,8 +38,10 @@ class OutputFolder(Callback):
                 )
             check_overrides([*config.hydra.overrides.task, *(f"{key}=" for key in config.hydra.sweeper.params or ())])
             _check_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
-            if "submitit" in config.hydra.launcher._target_:
-                _outlive_lost_jobs(Path(config.hydra.sweep.dir))
+            if config.hydra.launcher._target_.endswith("SlurmLauncher"):
+                if not (shutil.which("sbatch") and shutil.which("srun")):
+                    raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
+                _adapt_submitit(Path(config.hydra.sweep.dir))
 
 
 class Summary(Callback):
@@ -62,11 +65,11 @@ class Summary(Callback):
             raise SystemExit(1) from None
 
 
-def _outlive_lost_jobs(sweep: Path) -> None:
+def _adapt_submitit(sweep: Path) -> None:
     """A job that Slurm ended for good, cancelled for example, is one failure; submitit would end the sweep, or, where
-    there is no accounting (sacct), wait for it forever.
+    there is no accounting (sacct), wait for it forever. A job that Slurm refuses is one line.
     """
-    from submitit.core.utils import FailedJobError, UncompletedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
     from submitit.slurm import slurm
 
     class Job(slurm.SlurmJob):
@@ -90,10 +93,18 @@ def _outlive_lost_jobs(sweep: Path) -> None:
                 overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
                 error = sweep / job_folder(overrides) / "error.txt"
                 error.parent.mkdir(parents=True, exist_ok=True)
-                before = f"; it said: {error.read_text().strip().splitlines()[-1]}" if error.exists() else ""
-                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}{before}\n")
-                return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
+                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n")
+                return [JobReturn(_return_value=0.0, status=JobStatus.COMPLETED)]
 
+    submit = slurm.SlurmExecutor._submit_command
+
+    def submit_or_end(self: slurm.SlurmExecutor, command: str) -> Any:
+        try:
+            return submit(self, command)
+        except (FailedJobError, FailedSubmissionError):  # sbatch has said why
+            raise SystemExit("hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*") from None
+
+    slurm.SlurmExecutor._submit_command = submit_or_end
     slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot import ranks
@@ -102,11 +102,9 @@ def wandb_logger(
 
 def _sweep() -> Path | None:
     """The folder of the sweep that this run is a job of."""
-    if folder := os.environ.get(ranks.SWEEP):
-        return Path(folder)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return Path(HydraConfig.get().sweep.dir).resolve()
-    return None
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().job, "num"):
+        return None
+    return Path(HydraConfig.get().sweep.dir).resolve()
 
 
 @contextmanager

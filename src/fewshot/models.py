@@ -1,9 +1,10 @@
 """The encoders and the head.
 
-Shapes: B images of C channels, H x W pixels; d features; K ways.
+Shapes: B images of C channels, H x W pixels; d features; K ways; S support images of a task.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -38,6 +39,33 @@ def zero_head(head: nn.Linear) -> None:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
+
+
+def prototype_head(features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
+    """The head that gives each class -|phi(x) - c_k|^2 up to what all share: w_k = 2 c_k, b_k = -|c_k|^2.
+
+    Args:
+        features: of the support, (..., S, d); c_k, the prototype, is the mean of class k's.
+        labels: (..., S).
+
+    Returns weight (..., K, d) and bias (..., K), as ProtoMAML begins with (Triantafillou et al. 2020, section 3).
+    """
+    members = F.one_hot(labels, ways).to(features).mT  # (..., K, S)
+    c = members @ features / members.sum(-1, keepdim=True)
+    return {"weight": 2 * c, "bias": -c.square().sum(-1)}
+
+
+def share_rows(head: nn.Linear) -> None:
+    """Every class begins with the first one's weights: one vector for all (UnicornMAML, Ye and Chao 2022)."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+
+
+def share_gradient(head: nn.Linear) -> None:
+    """The gradient of the one vector that all rows are, given to every row: so they stay one vector."""
+    for parameter in head.parameters():
+        parameter.grad = parameter.grad.sum(0, keepdim=True).expand_as(parameter).clone()
 
 
 def conv4_strided(

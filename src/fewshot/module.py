@@ -21,6 +21,7 @@ from fewshot.config import UserError
 from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.evidence import probes
 from fewshot.execution import CudaGraphs
+from fewshot.models import share_gradient, share_rows
 from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,17 @@ class Scores(NamedTuple):
         return cls(len(values), *([round(value, 6) for value in each.tolist()] for each in (values.mean(dim=0), ci95)))
 
 
+def step_weights(steps: int, done: float) -> list[float]:
+    """v_1 .. v_N, what the query loss after each inner step counts: at first alike, at last the last one alone.
+
+    The annealing of MAML++ (Antoniou et al. 2019, section 4) as its code has it: straight lines, none below 0.03/N.
+
+    done: share of the annealing that is over, 0 .. 1.
+    """
+    others = max((1 - done) / steps, 0.03 / steps)
+    return [*[others] * (steps - 1), 1 - (steps - 1) * others]
+
+
 class MetaLearner(pl.LightningModule):
     """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (method.md section 0).
 
@@ -55,7 +67,10 @@ class MetaLearner(pl.LightningModule):
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
         first_order: FOMAML; else SOMAML.
-        adapted: what the inner loop adapts, "all" or the "head" alone.
+        adapted: what the inner loop adapts, "all", the "head" or the "encoder" alone.
+        head: where it starts, "learned", "shared" (one learned row for all classes) or "prototypes".
+        step_losses: outer updates until the last query loss alone counts, see `step_weights`; None: always.
+        learned_inner_lr: each number that adapts has its own eta, learned in the outer loop.
         outer_lr: rho.
         noise, interference: the terms of the explicit contrastive loss, which then takes MAML's place; None: MAML.
         tasks_at_once: of the batched engine; None: as many as there are CPU threads, or all on a GPU.
@@ -71,6 +86,9 @@ class MetaLearner(pl.LightningModule):
         test_steps: int,
         first_order: bool,
         adapted: str,
+        head: str,
+        step_losses: int | None,
+        learned_inner_lr: bool,
         outer_lr: float,
         tasks_at_once: int | None = None,
         noise: bool | None = None,
@@ -81,7 +99,13 @@ class MetaLearner(pl.LightningModule):
         self.network = network
         self.engine, self.tasks_at_once = engine, tasks_at_once
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
-        self.first_order, self.adapted, self.outer_lr = first_order, adapted, outer_lr
+        self.first_order, self.adapted, self.head, self.outer_lr = first_order, adapted, head, outer_lr
+        self.step_losses = step_losses
+        if head == "shared":
+            share_rows(network.head)
+        adapts = network if adapted == "all" else getattr(network, adapted)
+        etas = (torch.full_like(p, inner_lr) for p in adapts.parameters() if learned_inner_lr)
+        self.etas = nn.ParameterList(etas)
         self.noise, self.interference = noise, interference
         self.results: dict[str, dict[str, Scores]] = {}
         self.tested: dict[str, dict[str, Tensor]] = {}  # accuracies of the test by split and mode, (tasks, T + 1)
@@ -98,6 +122,9 @@ class MetaLearner(pl.LightningModule):
             test_steps=cfg.test_steps,
             first_order=cfg.algo.first_order,
             adapted=cfg.algo.adapted,
+            head=cfg.algo.head,
+            step_losses=cfg.algo.step_losses,
+            learned_inner_lr=cfg.algo.learned_inner_lr,
             noise=cfg.algo.get("noise"),
             interference=cfg.algo.get("interference"),
             outer_lr=cfg.outer_lr,
@@ -117,8 +144,10 @@ class MetaLearner(pl.LightningModule):
         else:
             how = {"tasks_at_once": self.tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
             engine = batched
-        self._step_accuracies = partial(engine.step_accuracies, adapted=self.adapted, **how)
-        self._meta_gradient = partial(engine.meta_gradient, adapted=self.adapted, **how)
+        how |= {"adapted": self.adapted, "prototypes": self.head == "prototypes"}
+        self._step_accuracies = partial(engine.step_accuracies, **how)
+        self._meta_gradient = partial(engine.meta_gradient, **how)
+        self._step_weights = torch.zeros(self.inner_steps, device=self.trainer.strategy.root_device)
         if self.noise is not None:
             terms = {"noise": self.noise, "interference": self.interference}
             self._meta_gradient = partial(contrastive.meta_gradient, **terms)
@@ -144,7 +173,11 @@ class MetaLearner(pl.LightningModule):
         checkpoint["engine"] = self.engine  # a run that goes on keeps it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.network.parameters(), lr=self.outer_lr)
+        return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
+
+    @property
+    def _inner_lr(self) -> float | tuple[Tensor, ...]:
+        return tuple(self.etas) or self.inner_lr
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
         """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch.
@@ -153,11 +186,17 @@ class MetaLearner(pl.LightningModule):
         """
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        knobs = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
+        knobs = {"inner_lr": self._inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
+        if self.step_losses and self.global_step < self.step_losses:
+            weights = step_weights(self.inner_steps, self.global_step / self.step_losses)
+            # The same tensor every time: a CUDA graph reads it where it lay when it was recorded.
+            knobs["step_losses"] = self._step_weights.copy_(torch.tensor(weights))
         with self._one_line_out_of_memory(tasks):
             loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
         means = loss.mean(), accuracy.mean()
-        mean_over_ranks([*(parameter.grad for parameter in self.network.parameters()), *means])
+        mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
+        if self.head == "shared":
+            share_gradient(self.network.head)
         optimizer.step()
         return dict(zip(("loss", "query_accuracy"), means, strict=True))
 
@@ -198,7 +237,7 @@ class MetaLearner(pl.LightningModule):
         with self._one_line_out_of_memory(tasks):
             return {
                 mode: self._step_accuracies(
-                    self.network, tasks, inner_lr=self.inner_lr, steps=self.test_steps, zeroing=zeroing
+                    self.network, tasks, inner_lr=self._inner_lr, steps=self.test_steps, zeroing=zeroing
                 ).cpu()
                 for mode, zeroing in MODES.items()
             }

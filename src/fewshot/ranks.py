@@ -12,7 +12,6 @@ import platform
 import signal
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-# In the environment of the processes that start() starts: its own process number, and the folder of the sweep, if any
-PARENT, SWEEP = "FEWSHOT_PARENT", "FEWSHOT_SWEEP"
+PARENT = "FEWSHOT_PARENT"  # in the environment of the processes that start() starts: its own process number
+RANKS_LOCK = ".lock-ranks"
 
 
 def launcher() -> str | None:
@@ -58,17 +57,17 @@ def leave_error(line: str) -> bool:
     """Whether there is a start() that the line goes to, which says once what several may have to say."""
     if PARENT not in os.environ:
         return False
-    extra = {"timestamp": str(int(time.time()))}
-    content = {"message": {"message": line, "extraInfo": extra}}  # as torch.distributed.elastic reads it
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line}))
     return True
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str | None = None) -> Iterator[None]:
     """One process at a time in a run's folder: the workers of a killed sweep may outlive it.
 
     The lock goes with the process that holds it, however it ends.
+
+    name: of its file; None: one for the process that starts ranks, another for the ranks, which outlive it for a while.
 
     Raises:
         AtWork: another process is at work there.
@@ -79,8 +78,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield  # rank 0 holds it
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # Ranks outlive the process that started them, which has the first, for a while.
-    with open(folder / (".lock-ranks" if PARENT in os.environ else ".lock"), "a+") as file:
+    with open(folder / (name or (RANKS_LOCK if PARENT in os.environ else ".lock")), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,25 +94,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _said(failure: Any) -> str | None:
-    """What leave_error left for the failure of a rank."""
-    try:
-        return json.loads(Path(failure.error_file).read_text())["message"]["message"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _hydra_arguments() -> list[str]:
-    """What this call told Hydra itself, less where and how often it runs."""
-    if not HydraConfig.initialized():
-        return []
+    """What this call told Hydra itself, less where and how often it runs; of a job of a sweep, which it is of which."""
     hydra, own = HydraConfig.get(), ("hydra.run.", "hydra.sweep", "hydra.mode", "hydra/launcher", "hydra.launcher")
     arguments = [each for each in hydra.overrides.hydra if not each.startswith((*own, "hydra/sweeper"))]
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             arguments += ["--config-dir", source.path]
     if hydra.mode == RunMode.MULTIRUN:
-        arguments.append(f"hydra.job.num={hydra.job.num}")
+        arguments += [f"hydra.job.num={hydra.job.num}", f"hydra.sweep.dir={_quoted(Path(hydra.sweep.dir).resolve())}"]
     return [*arguments, "hydra.mode=RUN"]
 
 
@@ -123,7 +111,7 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
     from fewshot.config import Stopped, UserError
 
     secondary = (1, -signal.SIGTERM, 128 + signal.SIGTERM)
-    told = {number: each for number, each in failures.items() if _said(each)}
+    told = {number: each for number, each in failures.items() if Path(each.error_file).is_file()}
     killed = {number: each for number, each in failures.items() if each.exitcode not in secondary}
     number, failure = next(iter((told or killed or failures).items()))
     rank_number = f"rank {number} of {processes}"
@@ -134,8 +122,12 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
     if failure.exitcode > 128:
         return Stopped(failure.exitcode - 128)
     return UserError(
-        f"{rank_number}: {_said(failure) or f'ended with status {failure.exitcode}, as its own lines tell'}"
+        f"{rank_number}: {failure.message if told else f'ended with status {failure.exitcode}, as its own lines tell'}"
     )
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def start(script: str, overrides: list[str], folder: Path, processes: int) -> None:
@@ -154,12 +146,11 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
 
     from fewshot.config import Stopped
 
-    quoted = str(folder).replace("'", "\\'")
-    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
+    with locked(folder, RANKS_LOCK):
+        pass  # those of an earlier call have ended; raised here and not in a rank it is no failure of the run
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     os.environ[PARENT] = str(os.getpid())
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        os.environ[SWEEP] = str(Path(HydraConfig.get().sweep.dir).resolve())
     # Seconds that the ranks have after a signal: an update, the validation due, and W&B.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     for name in ("agent.server.api", "agent.server.local_elastic_agent", "multiprocessing.api"):
@@ -187,6 +178,5 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
             raise Stopped(stop.sigval) from None
         finally:
             del os.environ[PARENT]
-            os.environ.pop(SWEEP, None)
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

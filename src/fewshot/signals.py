@@ -39,11 +39,13 @@ class Signals:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Last of all, while SIGTERM is still ignored: Slurm ends what is left of the job at once. Where one process
+        # started the ranks it is that one's to ask.
+        ours = not ranks.rank() and ranks.PARENT not in os.environ
+        if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and ours:
+            _requeue()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        # Last of all: Slurm ends what is left of the job at once.
-        if isinstance(error, Stopped) and error.signum == signal.SIGUSR1 and not ranks.rank():
-            _requeue()
 
     def install(self) -> None:
         for signum in self._before:
@@ -55,7 +57,8 @@ class Signals:
         # A second SIGINT, or SIGTERM, which it becomes for ranks that another process started.
         again = self.noted == signal.SIGINT and signum in (signal.SIGINT, signal.SIGTERM)
         if self.training and not again:
-            self.noted = signum
+            # The first counts: SIGTERM soon follows Slurm's warning, which asks for more than to end.
+            self.noted = signum if self.noted is None or signum == signal.SIGINT else self.noted
             log.info(f"{signal.Signals(signum).name}: finishing the outer update")
         else:
             self.obey(signum)
@@ -66,10 +69,12 @@ class Signals:
             Stopped: the run is to end.
         """
         self.noted, before = None, self._before.get(signum)
-        if callable(before) and before is not signal.default_int_handler:
+        foreign = callable(before) and before is not signal.default_int_handler
+        if foreign:
             before(signum, None)  # submitit's: puts the job back into the queue and exits, or lets it go on
-            while ranks.rank() and signum != signal.SIGTERM:
-                time.sleep(1)  # the handler of rank 0 ends the job; to exit before could end that one
+        while ranks.launcher() == "srun" and ranks.rank() and signum in (signal.SIGUSR1, signal.SIGUSR2):
+            time.sleep(1)  # rank 0 puts the job back, which ends this process too; to exit before could end rank 0
+        if foreign:
             return
         self._ending, self.training = True, False
         raise Stopped(signum)

@@ -93,21 +93,24 @@ class Setting(NamedTuple):
 
 
 def conclude(folder: Path, panels: list[str]) -> None:
-    """The end of a sweep in `folder`: summarises it, names the jobs that failed.
+    """The end of a sweep in `folder`: summarises it, names the jobs that have no result.
 
     Raises:
-        SystemExit: 1, a job failed.
+        SystemExit: 1, there are some.
     """
-    failed, complaint = [job for job in read_jobs([folder]) if job.error], None
+    # Not read_jobs, for which a failed job is nothing where another one with the same settings has finished.
+    jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := _read_job(path))]
+    missing, complaint = [job for job in jobs if job.error or not job.results], None
     try:
         summarise([folder], folder, panels)
     except UserError as error:
         complaint = str(error)
-    if failed:
+    if missing:
         again = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} tries them again"
-        lines = "".join(f"\n{job.folder.name}: {job.error}" for job in failed)
-        log.error(f"{len(failed)} failed; {again}:{lines}")
-    if failed or complaint:
+        unfinished = "unfinished; is another process at work on it?"
+        lines = "".join(f"\n{job.folder.name}: {job.error or unfinished}" for job in missing)
+        log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
+    if missing or complaint:
         raise SystemExit(complaint or 1)
 
 

@@ -46,6 +46,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
     from fewshot import checkpoint
     from fewshot.data.module import MetaData
+    from fewshot.distributed import cluster
     from fewshot.evidence import write
     from fewshot.evidence.identities import identities, limits
     from fewshot.evidence.measures import measure
@@ -58,6 +59,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
+    if cfg.algo.head == "prototypes" or cfg.algo.learned_inner_lr:
+        raise UserError(f"checkpoint={start.path}: the theory is of a learned head and one inner_lr, this has others")
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )
@@ -83,7 +86,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         cfg.trainer,
         precision=precision,
         logger=False,
-        plugins=[checkpoint.AtomicCheckpointIO()],
+        plugins=[checkpoint.AtomicCheckpointIO(), cluster()],
         default_root_dir=folder,
     )
     trainer.test(module, data, ckpt_path=start.path, weights_only=True, verbose=False)
