@@ -20,8 +20,8 @@ CONFIGS = [
     for group in ("algo", "dataset", "model", "trainer", "logger", "experiment")
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
-PHOTOS = ("cifarfs", "folder")
-ROOT = "dataset.root=photos"  # photo datasets have no default place; whether it exists is not for the YAML to say
+PHOTOS = ("cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder")
+ROOT = "dataset.root=photos"  # one's own photos have no default place; whether it exists is not for the YAML to say
 
 
 def compose(*overrides):
@@ -36,7 +36,7 @@ def default():
 
 def valid(override):
     """The overrides that make a valid configuration with that file."""
-    return [override, ROOT] if override.removeprefix("dataset=") in PHOTOS else [override]
+    return [override, ROOT] if override == "dataset=folder" else [override]
 
 
 def complaint(cfg):
@@ -60,7 +60,8 @@ def test_every_file_composes_and_is_valid(override):
 
 def test_the_promised_files_are_there():
     assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init", "anil", "contrastive")} <= set(CONFIGS)
-    assert {f"dataset={name}" for name in ("glyphs", "omniglot", "cifarfs", "folder")} <= set(CONFIGS)
+    datasets = ("glyphs", "omniglot", "cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder")
+    assert {f"dataset={name}" for name in datasets} <= set(CONFIGS)
     assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)
 
 
@@ -244,6 +245,9 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset=cifarfs dataset.root=photos queries=600": ("shots+queries=1+600: ", "600 images per class"),
     # steps and rates
     "inner_steps=5 test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
+    "dataset=fc100 ways=21": ("ways=21: ", "fc100 has 20 val classes"),
+    "dataset=tieredimagenet ways=98": ("ways=98: ", "tieredimagenet has 97 val classes"),
+    "dataset=miniimagenet dataset.trust=yes_please": ("dataset.trust=yes_please: ", "true or false"),
     "dataset=cifarfs test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
     "inner_lr=0": ("inner_lr=0: ", "above 0"),
     "inner_lr=fast": ("inner_lr=fast: ", REAL),
@@ -300,7 +304,6 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),
     "experiment=cosine_similarity callbacks.cosine_similarity.every=0": ("callbacks.cosine_similarity.every=0: ", "1"),
     # where the photos are
-    "dataset=cifarfs": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
     "dataset=folder": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
     "trainer.max_steps=7": ("trainer.max_steps=7: ", "set iterations=7"),
     # mistyped keys

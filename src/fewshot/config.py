@@ -183,6 +183,7 @@ def check(cfg: DictConfig) -> None:
         "algo.noise",
         "algo.interference",
         "model.head_bias",
+        "dataset.trust",
     )
     for knob in flags:
         value = OmegaConf.select(cfg, knob, default=False)

@@ -3,20 +3,18 @@
 Drawings are black (0) on white (255) as in the original files.
 """
 
-import http.client
 import json
 import os
 import re
-import socket
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image
 
 from fewshot.config import UserError
+from fewshot.data.download import download
 from fewshot.data.folder import some
-from fewshot.data.images import Source, cache_folder, cached, open_source, read_splits
+from fewshot.data.images import Source, cached, open_source, read_splits
 from fewshot.tasks import SPLITS, Split
 
 PARTS = ("images_background", "images_evaluation")
@@ -115,28 +113,13 @@ def _check_complete(root: Path, alphabets: dict[str, int], drawings: dict[str, i
 
 def _download(cache: str | None) -> Path:
     """The folder with the two original zips, each checked against its published checksum before it gets its name."""
-    folder = None
-    timeout = socket.getdefaulttimeout()
-    try:
-        folder = cache_folder(cache) / "omniglot"
-        absent = [part for part in PARTS if not os.path.isfile(folder / f"{part}.zip")]
-        if not absent:
-            return folder
-        from torchvision.datasets.omniglot import Omniglot
-        from torchvision.datasets.utils import download_url
 
-        socket.setdefaulttimeout(30)  # torchvision sets none: a silent network would hang for ever
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as partial:
-            for part in absent:
-                url = f"{Omniglot.download_url_prefix}/{part}.zip"
-                download_url(url, partial, md5=Omniglot.zips_md5[part])
-                os.replace(Path(partial) / f"{part}.zip", folder / f"{part}.zip")
-        return folder
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"dataset.root=null: downloading Omniglot into {folder or 'the cache'} failed ({error}); "
-            f"set dataset.root to a folder with {HOLDS}, or dataset.cache to a folder with room to write"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    def find() -> dict[str, tuple[str, str]]:
+        from torchvision.datasets.omniglot import Omniglot
+
+        return {
+            f"{part}.zip": (f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part]) for part in PARTS
+        }
+
+    names = [f"{part}.zip" for part in PARTS]
+    return download("Omniglot", names, find, folder="omniglot", cache=cache, holds=f"a folder with {HOLDS}")
