@@ -21,7 +21,8 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names("model"))
 def test_model(config, name):
-    cfg = config(f"model={name}", "ways=3")
+    any_module = ["model.module={_target_: fewshot.models.conv4_strided, channels: 1, size: 28, ways: 7}"]
+    cfg = config(f"model={name}", "ways=3", *(any_module if name == "module" else []))
     images = torch.rand(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
     assert instantiate(cfg.model.network)(images).shape == (4, 3)
 
@@ -42,6 +43,14 @@ def test_dataset(config, cache, name):
         assert classes is None or len(splits[split].names) == classes
         if cfg.dataset.images_per_class is not None and name != "cifarfs":  # the shared zip holds 200 of the 600
             assert set(splits[split].counts.tolist()) == {cfg.dataset.images_per_class}
+
+
+@pytest.mark.parametrize("name", names("augment"))
+def test_augment(config, name):
+    transforms = instantiate(config("dataset=cifarfs", f"augment={name}").augment)
+    image = torch.rand(3, 32, 32)
+    assert [transform(image).shape for transform in transforms.values()] == [image.shape] * len(transforms)
+    assert len(transforms) == {"none": 0, "standard": 3}[name]
 
 
 @pytest.mark.parametrize("name", names("trainer"))

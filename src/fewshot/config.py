@@ -133,7 +133,7 @@ INTEGERS = {  # knob: smallest value
     "seed": 0, "val_every": 1, "val_tasks": 2, "test_every": 1, "test_tasks": 2, "tasks_at_once": 1, "threads": 1,
 }  # fmt: skip
 OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
-GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
+GROUPS = ("algo", "model", "dataset", "augment", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "probes", "zeroing"}
 ALGO = ("first_order", "adapted", "zeroing", "noise", "interference")
@@ -210,6 +210,7 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     _check_dataset(cfg)
+    _check_model(cfg)
 
 
 def processes(cfg: DictConfig) -> int:
@@ -248,7 +249,6 @@ def _check_dataset(cfg: DictConfig) -> None:
         raise UserError(f"dataset.std={data.std}: must be numbers above 0")
     if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.folder.load":
         raise UserError("dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image")
-    _integer("model.width", cfg.model.width, 1)
     for split, classes in data.classes.items():
         if classes is not None and cfg.ways > classes:
             raise UserError(
@@ -267,10 +267,36 @@ def _check_dataset(cfg: DictConfig) -> None:
         if cfg.queries == 1:
             raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
         _integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
-    if data.size < cfg.model.smallest_image:
+    for name, transform in cfg.augment.items():
+        if not _makes(transform):
+            raise UserError(f"augment.{name}={shown(transform)}: must be {{_target_: torchvision.transforms.v2.NAME}}")
+
+
+def _check_model(cfg: DictConfig) -> None:
+    model = cfg.model
+    if "width" in model:
+        _integer("model.width", model.width, 1)
+    if "drop_block" in model:
+        _real("model.drop_block", model.drop_block, above=False)
+        if model.drop_block >= 1:
+            raise UserError(f"model.drop_block={model.drop_block}: is a fraction, below 1")
+    if "module" in model:
+        if not _makes(model.module):
+            raise UserError(
+                f"model.module={shown(model.module)}: must be {{_target_: torchvision.models.resnet18}} or another "
+                "torch.nn.Module, with its arguments"
+            )
+        if not isinstance(model.head, str | None):
+            raise UserError(f"model.head={shown(model.head)}: must be the name of a linear layer, or null to find it")
+    if cfg.dataset.size < model.smallest_image:
         raise UserError(
-            f"dataset.size={data.size}: {cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
+            f"dataset.size={cfg.dataset.size}: {model.name} needs images of at least {model.smallest_image} pixels"
         )
+
+
+def _makes(value: Any) -> bool:
+    """Whether Hydra makes an object of it."""
+    return OmegaConf.is_dict(value) and isinstance(value.get("_target_"), str)
 
 
 def shown(value: Any) -> str:

@@ -20,7 +20,8 @@ from fewshot import batched, contrastive, learner
 from fewshot.config import UserError
 from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.evidence import probes
-from fewshot.execution import CudaGraphs
+from fewshot.execution import CudaGraphs, one_by_one
+from fewshot.models import dropping, drops
 from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ class MetaLearner(pl.LightningModule):
             how = {"tasks_at_once": self.tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
             engine = batched
         self._step_accuracies = partial(engine.step_accuracies, adapted=self.adapted, **how)
+        if engine is batched and device == "cpu" and drops(self.network):
+            how["execute"] = one_by_one  # threads would draw from the one generator in any order
         self._meta_gradient = partial(engine.meta_gradient, adapted=self.adapted, **how)
         if self.noise is not None:
             terms = {"noise": self.noise, "interference": self.interference}
@@ -154,7 +157,8 @@ class MetaLearner(pl.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         knobs = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
-        with self._one_line_out_of_memory(tasks):
+        position = self.global_step * self.trainer.world_size + self.global_rank
+        with self._one_line_out_of_memory(tasks), dropping(self.network, position):
             loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
         means = loss.mean(), accuracy.mean()
         mean_over_ranks([*(parameter.grad for parameter in self.network.parameters()), *means])

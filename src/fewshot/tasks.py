@@ -3,6 +3,7 @@
 Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -70,9 +71,12 @@ class TaskSampler:
         seed: non-negative.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
         kind: see above; with "one_task" the split is that of the test.
+        augment: (C, H, W) in [0, 1] to the same, for each image of a task alone, before mean and std are applied; takes
+            its random numbers from torch, and they too depend only on (seed, stream, position).
 
     Raises:
-        ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
+        ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
+            the shape of images.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class TaskSampler:
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         kind: str = "mutually_exclusive",
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         classes, fewest = len(split.names), int(split.counts.min())
         name = "test" if kind == "one_task" else SPLITS[stream]
@@ -102,6 +107,18 @@ class TaskSampler:
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self._augment = augment
+        if augment is not None:
+            one = split.images[None, None, None, 0].float().div_(255)
+            shape = tuple(one.shape[3:])
+            try:
+                after = self._augmented(one, 0)
+            except Exception as error:  # whatever it makes of images that it is not made for
+                reason = str(error).split("\n")[0]
+                raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
+            if (after.shape, after.dtype) != (one.shape, one.dtype):
+                turned = f"{tuple(after.shape[3:])} {after.dtype}"
+                raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
 
     def to(self, device: torch.device) -> None:
         """Moves the images to where the tasks are wanted."""
@@ -152,13 +169,26 @@ class TaskSampler:
 
     def __call__(self, first: int, tasks: int) -> Task:
         """The tasks at positions first .. first + tasks - 1, on the device of the images."""
-        return self._gather(self.indices(first, tasks))
+        return self._gather(self.indices(first, tasks), first)
 
-    def _gather(self, indices: np.ndarray) -> Task:
-        """The images of these (B, K, shots + queries) indices as tasks."""
+    def _augmented(self, images: Tensor, first: int) -> Tensor:
+        """Tasks of images in [0, 1], (B, K, shots + queries, C, H, W), that are at positions first .. first + B - 1."""
+        devices = [images.device] if images.is_cuda else []
+        augmented = []
+        with torch.random.fork_rng(devices):  # some transforms draw on the device
+            for position, task in enumerate(images.flatten(1, 2), first):
+                torch.manual_seed(int(np.random.SeedSequence((*self._key.tolist(), position)).generate_state(1)[0]))
+                augmented.append(torch.stack([self._augment(image) for image in task]))
+        return torch.stack(augmented).unflatten(1, images.shape[1:3])
+
+    def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:
+        """The images of these (B, K, shots + queries) indices as tasks; of those at positions from first on, augmented."""
         tasks, device = len(indices), self.split.images.device
         index = torch.from_numpy(indices).to(device)
-        images = self.split.images[index].float().div_(255).sub_(self._mean).div_(self._std)
+        images = self.split.images[index].float().div_(255)
+        if self._augment is not None and first is not None:
+            images = self._augmented(images, first)
+        images = images.sub_(self._mean).div_(self._std)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)
         return Task(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
+from torchvision.transforms import v2
 
 from fewshot.config import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
@@ -42,6 +44,7 @@ class MetaData(pl.LightningDataModule):
         splits: train, val and test images, (M, C, H, W) uint8.
         seed: of the training tasks; validation and test tasks are the same for every seed.
         kind: of the training tasks, as TaskSampler has them; validation and test tasks are mutually exclusive.
+        augment: of the training tasks' images, as TaskSampler has it.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class MetaData(pl.LightningDataModule):
         test_tasks: int,
         tasks_at_once: int | None,
         kind: str,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.meta_batch_size, self.iterations = meta_batch_size, iterations
@@ -78,6 +82,7 @@ class MetaData(pl.LightningDataModule):
                     seed=seed if name == "train" else EVALUATION_SEED,
                     stream=SPLITS.index(name),
                     kind=kind if name == "train" else "mutually_exclusive",
+                    augment=augment if name == "train" else None,
                 )
                 for name in SPLITS
             }
@@ -95,6 +100,7 @@ class MetaData(pl.LightningDataModule):
             mean=cfg.dataset.mean,
             std=cfg.dataset.std,
             kind=cfg.dataset.tasks,
+            augment=v2.Compose(list(instantiate(cfg.augment).values())) if cfg.augment else None,
             seed=cfg.seed,
             meta_batch_size=cfg.meta_batch_size,
             iterations=cfg.iterations,
