@@ -293,6 +293,16 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset.channels=3": ("dataset.mean=[0.0]: ", "3 numbers"),
     "dataset.std=[1.0,1.0]": ("dataset.std=[1.0, 1.0]: ", "dataset.channels=1 numbers"),
     "model.width=0": ("model.width=0: ", "at least 1"),
+    "model=resnet12 model.drop_block=1": ("model.drop_block=1: ", "below 1"),
+    "model=resnet12 model.drop_block=true": ("model.drop_block=true: ", "at least 0"),
+    "model=resnet12 dataset.size=15": ("dataset.size=15: ", "resnet12 needs images of at least 16 pixels"),
+    "model=module": ("model.module=null: ", "{_target_: torchvision.models.resnet18}"),
+    "model=module model.module=torchvision.models.resnet18": (
+        "model.module=torchvision.models.resnet18: ",
+        "must be {_target_: torchvision.models.resnet18}",
+    ),
+    "model=module model.module={_target_:a.B} model.head=3": ("model.head=3: ", "name of a linear layer"),
+    "augment=standard augment.crop=7": ("augment.crop=7: ", "{_target_: torchvision.transforms.v2.NAME}"),
     # the tasks of training
     "dataset.tasks=both": ("dataset.tasks=both: ", "one of mutually_exclusive, non_mutually_exclusive, one_task"),
     "dataset.tasks=null": ("dataset.tasks=null: ", "one of mutually_exclusive"),
@@ -325,6 +335,7 @@ def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
         "ways=30", "shots=5", "ways=2", "seed=0", "seed=4294967295", "init_scale=0", "stop_at_accuracy=1", "inner_lr=1",
         "dataset.size=23", "dataset=folder dataset.root=photos dataset.size=16", "val_tasks=2",
         "dataset=folder dataset.root=photos ways=500 shots=900",
+        "model=module model.module={_target_:a.B,depth:3}", "augment=standard",
         "inner_steps=7 test_steps=7", "fit=false checkpoint=a/checkpoints/best.ckpt", "logger.mode=offline",
     ],
 )  # fmt: skip

@@ -106,9 +106,9 @@ def _forward(module: nn.Module, images: Tensor) -> Any:
             return module(images)
     except Exception as error:  # whatever it makes of images that it was not made for
         _, channels, size, _ = images.shape
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kind, reason = type(module).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"dataset.channels={channels} dataset.size={size}: {type(module).__name__} fails on such images ({reason}); "
+            f"dataset.channels={channels} dataset.size={size}: {kind} fails on such images ({reason}); "
             "use a dataset with the channels and the size that it takes"
         ) from error
 
@@ -123,7 +123,8 @@ def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
         except RuntimeError as error:
             reason = str(error).splitlines()[0].split(":")[0]
             raise UserError(
-                f"model.module: {kind} cannot be differentiated ({reason}); let nothing be overwritten in place that is still needed"
+                f"model.module: {kind} cannot be differentiated ({reason}); "
+                "overwrite nothing in place that is still needed"
             ) from error
         frozen = [name for name, each in zip(parameters, gradients, strict=True) if each is None]
     if frozen:

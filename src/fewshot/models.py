@@ -5,6 +5,7 @@ Shapes: B images of C channels, H x W pixels; d features; K ways.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,9 +103,9 @@ def resnet12(
     init_scale: float = 1.0,
     head_bias: bool = True,
 ) -> Network:
-    """Four residual blocks of widths 64, 160, 320, 640, (B, channels, size, size) -> (B, K): Lee et al. 2019 (MetaOptNet).
+    """Four residual blocks of widths 64, 160, 320, 640, (B, channels, size, size) -> (B, K).
 
-    640 features, the mean over the pixels that are left, so that any size from 16 will do.
+    As in Lee et al. 2019 (MetaOptNet) and Tian et al. 2020; 640 features, the mean over the pixels that are left.
 
     Args:
         width: of the first block; the others have 2.5, 5 and 10 times as many channels.
@@ -113,7 +114,7 @@ def resnet12(
     """
     widths = (channels, width, width * 5 // 2, width * 5, width * 10)
     blocks: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (inputs, outputs) in enumerate(pairwise(widths)):
         blocks.append(Residual(inputs, outputs))
         if drop_block > 0 and number >= 2:
             blocks.append(DropBlock(drop_block, seed))
@@ -152,7 +153,7 @@ class DropBlock(nn.Module):
 
 
 def drop_squares(x: Tensor, share: float) -> Tensor:
-    """(B, C, H, W) of one task, of which this share is zero and the rest larger in turn; squares of 5 x 5 where they fit."""
+    """(B, C, H, W) of one task: this share becomes zero, in squares of 5 x 5 where they fit, and the rest larger."""
     if has_torch_function((x,)):  # the batched engine has several tasks in x
         return handle_torch_function(drop_squares, (x,), x, share)
     side = min(5, *x.shape[2:])

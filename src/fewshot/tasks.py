@@ -182,7 +182,10 @@ class TaskSampler:
         return torch.stack(augmented).unflatten(1, images.shape[1:3])
 
     def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:
-        """The images of these (B, K, shots + queries) indices as tasks; of those at positions from first on, augmented."""
+        """The images of these (B, K, shots + queries) indices as tasks.
+
+        first: position of the first of them, where they are to be augmented.
+        """
         tasks, device = len(indices), self.split.images.device
         index = torch.from_numpy(indices).to(device)
         images = self.split.images[index].float().div_(255)
