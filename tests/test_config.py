@@ -36,6 +36,8 @@ def default():
 
 def valid(override):
     """The overrides that make a valid configuration with that file."""
+    if override == "model=module":
+        return [override, "model.module={_target_: torchvision.models.resnet18}"]
     return [override, ROOT] if override.removeprefix("dataset=") in PHOTOS else [override]
 
 
