@@ -90,6 +90,26 @@ def program(cache: Path) -> Callable[..., subprocess.Popen]:
         process.communicate()
 
 
+@pytest.fixture(scope="session")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, trained for seconds, that tells letters apart far better than by chance."""
+    folder = tmp_path_factory.mktemp("trained")
+    knobs = (
+        "iterations=10",
+        "val_every=10",
+        "val_tasks=2",
+        "test_tasks=4",
+        "model.width=32",
+        "shots=5",
+        "inner_lr=0.1",
+    )
+    overrides = {o.split("=")[0]: o for o in (*SMALL, *knobs, f"dataset.cache={cache}", "logger=none")}.values()
+    torch.set_num_threads(1)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
+        train.run(compose("config", list(overrides)), list(overrides), folder, signals)
+    return folder
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run computed: weights and optimiser state bit by bit, metrics.csv, results.json less its times."""
     state = {}

@@ -15,6 +15,7 @@ import torch
 from hydra import compose
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from fewshot.config import UserError, settings, shown
 
@@ -135,17 +136,23 @@ class Start:
 
     def check_fits(self, module: pl.LightningModule) -> None:
         """Raises UserError where the checkpoint is of another network or of other ways."""
-        if self.content is None:
-            return
-        theirs, ours = self.content["state_dict"], module.state_dict()
-        for name in sorted({*theirs, *ours}, key=lambda name: ("head" not in name, name)):
-            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
-            if shapes[0] != shapes[1]:
-                trained = self.content["fewshot"]["config"]
-                raise UserError(
-                    f"checkpoint={self.path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
-                    f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
-                )
+        if self.content is not None:
+            refuse_misfit(self.content["state_dict"], self.content["fewshot"]["config"], self.path, module)
+
+
+def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
+    """Raises UserError naming the first tensor in which the weights found at path are not those of the module.
+
+    trained: the configuration found beside them.
+    """
+    ours = module.state_dict()
+    for name in sorted({*weights, *ours}, key=lambda name: ("head" not in name, name)):
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"checkpoint={path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
+                f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
+            )
 
 
 def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -287,6 +287,42 @@ def _real(knob: str, value: Any, above: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (above and value == 0):
         raise UserError(f"{knob}={shown(value)}: must be a number {'above' if above else 'of at least'} 0")
+
+
+def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:
+    """The key=value words of a command that composes no configuration; needed: {key: what to give}.
+
+    Raises:
+        UserError: a word that is none, one that is not known, one given twice, one that is missing.
+    """
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if key not in known:
+            raise UserError(f"{word}: no such knob; {_nearest(key, set(known))}")
+        if not equals or not value:
+            raise UserError(f"{word}: give {key}=VALUE")
+        if key in given:
+            raise UserError(f"{word}: {key} is given twice; {key}={given[key]} came first")
+        given[key] = value
+    for key, what in needed.items():
+        if key not in given:
+            raise UserError(f"{key}: is missing; give {key}={what}")
+    return given
+
+
+def flag(knob: str, value: str) -> bool:
+    """true or false, as YAML and the command line write them."""
+    if value not in ("true", "false"):
+        raise UserError(f"{knob}={value}: must be true or false")
+    return value == "true"
+
+
+def integer(knob: str, value: str, smallest: int) -> int:
+    """A word as an integer of at least `smallest`."""
+    number: int | str = int(value) if re.fullmatch(r"[+-]?[0-9]{1,9}", value) else value
+    _integer(knob, number, smallest)
+    return int(number)
 
 
 def _nearest(key: str, known: set[str]) -> str:

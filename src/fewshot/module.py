@@ -172,6 +172,16 @@ class MetaLearner(pl.LightningModule):
             accuracies = of_all_ranks([self._accuracies(precision.convert_input(tasks)) for tasks in batches])
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
+    @torch.enable_grad()
+    def step_logits(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
+        """The queries' logits after every inner step 0 .. steps, (B, steps + 1, Q, K), one task after the other.
+
+        zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
+        """
+        knobs = {"inner_lr": self.inner_lr, "adapted": self.adapted}
+        with self._one_line_out_of_memory(tasks):
+            return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, **knobs)
+
     def probes(self, batches: Iterable[Task]) -> dict[str, float]:
         """What evidence/probes.py measures; changes nothing in the module."""
         precision = self.trainer.precision_plugin

@@ -148,7 +148,12 @@ def is_image(name: str) -> bool:
 def decode(data: bytes, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
     """(C, size, size) uint8: an image file the right way up, the middle square of it, resized."""
     with Image.open(io.BytesIO(data), formats=formats()) as opened:
-        image = _eight_bits(ImageOps.exif_transpose(opened))
+        return square(opened, size=size, channels=channels, resample=resample)
+
+
+def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
+    """`decode` of an image that is open already."""
+    image = _eight_bits(ImageOps.exif_transpose(image))
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black: show paper
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB" if channels == 3 else "L")
