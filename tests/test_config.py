@@ -299,9 +299,19 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "callbacks=cosine_similarity": ("dataset.tasks=mutually_exclusive: ", "dataset.tasks=one_task"),
     "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),
     "experiment=cosine_similarity callbacks.cosine_similarity.every=0": ("callbacks.cosine_similarity.every=0: ", "1"),
+    # the split, and where the images lie
+    "dataset.device=gpu": ("dataset.device=gpu: ", "one of auto, cpu, cuda"),
+    "dataset.other_split=yes": ("dataset.other_split=yes: ", "true or false"),
+    "dataset=omniglot dataset.split=mine": ("dataset.split=mine: ", "one of vinyals, random1200, lake"),
+    "dataset=omniglot dataset.split_seed=-1": ("dataset.split_seed=-1: ", "at least 0"),
+    "dataset=omniglot dataset.rotations=4": ("dataset.rotations=4: ", "true or false"),
+    "dataset=omniglot dataset.split=random1200 ways=101": ("ways=101: ", "100 val classes"),
+    "dataset=omniglot dataset.rotations=true ways=689": ("ways=689: ", "688 val classes"),
+    "dataset=folder dataset.root=photos dataset.fractions.val=0.2": ("dataset.fractions=", "add up to 1"),
+    "dataset=folder dataset.root=photos dataset.fractions.val=0": ("dataset.fractions.val=0: ", "above 0"),
     # where the photos are
     "dataset=cifarfs": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
-    "dataset=folder": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
+    "dataset=folder": ("dataset.root=null: ", "a folder or zip with train|val|test/CLASS/image or CLASS/image"),
     "trainer.max_steps=7": ("trainer.max_steps=7: ", "set iterations=7"),
     # mistyped keys
     "+zerong=true": ("zerong: ", "did you mean zeroing?"),
@@ -322,6 +332,7 @@ def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
 @pytest.mark.parametrize(
     "command",
     [
+        "dataset=omniglot dataset.rotations=true ways=688",
         "ways=30", "shots=5", "ways=2", "seed=0", "seed=4294967295", "init_scale=0", "stop_at_accuracy=1", "inner_lr=1",
         "dataset.size=23", "dataset=folder dataset.root=photos dataset.size=16", "val_tasks=2",
         "dataset=folder dataset.root=photos ways=500 shots=900",

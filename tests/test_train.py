@@ -15,6 +15,7 @@ import pytest
 import torch
 import wandb
 from conftest import outcome, rows
+from PIL import Image
 
 from fewshot import checkpoint, ranks
 from fewshot.config import UserError
@@ -345,3 +346,43 @@ def test_a_terminal_gets_a_progress_bar(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     run(tmp_path / "run", "trainer.log_every_n_steps=1")
     assert re.search(r"training .*6/6.*left +loss \d\.\d+  accuracy \d\.\d+", terminal.getvalue())
+
+
+def test_a_checkpoint_keeps_to_the_split_that_it_was_trained_with(run, tmp_path):
+    for number in range(8):
+        for image in range(4):
+            path = tmp_path / "photos" / f"class{number}" / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (28, 28), (30 * number, 60 * image, 0)).save(path)
+    photos = ("dataset=folder", f"dataset.root={tmp_path / 'photos'}", "dataset.size=28", "model=conv4_strided")
+    folder = run(tmp_path / "run", *photos, "ways=2", "queries=1", "val_every=6", "dataset.split_seed=5")
+    results, best = json.loads((folder / "results.json").read_text()), folder / "checkpoints" / "best.ckpt"
+    splits = results["splits"]
+    assert splits == json.loads((folder / "splits.json").read_text()) == checkpoint.read(best)["fewshot"]["splits"]
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == [f"class{number}" for number in range(8)]
+    assert re.fullmatch("[0-9a-f]{64}", splits["sha256"]) and len(splits["test"]) == 2
+    assert '"test": ["class' in (folder / "results.json").read_text()  # on one line
+
+    test = (f"checkpoint={best}", "fit=false")
+    another = (*test, "dataset=folder", "dataset.split_seed=6")
+    with pytest.raises(UserError, match=r"^dataset=folder: not the split that .*best\.ckpt was .* add dataset\.other_"):
+        run(tmp_path / "refused", *another)
+    other = run(tmp_path / "other", *another, "dataset.other_split=true")
+    assert json.loads((other / "splits.json").read_text())["sha256"] != splits["sha256"]
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    moved = run(tmp_path / "again", *test, "dataset=folder", f"dataset.root={tmp_path / 'moved'}")
+    assert json.loads((moved / "results.json").read_text())["test"] == results["test"]
+
+    Image.new("RGB", (28, 28), "white").save(tmp_path / "moved" / "class0" / "0.png")
+    with pytest.raises(UserError, match=r"\(same classes, other images\); .*dataset\.other_split=true$"):
+        run(tmp_path / "refused", *test, "dataset=folder", f"dataset.root={tmp_path / 'moved'}")
+    (folder / "results.json").unlink()
+    last, root = f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}", f"dataset.root={tmp_path / 'moved'}"
+    with pytest.raises(UserError, match=r"\(same classes, other images\); .*start anew in another hydra\.run\.dir$"):
+        run(folder, last, "dataset=folder", root, "dataset.other_split=true")
+
+    old = torch.load(best, weights_only=True)
+    del old["fewshot"]["splits"]
+    torch.save(old, tmp_path / "old.ckpt")
+    tested = run(tmp_path / "old", f"checkpoint={tmp_path / 'old.ckpt'}", "fit=false", "dataset=folder", root)
+    assert (tested / "results.json").exists()

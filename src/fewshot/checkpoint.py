@@ -1,6 +1,7 @@
 """How a run is written down and goes on.
 
-A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run and the call that composed it.
+A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run, the call that composed it and
+the classes and images that it used.
 """
 
 import os
@@ -16,7 +17,8 @@ from hydra import compose
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig
 
-from fewshot.config import UserError, settings, shown
+from fewshot.config import UserError, settings, shown, some
+from fewshot.tasks import SPLITS
 
 # May differ between a run and its continuation: where things lie and where they are reported to.
 FREE = (
@@ -26,6 +28,8 @@ FREE = (
     "dataset.root",
     "dataset.cache",
     "dataset.source",
+    "dataset.device",
+    "dataset.other_split",
     "trainer.max_steps",
     "iterations",
 )
@@ -81,7 +85,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 class Describe(pl.Callback):
-    """Puts what describes the run (configuration, call, logger run) into every checkpoint."""
+    """Puts what describes the run (configuration, call, logger run, splits) into every checkpoint."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.description = description
@@ -129,9 +133,10 @@ class Start:
         """Of metrics.csv, so far."""
         return self.content["callbacks"]["Record"]["rows"] if self.content and self.cfg.fit else []
 
-    def describe(self) -> Describe:
-        """What every checkpoint of this run is to carry."""
-        return Describe({"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id})
+    def describe(self, splits: dict[str, Any]) -> Describe:
+        """What every checkpoint of this run is to carry; splits: the manifest of its images."""
+        call = {"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id}
+        return Describe({**call, "splits": splits})
 
     def check_fits(self, module: pl.LightningModule) -> None:
         """Raises UserError where the checkpoint is of another network or of other ways."""
@@ -146,6 +151,24 @@ class Start:
                     f"checkpoint={self.path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
                     f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
                 )
+
+    def check_split(self, splits: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint was trained on other classes or images, unless a test asks for them."""
+        trained = self.content["fewshot"].get("splits", splits) if self.content else splits
+        if splits == trained or (not self.cfg.fit and self.cfg.dataset.other_split):
+            return
+        difference = "same classes, other images"
+        for split in SPLITS:
+            new, gone = (set(a[split]) - set(b[split]) for a, b in ((splits, trained), (trained, splits)))
+            if new or gone:
+                told = [f"{verb} {some(sorted(names))}" for verb, names in (("has", new), ("lacks", gone)) if names]
+                difference = f"{split} {' and '.join(told)}"
+                break
+        remedy = "or start anew in another hydra.run.dir" if self.cfg.fit else "or add dataset.other_split=true"
+        raise UserError(
+            f"dataset={self.cfg.dataset.name}: not the split that {self.path} was trained with ({difference}); "
+            f"use that one, {remedy}"
+        )
 
 
 def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:

@@ -115,6 +115,8 @@ def _first_call(folder: str) -> str | None:
 
 
 OmegaConf.register_new_resolver("at_least", lambda least, value: max(least, value), replace=True)
+# Where rotations are classes of their own a dataset has four times as many.
+OmegaConf.register_new_resolver("rotated", lambda yes, classes: 4 * classes if yes else classes, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 
 
@@ -141,6 +143,7 @@ ADAPTED = ("all", "head")
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
+DEVICES = ("auto", "cpu", "cuda")
 LOGGER_MODES = (None, "online", "offline", "disabled")
 
 
@@ -183,6 +186,8 @@ def check(cfg: DictConfig) -> None:
         "algo.noise",
         "algo.interference",
         "model.head_bias",
+        "dataset.other_split",
+        "dataset.rotations",
     )
     for knob in flags:
         value = OmegaConf.select(cfg, knob, default=False)
@@ -247,7 +252,11 @@ def _check_dataset(cfg: DictConfig) -> None:
     if not all(isinstance(std, int | float) and std > 0 for std in data.std):
         raise UserError(f"dataset.std={data.std}: must be numbers above 0")
     if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.folder.load":
-        raise UserError("dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image")
+        plain = " or CLASS/image" if "fractions" in data else ""
+        raise UserError(
+            f"dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image{plain}"
+        )
+    _check_split(data)
     _integer("model.width", cfg.model.width, 1)
     for split, classes in data.classes.items():
         if classes is not None and cfg.ways > classes:
@@ -273,9 +282,29 @@ def _check_dataset(cfg: DictConfig) -> None:
         )
 
 
+def _check_split(data: DictConfig) -> None:
+    if data.device not in DEVICES:
+        raise UserError(f"dataset.device={shown(data.device)}: must be one of {', '.join(DEVICES)}")
+    if "split_seed" in data:
+        _integer("dataset.split_seed", data.split_seed, 0)
+    if "split" in data and data.split not in data.splits:
+        raise UserError(f"dataset.split={shown(data.split)}: must be one of {', '.join(data.splits)}")
+    if "fractions" in data:
+        for split, fraction in data.fractions.items():
+            _real(f"dataset.fractions.{split}", fraction, above=True)
+        if abs(sum(data.fractions.values()) - 1) > 1e-6:
+            raise UserError(f"dataset.fractions={dict(data.fractions)}: must add up to 1; give all three")
+
+
 def shown(value: Any) -> str:
     """A value as YAML and the command line write it."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _integer(knob: str, value: Any, smallest: int) -> None:

@@ -21,11 +21,13 @@ class Split:
     images: (M, C, H, W) uint8
     offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
     names: the N class names
+    sha256: of the pixels they were made from, where it is known
     """
 
     images: Tensor
     offsets: Tensor
     names: tuple[str, ...]
+    sha256: str = ""
 
     @property
     def counts(self) -> Tensor:
@@ -64,7 +66,7 @@ class TaskSampler:
         "one_task": always the task `one_task`, the order of its labels drawn anew for each position.
 
     Args:
-        split: the images; tasks are gathered where they lie, see `to`.
+        split: the images; see `to`.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
@@ -103,9 +105,9 @@ class TaskSampler:
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
-    def to(self, device: torch.device) -> None:
-        """Moves the images to where the tasks are wanted."""
-        self.split = replace(self.split, images=self.split.images.to(device))
+    def to(self, device: torch.device, images: torch.device) -> None:
+        """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
+        self.split = replace(self.split, images=self.split.images.to(images))
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def indices(self, first: int, tasks: int) -> np.ndarray:
@@ -151,14 +153,17 @@ class TaskSampler:
         return [order[label :: self.ways] for label in range(self.ways)]
 
     def __call__(self, first: int, tasks: int) -> Task:
-        """The tasks at positions first .. first + tasks - 1, on the device of the images."""
+        """The tasks at positions first .. first + tasks - 1."""
         return self._gather(self.indices(first, tasks))
 
     def _gather(self, indices: np.ndarray) -> Task:
         """The images of these (B, K, shots + queries) indices as tasks."""
-        tasks, device = len(indices), self.split.images.device
-        index = torch.from_numpy(indices).to(device)
-        images = self.split.images[index].float().div_(255).sub_(self._mean).div_(self._std)
+        tasks, device = len(indices), self._mean.device
+        index = torch.from_numpy(indices).to(self.split.images.device)
+        images = self.split.images[index]
+        if images.device != device:  # as bytes, from memory that a GPU can fetch by itself
+            images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+        images = images.float().div_(255).sub_(self._mean).div_(self._std)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)
         return Task(
