@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def formats() -> tuple[str, ...]:
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
     known = Image.registered_extensions()
-    return not name.endswith("/") and known.get(PurePosixPath(name).suffix.lower()) in formats()
+    return not name.endswith("/") and known.get(os.path.splitext(name)[1].lower()) in formats()
 
 
 def decode(data: bytes, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
