@@ -74,7 +74,8 @@ def forked(cache, tmp_path):
     def forked(override, *worlds):
         (tmp_path / "forked").mkdir()
         call = [sys.executable, __file__, tmp_path / "forked", cache, override, *map(str, worlds)]
-        subprocess.run(call, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        subprocess.run(call, check=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
         return tmp_path / "forked"
 
     return forked
