@@ -60,13 +60,16 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     module = MetaLearner.from_config(cfg, start.engine)
     start.check_fits(module)
     data = MetaData.from_config(cfg)
+    start.check_split(data.manifest)
+    report.write_splits(folder, data.manifest)
+    describe = start.describe(data.manifest)
     with finished_run():
         start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
         trainer = instantiate(
             cfg.trainer,
             precision=precision,
             logger=start_logger(folder=folder, run_id=start.run_id, values=settings(cfg), rows=start.rows),
-            callbacks=[Listen(signals), *instantiate(cfg.callbacks).values(), start.describe(), Stop(signals)],
+            callbacks=[Listen(signals), *instantiate(cfg.callbacks).values(), describe, Stop(signals)],
             plugins=[checkpoint.AtomicCheckpointIO(), cluster()],
             default_root_dir=folder,
         )
@@ -83,6 +86,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
             best_iteration=checkpoint.read(tested)["global_step"],
             seconds={"start": ready - began, "train": trained - ready, "test": time.monotonic() - trained},
             config=settings(cfg),
+            splits=data.manifest,
             loggers=trainer.loggers,
         )
     return report.validation_accuracy(results)

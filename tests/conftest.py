@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -34,6 +33,20 @@ SMALL = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What makes this process and all that it starts faster; so this file imports torch only where it is used.
+
+    Bytecode goes to pytest's cache where Python was told to write none, as it often is in containers: each of the many
+    programs below would compile all of torch and sympy anew, which takes longer than the rest of its start. Threads
+    that wait do not spin: the cores belong to the tests beside.
+    """
+    if sys.dont_write_bytecode and config.pluginmanager.hasplugin("cacheprovider"):
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
+        sys.dont_write_bytecode = False
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder for the whole session, so that the letters are drawn once."""
@@ -43,6 +56,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """One thread: what is computed here is so small that two would only wait for each other."""
+    import torch
+
     torch.set_num_threads(1)
     yield
 
@@ -90,8 +105,32 @@ def program(cache: Path) -> Callable[..., subprocess.Popen]:
         process.communicate()
 
 
+@pytest.fixture(scope="session")
+def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, trained for seconds, that tells letters apart far better than by chance."""
+    folder = tmp_path_factory.mktemp("trained")
+    knobs = (
+        "iterations=10",
+        "val_every=10",
+        "val_tasks=2",
+        "test_tasks=4",
+        "model.width=32",
+        "shots=5",
+        "inner_lr=0.1",
+    )
+    overrides = {o.split("=")[0]: o for o in (*SMALL, *knobs, f"dataset.cache={cache}", "logger=none")}.values()
+    import torch
+
+    torch.set_num_threads(1)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
+        train.run(compose("config", list(overrides)), list(overrides), folder, signals)
+    return folder
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run computed: weights and optimiser state bit by bit, metrics.csv, results.json less its times."""
+    import torch
+
     state = {}
     for name in ("best", "last"):
         content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)

@@ -20,8 +20,8 @@ CONFIGS = [
     for group in ("algo", "dataset", "model", "trainer", "logger", "experiment")
     for path in sorted((CONF / group).glob("*.yaml"))
 ]
-PHOTOS = ("cifarfs", "folder")
-ROOT = "dataset.root=photos"  # photo datasets have no default place; whether it exists is not for the YAML to say
+PHOTOS = ("cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder")
+ROOT = "dataset.root=photos"  # one's own photos have no default place; whether it exists is not for the YAML to say
 
 
 def compose(*overrides):
@@ -36,7 +36,9 @@ def default():
 
 def valid(override):
     """The overrides that make a valid configuration with that file."""
-    return [override, ROOT] if override.removeprefix("dataset=") in PHOTOS else [override]
+    if override == "model=module":
+        return [override, "model.module={_target_: torchvision.models.resnet18}"]
+    return [override, ROOT] if override == "dataset=folder" else [override]
 
 
 def complaint(cfg):
@@ -60,7 +62,8 @@ def test_every_file_composes_and_is_valid(override):
 
 def test_the_promised_files_are_there():
     assert {f"algo={name}" for name in ("fomaml", "somaml", "zero", "zero_init", "anil", "contrastive")} <= set(CONFIGS)
-    assert {f"dataset={name}" for name in ("glyphs", "omniglot", "cifarfs", "folder")} <= set(CONFIGS)
+    datasets = ("glyphs", "omniglot", "cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder")
+    assert {f"dataset={name}" for name in datasets} <= set(CONFIGS)
     assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)
 
 
@@ -244,6 +247,9 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset=cifarfs dataset.root=photos queries=600": ("shots+queries=1+600: ", "600 images per class"),
     # steps and rates
     "inner_steps=5 test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
+    "dataset=fc100 ways=21": ("ways=21: ", "fc100 has 20 val classes"),
+    "dataset=tieredimagenet ways=98": ("ways=98: ", "tieredimagenet has 97 val classes"),
+    "dataset=miniimagenet dataset.trust=yes_please": ("dataset.trust=yes_please: ", "true or false"),
     "dataset=cifarfs test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
     "inner_lr=0": ("inner_lr=0: ", "above 0"),
     "inner_lr=fast": ("inner_lr=fast: ", REAL),
@@ -300,15 +306,34 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset.channels=3": ("dataset.mean=[0.0]: ", "3 numbers"),
     "dataset.std=[1.0,1.0]": ("dataset.std=[1.0, 1.0]: ", "dataset.channels=1 numbers"),
     "model.width=0": ("model.width=0: ", "at least 1"),
+    "model=resnet12 model.drop_block=1": ("model.drop_block=1: ", "below 1"),
+    "model=resnet12 model.drop_block=true": ("model.drop_block=true: ", "at least 0"),
+    "model=resnet12 dataset.size=15": ("dataset.size=15: ", "resnet12 needs images of at least 16 pixels"),
+    "model=module": ("model.module=null: ", "{_target_: torchvision.models.resnet18}"),
+    "model=module model.module=torchvision.models.resnet18": (
+        "model.module=torchvision.models.resnet18: ",
+        "must be {_target_: torchvision.models.resnet18}",
+    ),
+    "model=module model.module={_target_:a.B} model.head=3": ("model.head=3: ", "name of a linear layer"),
+    "augment=standard augment.crop=7": ("augment.crop=7: ", "{_target_: torchvision.transforms.v2.NAME}"),
     # the tasks of training
     "dataset.tasks=both": ("dataset.tasks=both: ", "one of mutually_exclusive, non_mutually_exclusive, one_task"),
     "dataset.tasks=null": ("dataset.tasks=null: ", "one of mutually_exclusive"),
     "callbacks=cosine_similarity": ("dataset.tasks=mutually_exclusive: ", "dataset.tasks=one_task"),
     "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),
     "experiment=cosine_similarity callbacks.cosine_similarity.every=0": ("callbacks.cosine_similarity.every=0: ", "1"),
+    # the split, and where the images lie
+    "dataset.device=gpu": ("dataset.device=gpu: ", "one of auto, cpu, cuda"),
+    "dataset.other_split=yes": ("dataset.other_split=yes: ", "true or false"),
+    "dataset=omniglot dataset.split=mine": ("dataset.split=mine: ", "one of vinyals, random1200, lake"),
+    "dataset=omniglot dataset.split_seed=-1": ("dataset.split_seed=-1: ", "at least 0"),
+    "dataset=omniglot dataset.rotations=4": ("dataset.rotations=4: ", "true or false"),
+    "dataset=omniglot dataset.split=random1200 ways=101": ("ways=101: ", "100 val classes"),
+    "dataset=omniglot dataset.rotations=true ways=689": ("ways=689: ", "688 val classes"),
+    "dataset=folder dataset.root=photos dataset.fractions.val=0.2": ("dataset.fractions=", "add up to 1"),
+    "dataset=folder dataset.root=photos dataset.fractions.val=0": ("dataset.fractions.val=0: ", "above 0"),
     # where the photos are
-    "dataset=cifarfs": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
-    "dataset=folder": ("dataset.root=null: ", "set dataset.root to a folder or zip with train|val|test/CLASS/image"),
+    "dataset=folder": ("dataset.root=null: ", "a folder or zip with train|val|test/CLASS/image or CLASS/image"),
     "trainer.max_steps=7": ("trainer.max_steps=7: ", "set iterations=7"),
     # mistyped keys
     "+zerong=true": ("zerong: ", "did you mean zeroing?"),
@@ -329,9 +354,11 @@ def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
 @pytest.mark.parametrize(
     "command",
     [
+        "dataset=omniglot dataset.rotations=true ways=688",
         "ways=30", "shots=5", "ways=2", "seed=0", "seed=4294967295", "init_scale=0", "stop_at_accuracy=1", "inner_lr=1",
         "dataset.size=23", "dataset=folder dataset.root=photos dataset.size=16", "val_tasks=2",
         "dataset=folder dataset.root=photos ways=500 shots=900",
+        "model=module model.module={_target_:a.B,depth:3}", "augment=standard",
         "inner_steps=7 test_steps=7", "fit=false checkpoint=a/checkpoints/best.ckpt", "logger.mode=offline",
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Images in a folder or zip: which are found, and what becomes of their pixels."""
 
+import hashlib
 import io
 import shutil
 import zipfile
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fewshot.config import UserError
 from fewshot.data import folder
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+FRACTIONS = {"train": 0.64, "val": 0.16, "test": 0.2}
 CLASSES = {"train": ("apple", "bear"), "val": ("chair",), "test": ("dog",)}
 
 
@@ -36,9 +40,9 @@ def root(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    def load(root, size=8, channels=3):
+    def load(root, size=8, channels=3, **knobs):
         root = None if root is None else str(root)
-        return folder.load(root=root, size=size, channels=channels, cache=str(tmp_path / "cache"))
+        return folder.load(root=root, size=size, channels=channels, cache=str(tmp_path / "cache"), **knobs)
 
     return load
 
@@ -141,8 +145,139 @@ def test_photos_are_turned_upright(root, load):
     assert (image[:, :, :-1] == 0).all()
 
 
-def test_transparent_pixels_show_white(root, load):
-    assert (loaded_image(root, load, Image.new("RGBA", (8, 8), (0, 0, 0, 0))) == 255).all()
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_show_white(root, load, mode):
+    assert (loaded_image(root, load, Image.new(mode, (8, 8), 0)) == 255).all()
+
+
+@pytest.mark.parametrize("name", ["0.gif", "0.png", "0.webp", "0.tif"])
+def test_of_an_animation_the_first_frame_is_taken(root, load, name):
+    (root / "train" / "apple" / name).parent.mkdir(exist_ok=True)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black", "red")]
+    frames[0].save(root / "train" / "apple" / name, save_all=True, append_images=frames[1:])
+    with Image.open(root / "train" / "apple" / name) as written:
+        assert written.n_frames == 3
+    assert load(root)["train"].images[0].min() >= 250
+
+
+# CLASS/image
+
+
+def signature(splits):
+    return {name: (split.names, split.offsets.tolist(), split.sha256) for name, split in splits.items()}
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Ten classes in CLASS/image, two images each, one of them called as a split is."""
+    for number, label in enumerate(("train", *"abcdefghi")):
+        for image in (1, 2):
+            save(tmp_path / "all" / "photos" / label / f"{image}.png", Image.new("RGB", (8, 8), (number, image, 0)))
+    return tmp_path / "all" / "photos"
+
+
+def test_classes_are_dealt_out_by_the_hash_of_their_names(plain, load):
+    names = sorted((path.name for path in plain.iterdir()), key=lambda n: hashlib.sha256(b"3/" + n.encode()).digest())
+    splits = load(plain, fractions=FRACTIONS, split_seed=3)
+    assert splits["train"].names == tuple(sorted(names[:6]))
+    assert splits["val"].names == tuple(sorted(names[6:8]))  # round(1.6)
+    assert splits["test"].names == tuple(sorted(names[8:]))
+    for split in splits.values():
+        for name, image in zip(split.names, split.images[::2, :, 0, 0].tolist(), strict=True):
+            assert image == [("train", *"abcdefghi").index(name), 1, 0]
+    assert signature(load(plain, fractions=FRACTIONS, split_seed=4)) != signature(splits)
+
+
+def test_a_plain_tree_may_be_a_zip_and_enclosed(plain, load):
+    expected = signature(load(plain, fractions=FRACTIONS))
+    (plain / "notes.txt").write_text("no image")
+    (plain / "labels").mkdir()
+    (plain / "labels" / "1.txt").write_text("no image")
+    for path in (plain, plain.parent, zipped(plain), zipped(plain, "photos/")):
+        assert signature(load(path, fractions=FRACTIONS)) == expected
+
+
+names = st.lists(st.text(min_size=1, max_size=5), min_size=6, max_size=60, unique=True)
+cuts = st.tuples(st.integers(1, 98), st.integers(1, 98)).filter(lambda cut: sum(cut) < 100)
+
+
+@settings(max_examples=30, deadline=None)
+@given(names, cuts, st.integers(0, 5), st.randoms())
+def test_every_class_is_dealt_out_once_whatever_the_order(names, cut, seed, random):
+    fractions = {"val": cut[0] / 100, "test": cut[1] / 100, "train": 1 - sum(cut) / 100}
+    splits = folder.split_classes({name: [] for name in names}, fractions, seed, "")
+    assert sorted(name for split in splits.values() for name in split) == sorted(names)
+    assert all(len(split) >= 2 for split in splits.values())
+    random.shuffle(names)
+    assert splits == folder.split_classes({name: [] for name in names}, fractions, seed, "")
+
+
+def test_the_usual_fractions_of_a_hundred_classes():
+    splits = folder.split_classes({str(number): [] for number in range(100)}, FRACTIONS, 0, "")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 64, "val": 16, "test": 20}
+
+
+def test_too_few_classes_to_be_split(plain, load):
+    for label in "abcde":
+        shutil.rmtree(plain / label)
+    with pytest.raises(UserError, match=r"^dataset\.root=.*: 5 classes \(f, g, h and 2 more\); .*at least 6; .*$"):
+        load(plain, fractions=FRACTIONS)
+
+
+def test_a_dataset_with_a_split_of_its_own_is_never_split_here(plain, load):
+    with pytest.raises(UserError, match=r"no classes in .*it must be .*train\|val\|test/CLASS/image$"):
+        load(plain)
+
+
+def test_small_classes_are_left_out_with_a_line_and_change_nothing_else(plain, load, caplog):
+    before = load(plain, fractions=FRACTIONS)
+    small, empty = before["train"].names[1], before["train"].names[4]
+    (plain / small / "2.png").unlink()
+    after = load(plain, fractions=FRACTIONS, shots=1, queries=1)
+    [line] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    expected = f"dataset.root={plain}: classes with fewer than shots+queries=2 images are left out: train/{small} (1)"
+    assert line == expected
+    assert after["train"].names == tuple(name for name in before["train"].names if name != small)
+    assert [after[name].sha256 for name in ("val", "test")] == [before[name].sha256 for name in ("val", "test")]
+    caplog.clear()
+    for label in "xyz":
+        (plain.parent / "split" / "train" / label).mkdir(parents=True)
+        for number in range(2 if label != "x" else 0):
+            save(plain.parent / "split" / "train" / label / f"{number}.png")
+    for split in ("val", "test"):
+        shutil.copytree(plain / empty, plain.parent / "split" / split / split)
+    assert load(plain.parent / "split", shots=1, queries=1)["train"].names == ("y", "z")
+    assert "left out: train/x (0)" in caplog.text
+    with pytest.raises(UserError, match=r"^shots\+queries=3: no class of train and val and test in .*lower shots.*$"):
+        load(plain.parent / "split", shots=1, queries=2)
+
+
+def test_images_in_two_splits_are_told_every_time(root, load, caplog):
+    load(root)
+    shutil.copy(root / "train" / "bear" / "2.png", root / "train" / "bear" / "3.png")  # once in a split is no harm
+    load(root)
+    assert not caplog.records
+    shutil.copy(root / "train" / "apple" / "1.png", root / "test" / "dog" / "7.png")
+    with Image.open(root / "train" / "bear" / "1.png") as image:
+        image.save(root / "val" / "chair" / "5.bmp")  # other bytes, the same pixels
+    for _ in range(2):
+        caplog.clear()
+        load(root)
+        [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert record.message == (
+            "the same pixels in two splits, 2 times: val/chair/5.bmp = train/bear/1.png, "
+            "test/dog/7.png = train/apple/1.png"
+        )
+
+
+def test_the_sum_of_a_split_is_of_its_pixels_wherever_they_lie(root, load):
+    splits = load(root)
+    for split in splits.values():
+        assert split.sha256 == hashlib.sha256(split.images.numpy().tobytes()).hexdigest()
+    assert signature(load(zipped(root))) == signature(splits)
+    shutil.copytree(root, root.parent / "elsewhere")
+    assert signature(load(root.parent / "elsewhere")) == signature(splits)
+    assert len({split.sha256 for split in splits.values()}) == 3
 
 
 # What cannot be right
@@ -168,6 +303,19 @@ def test_a_truncated_image_is_named(root, load):
         load(root)
 
 
+def test_all_unreadable_images_are_told_at_once(root, load):
+    for name in ("train/apple/2.png", "train/bear/0.png", "val/chair/1.png", "test/dog/1.png"):
+        (root / name).write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        load(root)
+    reason = "not an image in a format that Pillow knows"
+    assert str(error.value) == (
+        f"dataset.root={root}: cannot read 4 images: 'train/apple/2.png': {reason}, 'train/bear/0.png': {reason}, "
+        f"'val/chair/1.png': {reason} and 1 more; replace or remove them"
+    )
+    assert not list((root.parent / "cache").iterdir())
+
+
 def test_a_decompression_bomb_is_one_line(root, load, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     save(root / "val" / "chair" / "3.png", Image.new("L", (40, 40)))
@@ -177,8 +325,10 @@ def test_a_decompression_bomb_is_one_line(root, load, monkeypatch):
 
 def test_a_file_that_unpacks_to_a_flood_is_one_line(root, load, monkeypatch):
     monkeypatch.setattr("fewshot.data.images.LARGEST_FILE", 10)
-    with pytest.raises(UserError, match=r"^dataset\.root=.*: it unpacks to \d+ bytes; .*$"):
+    with pytest.raises(UserError, match=r"^dataset\.root=.*: it unpacks to \d+ bytes.*$"):
         load(zipped(root))
+    with pytest.raises(UserError, match=r"^dataset\.root=.*: it has \d+ bytes.*$"):
+        load(root)
 
 
 @pytest.mark.parametrize("name", ["../train/x/1.png", "/train/x/1.png", "train\\x\\1.png", "C:/train/x/1.png"])

@@ -1,5 +1,6 @@
 """Omniglot on disk, and the cache that all image sources share."""
 
+import copy
 import functools
 import hashlib
 import http.server
@@ -7,16 +8,19 @@ import itertools
 import logging
 import shutil
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets.omniglot import Omniglot
 
 from fewshot.config import UserError
-from fewshot.data import images, omniglot
+from fewshot.data import cache as cache_module
+from fewshot.data import omniglot
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
 SMALL = {
@@ -46,8 +50,8 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def load(tmp_path):
-    def load(root, size=28, cache=tmp_path / "cache"):
-        return omniglot.load(root=None if root is None else str(root), size=size, cache=str(cache))
+    def load(root, size=28, cache=tmp_path / "cache", **knobs):
+        return omniglot.load(root=None if root is None else str(root), size=size, cache=str(cache), **knobs)
 
     return load
 
@@ -84,6 +88,30 @@ def test_drawings_are_black_on_white_and_all_different(root, load):
     assert (drawings[:, :, -1] == 255).all()
     assert (drawings.amin(dim=(1, 2, 3)) < 60).all()
     assert len(drawings.flatten(1).unique(dim=0)) == 80
+
+
+def test_lake_keeps_background_and_evaluation_apart(root, load):
+    splits = load(root, split="lake")
+    assert splits["train"].names == tuple(f"Greek/character0{n}" for n in (1, 2, 3))
+    assert splits["val"].names == ("Hebrew/character01", "Hebrew/character02")
+    assert splits["test"].names == ("Gurmukhi/character01", "Gurmukhi/character02", "ULOG/character01")
+
+
+def test_rotations_are_classes(root, load):
+    plain, turned = load(root), load(root, rotations=True)
+    for name, split in turned.items():
+        before, classes = plain[name], len(plain[name].names)
+        assert len(split.names) == len(set(split.names)) == 4 * classes
+        assert split.counts.tolist() == [20] * 4 * classes
+        for number, label in enumerate(split.names):
+            number, quarters = number % classes, number // classes
+            assert label == before.names[number] + ("", "/rot090", "/rot180", "/rot270")[quarters]
+            images = split.images[split.offsets[split.names.index(label)] :][:20]
+            for image, upright in zip(images, before.images[before.offsets[number] :][:20], strict=True):
+                expected = Image.fromarray(upright[0].numpy()).rotate(90 * quarters)  # to the left
+                assert image[0].tolist() == [[expected.getpixel((x, y)) for x in range(28)] for y in range(28)]
+                break
+    assert len(list((root.parent / "cache").iterdir())) == 1  # upright in the cache, for both
 
 
 @pytest.mark.parametrize("zipped", [["images_evaluation"], ["images_background", "images_evaluation"]])
@@ -238,7 +266,7 @@ def test_changed_files_are_noticed(root, load, built):
 
 @pytest.mark.parametrize("damage", ["header", "pixel", "short", "long", "empty"])
 def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, damage):
-    first = load(root)
+    first = copy.deepcopy(load(root))  # what was loaded is the file itself
     path = cache_file(tmp_path)
     content = bytearray(path.read_bytes())
     if damage in ("header", "pixel"):
@@ -251,11 +279,33 @@ def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, d
     assert len(built) == 2
 
 
+def test_images_are_mapped_and_written_as_they_come(tmp_path):
+    def images(number):
+        random = np.random.default_rng(number)
+        for _ in range(number):
+            yield random.integers(0, 256, (3, 64, 64), dtype=np.uint8)
+
+    def build():
+        return {name: cache_module.Unread(images(n), [n], (name,)) for name, n in (("train", 1600), ("test", 400))}
+
+    tracemalloc.start()
+    splits = cache_module.cached("made", [], size=64, channels=3, cache=str(tmp_path), build=build)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(split.images.nbytes for split in splits.values()) > 24e6 and most < 2e6
+    for name, number in (("train", 1600), ("test", 400)):
+        assert np.array_equal(splits[name].images, np.stack(list(images(number))))
+    if Path("/proc/self/maps").exists():
+        [path] = tmp_path.iterdir()
+        [mapping] = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+        assert mapping[1].startswith("r-")
+
+
 def test_no_partial_file_stays_when_writing_fails(root, load, tmp_path, monkeypatch, caplog):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images.os, "fsync", full)
+    monkeypatch.setattr(cache_module.os, "fsync", full)
     assert len(load(root)["train"].names) == 4
     assert not list((tmp_path / "cache").iterdir())
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -270,7 +320,7 @@ def test_goes_on_without_a_cache_where_none_can_be_written(root, load, tmp_path,
 
 
 def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
-    replace, inner = images.os.replace, []
+    replace, inner = cache_module.os.replace, []
 
     def replace_late(*paths):  # another process starts and ends between our writing and our moving into place
         if not inner:
@@ -278,7 +328,7 @@ def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
             inner[0] = load(root)
         replace(*paths)
 
-    monkeypatch.setattr(images.os, "replace", replace_late)
+    monkeypatch.setattr(cache_module.os, "replace", replace_late)
     outer = load(root)
     assert same(outer, inner[0])
     assert same(outer, load(root))
@@ -287,11 +337,11 @@ def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
 
 def test_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert images.cache_folder(None) == tmp_path / "fewshot"
+    assert cache_module.cache_folder(None) == tmp_path / "fewshot"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert images.cache_folder(None) == tmp_path / ".cache" / "fewshot"
-    assert images.cache_folder("~/images") == tmp_path / "images"
+    assert cache_module.cache_folder(None) == tmp_path / ".cache" / "fewshot"
+    assert cache_module.cache_folder("~/images") == tmp_path / "images"
 
 
 # The real thing
@@ -304,6 +354,24 @@ def test_the_facts_add_up():
         assert sum(last - first + 1 for first, last in omniglot.FACTS[split].values()) == classes
         assert all(last <= characters[alphabet] for alphabet, (_, last) in omniglot.FACTS[split].items())
     assert not omniglot.FACTS["val"].keys() & omniglot.FACTS["test"].keys()
+
+
+@pytest.mark.parametrize("split", ["vinyals", "random1200", "lake"])
+def test_every_split_has_all_characters_and_as_many_as_its_yaml_says(config, split):
+    cfg = config("dataset=omniglot", f"dataset.split={split}")
+    members = omniglot.characters_of(split, 0)
+    assert {name: len(each) for name, each in members.items()} == cfg.dataset.classes
+    assert len({character for each in members.values() for character in each}) == 1623
+    turned = config("dataset=omniglot", f"dataset.split={split}", "dataset.rotations=true").dataset.classes
+    assert all(turned[name] == 4 * len(each) for name, each in members.items())
+
+
+def test_random1200_is_drawn_by_its_own_seed():
+    everything = [character for each in omniglot.characters_of("vinyals", 0).values() for character in each]
+    order = sorted(everything, key=lambda character: hashlib.sha256(f"7/{character}".encode()).hexdigest())
+    drawn = omniglot.characters_of("random1200", 7)
+    assert [set(drawn[name]) for name in drawn] == [set(order[:1100]), set(order[1100:1200]), set(order[1200:])]
+    assert drawn != omniglot.characters_of("random1200", 8)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared Omniglot is not here")

@@ -7,12 +7,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
+from test_data_cifar import make_cifar100
+from test_data_imagenet import make_mini, make_tiered
 
 from fewshot.config import CONF
 from fewshot.tasks import SPLITS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROOTS = {"omniglot": SHARED / "omniglot", "cifarfs": SHARED / "cifarfs.zip", "folder": SHARED / "tinyimagenet100.zip"}
+MADE = {  # few images, but of every class
+    "fc100": lambda folder, classes, monkeypatch: make_cifar100(folder, monkeypatch),
+    "miniimagenet": lambda folder, classes, monkeypatch: make_mini(folder, classes),
+    "tieredimagenet": lambda folder, classes, monkeypatch: make_tiered(folder, classes, each=1),
+}
 
 
 def names(group: str) -> list[str]:
@@ -21,27 +28,41 @@ def names(group: str) -> list[str]:
 
 @pytest.mark.parametrize("name", names("model"))
 def test_model(config, name):
-    cfg = config(f"model={name}", "ways=3")
+    any_module = ["model.module={_target_: fewshot.models.conv4_strided, channels: 1, size: 28, ways: 7}"]
+    cfg = config(f"model={name}", "ways=3", *(any_module if name == "module" else []))
     images = torch.rand(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
     assert instantiate(cfg.model.network)(images).shape == (4, 3)
 
 
 @pytest.mark.parametrize("name", names("dataset"))
-def test_dataset(config, cache, name):
+def test_dataset(config, cache, name, tmp_path, monkeypatch):
     overrides = [f"dataset={name}", f"dataset.cache={cache}"]
     if name in ROOTS:
         if not ROOTS[name].exists():
             pytest.skip(f"no {ROOTS[name].name} in the shared data")
         overrides.append(f"dataset.root={ROOTS[name]}")
     cfg = config(*overrides)
+    if name in MADE:
+        cfg.dataset.root = str(MADE[name](tmp_path / name, cfg.dataset.classes, monkeypatch))
+        if "trust" in cfg.dataset:
+            cfg.dataset.trust = True
     splits = instantiate(cfg.dataset.source)
     assert tuple(splits) == SPLITS
     for split, classes in cfg.dataset.classes.items():
         assert splits[split].images.shape[1:] == (cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
         assert splits[split].images.dtype == torch.uint8
         assert classes is None or len(splits[split].names) == classes
-        if cfg.dataset.images_per_class is not None and name != "cifarfs":  # the shared zip holds 200 of the 600
+        few = name == "cifarfs" or name in MADE  # the shared zip holds 200 of the 600
+        if cfg.dataset.images_per_class is not None and not few:
             assert set(splits[split].counts.tolist()) == {cfg.dataset.images_per_class}
+
+
+@pytest.mark.parametrize("name", names("augment"))
+def test_augment(config, name):
+    transforms = instantiate(config("dataset=cifarfs", f"augment={name}").augment)
+    image = torch.rand(3, 32, 32)
+    assert [transform(image).shape for transform in transforms.values()] == [image.shape] * len(transforms)
+    assert len(transforms) == {"none": 0, "standard": 3}[name]
 
 
 @pytest.mark.parametrize("name", names("trainer"))

@@ -31,21 +31,23 @@ def send(monkeypatch, signum, *, at, times=1, to=MetaLearner, when="training_ste
 
 
 @pytest.mark.parametrize(
-    ("signum", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 8), (signal.SIGTERM, 4), (signal.SIGTERM, 9)]
+    "stops", [((signal.SIGTERM, 2), (signal.SIGINT, 8)), ((signal.SIGTERM, 4),), ((signal.SIGTERM, 9),)]
 )
-def test_the_update_is_finished_and_the_run_goes_on_exactly(run, tmp_path, monkeypatch, signum, at):
-    """Also one in the update after which validation is due, and in the last one."""
-    whole = outcome(run(tmp_path / "whole", *MANY))
-    before = signal.getsignal(signum)
-    with monkeypatch.context() as patch:
-        send(patch, signum, at=at)
-        with pytest.raises(Stopped) as stop:
-            run(tmp_path / "run", *MANY)
-    assert stop.value.signum == signum and signal.getsignal(signum) is before
-    content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert content["global_step"] == at and not (tmp_path / "run" / "results.json").exists()
-    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert len(lines) - 1 == len(content["callbacks"]["Record"]["rows"])
+def test_the_update_is_finished_and_the_run_goes_on_exactly(run, tmp_path, monkeypatch, stops):
+    """Also one in the update after which validation is due, one in the last update, and two in one run."""
+    whole, done = outcome(run(tmp_path / "whole", *MANY)), 0
+    for signum, at in stops:
+        before = signal.getsignal(signum)
+        with monkeypatch.context() as patch:
+            send(patch, signum, at=at - done)
+            with pytest.raises(Stopped) as stop:
+                run(tmp_path / "run", *MANY)
+        assert stop.value.signum == signum and signal.getsignal(signum) is before
+        content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        assert content["global_step"] == at and not (tmp_path / "run" / "results.json").exists()
+        lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+        assert len(lines) - 1 == len(content["callbacks"]["Record"]["rows"])
+        done = at
     assert outcome(run(tmp_path / "run", *MANY)) == whole
 
 

@@ -1,6 +1,7 @@
 """Tasks and their sampler, seen from outside: every image carries its class and place, so a task shows its draws."""
 
 import hashlib
+import re
 from collections import Counter
 from itertools import permutations
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
 from fewshot.config import TASKS
 from fewshot.tasks import SPLITS, Split, TaskSampler
@@ -133,6 +135,62 @@ def test_every_image_is_support_and_query_equally_often():
         for n, count in enumerate((7, 12)):  # 11 degrees of freedom at most: 31.3 once in a thousand
             places = images[images[:, :, 0] == n][:, 1]
             assert chi_square(Counter(places.tolist()), count) < 31.3
+
+
+# Augmentation
+
+
+COLOURS = Split(
+    torch.randint(0, 256, (60, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    torch.arange(0, 61, 6),
+    tuple("abcdefghij"),
+)
+AUGMENTED = {"ways": 3, "shots": 1, "queries": 2, "stream": 0, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
+TRANSFORMS = v2.Compose([v2.RandomCrop(12, padding=2), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip()])
+
+
+def test_augmented_images_depend_on_seed_and_position_alone_and_leave_the_random_state():
+    sampler = TaskSampler(COLOURS, seed=3, augment=TRANSFORMS, **AUGMENTED)
+    state = torch.get_rng_state()
+    together = sampler(40, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    again = TaskSampler(COLOURS, seed=3, augment=TRANSFORMS, **AUGMENTED)
+    for position in range(4):  # another rank, or a run that goes on
+        assert same(at(together, position), at(again(40 + position, 1), 0))
+    assert not same(together, TaskSampler(COLOURS, seed=4, augment=TRANSFORMS, **AUGMENTED)(40, 4))
+
+
+def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_applied():
+    seen = []
+
+    def flipped(image):
+        seen.append(image)
+        return v2.RandomHorizontalFlip()(image)
+
+    drawn = TaskSampler(COLOURS, seed=0, augment=flipped, **AUGMENTED)(5, 2)
+    plain = TaskSampler(COLOURS, seed=0, **AUGMENTED)(5, 2)
+    assert len(seen) == 1 + 2 * 3 * 3 and {tuple(image.shape) for image in seen} == {(3, 12, 12)}
+    assert all(image.min() >= 0 and 0.9 < image.max() <= 1 for image in seen)
+    found, images = (torch.cat([task.support, task.query], dim=1).flatten(0, 1) for task in (drawn, plain))
+    turned = [torch.equal(after, before.flip(-1)) for after, before in zip(found, images, strict=True)]
+    kept = [torch.equal(after, before) for after, before in zip(found, images, strict=True)]
+    assert 0 < sum(turned) < len(turned) and [not each for each in kept] == turned
+    assert torch.equal(drawn.query_labels, plain.query_labels)
+
+
+@pytest.mark.parametrize(
+    ("augment", "line"),
+    [
+        (v2.CenterCrop(8), "turns images of (3, 12, 12) into (3, 8, 8) torch.float32; use"),
+        (v2.ToDtype(torch.uint8, scale=True), "turns images of (3, 12, 12) into (3, 12, 12) torch.uint8; use"),
+        (v2.Normalize([0.5, 0.5], [1.0, 1.0]), "fails on images of (3, 12, 12) ("),
+    ],
+)
+def test_an_augmentation_that_does_not_give_such_images_is_refused_at_once(augment, line):
+    with pytest.raises(ValueError, match=re.escape(f"augment: {line}")) as error:
+        TaskSampler(COLOURS, seed=0, augment=augment, **AUGMENTED)
+    assert "\n" not in str(error.value)
 
 
 # Kinds of training tasks

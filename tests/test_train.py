@@ -15,26 +15,16 @@ import pytest
 import torch
 import wandb
 from conftest import outcome, rows
+from PIL import Image
 
 from fewshot import checkpoint, ranks
 from fewshot.config import UserError
 from fewshot.logger import wandb_logger
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("algo=fomaml", "test_every=3"),
-        ("algo=somaml", "+zeroing=true", "engine=batched"),
-        ("algo=zero", "inner_steps=1", "dataset.size=32"),
-    ],
-    ids=["fomaml", "somaml", "zero"],
-)
-def test_train_py_trains_tests_and_reports(program, tmp_path, overrides):
-    process = program(*overrides, f"hydra.run.dir={tmp_path}")
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    results = json.loads((tmp_path / "results.json").read_text())
+def reported(folder, *, zeroing):
+    """results.json, metrics.csv and the figures of a small run are all there and agree; returns metrics.csv."""
+    results = json.loads((folder / "results.json").read_text())
     for split, tasks in (("test", 6), ("val", 4)):
         assert results[split]["tasks"] == tasks
         for mode in ("zeroing_off", "zeroing_on"):
@@ -43,50 +33,57 @@ def test_train_py_trains_tests_and_reports(program, tmp_path, overrides):
         assert results[split]["zeroing_on"]["accuracy"][0] == 0.2  # a zero head knows nothing: 1/K
     assert results["iterations"] == 6 and 0 <= results["best_iteration"] <= 6
     assert {"start", "train", "test"} <= results["seconds"].keys() and "torch" in results["versions"]
-    assert results["config"]["algo"]["zeroing"] == ("fomaml" not in overrides[0])
-
-    logged = rows(tmp_path)
-    curve = "test_every=3" in overrides
-    assert [int(row["iteration"]) for row in logged] == ([0, 2, 3, 4, 6] if curve else [0, 2, 4, 6])
+    assert results["config"]["algo"]["zeroing"] == zeroing
+    logged = rows(folder)
     assert next(iter(logged[0])) == "iteration" and logged[0]["train/loss"] == "" and float(logged[1]["train/loss"]) > 0
     for metric in ("val/query_accuracy/step_3", "val_zeroed/query_accuracy/step_0"):
         assert [row["iteration"] for row in logged if row[metric]] == ["0", "2", "4", "6"]
-    if curve:
-        assert [row["iteration"] for row in logged if row["test_zeroed/query_accuracy/step_1"]] == ["0", "3", "6"]
     for picture in ("accuracy_over_iterations.png", "accuracy_over_steps.png"):
-        assert (tmp_path / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (folder / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.any(state["network.head.weight"]).item() == (not zeroing)
+    return logged
+
+
+def test_train_py_trains_tests_and_reports(program, tmp_path):
+    process = program("algo=somaml", "+zeroing=true", "engine=batched", "test_every=3", f"hydra.run.dir={tmp_path}")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    logged = reported(tmp_path, zeroing=True)
+    assert [int(row["iteration"]) for row in logged] == [0, 2, 3, 4, 6]
+    assert [row["iteration"] for row in logged if row["test_zeroed/query_accuracy/step_1"]] == ["0", "3", "6"]
     assert (tmp_path / ".hydra" / "config.yaml").exists()
     assert re.search(r"3 │ +\d+\.\d\d ± \d+\.\d\d", output)  # the table: one line per inner step
     sync = re.search(r"wandb sync (\S+)", output)
     (offline,) = Path(sync[1]).glob("run-*.wandb")  # with no key and no prompt
-    if curve:
-        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline]
-        said = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
-        for name in ("iteration", "train/loss", "val_zeroed/query_accuracy/step_3", "test/query_accuracy/step_0"):
-            assert re.search(rf'"type":"history".*"{name}":', said), name
-        assert re.search(r'"type":"summary".*"final_test/query_accuracy/step_3":', said)
-        assert re.search(r'"glob_name":"val/\*".*"step_metric":"iteration"', said)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert torch.any(state["network.head.weight"]).item() == ("fomaml" in overrides[0])
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline]
+    said = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+    for name in ("iteration", "train/loss", "val_zeroed/query_accuracy/step_3", "test/query_accuracy/step_0"):
+        assert re.search(rf'"type":"history".*"{name}":', said), name
+    assert re.search(r'"type":"summary".*"final_test/query_accuracy/step_3":', said)
+    assert re.search(r'"glob_name":"val/\*".*"step_metric":"iteration"', said)
+
+
+@pytest.mark.parametrize("overrides", [("algo=fomaml",), ("algo=zero", "inner_steps=1", "dataset.size=32")])
+def test_the_other_algorithms_report_the_same(run, tmp_path, overrides):
+    logged = reported(run(tmp_path, *overrides), zeroing="algo=zero" in overrides)
+    assert [int(row["iteration"]) for row in logged] == [0, 2, 4, 6]
 
 
 def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, tmp_path):
     whole = run(tmp_path / "whole", "iterations=40", "val_every=10")
     folder = tmp_path / "killed"
-    call = ("iterations=40", "val_every=10", "logger=none", f"hydra.run.dir={folder}")
-    for kills, reached in enumerate((10, 30)):
-        process = program(*call)
-        last = folder / "checkpoints" / "last.ckpt"
-        deadline = time.monotonic() + 120
-        while not (last.exists() and checkpoint.read(last)["global_step"] >= reached):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.02)
-        time.sleep(0.1 * kills)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    process = program("iterations=40", "val_every=10", "logger=none", f"hydra.run.dir={folder}")
+    last = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not (last.exists() and checkpoint.read(last)["global_step"] >= 10):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
     assert not (folder / "results.json").exists()
     call_record = (folder / ".hydra" / "overrides.yaml").read_text()
-    process = program(f"checkpoint={last}", small=False)  # gone on by folder above, by checkpoint here
+    process = program(f"checkpoint={last}", small=False)  # by its folder: test_sweep.py
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert (folder / ".hydra" / "overrides.yaml").read_text() == call_record
@@ -311,15 +308,10 @@ def test_a_checkpoint_of_another_network_is_refused(run, tmp_path, change):
     assert "\n" not in str(error.value)
 
 
-def test_no_gpu_and_no_room_are_one_line(run, program, tmp_path):
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: .*trainer=cpu"):
-            run(tmp_path / "gpu", "trainer=gpu")
-    (tmp_path / "file").write_text("in the way")
-    process = program(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and len(errors.strip().splitlines()) == 1
-    assert "hydra.run.dir" in errors and "cannot be written" in errors
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+def test_no_gpu_is_one_line(run, tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: .*trainer=cpu"):
+        run(tmp_path / "gpu", "trainer=gpu")
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_there_was(run, tmp_path, monkeypatch):
@@ -345,3 +337,43 @@ def test_a_terminal_gets_a_progress_bar(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     run(tmp_path / "run", "trainer.log_every_n_steps=1")
     assert re.search(r"training .*6/6.*left +loss \d\.\d+  accuracy \d\.\d+", terminal.getvalue())
+
+
+def test_a_checkpoint_keeps_to_the_split_that_it_was_trained_with(run, tmp_path):
+    for number in range(8):
+        for image in range(4):
+            path = tmp_path / "photos" / f"class{number}" / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (28, 28), (30 * number, 60 * image, 0)).save(path)
+    photos = ("dataset=folder", f"dataset.root={tmp_path / 'photos'}", "dataset.size=28", "model=conv4_strided")
+    folder = run(tmp_path / "run", *photos, "ways=2", "queries=1", "val_every=6", "dataset.split_seed=5")
+    results, best = json.loads((folder / "results.json").read_text()), folder / "checkpoints" / "best.ckpt"
+    splits = results["splits"]
+    assert splits == json.loads((folder / "splits.json").read_text()) == checkpoint.read(best)["fewshot"]["splits"]
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == [f"class{number}" for number in range(8)]
+    assert re.fullmatch("[0-9a-f]{64}", splits["sha256"]) and len(splits["test"]) == 2
+    assert '"test": ["class' in (folder / "results.json").read_text()  # on one line
+
+    test = (f"checkpoint={best}", "fit=false")
+    another = (*test, "dataset=folder", "dataset.split_seed=6")
+    with pytest.raises(UserError, match=r"^dataset=folder: not the split that .*best\.ckpt was .* add dataset\.other_"):
+        run(tmp_path / "refused", *another)
+    other = run(tmp_path / "other", *another, "dataset.other_split=true")
+    assert json.loads((other / "splits.json").read_text())["sha256"] != splits["sha256"]
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    moved = run(tmp_path / "again", *test, "dataset=folder", f"dataset.root={tmp_path / 'moved'}")
+    assert json.loads((moved / "results.json").read_text())["test"] == results["test"]
+
+    Image.new("RGB", (28, 28), "white").save(tmp_path / "moved" / "class0" / "0.png")
+    with pytest.raises(UserError, match=r"\(same classes, other images\); .*dataset\.other_split=true$"):
+        run(tmp_path / "refused", *test, "dataset=folder", f"dataset.root={tmp_path / 'moved'}")
+    (folder / "results.json").unlink()
+    last, root = f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}", f"dataset.root={tmp_path / 'moved'}"
+    with pytest.raises(UserError, match=r"\(same classes, other images\); .*start anew in another hydra\.run\.dir$"):
+        run(folder, last, "dataset=folder", root, "dataset.other_split=true")
+
+    old = torch.load(best, weights_only=True)
+    del old["fewshot"]["splits"]
+    torch.save(old, tmp_path / "old.ckpt")
+    tested = run(tmp_path / "old", f"checkpoint={tmp_path / 'old.ckpt'}", "fit=false", "dataset=folder", root)
+    assert (tested / "results.json").exists()

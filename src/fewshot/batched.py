@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 from fewshot.execution import Execute, Function, on_threads, one_by_one
-from fewshot.models import prototype_head
+from fewshot.models import drop_squares, prototype_head
 from fewshot.tasks import Task, query_accuracy
 
 Parameters = dict[str, Tensor]
@@ -294,10 +294,15 @@ def _flatten(tasks: int, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Te
     return x.flatten(start_dim, end_dim)
 
 
+def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
+    return torch.cat([drop_squares(each, share) for each in x.chunk(tasks, dim=1)], dim=1)
+
+
 OWN = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     F.linear: _linear,
+    drop_squares: _drop_squares,
     torch.flatten: _flatten,
     Tensor.flatten: _flatten,
 }
@@ -305,6 +310,7 @@ OWN = {
 ON_IMAGES = {F.pad, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 ELEMENTWISE = {
     *(F.relu, F.leaky_relu, F.gelu, F.silu, F.elu, torch.relu, torch.tanh, torch.sigmoid),
+    *(F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.dropout),
     *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__),
 }
 METADATA = {Tensor.dim, Tensor.dtype.__get__, Tensor.device.__get__}

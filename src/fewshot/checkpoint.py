@@ -1,6 +1,7 @@
 """How a run is written down and goes on.
 
-A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run and the call that composed it.
+A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run, the call that composed it and
+the classes and images that it used.
 """
 
 import os
@@ -15,8 +16,10 @@ import torch
 from hydra import compose
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
-from fewshot.config import UserError, settings, shown
+from fewshot.config import UserError, settings, shown, some
+from fewshot.tasks import SPLITS
 
 # May differ between a run and its continuation: where things lie and where they are reported to.
 FREE = (
@@ -26,6 +29,8 @@ FREE = (
     "dataset.root",
     "dataset.cache",
     "dataset.source",
+    "dataset.device",
+    "dataset.other_split",
     "trainer.max_steps",
     "iterations",
 )
@@ -81,7 +86,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 class Describe(pl.Callback):
-    """Puts what describes the run (configuration, call, logger run) into every checkpoint."""
+    """Puts what describes the run (configuration, call, logger run, splits) into every checkpoint."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.description = description
@@ -134,23 +139,48 @@ class Start:
         """The checkpoint of the run that goes on; empty if none does."""
         return (self.content or {}) if self.cfg.fit else {}
 
-    def describe(self) -> Describe:
-        """What every checkpoint of this run is to carry."""
-        return Describe({"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id})
+    def describe(self, splits: dict[str, Any]) -> Describe:
+        """What every checkpoint of this run is to carry; splits: the manifest of its images."""
+        call = {"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id}
+        return Describe({**call, "splits": splits})
 
     def check_fits(self, module: pl.LightningModule) -> None:
         """Raises UserError where the checkpoint is of another network or of other ways."""
-        if self.content is None:
+        if self.content is not None:
+            refuse_misfit(self.content["state_dict"], self.content["fewshot"]["config"], self.path, module)
+
+    def check_split(self, splits: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint was trained on other classes or images, unless a test asks for them."""
+        trained = self.content["fewshot"].get("splits", splits) if self.content else splits
+        if splits == trained or (not self.cfg.fit and self.cfg.dataset.other_split):
             return
-        theirs, ours = self.content["state_dict"], module.state_dict()
-        for name in sorted({*theirs, *ours}, key=lambda name: ("head" not in name, name)):
-            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
-            if shapes[0] != shapes[1]:
-                trained = self.content["fewshot"]["config"]
-                raise UserError(
-                    f"checkpoint={self.path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
-                    f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
-                )
+        difference = "same classes, other images"
+        for split in SPLITS:
+            new, gone = (set(a[split]) - set(b[split]) for a, b in ((splits, trained), (trained, splits)))
+            if new or gone:
+                told = [f"{verb} {some(sorted(names))}" for verb, names in (("has", new), ("lacks", gone)) if names]
+                difference = f"{split} {' and '.join(told)}"
+                break
+        remedy = "or start anew in another hydra.run.dir" if self.cfg.fit else "or add dataset.other_split=true"
+        raise UserError(
+            f"dataset={self.cfg.dataset.name}: not the split that {self.path} was trained with ({difference}); "
+            f"use that one, {remedy}"
+        )
+
+
+def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
+    """Raises UserError naming the first tensor in which the weights found at path are not those of the module.
+
+    trained: the configuration found beside them.
+    """
+    ours = module.state_dict()
+    for name in sorted({*weights, *ours}, key=lambda name: ("head" not in name, name)):
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"checkpoint={path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
+                f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
+            )
 
 
 def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def _job_number(number: int | None) -> str:
 
 RESOLVERS = {
     "at_least": max,
+    "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: a class in four directions
     "run_folder": _run_folder,
     "job_folder": job_folder,
     "job_number": _job_number,
@@ -135,11 +136,11 @@ INTEGERS = {  # knob: smallest value
     "seed": 0, "val_every": 1, "val_tasks": 2, "test_every": 1, "test_tasks": 2, "tasks_at_once": 1, "threads": 1,
 }  # fmt: skip
 OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
-GROUPS = ("algo", "model", "dataset", "trainer", "logger", "callbacks")
+GROUPS = ("algo", "model", "dataset", "augment", "trainer", "logger", "callbacks")
 REALS = ("inner_lr", "outer_lr", "init_scale", "stop_at_accuracy")
 FLAGS = (
     *("fit", "probes", "zeroing", "algo.first_order", "algo.zeroing", "algo.learned_inner_lr", "algo.noise"),
-    *("algo.interference", "model.head_bias"),
+    *("algo.interference", "model.head_bias", "dataset.trust", "dataset.other_split", "dataset.rotations"),
 )
 KNOBS = {*INTEGERS, *REALS, *GROUPS, "engine", "checkpoint", "fit", "probes", "zeroing"}
 ALGO = ("first_order", "adapted", "head", "step_losses", "learned_inner_lr", "zeroing", "noise", "interference")
@@ -148,6 +149,7 @@ HEADS = ("learned", "shared", "prototypes")
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
+DEVICES = ("auto", "cpu", "cuda")
 LOGGER_MODES = (None, "online", "offline", "disabled")
 
 
@@ -201,6 +203,7 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     _check_dataset(cfg)
+    _check_model(cfg)
 
 
 def _check_algo(cfg: DictConfig) -> None:
@@ -262,8 +265,11 @@ def _check_dataset(cfg: DictConfig) -> None:
     if not all(isinstance(std, int | float) and std > 0 for std in data.std):
         raise UserError(f"dataset.std={data.std}: must be numbers above 0")
     if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.folder.load":
-        raise UserError("dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image")
-    _integer("model.width", cfg.model.width, 1)
+        plain = " or CLASS/image" if "fractions" in data else ""
+        raise UserError(
+            f"dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image{plain}"
+        )
+    _check_split(data)
     for split, classes in data.classes.items():
         if classes is not None and cfg.ways > classes:
             raise UserError(
@@ -282,15 +288,61 @@ def _check_dataset(cfg: DictConfig) -> None:
         if cfg.queries == 1:
             raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
         _integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
-    if data.size < cfg.model.smallest_image:
+    for name, transform in cfg.augment.items():
+        if not _makes(transform):
+            raise UserError(f"augment.{name}={shown(transform)}: must be {{_target_: torchvision.transforms.v2.NAME}}")
+
+
+def _check_model(cfg: DictConfig) -> None:
+    model = cfg.model
+    if "width" in model:
+        _integer("model.width", model.width, 1)
+    if "drop_block" in model:
+        _real("model.drop_block", model.drop_block, above=False)
+        if model.drop_block >= 1:
+            raise UserError(f"model.drop_block={model.drop_block}: is a fraction, below 1")
+    if "module" in model:
+        if not _makes(model.module):
+            raise UserError(
+                f"model.module={shown(model.module)}: must be {{_target_: torchvision.models.resnet18}} or another "
+                "torch.nn.Module, with its arguments"
+            )
+        if not isinstance(model.head, str | None):
+            raise UserError(f"model.head={shown(model.head)}: must be the name of a linear layer, or null to find it")
+    if cfg.dataset.size < model.smallest_image:
         raise UserError(
-            f"dataset.size={data.size}: {cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
+            f"dataset.size={cfg.dataset.size}: {model.name} needs images of at least {model.smallest_image} pixels"
         )
+
+
+def _makes(value: Any) -> bool:
+    """Whether Hydra makes an object of it."""
+    return OmegaConf.is_dict(value) and isinstance(value.get("_target_"), str)
+
+
+def _check_split(data: DictConfig) -> None:
+    if data.device not in DEVICES:
+        raise UserError(f"dataset.device={shown(data.device)}: must be one of {', '.join(DEVICES)}")
+    if "split_seed" in data:
+        _integer("dataset.split_seed", data.split_seed, 0)
+    if "split" in data and data.split not in data.splits:
+        raise UserError(f"dataset.split={shown(data.split)}: must be one of {', '.join(data.splits)}")
+    if "fractions" in data:
+        for split, fraction in data.fractions.items():
+            _real(f"dataset.fractions.{split}", fraction, above=True)
+        if abs(sum(data.fractions.values()) - 1) > 1e-6:
+            raise UserError(f"dataset.fractions={dict(data.fractions)}: must add up to 1; give all three")
 
 
 def shown(value: Any) -> str:
     """A value as YAML and the command line write it."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _integer(knob: str, value: Any, smallest: int) -> None:
@@ -302,6 +354,42 @@ def _real(knob: str, value: Any, above: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (above and value == 0):
         raise UserError(f"{knob}={shown(value)}: must be a number {'above' if above else 'of at least'} 0")
+
+
+def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:
+    """The key=value words of a command that composes no configuration; needed: {key: what to give}.
+
+    Raises:
+        UserError: a word that is none, one that is not known, one given twice, one that is missing.
+    """
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if key not in known:
+            raise UserError(f"{word}: no such knob; {_nearest(key, set(known))}")
+        if not equals or not value:
+            raise UserError(f"{word}: give {key}=VALUE")
+        if key in given:
+            raise UserError(f"{word}: {key} is given twice; {key}={given[key]} came first")
+        given[key] = value
+    for key, what in needed.items():
+        if key not in given:
+            raise UserError(f"{key}: is missing; give {key}={what}")
+    return given
+
+
+def flag(knob: str, value: str) -> bool:
+    """true or false, as YAML and the command line write them."""
+    if value not in ("true", "false"):
+        raise UserError(f"{knob}={value}: must be true or false")
+    return value == "true"
+
+
+def integer(knob: str, value: str, smallest: int) -> int:
+    """A word as an integer of at least `smallest`."""
+    number: int | str = int(value) if re.fullmatch(r"[+-]?[0-9]{1,9}", value) else value
+    _integer(knob, number, smallest)
+    return int(number)
 
 
 def _nearest(key: str, known: set[str]) -> str:

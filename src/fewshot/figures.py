@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
 
 from fewshot.config import shown
 
@@ -298,3 +299,50 @@ def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, d
                     heading = f"{name}\n" if update == 0 else "\n"
                     row[place].set_title(f"{heading}update {updates[update]}", fontsize=9, loc="left")
     figure.colorbar(picture, ax=grid, label="mean cosine similarity", aspect=30)
+
+
+SHEET_COLUMNS, SHEET_QUERIES = 10, 200  # of a contact sheet; of a class it shows one row of support images
+
+
+def contact_sheet(support: dict[str, list[Any]], queries: list[tuple[Any, str, str, float]]) -> Figure:
+    """The support images, a class a row, and below them the queries with what was predicted, in their order.
+
+    support: {class: images (H, W[, 3]) uint8}; queries: image, file, predicted class and its probability.
+    """
+    inch, captions = 1.12, 0.62  # heights: of a row of images, and of what is said under a query
+    some = f", the first {SHEET_QUERIES} of {len(queries)}" if len(queries) > SHEET_QUERIES else ""
+    queries = queries[:SHEET_QUERIES]
+    height = 2.1 + inch * len(support) + (inch + captions) * -(-len(queries) // SHEET_COLUMNS)
+    figure = Figure(figsize=(SHEET_COLUMNS + 2.2, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    numbered = {name: f"{number} {name}" for number, name in enumerate(support, start=1)}
+
+    def say(x: float, y: float, text: str, most: int = 80, **how: Any) -> None:
+        short = text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
+        axes.text(x, y, short, va="center", parse_math=False, **{"fontsize": 8, **how})  # a name is no formula
+
+    def place(image: Any, column: int, top: float) -> None:
+        grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.ndim == 2 else {}
+        axes.imshow(image, extent=(column, column + 0.96, top + 0.96, top), aspect="auto", **grey)
+        axes.add_patch(Rectangle((column, top), 0.96, 0.96, fill=False, edgecolor="lightgrey", linewidth=0.5))
+
+    say(0, 0.45, "support: what the model adapted to", fontsize=11)
+    for row, (name, images) in enumerate(support.items()):
+        y = 0.75 + inch * row
+        say(-0.1, y + 0.48, numbered[name], most=22, ha="right")
+        for column, image in enumerate(images[:SHEET_COLUMNS]):
+            place(image, column, y)
+        if len(images) > SHEET_COLUMNS:
+            say(SHEET_COLUMNS, y + 0.48, f"+{len(images) - SHEET_COLUMNS}")
+    top = 1.65 + inch * len(support)
+    say(0, top - 0.3, f"queries{some}: predicted class and its probability", fontsize=11)
+    for number, (image, file, name, probability) in enumerate(queries):
+        row, column = divmod(number, SHEET_COLUMNS)
+        y = top + row * (inch + captions)
+        place(image, column, y)
+        say(column + 0.48, y + 1.1, numbered[name], most=12, ha="center")
+        say(column + 0.48, y + 1.27, f"{probability:.2f}", ha="center")
+        say(column + 0.48, y + 1.43, file.rsplit("/", 1)[-1], most=16, ha="center", color="grey", fontsize=6.5)
+    axes.set(xlim=(-1.8, SHEET_COLUMNS + 0.4), ylim=(height, 0))  # inches, from the top
+    axes.set_axis_off()
+    return figure

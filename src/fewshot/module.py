@@ -20,8 +20,8 @@ from fewshot import batched, contrastive, learner
 from fewshot.config import UserError
 from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.evidence import probes
-from fewshot.execution import CudaGraphs
-from fewshot.models import share_gradient, share_rows
+from fewshot.execution import CudaGraphs, one_by_one
+from fewshot.models import dropping, drops, share_gradient, share_rows
 from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -146,6 +146,8 @@ class MetaLearner(pl.LightningModule):
             engine = batched
         how |= {"adapted": self.adapted, "prototypes": self.head == "prototypes"}
         self._step_accuracies = partial(engine.step_accuracies, **how)
+        if engine is batched and device == "cpu" and drops(self.network):
+            how["execute"] = one_by_one  # threads would draw from the one generator in any order
         self._meta_gradient = partial(engine.meta_gradient, **how)
         self._step_weights = torch.zeros(self.inner_steps, device=self.trainer.strategy.root_device)
         if self.noise is not None:
@@ -191,7 +193,8 @@ class MetaLearner(pl.LightningModule):
             weights = step_weights(self.inner_steps, self.global_step / self.step_losses)
             # The same tensor every time: a CUDA graph reads it where it lay when it was recorded.
             knobs["step_losses"] = self._step_weights.copy_(torch.tensor(weights))
-        with self._one_line_out_of_memory(tasks):
+        position = self.global_step * self.trainer.world_size + self.global_rank
+        with self._one_line_out_of_memory(tasks), dropping(self.network, position):
             loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
         means = loss.mean(), accuracy.mean()
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
@@ -210,6 +213,16 @@ class MetaLearner(pl.LightningModule):
         with precision.forward_context():
             accuracies = of_all_ranks([self._accuracies(precision.convert_input(tasks)) for tasks in batches])
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
+
+    @torch.enable_grad()
+    def step_logits(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
+        """The queries' logits after every inner step 0 .. steps, (B, steps + 1, Q, K), one task after the other.
+
+        zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
+        """
+        knobs = {"inner_lr": self._inner_lr, "adapted": self.adapted, "prototypes": self.head == "prototypes"}
+        with self._one_line_out_of_memory(tasks):
+            return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, **knobs)
 
     def probes(self, batches: Iterable[Task]) -> dict[str, float]:
         """What evidence/probes.py measures; changes nothing in the module."""

@@ -89,6 +89,7 @@ def write(
     best_iteration: int,
     seconds: dict[str, float],
     config: dict[str, Any],
+    splits: dict[str, Any],
     loggers: list[Logger],
 ) -> dict[str, Any]:
     """results.json, which is returned, the figures, the logger's summary and the table on the terminal.
@@ -102,6 +103,7 @@ def write(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "config": config,
         "versions": versions(),
+        "splits": splits,
     }
     if ranks.rank():
         return content
@@ -113,11 +115,25 @@ def write(
             write_atomically(folder / "figures" / "probes.png", partial(write_png, figures.probes(curves, config)))
     picture = figures.accuracy_over_steps(content, config)
     write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(write_png, picture))
-    write_atomically(folder / "results.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+    text = json.dumps({**content, "splits": None}, indent=2)
+    text = text.replace('"splits": null', f'"splits": {_line_by_line(splits)}')
+    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
     print_table(content, folder)
     for logger in loggers:
         summarise(logger, content)
     return content
+
+
+def write_splits(folder: Path, splits: dict[str, Any]) -> None:
+    """splits.json: which classes the run uses for what."""
+    if not ranks.rank():
+        write_atomically(folder / "splits.json", lambda file: file.write(_line_by_line(splits).encode()))
+
+
+def _line_by_line(splits: dict[str, Any]) -> str:
+    """One line for each split: a thousand class names are not to be a thousand lines."""
+    lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in splits.items()]
+    return "{\n" + ",\n".join(lines) + "\n  }"
 
 
 def validation_accuracy(results: dict[str, Any]) -> float:

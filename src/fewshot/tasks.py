@@ -3,6 +3,7 @@
 Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ class Split:
     images: (M, C, H, W) uint8
     offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
     names: the N class names
+    sha256: of the pixels they were made from, where it is known
     """
 
     images: Tensor
     offsets: Tensor
     names: tuple[str, ...]
+    sha256: str = ""
 
     @property
     def counts(self) -> Tensor:
@@ -64,15 +67,18 @@ class TaskSampler:
         "one_task": always the task `one_task`, the order of its labels drawn anew for each position.
 
     Args:
-        split: the images; tasks are gathered where they lie, see `to`.
+        split: the images; see `to`.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
         kind: see above; with "one_task" the split is that of the test.
+        augment: (C, H, W) in [0, 1] to the same, for each image of a task alone, before mean and std are applied; takes
+            its random numbers from torch, and they too depend only on (seed, stream, position).
 
     Raises:
-        ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
+        ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
+            the shape of images.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class TaskSampler:
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         kind: str = "mutually_exclusive",
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         classes, fewest = len(split.names), int(split.counts.min())
         name = "test" if kind == "one_task" else SPLITS[stream]
@@ -102,10 +109,22 @@ class TaskSampler:
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self._augment = augment
+        if augment is not None:
+            one = split.images[None, None, None, 0].float().div_(255)
+            shape = tuple(one.shape[3:])
+            try:
+                after = self._augmented(one, 0)
+            except Exception as error:  # whatever it makes of images that it is not made for
+                reason = str(error).split("\n")[0]
+                raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
+            if (after.shape, after.dtype) != (one.shape, one.dtype):
+                turned = f"{tuple(after.shape[3:])} {after.dtype}"
+                raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
 
-    def to(self, device: torch.device) -> None:
-        """Moves the images to where the tasks are wanted."""
-        self.split = replace(self.split, images=self.split.images.to(device))
+    def to(self, device: torch.device, images: torch.device) -> None:
+        """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
+        self.split = replace(self.split, images=self.split.images.to(images))
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def indices(self, first: int, tasks: int) -> np.ndarray:
@@ -151,14 +170,33 @@ class TaskSampler:
         return [order[label :: self.ways] for label in range(self.ways)]
 
     def __call__(self, first: int, tasks: int) -> Task:
-        """The tasks at positions first .. first + tasks - 1, on the device of the images."""
-        return self._gather(self.indices(first, tasks))
+        """The tasks at positions first .. first + tasks - 1."""
+        return self._gather(self.indices(first, tasks), first)
 
-    def _gather(self, indices: np.ndarray) -> Task:
-        """The images of these (B, K, shots + queries) indices as tasks."""
-        tasks, device = len(indices), self.split.images.device
-        index = torch.from_numpy(indices).to(device)
-        images = self.split.images[index].float().div_(255).sub_(self._mean).div_(self._std)
+    def _augmented(self, images: Tensor, first: int) -> Tensor:
+        """Tasks of images in [0, 1], (B, K, shots + queries, C, H, W), that are at positions first .. first + B - 1."""
+        devices = [images.device] if images.is_cuda else []
+        augmented = []
+        with torch.random.fork_rng(devices):  # some transforms draw on the device
+            for position, task in enumerate(images.flatten(1, 2), first):
+                torch.manual_seed(int(np.random.SeedSequence((*self._key.tolist(), position)).generate_state(1)[0]))
+                augmented.append(torch.stack([self._augment(image) for image in task]))
+        return torch.stack(augmented).unflatten(1, images.shape[1:3])
+
+    def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:
+        """The images of these (B, K, shots + queries) indices as tasks.
+
+        first: position of the first of them, where they are to be augmented.
+        """
+        tasks, device = len(indices), self._mean.device
+        index = torch.from_numpy(indices).to(self.split.images.device)
+        images = self.split.images[index]
+        if images.device != device:  # as bytes, from memory that a GPU can fetch by itself
+            images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+        images = images.float().div_(255)
+        if self._augment is not None and first is not None:
+            images = self._augmented(images, first)
+        images = images.sub_(self._mean).div_(self._std)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)
         return Task(

@@ -1,48 +1,116 @@
-"""Images made ready before any run needs them: python -m fewshot.data prepare dataset=omniglot
+"""The datasets: which there are, made ready before any run needs them, and shown.
 
-On a cluster whose nodes have no network this is for the machine that has one.
+python -m fewshot.data list
+python -m fewshot.data prepare dataset=omniglot
+python -m fewshot.data show dataset=omniglot dataset.rotations=true out=omniglot.png
+
+On a cluster whose nodes have no network `prepare` is for the machine that has one.
 """
 
 import argparse
 import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors
 
 
-def prepare(overrides: list[str]) -> None:
-    """Downloads what is missing, decodes the images and leaves them in the cache; says which and where.
+def configuration(overrides: list[str]) -> DictConfig:
+    check_overrides(overrides)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("config", overrides)
+    except HydraException as error:
+        raise UserError(str(error)) from None
+
+
+def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration and its splits, which are downloaded, decoded and put into the cache where they are not yet.
 
     Raises:
         UserError: as a run with these overrides would.
     """
-    check_overrides(overrides)
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            cfg = compose("config", overrides)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+    cfg = configuration(overrides)
     check(cfg)
-    from fewshot.data.images import cache_folder
-
     splits = instantiate(cfg.dataset.source)
     for name, split in splits.items():
         print(f"{cfg.dataset.name} {name}: {len(split.names)} classes, {len(split.images)} images")
+    return cfg, splits
+
+
+def prepare(overrides: list[str]) -> None:
+    """Leaves the images in the cache; says which and where."""
+    cfg, _ = read_images(overrides)
+    from fewshot.data.cache import cache_folder
+
     print(f"Ready in {cache_folder(cfg.dataset.cache)}; where runs use another cache, give them dataset.cache")
+
+
+def show(overrides: list[str]) -> None:
+    """Writes a contact sheet to the PNG file that out= names."""
+    out = [Path(override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
+    if len(out) != 1 or out[0].suffix.lower() != ".png":
+        raise UserError(f"out={', '.join(map(str, out)) or 'null'}: give out=FILE.png, the contact sheet to be written")
+    _, splits = read_images([override for override in overrides if not override.startswith("out=")])
+    from fewshot.checkpoint import write_atomically
+    from fewshot.data.sheet import contact_sheet
+
+    write_atomically(out[0], partial(contact_sheet(splits).save, format="PNG"))
+    print(f"Written to {out[0]}")
+
+
+def list_datasets(overrides: list[str]) -> None:
+    """A line for every dataset=NAME."""
+    rows = [("dataset", "train/val/test classes", "images", "size", "images from", "on this machine")]
+    for path in sorted((CONF / "dataset").glob("*.yaml")):
+        cfg = configuration([f"dataset={path.stem}", *overrides])
+        data = cfg.dataset
+        classes = [data.classes[split] for split in ("train", "val", "test")]
+        known = None not in [*classes, data.images_per_class]
+        images = f"{sum(classes) * data.images_per_class:,}" if known else "as found"
+        numbers = "/".join(map(str, classes)) if known else "as found"
+        size = f"{data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}"
+        rows.append((path.stem, numbers, images, size, data.get("origin", ""), _here(data)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _here(data: DictConfig) -> str:
+    from fewshot.data.cache import cache_folder, file_stem
+
+    folder = cache_folder(data.cache)
+    if files := list(folder.glob(f"{file_stem(data.name, data.size, data.channels)}-*.bin")):
+        return f"prepared, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB"
+    if (folder / data.name).is_dir():
+        return "downloaded"
+    return "no" if "root" in data else "needs nothing"
+
+
+COMMANDS = {
+    "list": (list_datasets, "which datasets there are, and which of them are on this machine"),
+    "prepare": (prepare, "downloads and decodes the images of a dataset into the cache"),
+    "show": (show, "draws some images of each split into out=FILE.png"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="prepare")
-    command = commands.add_parser("prepare", help="downloads and decodes the images of a dataset into the cache")
-    command.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="and its knobs, as for train.py")
+    commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
+    for name, (function, does) in COMMANDS.items():
+        command = commands.add_parser(name, help=does, description=does)
+        command.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="and its knobs, as for train.py")
+        command.set_defaults(function=function)
     asked = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
-        prepare(asked.overrides)
+        asked.function(asked.overrides)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
 from fewshot.config import UserError
-from fewshot.data.images import cached
+from fewshot.data.cache import cached
 from fewshot.tasks import Split
 
 IMAGES = 20  # per letter, as in Omniglot

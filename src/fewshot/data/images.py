@@ -1,36 +1,29 @@
-"""Images on disk as uint8 tensors: a folder or zip, decoding, and the cache that saves doing it twice.
+"""Image files in a folder or zip, and what becomes of their pixels.
 
-Shapes: M images of a split, N its classes, C x H x W one image.
+Shapes: C x H x W one image.
 """
 
-import contextlib
 import functools
-import hashlib
 import io
-import json
 import logging
 import os
 import re
-import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fewshot.config import UserError
-from fewshot.tasks import Split
+from fewshot.config import UserError, some
+from fewshot.data.cache import Unread
 
 log = logging.getLogger(__name__)
 
-# Part of every cache key: raise it whenever the same files would give other pixels than before.
-CACHE_VERSION = 1
-# A member that unpacks to more is no photo (a zip bomb is one line, not a full memory).
+# A file that is larger, or unpacks to more, is no photo (a zip bomb is one line, not a full memory).
 LARGEST_FILE = 256 * 2**20
 # Pillow opens these by starting another program, or only recognises them.
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -52,8 +45,10 @@ class Source:
     read: Callable[[str], bytes]
 
 
-def open_source(root: Path, tops: Iterable[str]) -> Source:
+def open_source(root: Path, tops: Iterable[str] = ()) -> Source:
     """What lies under the folders `tops` of a folder or zip, which may wrap them in one enclosing folder.
+
+    Without tops: all that it holds, as it lies there.
 
     Raises:
         UserError: `root` does not exist, cannot be read, or is a file but not a sound zip.
@@ -78,22 +73,29 @@ def _open_folder(root: Path, tops: frozenset[str]) -> Source:
         return any((folder / top).is_dir() for top in tops)
 
     base = root
-    if not holds_tops(root):
+    if tops and not holds_tops(root):
         wrappers = [path for path in root.iterdir() if path.is_dir() and not _hidden(path.name) and holds_tops(path)]
         base = wrappers[0] if len(wrappers) == 1 else root
     entries = [["", str(base.resolve())]]
-    for top in tops:
+    for top in tops or ["."]:
         for folder, folders, files in os.walk(base / top, followlinks=True, onerror=_raise_unless_absent):
             folders[:] = [name for name in folders if not _hidden(name)]
-            relative = Path(folder).relative_to(base).as_posix()
-            entries.append([f"{relative}/"])
+            inside = Path(folder).relative_to(base)
+            if inside.parts:
+                entries.append([f"{inside.as_posix()}/"])
             for name in files:
                 if not _hidden(name):
                     status = os.stat(os.path.join(folder, name))
-                    entries.append([f"{relative}/{name}", status.st_size, status.st_mtime_ns])
+                    entries.append([(inside / name).as_posix(), status.st_size, status.st_mtime_ns])
     entries.sort(key=lambda entry: entry[0])
     names = tuple(entry[0] for entry in entries[1:])
-    return Source(root, names, entries, lambda name: (base / name).read_bytes())
+
+    def read(name: str) -> bytes:
+        if (length := os.path.getsize(base / name)) > LARGEST_FILE:
+            raise ValueError(f"it has {length:,} bytes")
+        return (base / name).read_bytes()
+
+    return Source(root, names, entries, read)
 
 
 def _raise_unless_absent(error: OSError) -> None:
@@ -113,10 +115,12 @@ def _open_zip(root: Path, tops: frozenset[str]) -> Source:
         if not any(_hidden(part) for part in parts):
             members[info.filename] = info
     base = ""
-    if not any(name.split("/")[0] in tops for name in members):
+    if tops and not any(name.split("/")[0] in tops for name in members):
         wrappers = {name.split("/")[0] for name in members if name.split("/")[1:2] and name.split("/")[1] in tops}
         base = f"{wrappers.pop()}/" if len(wrappers) == 1 else ""
-    names = (name.removeprefix(base) for name in members if name.startswith(base))
+    names = [name.removeprefix(base) for name in members if name.startswith(base)]
+    if tops:
+        names = [name for name in names if name.split("/")[0] in tops]
 
     def read(name: str) -> bytes:
         info = members[base + name]
@@ -125,7 +129,7 @@ def _open_zip(root: Path, tops: frozenset[str]) -> Source:
         return archive.read(info)
 
     identity = [str(root.resolve()), status.st_size, status.st_mtime_ns]
-    return Source(root, tuple(sorted(name for name in names if name.split("/")[0] in tops)), identity, read)
+    return Source(root, tuple(sorted(names)), identity, read)
 
 
 def _hidden(name: str) -> bool:
@@ -142,13 +146,18 @@ def formats() -> tuple[str, ...]:
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
     known = Image.registered_extensions()
-    return not name.endswith("/") and known.get(PurePosixPath(name).suffix.lower()) in formats()
+    return not name.endswith("/") and known.get(os.path.splitext(name)[1].lower()) in formats()
 
 
 def decode(data: bytes, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
     """(C, size, size) uint8: an image file the right way up, the middle square of it, resized."""
     with Image.open(io.BytesIO(data), formats=formats()) as opened:
-        image = _eight_bits(ImageOps.exif_transpose(opened))
+        return square(opened, size=size, channels=channels, resample=resample)
+
+
+def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
+    """`decode` of an image that is open already."""
+    image = _eight_bits(ImageOps.exif_transpose(image))
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black: show paper
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB" if channels == 3 else "L")
@@ -174,119 +183,49 @@ def read_splits(
     size: int,
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> dict[str, Split]:
-    """The splits whose classes are given as lists of files.
+) -> dict[str, Unread]:
+    """The splits whose classes are given as lists of files, each read when its turn comes.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: images cannot be read; then, when they are asked for.
     """
-    log.info("reading %d images", sum(len(files) for split in classes.values() for files in split.values()))
-    splits = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for split, members in classes.items():
-            files = [file for images in members.values() for file in images]
-            images = np.empty((len(files), channels, size, size), dtype=np.uint8)
-            for image, (source, name) in zip(images, files, strict=True):
-                image[:] = _read_image(source, name, size=size, channels=channels, resample=resample)
-            offsets = np.cumsum([0, *map(len, members.values())])
-            splits[split] = Split(torch.from_numpy(images), torch.from_numpy(offsets), tuple(members))
+    how = {"size": size, "channels": channels, "resample": resample}
+    files = [file for split in classes.values() for images in split.values() for file in images]
+    log.info("reading %d images", len(files))
+    splits, first = {}, 0
+    for split, members in classes.items():
+        counts = [len(images) for images in members.values()]
+        last = first + sum(counts)
+        names = [name for _, name in files[first:last]]
+        splits[split] = Unread(_read_images(files, first, last, how), counts, tuple(members), names)
+        first = last
     return splits
 
 
-def _read_image(source: Source, name: str, **how: Any) -> np.ndarray:
+def _read_images(files: list[tuple[Source, str]], first: int, last: int, how: dict[str, Any]) -> Iterator[np.ndarray]:
+    """The images of files[first:last]; if one cannot be read, all after it are tried, so that all are told at once."""
+    for place in range(first, last):
+        image = _read_image(*files[place], how)
+        if isinstance(image, str):
+            broken = [f"{files[place][1]!r}: {image}"]
+            for source, name in files[place + 1 :]:
+                if isinstance(reason := _read_image(source, name, how), str):
+                    broken.append(f"{name!r}: {reason}")
+            number = f"{len(broken)} images: " if len(broken) > 1 else "image "
+            remedy = "them" if len(broken) > 1 else "it"
+            raise UserError(
+                f"dataset.root={files[place][0].root}: cannot read {number}{some(broken)}; replace or remove {remedy}"
+            )
+        yield image
+
+
+def _read_image(source: Source, name: str, how: dict[str, Any]) -> np.ndarray | str:
+    """(C, size, size) uint8, or why not."""
     try:
-        return decode(source.read(name), **how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return decode(source.read(name), **how)
     except UnidentifiedImageError:  # its own text names a memory address
-        reason = "not an image in a format that Pillow knows"
+        return "not an image in a format that Pillow knows"
     except Exception as error:  # Pillow's and zipfile's decoders raise nearly every kind on broken data
-        reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"dataset.root={source.root}: cannot read image {name!r}: {reason}; replace or remove it")
-
-
-def cache_folder(cache: str | None) -> Path:
-    """`dataset.cache`, or the user's cache folder."""
-    if cache is not None:
-        return Path(str(cache)).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative XDG_CACHE_HOME is to be ignored, says its specification.
-    return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "fewshot"
-
-
-def cached(
-    name: str, identity: Any, *, size: int, channels: int, cache: str | None, build: Callable[[], dict[str, Split]]
-) -> dict[str, Split]:
-    """What `build` returns, from the cache where it holds just that.
-
-    Args:
-        name: of the source of images.
-        identity: whatever the images depend on besides size and channels; plain lists, numbers and text.
-        size, channels: of the images.
-        cache: folder, None for the user's own.
-        build: makes the splits.
-    """
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, name, identity, size, channels]).encode()).hexdigest()
-    try:
-        path = cache_folder(cache) / f"{name}-{size}x{size}x{channels}-{key[:16]}.bin"
-    except RuntimeError as error:  # no home folder
-        log.warning("no cache: %s; set dataset.cache to a folder to keep the images in", error)
-        return build()
-    splits = _load(path, key)
-    if splits is None:
-        splits = build()
-        _save(path, key, splits)
-    return splits
-
-
-# A cache file: the SHA-256 of the rest, a line of JSON that describes the images, the pixels.
-
-
-def _load(path: Path, key: str) -> dict[str, Split] | None:
-    try:
-        with open(path, "rb") as file:
-            digest, header = file.readline(), file.readline()
-            pixels = np.fromfile(file, dtype=np.uint8)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        log.warning("cache file cannot be read, building the images anew: %s", error)
-        return None
-    if digest != _digest(header, pixels) or (described := json.loads(header))["key"] != key:
-        log.warning("cache file %s is damaged, building the images anew", path)
-        return None
-    splits, first, shape = {}, 0, described["shape"]
-    for split, (names, offsets) in described["splits"].items():
-        last = first + offsets[-1] * int(np.prod(shape))
-        images = torch.from_numpy(pixels[first:last].reshape(-1, *shape))
-        splits[split], first = Split(images, torch.tensor(offsets, dtype=torch.int64), tuple(names)), last
-    return splits
-
-
-def _save(path: Path, key: str, splits: dict[str, Split]) -> None:
-    shape = next(iter(splits.values())).images.shape[1:]
-    described = {"key": key, "shape": list(shape), "splits": {}}
-    for name, split in splits.items():
-        described["splits"][name] = [list(split.names), split.offsets.tolist()]
-    header = json.dumps(described).encode() + b"\n"
-    pixels = np.concatenate([split.images.numpy().reshape(-1) for split in splits.values()])
-    # A name of its own for each process, moved into place whole: whoever is last wins, with the same content.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
-            file.write(_digest(header, pixels) + header)
-            file.write(pixels)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _digest(header: bytes, pixels: np.ndarray) -> bytes:
-    digest = hashlib.sha256(header)
-    digest.update(pixels)
-    return digest.hexdigest().encode() + b"\n"
+        return " ".join(str(error).split()) or type(error).__name__

@@ -3,15 +3,24 @@
 Shapes: B tasks per meta-batch.
 """
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
+from torchvision.transforms import v2
 
 from fewshot.config import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, whatever its own seed
 
@@ -35,6 +44,34 @@ class MetaBatches:
             yield self.draw(first, min(self.size, self.stop - first))
 
 
+def manifest(splits: dict[str, Split]) -> dict[str, Any]:
+    """What a run uses: the class names of every split, and a SHA-256 over names, numbers of images and pixels.
+
+    It depends neither on where the files lie nor on how they are packed.
+    """
+    content = [[name, splits[name].names, splits[name].offsets.tolist(), splits[name].sha256] for name in SPLITS]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"sha256": digest, **{name: list(splits[name].names) for name in SPLITS}}
+
+
+def images_device(asked: str, compute: torch.device, size: int, free: int) -> torch.device:
+    """Where the images lie: with "auto" on the GPU if they fill at most half of its free memory, else in the CPU's.
+
+    Args:
+        asked: dataset.device.
+        compute: the device of the run.
+        size, free: bytes of all images, and free on a GPU.
+
+    Raises:
+        UserError: "cuda" where the run is not on one.
+    """
+    if asked == "cuda" and compute.type != "cuda":
+        raise UserError(f"dataset.device=cuda: the run is on {compute.type}; use dataset.device=auto or trainer=gpu")
+    if asked == "cpu" or (asked == "auto" and compute.type == "cuda" and 2 * size > free):
+        return torch.device("cpu")
+    return compute
+
+
 class MetaData(pl.LightningDataModule):
     """Turns the splits of a dataset into meta-batches on the compute device.
 
@@ -42,6 +79,8 @@ class MetaData(pl.LightningDataModule):
         splits: train, val and test images, (M, C, H, W) uint8.
         seed: of the training tasks; validation and test tasks are the same for every seed.
         kind: of the training tasks, as TaskSampler has them; validation and test tasks are mutually exclusive.
+        augment: of the training tasks' images, as TaskSampler has it.
+        device: of the images, "auto", "cpu" or "cuda"; see images_device.
     """
 
     def __init__(
@@ -60,8 +99,12 @@ class MetaData(pl.LightningDataModule):
         test_tasks: int,
         tasks_at_once: int | None,
         kind: str,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        device: str = "auto",
     ) -> None:
         super().__init__()
+        self.manifest = manifest(splits)
+        self.device, self._placed = device, False
         self.meta_batch_size, self.iterations = meta_batch_size, iterations
         self.tasks_at_once = tasks_at_once or meta_batch_size
         self.tasks = {"val": val_tasks, "test": test_tasks}
@@ -78,6 +121,7 @@ class MetaData(pl.LightningDataModule):
                     seed=seed if name == "train" else EVALUATION_SEED,
                     stream=SPLITS.index(name),
                     kind=kind if name == "train" else "mutually_exclusive",
+                    augment=augment if name == "train" else None,
                 )
                 for name in SPLITS
             }
@@ -95,6 +139,8 @@ class MetaData(pl.LightningDataModule):
             mean=cfg.dataset.mean,
             std=cfg.dataset.std,
             kind=cfg.dataset.tasks,
+            augment=v2.Compose(list(instantiate(cfg.augment).values())) if cfg.augment else None,
+            device=cfg.dataset.device,
             seed=cfg.seed,
             meta_batch_size=cfg.meta_batch_size,
             iterations=cfg.iterations,
@@ -104,9 +150,21 @@ class MetaData(pl.LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """The images move to the compute device, where tasks are gathered from them by index."""
+        """Puts the images where tasks are gathered from them by index, once for training and test."""
+        if self._placed:
+            return
+        compute = self.trainer.strategy.root_device
+        size = sum(sampler.split.images.nbytes for sampler in self.samplers.values())
+        free = torch.cuda.mem_get_info(compute)[0] if compute.type == "cuda" else 0
+        images = images_device(self.device, compute, size, free)
+        if images != compute:
+            log.info(
+                f"dataset.device={self.device}: the images, {size / 2**30:.2f} GiB, stay in CPU memory "
+                f"({free / 2**30:.2f} GiB are free on {compute})"
+            )
         for sampler in self.samplers.values():
-            sampler.to(self.trainer.strategy.root_device)
+            sampler.to(compute, images)
+        self._placed = True
 
     def train_dataloader(self) -> MetaBatches:
         """One Task per outer update still to do: this rank's share of its meta_batch_size tasks."""

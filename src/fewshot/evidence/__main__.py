@@ -71,6 +71,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         raise UserError(f"checkpoint={start.path}: weights that are not finite numbers; there is nothing to measure")
     data = MetaData.from_config(cfg)
+    start.check_split(data.manifest)
     tasks = data.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     few, knobs = Task(*(field[:GRADIENT_TASKS] for field in tasks)), {"inner_lr": cfg.inner_lr}

@@ -1,0 +1,203 @@
+"""The images of a dataset on this machine: uint8, made once, verified, mapped into memory.
+
+A cache file holds the pixels of all images, split after split, then a text (JSON) that describes them, then the length
+of that text and its SHA-256. The text has the SHA-256 of each split's pixels. A run checks both sums before it takes
+the pixels, about a second for each gigabyte, and then maps the file: the system keeps in memory what is used.
+
+Shapes: M images of a split, N its classes, C x H x W one image.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot.tasks import Split
+
+log = logging.getLogger(__name__)
+
+# Part of every cache key: raise it whenever the same files would give other pixels than before.
+CACHE_VERSION = 2
+LENGTH, DIGEST = 8, 32  # bytes of the last two parts
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A split whose images are yet to be made.
+
+    images: yields them one by one, class after class, (C, H, W) uint8
+    counts: N numbers, images per class
+    names: the N class names
+    files: what each of the M images is called in messages; may be left out
+    """
+
+    images: Iterable[np.ndarray | Tensor]
+    counts: Sequence[int]
+    names: tuple[str, ...]
+    files: Sequence[str] = ()
+
+
+def cache_folder(cache: str | None) -> Path:
+    """`dataset.cache`, or the user's cache folder."""
+    if cache is not None:
+        return Path(str(cache)).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative XDG_CACHE_HOME is to be ignored, says its specification.
+    return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "fewshot"
+
+
+def file_stem(name: str, size: int, channels: int) -> str:
+    """How the cache files of a source of images begin."""
+    return f"{name}-{size}x{size}x{channels}-v{CACHE_VERSION}"
+
+
+def cached(
+    name: str,
+    identity: Any,
+    *,
+    size: int,
+    channels: int,
+    cache: str | None,
+    build: Callable[[], Mapping[str, Unread | Split]],
+) -> dict[str, Split]:
+    """The splits that `build` makes, from the cache where it holds just those. Nobody may write to their images.
+
+    Args:
+        name: of the source of images.
+        identity: whatever the images depend on besides size and channels; plain lists, numbers and text.
+        size, channels: of the images.
+        cache: folder, None for the user's own.
+        build: makes the splits; one that is Unread is written image by image, so it may be larger than the memory.
+    """
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, name, identity, size, channels]).encode()).hexdigest()
+    splits = None
+    try:
+        path = cache_folder(cache) / f"{file_stem(name, size, channels)}-{key[:16]}.bin"
+    except RuntimeError as error:  # no home folder
+        log.warning("no cache: %s; set dataset.cache to a folder to keep the images in", error)
+    else:
+        splits = _load(path, key)
+        if splits is None and _save(path, key, build):
+            splits = _load(path, key)
+    if splits is None:
+        held = io.BytesIO()
+        _write(held, key, build())
+        splits = _splits(np.frombuffer(held.getbuffer(), np.uint8), key)
+    return splits
+
+
+def _load(path: Path, key: str) -> dict[str, Split] | None:
+    try:
+        content = np.memmap(path, np.uint8, mode="r")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        log.warning("cache file cannot be read, building the images anew: %s", error)
+        return None
+    except ValueError:  # an empty file
+        content = np.empty(0, np.uint8)
+    splits = _splits(content, key)
+    if splits is None:
+        log.warning("cache file %s is damaged, building the images anew", path)
+    return splits
+
+
+def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
+    """What a cache file with this content holds; None where a sum is not right."""
+    end = len(content) - DIGEST - LENGTH
+    begin = end - int.from_bytes(content[max(0, end) : -DIGEST].tobytes(), "little")
+    if begin < 0 or hashlib.sha256(content[begin:end]).digest() != content[-DIGEST:].tobytes():
+        return None
+    described = json.loads(content[begin:end].tobytes())
+    splits, first, shape = {}, 0, described["shape"]
+    for name, split in described["splits"].items():
+        offsets = np.cumsum([0, *split["counts"]])
+        last = first + int(offsets[-1]) * math.prod(shape)
+        pixels = content[first:last]
+        if last > begin or hashlib.sha256(pixels).hexdigest() != split["sha256"]:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+            images = torch.from_numpy(pixels.reshape(-1, *shape))
+        splits[name] = Split(images, torch.from_numpy(offsets), tuple(split["names"]), split["sha256"])
+        first = last
+    if first != begin or described["key"] != key:
+        return None
+    if number := described["twins"]:
+        shown = ", ".join(described["first_twins"])
+        rest = " ..." if number > len(described["first_twins"]) else ""
+        log.warning("the same pixels in two splits, %d time%s: %s%s", number, "s" * (number > 1), shown, rest)
+    return splits
+
+
+def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]]) -> bool:
+    """Whether the file could be written."""
+    # A name of its own for each process, moved into place whole: whoever is last wins, with the same content.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            _write(file, key, build())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        return True
+    except OSError as error:
+        log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> None:
+    """A cache file's content; holds one image at a time, and eight bytes of every other."""
+    described = {"key": key, "shape": [], "splits": {}}
+    marks = {}
+    for name, split in splits.items():
+        digest, marks[name] = hashlib.sha256(), []
+        for image in split.images:
+            pixels = np.ascontiguousarray(image)
+            file.write(pixels)
+            digest.update(pixels)
+            marks[name].append(int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little"))
+            described["shape"] = list(pixels.shape)
+        counts = [int(count) for count in split.counts]
+        described["splits"][name] = {"names": list(split.names), "counts": counts, "sha256": digest.hexdigest()}
+    text = json.dumps(described | _twins(splits, marks)).encode()
+    file.write(text + len(text).to_bytes(LENGTH, "little") + hashlib.sha256(text).digest())
+
+
+def _twins(splits: Mapping[str, Unread | Split], marks: dict[str, list[int]], shown: int = 3) -> dict[str, Any]:
+    """How many images of one split are in another too, and the first few of them."""
+    found, number = [], 0
+    arrays = {name: np.array(each, dtype=np.uint64) for name, each in marks.items()}
+    for one, other in combinations(arrays, 2):
+        places = np.flatnonzero(np.isin(arrays[other], arrays[one]))
+        number += len(places)
+        for place in places[: shown - len(found)]:
+            twin = int((arrays[one] == arrays[other][place]).argmax())
+            found.append(f"{_called(splits[other], other, place)} = {_called(splits[one], one, twin)}")
+    return {"twins": number, "first_twins": found}
+
+
+def _called(split: Unread | Split, name: str, place: int) -> str:
+    """An image's name for messages."""
+    if files := getattr(split, "files", ()):
+        return files[place]
+    ends = np.cumsum([int(count) for count in split.counts])
+    return f"{name}/{split.names[int(np.searchsorted(ends, place, side='right'))]}"

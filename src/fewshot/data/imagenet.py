@@ -1,0 +1,261 @@
+"""miniImageNet (Vinyals et al. 2016; the split of Ravi and Larochelle 2017) and tieredImageNet (Ren et al. 2018).
+
+Both are photos of ImageNet (ILSVRC-12), for non-commercial research only, and are shared as pickles of images of 84 x
+84 pixels. A pickle can run any program, so none is opened whose MD5 is not known, unless dataset.trust says so.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from fewshot.config import UserError, some
+from fewshot.data.cache import cached
+from fewshot.data.download import download, md5, zenodo
+from fewshot.data.images import decode, open_source, read_splits
+from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.tasks import SPLITS, Split
+
+# learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
+RECORD = 7978538
+# Ren et al.'s files (github.com/renmengye/few-shot-ssl-public). Whether learn2learn's are the same is not known.
+MD5S = {
+    "b38f1eb4251fb9459ecc8e7febf9b2eb",  # mini-imagenet.tar.gz: tristandeleu/pytorch-meta, torchmeta/datasets
+    "069993a77e65a83bbf8f8de4c9dcca68",  # its train, val and test: tata1661/FSL-Mate, PaddleFSL/paddlefsl/datasets
+    "f87ddf9b5211920dd73520274371eb6a",
+    "12158d649fd08945294de4ad38cda81d",
+    "e07e811b9f29362d159a9edd0d838c62",  # tiered-imagenet.tar: pytorch-meta; of what is in it none was found
+}
+MINI_FILES = {  # as learn2learn and Ren et al. call them
+    "train": ("mini-imagenet-cache-train.pkl",),
+    "val": ("mini-imagenet-cache-validation.pkl", "mini-imagenet-cache-val.pkl"),
+    "test": ("mini-imagenet-cache-test.pkl",),
+}
+TIERED_FILES = {  # as Ren et al. and learn2learn call them, and as they are called where learn2learn gets them
+    f"{split} {kind}": (f"{split}_{kind}.pkl", f"tiered-imagenet-{split}_{kind}.pkl")
+    for split in SPLITS
+    for kind in ("labels", "images_png")
+}
+MINI_HOLDS = (
+    "mini-imagenet.tar.gz, a folder with mini-imagenet-cache-train.pkl, -validation.pkl and -test.pkl, "
+    "or a folder or zip with images/, train.csv, val.csv and test.csv"
+)
+TIERED_HOLDS = "tiered-imagenet.tar or a folder with train|val|test_images_png.pkl and train|val|test_labels.pkl"
+
+
+def miniimagenet(
+    *, root: str | None, classes: Mapping[str, int], size: int, channels: int, trust: bool, cache: str | None
+) -> dict[str, Split]:
+    """miniImageNet's splits, images of (channels, size, size).
+
+    Args:
+        root: a folder or tar with learn2learn's pickles, each a dictionary of image_data, (M, 84, 84, 3) uint8, and
+            class_dict, the numbers of each class's images; or a folder or zip with the photos in images/ and Ravi and
+            Larochelle's train.csv, val.csv, test.csv (filename,label) beside it; None: download the pickles.
+        classes: how many there must be in each split.
+        size, channels: of the images.
+        trust: pickles with an unknown checksum too.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
+    """
+    how = {"size": size, "channels": channels}
+    if root is None:
+        place = _download("miniImageNet", "miniimagenet", [each[0] for each in MINI_FILES.values()], trust, cache)
+    else:
+        place = Path(str(root)).expanduser()
+    pickles = _open_pickles(place, MINI_FILES, trust)
+    if pickles is None:
+        return _mini_photos(place, classes, cache=cache, **how)
+    read, version = pickles
+
+    def build() -> dict[str, Split]:
+        splits = {}
+        for split in SPLITS:
+            data = read(split)
+            with _as_published(place, split):
+                pixels, members = data["image_data"], data["class_dict"]
+                if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+                    raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape[1:]}")
+                members = {str(label): members[label] for label in sorted(members)}
+                splits[split] = gather(members, lambda number, pixels=pixels: fit(pixels[number], **how), **how)
+        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
+        return splits
+
+    return cached("miniimagenet", version, cache=cache, build=build, **how)
+
+
+def _mini_photos(
+    place: Path, classes: Mapping[str, int], *, size: int, channels: int, cache: str | None
+) -> dict[str, Split]:
+    source = open_source(place, ["images"])
+    found = {PurePosixPath(name).name: name for name in source.names}
+    tables, members = {}, {}
+    for split in SPLITS:
+        try:
+            tables[split] = source.read(f"{split}.csv")
+            rows = list(csv.DictReader(io.StringIO(tables[split].decode())))
+            files = [(row["label"], row["filename"]) for row in rows]
+        except (OSError, LookupError, ValueError) as error:
+            raise UserError(
+                f"dataset.root={place}: no {split}.csv with filename,label in it; give {MINI_HOLDS}"
+            ) from error
+        if absent := [file for _, file in files if file not in found]:
+            raise UserError(f"dataset.root={place}: images/ lacks {some(absent)} of {split}.csv; add them")
+        members[split] = {
+            label: [(source, found[file]) for each, file in files if each == label]
+            for label in sorted({label for label, _ in files})
+        }
+    _check_classes(place, {split: tuple(labels) for split, labels in members.items()}, classes)
+    version = [source.identity, [hashlib.sha256(table).hexdigest() for table in tables.values()]]
+    return cached(
+        "miniimagenet",
+        version,
+        size=size,
+        channels=channels,
+        cache=cache,
+        build=lambda: read_splits(members, size=size, channels=channels),
+    )
+
+
+def tieredimagenet(
+    *, root: str | None, classes: Mapping[str, int], size: int, channels: int, trust: bool, cache: str | None
+) -> dict[str, Split]:
+    """tieredImageNet's splits, images of (channels, size, size): 34 categories of ImageNet, split 20/6/8.
+
+    Args:
+        root: a folder or tar with learn2learn's pickles: for each split a list of PNG files, and a dictionary of
+            label_specific, the number of each image's class, and label_specific_str, their names; None: download them.
+        classes: how many there must be in each split.
+        size, channels: of the images.
+        trust: pickles with an unknown checksum too.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
+    """
+    how = {"size": size, "channels": channels}
+    if root is None:
+        names = [each[0] for each in TIERED_FILES.values()]
+        place = _download("tieredImageNet", "tieredimagenet", names, trust, cache)
+    else:
+        place = Path(str(root)).expanduser()
+    pickles = _open_pickles(place, TIERED_FILES, trust)
+    if pickles is None:
+        raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
+    read, version = pickles
+
+    def build() -> dict[str, Split]:
+        splits = {}
+        for split in SPLITS:
+            labels, files = read(f"{split} labels"), read(f"{split} images_png")
+            with _as_published(place, split):
+                numbers = np.asarray(labels["label_specific"])
+                if numbers.shape != (len(files),):
+                    raise ValueError(f"{len(files)} images and labels of shape {numbers.shape}")
+                # Two classes of ImageNet are called crane.
+                members = {
+                    f"{number:03d} {name}": np.flatnonzero(numbers == number)
+                    for number, name in enumerate(labels["label_specific_str"])
+                }
+
+                def image(number: int, files: Any = files) -> np.ndarray:
+                    return decode(bytes(files[number]), resample=Image.Resampling.BILINEAR, **how)
+
+                splits[split] = gather(members, image, **how)
+        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
+        return splits
+
+    return cached("tieredimagenet", version, cache=cache, build=build, **how)
+
+
+def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Mapping[str, int]) -> None:
+    for split, wanted in classes.items():
+        if len(names[split]) != wanted:
+            raise UserError(
+                f"dataset.root={place}: {len(names[split])} {split} classes instead of {wanted}; give the files of the "
+                "usual split, or use dataset=folder for images of your own"
+            )
+
+
+@contextmanager
+def _as_published(place: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever else a pickle may hold
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"dataset.root={place}: {name} is not as learn2learn reads it ({reason}); get it again"
+        ) from error
+
+
+# Which pickles are opened
+
+
+def _open_pickles(
+    place: Path, files: Mapping[str, Sequence[str]], trust: bool
+) -> tuple[Callable[[str], Any], list[Any]] | None:
+    """What reads the file behind each key of `files`, and what changes when they do; None where they are not there."""
+    if place.is_file() and place.name.endswith((".tar", ".tar.gz", ".tgz")):
+
+        @functools.cache
+        def checked() -> None:
+            with open(place, "rb") as file:
+                _check_trusted(place, file, trust)
+
+        def from_tar(key: str) -> Any:
+            checked()
+            with _as_published(place, f"{files[key][0]} in it"), tarfile.open(place) as archive:
+                members = {PurePosixPath(each.name).name: each for each in archive if each.isfile()}
+                found = [members[name] for name in files[key] if name in members]
+                if not found:
+                    raise LookupError("there is none")
+                return unpickle(archive.extractfile(found[0]))
+
+        return from_tar, identity([place])
+    for folder in (place, place / "tiered-imagenet"):  # where learn2learn keeps it
+        found = {key: [folder / name for name in names if (folder / name).is_file()] for key, names in files.items()}
+        if all(found.values()):
+
+            def from_folder(key: str, found: dict[str, list[Path]] = found) -> Any:
+                with open(found[key][0], "rb") as file:
+                    _check_trusted(found[key][0], file, trust)
+                    with _as_published(place, found[key][0].name):
+                        return unpickle(file)
+
+            return from_folder, identity([paths[0] for paths in found.values()])
+    return None
+
+
+def _check_trusted(path: Path, file: BinaryIO, trust: bool) -> None:
+    if not trust and (found := md5(file)) not in MD5S:
+        raise _untrusted(f"{path} holds pickles", found)
+
+
+def _untrusted(what: str, found: str) -> UserError:
+    return UserError(
+        f"dataset.trust=false: {what}, which could run any program, and its MD5 {found} is none that is known; "
+        "if you trust where it comes from, dataset.trust=true reads it"
+    )
+
+
+def _download(title: str, folder: str, names: Sequence[str], trust: bool, cache: str | None) -> Path:
+    def find() -> dict[str, tuple[str, str]]:
+        prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
+        sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
+        for url, published in sources.values():  # before gigabytes are fetched in vain
+            if not trust and published not in MD5S:
+                raise _untrusted(f"{url} holds pickles", published)
+        return sources
+
+    holds = MINI_HOLDS if folder == "miniimagenet" else TIERED_HOLDS
+    return download(title, names, find, folder=folder, cache=cache, holds=holds)

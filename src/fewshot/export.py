@@ -1,0 +1,167 @@
+"""A checkpoint to share: python -m fewshot.export checkpoint=RUN/checkpoints/best.ckpt out=FOLDER
+
+Writes model.safetensors, config.yaml and a model card, README.md, into FOLDER; fewshot.load(FOLDER) reads them. No
+pickle, no optimiser state, no paths of the machine that trained.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fewshot.config import UserError, one_line_errors, shown, words
+
+CARD = "README.md"
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Writes the model of a checkpoint into a folder that has none yet.
+
+    Raises:
+        UserError: not a checkpoint of this program, or the folder holds such files already.
+    """
+    for name in ("model.safetensors", "config.yaml", CARD):
+        if (folder / name).exists():
+            raise UserError(f"out={folder}: holds a {name}; name another folder")
+    # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
+    from omegaconf import OmegaConf
+    from safetensors.torch import save
+
+    from fewshot.checkpoint import read, write_atomically
+    from fewshot.pretrained import CONFIG, WEIGHTS, portable
+
+    content = read(checkpoint)
+    config = portable(content["fewshot"]["config"])
+    weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    card = model_card(config, weights, content["global_step"], *_results(checkpoint, content["global_step"]))
+    files = {
+        CARD: card.encode(),
+        CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)).encode(),
+        WEIGHTS: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
+    }
+    for name, data in files.items():
+        write_atomically(folder / name, lambda file, data=data: file.write(data))
+
+
+def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, str]:
+    """results.json of the checkpoint's run if it was this model that was tested; else None and why not."""
+    path = checkpoint.absolute().parent.parent / "results.json"
+    try:
+        results = json.loads(path.read_text())
+        tested = results["best_iteration"]
+    except OSError:
+        return None, "the checkpoint was exported without a results.json beside its folder"
+    except (ValueError, LookupError, TypeError):
+        return None, "the results.json beside the checkpoint's folder cannot be read"
+    if tested != iteration:
+        return None, f"the results beside it are of outer update {tested}, this model is of {iteration}"
+    return results, ""
+
+
+def model_card(
+    config: dict[str, Any],
+    weights: dict[str, Any],
+    iteration: int,
+    results: dict[str, Any] | None,
+    why_not: str,
+) -> str:
+    """The text of README.md, with the front matter that model hubs read."""
+    from fewshot.report import versions
+
+    data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    colour = "grey" if data["channels"] == 1 else "colour"
+    facts = {
+        "trained on": f"{data['name']}, {ways}-way {shots}-shot, {data['size']} x {data['size']} pixels, {colour}",
+        "network": f"{config['model']['name']}, {numbers:,} parameters",
+        "algorithm": ", ".join(f"{knob}={shown(value)}" for knob, value in algo.items()),
+        "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}",
+        "outer loop": f"outer update {iteration} of {config['iterations']}, "
+        f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}",
+        "seed": str(config["seed"]),
+        "versions": ", ".join(
+            f"{name} {number}" for name, number in (results or {}).get("versions", versions()).items()
+        ),
+    }
+    return CARD_TEXT.format(
+        title=f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot",
+        facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
+        numbers=_table(results) if results else f"None: {why_not}.",
+        ways="any number of" if algo["zeroing"] else f"2 to {ways}",
+        more="" if algo["zeroing"] else ", to more with `test_zeroing=true`",
+    )
+
+
+def _table(results: dict[str, Any]) -> str:
+    test, data = results["test"], results["config"]["dataset"]["name"]
+    lines = [
+        f"Query accuracy in % on {test['tasks']} tasks of the test split of {data}, with the half width of its 95% "
+        f"confidence interval over tasks, from one run (seed {results['config']['seed']}). Test zeroing: the head is "
+        "set to zero before it is adapted.",
+        "",
+        "| inner step | test zeroing off | test zeroing on |",
+        "| --- | --- | --- |",
+    ]
+    for step in range(len(test["zeroing_off"]["accuracy"])):
+        cells = (
+            f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}"
+            for mode in ("zeroing_off", "zeroing_on")
+        )
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+CARD_TEXT = """---
+library_name: fewshot
+pipeline_tag: image-classification
+tags: [few-shot-learning, meta-learning, maml]
+---
+
+# {title}
+
+A few-shot classifier trained with MAML: shown a few images of each of some new classes, it adapts to them and tells
+them apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classification* (Kao, Chiu, Chen; ICLR 2022).
+
+| | |
+| --- | --- |
+{facts}
+
+## Numbers
+
+{numbers}
+
+## Use
+
+```bash
+python -m fewshot.predict checkpoint=THIS_FOLDER support=DIR query=DIR   # support: one folder of images per class
+```
+
+```python
+import fewshot
+from fewshot.predict import predict
+
+model = fewshot.load("THIS_FOLDER")  # model.encoder, model.head, model.preprocess
+predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).labels  # PIL images or uint8 arrays
+```
+
+It adapts to {ways} classes{more}.
+All queries of a call are normalised together by BatchNorm: what is said of one depends on the others.
+
+`model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    with one_line_errors():
+        needed = {"checkpoint": "RUN/checkpoints/best.ckpt", "out": "FOLDER"}
+        given = words(arguments, needed, needed)
+        export(Path(given["checkpoint"]).expanduser(), Path(given["out"]).expanduser())
+        print(f"Written to {given['out']}; fewshot.load reads it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Where the images lie, what is written down about them, and the commands for datasets."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewshot.config import UserError
+from fewshot.data.__main__ import main
+from fewshot.data.module import images_device, manifest
+from fewshot.tasks import Split, TaskSampler
+
+CPU, CUDA, GB = torch.device("cpu"), torch.device("cuda", 1), 10**9
+
+
+@pytest.mark.parametrize(
+    ("asked", "compute", "size", "free", "expected"),
+    [
+        ("auto", CUDA, 4 * GB, 8 * GB, CUDA),
+        ("auto", CUDA, 4 * GB + 1, 8 * GB, CPU),
+        ("auto", CPU, 4 * GB, 0, CPU),
+        ("cuda", CUDA, 4 * GB, 5 * GB, CUDA),
+        ("cpu", CUDA, 1, 8 * GB, CPU),
+        ("cpu", CPU, 1, 0, CPU),
+    ],
+)
+def test_images_go_to_the_gpu_if_they_fill_half_of_it_at_most(asked, compute, size, free, expected):
+    assert images_device(asked, compute, size, free) == expected
+
+
+def test_images_cannot_go_to_a_gpu_that_the_run_is_not_on(run, tmp_path):
+    with pytest.raises(UserError, match=r"^dataset\.device=cuda: the run is on cpu; use dataset\.device=auto or .*$"):
+        run(tmp_path, "dataset.device=cuda")
+
+
+def split(name="a", classes=3):
+    images = torch.arange(classes * 4 * 2, dtype=torch.uint8).view(-1, 1, 1, 2)
+    return Split(images, torch.arange(classes + 1) * 4, tuple(f"{name}{n}" for n in range(classes)), "5a")
+
+
+def test_images_that_stay_behind_travel_with_each_task():
+    sampler = TaskSampler(split(), ways=2, shots=1, queries=2, seed=0, stream=0)
+    before = sampler(3, 2)
+    sampler.to(CPU, CPU)
+    assert all(torch.equal(one, other) for one, other in zip(before, sampler(3, 2), strict=True))
+    sampler.to(torch.device("meta"), CPU)  # stands in for a GPU
+    after = sampler(3, 2)
+    assert sampler.split.images.device == CPU
+    assert {field.device.type for field in after} == {"meta"}
+    assert [(field.shape, field.dtype) for field in after] == [(field.shape, field.dtype) for field in before]
+
+
+def test_the_manifest_changes_with_names_numbers_and_pixels():
+    splits = {name: split(name) for name in ("train", "val", "test")}
+    first = manifest(splits)
+    assert first["val"] == ["val0", "val1", "val2"] and list(first) == ["sha256", "train", "val", "test"]
+    assert first == manifest(dict(reversed(splits.items())))
+    sums = {first["sha256"]}
+    for change in ({"names": ("x", "y", "z")}, {"offsets": torch.tensor([0, 3, 8, 12])}, {"sha256": "5b"}):
+        sums.add(manifest(splits | {"val": dataclasses.replace(splits["val"], **change)})["sha256"])
+    assert len(sums) == 4
+
+
+def test_show_draws_classes_of_every_split_with_their_names(cache, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    main(["show", "dataset=glyphs", f"dataset.cache={cache}", f"out={out}"])
+    assert f"Written to {out}" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(out).convert("L"))
+    assert sheet.shape[0] == 3 * 6 * 58  # six letters of every split, 28 pixels twice as large
+    rows = sheet.reshape(18, 58, -1)
+    assert (rows[:, :, :100].min(axis=(1, 2)) < 128).all() and (rows[:, :56, -58:].min(axis=(1, 2)) < 128).all()
+    for wrong in ([], ["out=sheet.jpg"]):
+        with pytest.raises(SystemExit, match=r"^out=.*: give out=FILE\.png"):
+            main(["show", "dataset=glyphs", *wrong])
+
+
+def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
+    main(["prepare", "dataset=glyphs", f"dataset.cache={cache}"])
+    capsys.readouterr()
+    main(["list", f"dataset.cache={cache}"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert {"glyphs", "omniglot", "cifarfs", "folder"} <= lines.keys()
+    assert (
+        lines["glyphs"].split()[1:5] == ["215/30/73", "6,360", "28x28", "grey"] and "prepared, 5 MB" in lines["glyphs"]
+    )
+    assert "1028/172/423" in lines["omniglot"] and lines["omniglot"].endswith("no")
+    main(["list", f"dataset.cache={tmp_path}"])
+    assert "needs nothing" in io.StringIO(capsys.readouterr().out).read()

@@ -1,0 +1,192 @@
+"""A checkpoint that is shared: the same model comes back, nothing foreign runs."""
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import fewshot
+from fewshot import models
+from fewshot.config import UserError
+from fewshot.export import export, main
+from fewshot.predict import predict
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "shared"
+    export(trained / "checkpoints" / "best.ckpt", folder)
+    return folder
+
+
+def test_the_same_model_comes_back_bit_by_bit(trained, exported):
+    ours, theirs = fewshot.load(trained / "checkpoints" / "best.ckpt"), fewshot.load(exported)
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    assert theirs.learner.state_dict().keys() == content["state_dict"].keys()
+    assert all(torch.equal(theirs.learner.state_dict()[name], w) for name, w in content["state_dict"].items())
+    images = np.random.default_rng(0).integers(0, 256, (9, 35, 28), dtype=np.uint8)
+    x = torch.stack([theirs.preprocess(image) for image in images])
+    assert torch.equal(theirs.head(theirs.encoder(x)), ours.head(ours.encoder(x)))
+    assert theirs.head.weight.requires_grad and not theirs.encoder.training
+    support = {"a": images[:2], "b": images[2:5]}
+    found = [predict(model, support, images[5:]).probabilities for model in (ours, theirs, str(exported))]
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
+def test_a_checkpoint_in_float64_stays_so(trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    state = {name: tensor.double() + 1e-12 for name, tensor in content["state_dict"].items()}
+    torch.save({**content, "state_dict": state}, tmp_path / "double.ckpt")
+    export(tmp_path / "double.ckpt", tmp_path / "shared")
+    for path in (tmp_path / "double.ckpt", tmp_path / "shared"):
+        found = fewshot.load(path).learner.state_dict()
+        assert all(found[name].dtype == torch.float64 and torch.equal(found[name], w) for name, w in state.items())
+    images = np.zeros((3, 28, 28), np.uint8)
+    assert np.isfinite(predict(tmp_path / "shared", {"a": images, "b": images}, images).probabilities).all()
+
+
+def test_loading_draws_no_random_number_of_the_caller(exported):
+    before = torch.get_rng_state()
+    fewshot.load(exported)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_folder_holds_weights_settings_and_a_card_and_no_pickle(trained, exported, cache):
+    assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.yaml", "model.safetensors"]
+    data = (exported / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")  # a safetensors file: this, a JSON of so many bytes, the numbers
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    state = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert len(data) == 8 + length + 4 * sum(tensor.numel() for tensor in state.values())
+    first, last = header["network.head.weight"]["data_offsets"]
+    assert data[8 + length :][first:last] == state["network.head.weight"].numpy().tobytes()
+    text = (exported / "config.yaml").read_text() + (exported / "README.md").read_text()
+    assert (
+        not zipfile.is_zipfile(exported / "model.safetensors") and str(cache) not in text and str(trained) not in text
+    )
+    assert set(re.findall("_target_: (.*)", text)) == {"fewshot.models.conv4_strided"}
+
+
+def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):
+    results = json.loads((trained / "results.json").read_text())
+    card = (exported / "README.md").read_text()
+    for step, (accuracy, ci95) in enumerate(
+        zip(results["test"]["zeroing_on"]["accuracy"], results["test"]["zeroing_on"]["ci95"], strict=True)
+    ):
+        assert re.search(rf"\| {step} \| [^|]+ \| {100 * accuracy:.2f} ± {100 * ci95:.2f} \|", card)
+    assert "on 4 tasks of the test split of glyphs" in card and f"torch {results['versions']['torch']}" in card
+    assert "| seed | 0 |" in card and "glyphs, 5-way 5-shot, 28 x 28 pixels, grey" in card
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    alone = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "run" / "checkpoints")
+    for number, (content, line) in enumerate(
+        (
+            (None, "None: the checkpoint was exported without a results.json"),
+            ("{", "None: the results.json beside the checkpoint's folder cannot be read."),
+            (json.dumps({**results, "best_iteration": 7}), "None: the results beside it are of outer update 7"),
+        )
+    ):
+        if content:
+            (tmp_path / "run" / "results.json").write_text(content)
+        export(Path(alone), tmp_path / f"out{number}")
+        assert line in (tmp_path / f"out{number}" / "README.md").read_text()
+
+
+def test_an_export_overwrites_nothing(trained, exported, tmp_path):
+    before = (exported / "README.md").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):
+        main([f"checkpoint={trained}/checkpoints/best.ckpt", f"out={exported}"])
+    assert (exported / "README.md").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="no such file"):
+        main(["checkpoint=none", f"out={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+
+
+# Foreign folders
+
+
+def altered(exported: Path, folder: Path, knobs: dict) -> Path:
+    shutil.copytree(exported, folder)
+    config = OmegaConf.load(folder / "config.yaml")
+    for key, value in knobs.items():
+        OmegaConf.update(config, key, value, merge=False)
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+CALLED = []
+
+
+def foreign(**knobs):
+    CALLED.append(knobs)
+    return models.conv4_strided(**knobs)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"model.network": {"_target_": "os.system", "command": "touch MARK"}},
+        {"model.network": {"_target_": "fewshot.config.os.system", "command": "touch MARK"}},
+        {"model.network": {"_target_": "fewshot.models.torch.os.system", "command": "touch MARK"}},
+        {"model.network": {"_target_": "fewshot.ranks.start", "program": "MARK"}},
+        {"model.network": {"_target_": "fewshot.models.nothing"}},
+        {"model.network": {"_target_": "fewshot.models.__builtins__.exec", "_args_": ["open('MARK', 'w')"]}},
+        {"model.network.channels": [{"_target_": "os.system", "command": "touch MARK"}]},
+        {"model.network": {"_target_": ["os.system"], "command": "touch MARK"}},
+        {"algo.first_order": {"_target_": "os.system", "command": "touch MARK"}},
+        {"model.network.channels": "\\${oc.create:{_target_: os.system, command: touch MARK}}"},
+        {"model.network._target_": "test_export.foreign"},
+    ],
+)
+def test_a_configuration_that_calls_what_is_not_ours_is_refused(knobs, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = altered(exported, tmp_path / "foreign", knobs)
+    CALLED.clear()
+    with pytest.raises(UserError, match=r"calls .*: trust=true, in Python trust=True|has plain values only") as error:
+        fewshot.load(folder)
+    assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists() and not CALLED
+
+
+def test_a_network_of_ones_own_is_loaded_by_trust(exported, tmp_path):
+    folder = altered(exported, tmp_path / "own", {"model.network._target_": "test_export.foreign"})
+    CALLED.clear()
+    model = fewshot.load(folder, trust=True)
+    assert len(CALLED) == 1
+    assert torch.equal(model.head.weight, fewshot.load(exported).head.weight)
+
+
+def test_a_checkpoint_is_judged_as_a_folder_is(trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["fewshot"]["config"]["model"]["network"]["_target_"] = "test_export.foreign"
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match=r"calls test_export\.foreign"):
+        fewshot.load(tmp_path / "foreign.ckpt")
+
+
+def test_a_damaged_folder_is_one_line(exported, tmp_path):
+    cases = {
+        "model.safetensors": (lambda data: data[:1000], "truncated or no safetensors"),
+        "config.yaml": (lambda data: b"{" + data, "cannot be read"),
+    }
+    for name, (damage, line) in cases.items():
+        folder = shutil.copytree(exported, tmp_path / f"damaged {name}")
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+        with pytest.raises(UserError, match=line):
+            fewshot.load(folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=f"has no {name}"):
+            fewshot.load(folder)
+    with pytest.raises(UserError, match="is not the configuration of a run"):
+        folder = shutil.copytree(exported, tmp_path / "bare")
+        (folder / "config.yaml").write_text("ways: 5\n")
+        fewshot.load(folder)
+    with pytest.raises(UserError, match=r"network.head.bias is \(5,\) there and \(7,\) here; it was trained with"):
+        fewshot.load(altered(exported, tmp_path / "misfit", {"model.network.ways": 7}))
+    with pytest.raises(UserError, match="no such file"):
+        fewshot.load(tmp_path / "none")

@@ -1,0 +1,332 @@
+"""Prediction against plain SGD written anew, and the command on real files."""
+
+import csv
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from torch import Tensor
+
+import fewshot
+from fewshot.config import CONF, UserError, settings
+from fewshot.data import glyphs
+from fewshot.data.module import MetaData
+from fewshot.module import MetaLearner
+from fewshot.predict import main, predict, run
+from fewshot.pretrained import Preprocess, Pretrained
+from fewshot.tasks import SPLITS
+
+WAYS = 3
+
+
+def untrained(*overrides: str) -> Pretrained:
+    """A model in float64 with small random biases, so that none of them is without effect."""
+    overrides = [f"ways={WAYS}", "model.width=4", *overrides]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides)
+    torch.manual_seed(1)
+    learner = MetaLearner.from_config(cfg, "sequential").double()
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return Pretrained(learner, Preprocess.from_config(settings(cfg)["dataset"]), settings(cfg))
+
+
+def images(count: int, seed: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8))
+
+
+def forward(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """conv4_strided by hand: convolution, ReLU, normalisation on the batch, four times; then the head."""
+    for layer, stride in zip((0, 3, 6, 9), (2, 2, 2, 1), strict=True):
+        weight, bias = (parameters[f"encoder.{layer}.{name}"] for name in ("weight", "bias"))
+        x = F.conv2d(x, weight, bias, stride).clamp(min=0)
+        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        gamma, beta = (parameters[f"encoder.{layer + 2}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
+        x = (x - mean) / (variance + 1e-5).sqrt() * gamma + beta
+    return x.flatten(1) @ parameters["head.weight"].T + parameters["head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("ways", "zeroing", "queries", "overrides"),
+    [
+        (3, False, 4, ()),
+        (3, True, 4, ()),
+        (2, False, 4, ()),
+        (2, True, 4, ("algo=anil",)),
+        (5, True, 4, ()),
+        (5, None, 4, ("algo=zero",)),
+        (3, False, 1, ()),
+    ],
+    ids=["learned", "zeroed", "fewer", "fewer-head-alone", "more", "more-as-trained", "one-query"],
+)
+def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
+    model = untrained(*overrides)
+    shots = [1 + way % 2 for way in range(ways)]
+    support = {f"class {way}": images(count, seed=way) for way, count in enumerate(shots)}
+    asked = images(queries, seed=100)
+    before = {name: value.clone() for name, value in model.learner.state_dict().items()}
+    found = predict(model, support, asked, steps=3, test_zeroing=zeroing)
+
+    parameters = {name: value.detach().clone() for name, value in model.learner.network.named_parameters()}
+    for name in ("head.weight", "head.bias"):
+        rows = parameters[name] if zeroing is False else torch.zeros(ways, *parameters[name].shape[1:]).double()
+        parameters[name] = rows[:ways].clone()
+    adapted = [name for name in parameters if "algo=anil" not in overrides or name.startswith("head")]
+    given = torch.tensor(np.stack([image for each in support.values() for image in each])[:, None] / 255)
+    labels = torch.tensor([way for way, count in enumerate(shots) for _ in range(count)])
+    for _ in range(3):
+        for name in adapted:
+            parameters[name].requires_grad_()
+        loss = -forward(parameters, given).log_softmax(1)[torch.arange(len(labels)), labels].mean()
+        gradients = torch.autograd.grad(loss, [parameters[name] for name in adapted])
+        for name, gradient in zip(adapted, gradients, strict=True):
+            parameters[name] = (parameters[name] - 0.4 * gradient).detach()
+    x = torch.tensor(np.stack(asked)[:, None] / 255)
+    x = torch.cat([given, x]) if queries == 1 else x
+    expected = forward(parameters, x)[-queries:].softmax(1).detach().numpy()
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)  # pixels are normalised in float32
+    assert found.classes == tuple(support) and found.probabilities.shape == (queries, ways)
+    assert found.labels == [f"class {way}" for way in expected.argmax(1)]
+    after = model.learner.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("classes", "queries", "how", "line"),
+    [
+        (4, 1, {}, "test_zeroing=false: support has 4 classes, the head 3 rows"),
+        (1, 1, {}, "support: has 1 classes; give at least 2"),
+        (2, 0, {}, "query: has no images"),
+        (2, 1, {"steps": 0}, "steps=0: must be an integer of at least 1"),
+        (2, 1, {"steps": 2.5}, "steps=2.5: must be an integer"),
+    ],
+)
+def test_predict_refuses_in_one_line(classes, queries, how, line):
+    with pytest.raises(UserError) as error:
+        predict(untrained(), {str(way): images(1, way) for way in range(classes)}, images(queries, 9), **how)
+    assert str(error.value).startswith(line)
+
+
+def test_numbers_that_are_not_finite_are_no_prediction():
+    model = untrained("inner_lr=1e300")
+    with pytest.raises(UserError, match="logits are not finite"):
+        predict(model, {"a": images(1, 0), "b": images(1, 1)}, images(2, 2))
+
+
+# Preprocessing
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_image_is_seen_as_in_training(config, tmp_path):
+    """Bit by bit what the tasks of the training hold of the same files."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 50, 70, 3), dtype=np.uint8)
+    names = [f"{split}/{split}{label}/{number}.png" for split in SPLITS for label in "ab" for number in "01"]
+    for name, picture in zip(names, pictures, strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(Image.fromarray(picture)))
+    knobs = (f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}", "dataset.size=32")
+    cfg = config("dataset=folder", *knobs, "ways=2", "shots=1", "queries=1", "val_tasks=2", "test_tasks=2")
+    preprocess = Preprocess.from_config(settings(cfg)["dataset"])
+    tasks = MetaData.from_config(cfg).samplers["train"](0, 8)
+    seen = {image.numpy().tobytes() for images in (tasks.support, tasks.query) for image in images.flatten(0, 1)}
+    assert seen == {preprocess((tmp_path / name).read_bytes()).numpy().tobytes() for name in names[:4]}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_same_image_in_any_form(channels):
+    preprocess = Preprocess(28, channels, Image.Resampling.BILINEAR, (0.0,) * channels, (1.0,) * channels)
+    array = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    expected = preprocess(Image.fromarray(array))
+    assert expected.shape == (channels, 28, 28) and expected.dtype == torch.float32
+    assert torch.equal(preprocess(array), expected)
+    assert torch.equal(preprocess(torch.tensor(array).permute(2, 0, 1)), expected)
+    assert torch.equal(preprocess(png(Image.fromarray(array))), expected)
+    grey = array[:, :, 0]
+    assert torch.equal(preprocess(grey), preprocess(grey[:, :, None]))
+    assert torch.equal(preprocess(grey), preprocess(torch.tensor(grey)[None]))
+    opaque = np.concatenate([array, np.full((40, 30, 1), 255, np.uint8)], axis=2)
+    assert torch.equal(preprocess(opaque), expected)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((28, 28)),
+        np.zeros((2, 28, 28), np.uint8),
+        np.zeros((0, 28), np.uint8),
+        torch.zeros(28, 28, dtype=torch.uint8),
+        torch.zeros(1, 28, 28),
+    ],
+    ids=["float", "planes-first", "empty", "no-channel", "float-tensor"],
+)
+def test_arrays_that_are_no_uint8_images_are_refused(picture):
+    with pytest.raises(UserError, match=r"image: a (ndarray|Tensor) of .*; give a PIL image"):
+        Preprocess(28, 1, Image.Resampling.BILINEAR, (0.0,), (1.0,))(picture)
+
+
+# The command
+
+
+def write_letters(folder: Path, cache: Path, letters: int, shots: int = 12) -> dict[str, str]:
+    """Test letters as support/CLASS/x.png and query/SUB/x.png, with one broken PNG; {file in query: its class}."""
+    test = glyphs.load(size=28, cache=str(cache))["test"]
+    truth = {}
+    for letter in range(letters):
+        name, first = f"letter{letter}", int(test.offsets[3 + 12 * letter])
+        for number in range(20):
+            path = f"half{number % 2}/{name}_{number:02d}.png"
+            if number >= shots:
+                truth[path] = name
+            path = folder / (f"query/{path}" if number >= shots else f"support/{name}/{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(test.images[first + number, 0].numpy()).save(path)
+    whole = (folder / "support" / "letter0" / "0.png").read_bytes()
+    (folder / "query" / "half0" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "query" / "notes.txt").write_text("no image")
+    return truth
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
+    truth = write_letters(tmp_path, cache, letters=5)
+    knobs = [f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=found"]
+    command = [sys.executable, "-m", "fewshot.predict", *knobs]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "40 images, 5 classes, 1 skipped: written to found\n"
+    (warning,) = process.stderr.splitlines()
+    assert warning.startswith("query: half0/broken.png is skipped, it cannot be read: ")
+    header, skipped = read_csv(tmp_path / "found" / "skipped.csv")
+    assert header == ["set", "file", "reason"] and skipped[:2] == ["query", "half0/broken.png"] and skipped[2]
+    header, *rows = read_csv(tmp_path / "found" / "predictions.csv")
+    assert header == ["file", "class", *(f"probability of letter{letter}" for letter in range(5))]
+    assert [row[0] for row in rows] == sorted(truth)
+    for _, name, *probabilities in rows:
+        p = np.array(probabilities, dtype=float)
+        assert abs(p.sum() - 1) < 1e-4 and name == f"letter{p.argmax()}"
+    assert np.mean([truth[file] == name for file, name, *_ in rows]) > 0.5  # chance: 0.2, standard deviation 0.06
+    with Image.open(tmp_path / "found" / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000 and sheet.height > 1000
+    assert len(list((tmp_path / "found").iterdir())) == 3
+
+
+def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path, monkeypatch):
+    """Seven letters where five were trained; the support zipped in an enclosing folder, the query as it is."""
+    write_letters(tmp_path, cache, letters=5, shots=18)
+    for extra in ("letter5", "letter6"):
+        (tmp_path / "support" / extra).mkdir()
+        Image.new("L", (28, 28), "white" if extra == "letter5" else "black").save(
+            tmp_path / "support" / extra / "0.png"
+        )
+    for name, wrapper in (("support", "my images/"), ("query", "")):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for path in sorted((tmp_path / name).rglob("*.*")):
+                archive.write(path, wrapper + path.relative_to(tmp_path / name).as_posix())
+    checkpoint = f"{trained}/checkpoints/last.ckpt"
+    for out, suffix in (("folders", ""), ("zips", ".zip")):
+        where = (str(tmp_path / f"{name}{suffix}") for name in ("support", "query"))
+        run(checkpoint, *where, tmp_path / out, steps=2, test_zeroing=True)
+    rows, zipped = (read_csv(tmp_path / out / "predictions.csv") for out in ("folders", "zips"))
+    assert rows == zipped and len(rows[0]) == 2 + 7 and len(rows) == 1 + 10
+    files = {path.name: sorted(path.iterdir()) for path in sorted((tmp_path / "support").iterdir())}
+    support = {name: [Image.open(path) for path in paths] for name, paths in files.items()}
+    query = [np.asarray(Image.open(tmp_path / "query" / row[0])) for row in rows[1:]]
+    found = predict(fewshot.load(checkpoint), support, query, steps=2, test_zeroing=True)
+    assert found.labels == [row[1] for row in rows[1:]]
+    with pytest.raises(UserError, match="test_zeroing=false: support has 7 classes, the head 5 rows"):
+        run(checkpoint, str(tmp_path / "support"), str(tmp_path / "query"), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("suport=x", "suport=x: no such knob; did you mean support?"),
+        ("support=x", "checkpoint: is missing; give checkpoint="),
+        ("checkpoint=c support=x support=y", "support=y: support is given twice"),
+        ("checkpoint=c support=x query=", "query=: give query=VALUE"),
+        ("checkpoint=c support=x query=y test_zeroing=yes", "test_zeroing=yes: must be true or false"),
+        ("checkpoint=c support=x query=y steps=two", "steps=two: must be an integer of at least 1"),
+        ("checkpoint=c support=x query=y", "checkpoint=c: no such file or folder"),
+        ("checkpoint=a.txt support=none query=q", "support=none: no such file or folder"),
+        ("checkpoint=a.txt support=loose query=q", "support=loose: 1.png lies in no class"),
+        ("checkpoint=a.txt support=empty query=q", "support=empty: no images in 'b'; add images or remove the class"),
+        ("checkpoint=a.txt support=one query=q", "support=one: 1 folders with images in it"),
+        ("checkpoint=a.txt support=a.txt query=q", "support=a.txt: not a whole zip file"),
+        ("checkpoint=a.txt support=unsafe.zip query=q", "support=unsafe.zip: unsafe path '../a/1.png'"),
+        ("checkpoint=a.txt support=two query=none", "query=none: no such file or folder"),
+        ("checkpoint=a.txt support=two query=noimages", "query=noimages: no images in it"),
+        ("checkpoint=a.txt support=two query=q", "checkpoint=a.txt: cannot be read"),
+        ("checkpoint=two support=two query=q", "checkpoint=two: has no model.safetensors"),
+        ("checkpoint=a.txt support=two query=q out=one", "out=one: is not empty; name another folder"),
+    ],
+)
+def test_a_mistake_is_one_line(words, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (
+        "loose/1.png",
+        "loose/a/1.png",
+        "empty/a/1.png",
+        "one/a/1.png",
+        "two/a/1.png",
+        "two/b/1.png",
+        "q/1.png",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9)).save(tmp_path / path)
+    for folder in ("empty/b", "noimages"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.txt").write_text("neither zip nor checkpoint")
+    with zipfile.ZipFile(tmp_path / "unsafe.zip", "w") as archive:
+        archive.writestr("../a/1.png", "")
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert str(stop.value.code).startswith(line) and "\n" not in stop.value.code
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_class_of_which_nothing_can_be_read_is_named(trained, tmp_path):
+    for name in "ab":
+        (tmp_path / "support" / name).mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "support" / name / "0.png")
+    (tmp_path / "support" / "b" / "0.png").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match="no image of 'b' can be read"):
+        run(f"{trained}/checkpoints/last.ckpt", *[str(tmp_path / "support")] * 2, tmp_path / "out")
+
+
+def test_torch_is_imported_only_when_it_is_needed():
+    """A mistake on the command line does not wait for it, nor does `import fewshot`."""
+    code = """
+import sys
+import fewshot, fewshot.export, fewshot.predict
+for module in (fewshot.predict, fewshot.export):
+    try:
+        module.main(["checkpoint=none", "suport=none"])
+    except SystemExit as stop:
+        print(stop.code)
+print("torch" in sys.modules, "load" in dir(fewshot) or fewshot.__all__)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert process.stdout.splitlines() == [
+        "suport=none: no such knob; did you mean support?",
+        "suport=none: no such knob; known are checkpoint, out",
+        "False ['load']",
+    ]
