@@ -64,7 +64,7 @@ def test_a_run_on_threads_that_goes_on_is_the_run_that_never_stopped(run, tmp_pa
     assert went_on["state"] == whole["state"] and went_on["metrics"] == whole["metrics"]
 
 
-DROPPING = ("model=resnet12", "model.width=4", "model.drop_block=0.3", "dataset.size=16", "queries=2", "val_every=1")
+DROPPING = ("model=resnet12", "model.width=4", "model.drop_block=0.3", "dataset.size=16", "queries=2", "inner_steps=1")
 
 
 @pytest.mark.parametrize(
@@ -72,17 +72,18 @@ DROPPING = ("model=resnet12", "model.width=4", "model.drop_block=0.3", "dataset.
     [
         (*DROPPING, "engine=sequential"),
         (*DROPPING, "engine=batched", "threads=2"),
-        ("augment=standard", "engine=batched", "val_every=1"),
+        ("augment=standard", "engine=batched"),
     ],
     ids=["dropblock", "dropblock batched", "augment"],
 )
 def test_what_is_random_is_the_same_in_a_run_that_goes_on_and_absent_from_evaluation(run, tmp_path, knobs):
-    whole = outcome(run(tmp_path / "whole", "iterations=3", *knobs))
+    knobs = (*knobs, "val_every=1", "val_tasks=2", "test_tasks=2", "test_steps=2")
+    whole = outcome(run(tmp_path / "whole", "iterations=2", *knobs))
     short = run(tmp_path / "short", "iterations=1", *knobs)
-    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=3"))
+    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=2"))
     assert went_on["state"] == whole["state"] and went_on["metrics"] == whole["metrics"]
     off = "augment=none" if "augment=standard" in knobs else "model.drop_block=0"
-    without = run(tmp_path / "without", "iterations=3", *knobs, off)
+    without = run(tmp_path / "without", "iterations=2", *knobs, off)
     assert rows(tmp_path / "whole")[0] == rows(without)[0]  # the validation before anything is trained
     assert outcome(without)["state"]["last"] != whole["state"]["last"]
 

@@ -131,7 +131,8 @@ class Stop(BaseException):
 
 
 def test_a_stop_between_any_two_writes_loses_nothing(run, tmp_path, monkeypatch):
-    whole = outcome(run(tmp_path / "whole", "algo=zero", "test_every=3"))
+    knobs = ("algo=zero", "iterations=4", "test_every=3")
+    whole = outcome(run(tmp_path / "whole", *knobs))
     replace, writes, stop_at = os.replace, 0, 0
 
     def counted(source, target):
@@ -143,15 +144,15 @@ def test_a_stop_between_any_two_writes_loses_nothing(run, tmp_path, monkeypatch)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", counted)
-    run(tmp_path / "count", "algo=zero", "test_every=3")
+    run(tmp_path / "count", *knobs)
     total = writes
-    assert total >= 9  # metrics.csv and last.ckpt at 0, 2, 4 and 6, and results.json
+    assert total >= 9  # metrics.csv and last.ckpt at 0, 2, 3 and 4, splits.json and results.json
     for stop_at in range(1, total + 1):
         writes, folder = 0, tmp_path / f"stopped-{stop_at}"
         with pytest.raises(Stop):
-            run(folder, "algo=zero", "test_every=3")
+            run(folder, *knobs)
         writes = total  # no more stops
-        assert outcome(run(folder, "algo=zero", "test_every=3")) == whole, f"stopped at write {stop_at} of {total}"
+        assert outcome(run(folder, *knobs)) == whole, f"stopped at write {stop_at} of {total}"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
