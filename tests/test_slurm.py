@@ -28,6 +28,7 @@ LAUNCHER = (
     "hydra/launcher=slurm",
     "hydra.launcher.cpus_per_task=1",
     "hydra.launcher.mem_gb=1",
+    "hydra.launcher.gpus_per_node=1",
     "hydra.launcher.timeout_min=30",
 )
 LONG = ("iterations=1500", "val_every=300")
@@ -46,7 +47,7 @@ def slurm():
     shutil.rmtree(folder)
 
 
-def wait_until(what, seconds=150):
+def wait_until(what, seconds=300):
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, queue()
@@ -145,6 +146,14 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 4
+
+
+def test_a_job_that_slurm_refuses_is_one_line(program, tmp_path):
+    process = program("-m", *LAUNCHER, "hydra.launcher.partition=none", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in output + errors
+    assert "partition" in errors  # sbatch's own words
+    assert "hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*" in errors
 
 
 def test_two_processes_of_a_job_are_one_run(program, tmp_path):

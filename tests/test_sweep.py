@@ -265,6 +265,14 @@ def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, t
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_without_slurm_its_launcher_is_refused_in_one_line(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    process = program("-m", "hydra/launcher=slurm", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == "hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted\n"
+
+
 def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp_path):
     """Two at a time by joblib, one of which fails; what W&B is to be told, read back from its offline files."""
     folder = tmp_path / "a sweep"
