@@ -19,6 +19,7 @@ import fewshot
 from fewshot.config import CONF, UserError, settings
 from fewshot.data import glyphs
 from fewshot.data.module import MetaData
+from fewshot.models import share_rows
 from fewshot.module import MetaLearner
 from fewshot.predict import main, predict, run
 from fewshot.pretrained import Preprocess, Pretrained
@@ -37,6 +38,8 @@ def untrained(*overrides: str) -> Pretrained:
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    if cfg.algo.head == "shared":
+        share_rows(learner.network.head)
     return Pretrained(learner, Preprocess.from_config(settings(cfg)["dataset"]), settings(cfg))
 
 
@@ -45,14 +48,18 @@ def images(count: int, seed: int) -> list[np.ndarray]:
 
 
 def forward(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """conv4_strided by hand: convolution, ReLU, normalisation on the batch, four times; then the head."""
+    return encode(parameters, x) @ parameters["head.weight"].T + parameters["head.bias"]
+
+
+def encode(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """conv4_strided by hand: convolution, ReLU, normalisation on the batch, four times."""
     for layer, stride in zip((0, 3, 6, 9), (2, 2, 2, 1), strict=True):
         weight, bias = (parameters[f"encoder.{layer}.{name}"] for name in ("weight", "bias"))
         x = F.conv2d(x, weight, bias, stride).clamp(min=0)
         mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
         gamma, beta = (parameters[f"encoder.{layer + 2}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
         x = (x - mean) / (variance + 1e-5).sqrt() * gamma + beta
-    return x.flatten(1) @ parameters["head.weight"].T + parameters["head.bias"]
+    return x.flatten(1)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +72,14 @@ def forward(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         (5, True, 4, ()),
         (5, None, 4, ("algo=zero",)),
         (3, False, 1, ()),
+        (5, None, 4, ("algo=protomaml", "inner_lr=0.02")),
+        (5, None, 4, ("algo=unicorn",)),
+        (3, None, 4, ("algo=metasgd",)),
     ],
-    ids=["learned", "zeroed", "fewer", "fewer-head-alone", "more", "more-as-trained", "one-query"],
+    ids=[
+        *("learned", "zeroed", "fewer", "fewer-head-alone", "more", "more-as-trained", "one-query"),
+        *("prototypes", "one-vector", "learned-rates"),
+    ],
 )
 def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
     model = untrained(*overrides)
@@ -77,19 +90,30 @@ def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
     found = predict(model, support, asked, steps=3, test_zeroing=zeroing)
 
     parameters = {name: value.detach().clone() for name, value in model.learner.network.named_parameters()}
-    for name in ("head.weight", "head.bias"):
-        rows = parameters[name] if zeroing is False else torch.zeros(ways, *parameters[name].shape[1:]).double()
-        parameters[name] = rows[:ways].clone()
-    adapted = [name for name in parameters if "algo=anil" not in overrides or name.startswith("head")]
     given = torch.tensor(np.stack([image for each in support.values() for image in each])[:, None] / 255)
     labels = torch.tensor([way for way, count in enumerate(shots) for _ in range(count)])
+    if "algo=protomaml" in overrides:
+        features = encode(parameters, given)
+        prototypes = torch.stack([features[labels == way].mean(0) for way in range(ways)])
+        parameters |= {"head.weight": 2 * prototypes, "head.bias": -(prototypes**2).sum(1)}
+    for name in ("head.weight", "head.bias"):
+        rows = parameters[name]
+        if "algo=unicorn" in overrides:
+            rows = torch.stack([rows[0]] * ways)
+        elif zeroing or "algo=zero" in overrides:
+            rows = torch.zeros(ways, *rows.shape[1:]).double()
+        parameters[name] = rows[:ways].clone()
+    adapted = [name for name in parameters if "algo=anil" not in overrides or name.startswith("head")]
+    etas = dict.fromkeys(adapted, model.config["inner_lr"])
+    if "algo=metasgd" in overrides:
+        etas = dict(zip(adapted, (eta.detach() for eta in model.learner.etas), strict=True))
     for _ in range(3):
         for name in adapted:
             parameters[name].requires_grad_()
         loss = -forward(parameters, given).log_softmax(1)[torch.arange(len(labels)), labels].mean()
         gradients = torch.autograd.grad(loss, [parameters[name] for name in adapted])
         for name, gradient in zip(adapted, gradients, strict=True):
-            parameters[name] = (parameters[name] - 0.4 * gradient).detach()
+            parameters[name] = (parameters[name] - etas[name] * gradient).detach()
     x = torch.tensor(np.stack(asked)[:, None] / 255)
     x = torch.cat([given, x]) if queries == 1 else x
     expected = forward(parameters, x)[-queries:].softmax(1).detach().numpy()
@@ -114,6 +138,11 @@ def test_predict_refuses_in_one_line(classes, queries, how, line):
     with pytest.raises(UserError) as error:
         predict(untrained(), {str(way): images(1, way) for way in range(classes)}, images(queries, 9), **how)
     assert str(error.value).startswith(line)
+
+
+def test_learned_rates_are_for_as_many_classes_as_they_were_learned_for():
+    with pytest.raises(UserError, match="has 2 classes, the model an inner_lr learned for each number of 3 rows"):
+        predict(untrained("algo=metasgd"), {str(way): images(1, way) for way in range(2)}, images(1, 9))
 
 
 def test_numbers_that_are_not_finite_are_no_prediction():
