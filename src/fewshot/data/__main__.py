@@ -72,9 +72,8 @@ def list_datasets(overrides: list[str]) -> None:
         cfg = configuration([f"dataset={path.stem}", *overrides])
         data = cfg.dataset
         classes = [data.classes[split] for split in ("train", "val", "test")]
-        known = None not in [*classes, data.images_per_class]
-        images = f"{sum(classes) * data.images_per_class:,}" if known else "as found"
-        numbers = "/".join(map(str, classes)) if known else "as found"
+        numbers = "as found" if None in classes else "/".join(map(str, classes))
+        images = f"{sum(classes) * data.images_per_class:,}" if data.images_per_class else "as found"
         size = f"{data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}"
         rows.append((path.stem, numbers, images, size, data.get("origin", ""), _here(data)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
