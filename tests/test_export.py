@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import fewshot
 from fewshot import models
-from fewshot.config import UserError
+from fewshot.config import UserError, settings
 from fewshot.export import export, main
 from fewshot.predict import predict
 
@@ -72,6 +72,14 @@ def test_the_folder_holds_weights_settings_and_a_card_and_no_pickle(trained, exp
         not zipfile.is_zipfile(exported / "model.safetensors") and str(cache) not in text and str(trained) not in text
     )
     assert set(re.findall("_target_: (.*)", text)) == {"fewshot.models.conv4_strided"}
+
+
+def test_how_training_images_were_changed_is_no_part_of_a_model(trained, config, tmp_path):
+    """Nor is what changed them called."""
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["fewshot"]["config"] |= {"augment": settings(config("augment=standard"))["augment"]}
+    torch.save(content, tmp_path / "best.ckpt")
+    assert "augment" not in fewshot.load(tmp_path / "best.ckpt").config
 
 
 def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):

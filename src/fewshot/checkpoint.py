@@ -30,7 +30,9 @@ FREE = (
     "dataset.cache",
     "dataset.source",
     "dataset.device",
+    "dataset.origin",
     "dataset.other_split",
+    "dataset.trust",
     "trainer.max_steps",
     "iterations",
 )

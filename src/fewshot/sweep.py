@@ -32,7 +32,8 @@ MODES = {mode: suffix for mode, suffix, *_ in figures.MODES}  # of the metrics' 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
 # No part of a setting: the seed, where and on what it ran, and knobs that are others again.
 ELSEWHERE = (
-    *("seed", "fit", "logger", "dataset.cache", "dataset.source", "model.network", "callbacks.zero_head"),
+    *("seed", "fit", "logger", "dataset.cache", "dataset.source", "dataset.device", "dataset.origin", "dataset.trust"),
+    *("model.network", "callbacks.zero_head"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
 )
