@@ -284,6 +284,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "algo=contrastive algo.head=shared": ("algo.head=shared: ", "explicit loss"),
     "algo=boil +zeroing=true": ("+zeroing=true: ", "algo.adapted=encoder"),
     "algo=protomaml +zeroing=true": ("+zeroing=true: ", "algo.head=prototypes"),
+    "algo=protomaml model.head_bias=false": ("model.head_bias=false: ", "algo.head=prototypes"),
     "algo=metasgd probes=true": ("probes=true: ", "one inner_lr"),
     "algo=contrastive algo.noise=much": ("algo.noise=much: ", "true or false"),
     "algo=contrastive inner_steps=2": ("inner_steps=2 ", "use inner_steps=1"),

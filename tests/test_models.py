@@ -10,7 +10,16 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fewshot.config import CONF
-from fewshot.models import conv4_pooled, conv4_strided, drop_squares, dropping, drops, resnet12, zero_head
+from fewshot.models import (
+    conv4_pooled,
+    conv4_strided,
+    drop_squares,
+    dropping,
+    drops,
+    prototype_head,
+    resnet12,
+    zero_head,
+)
 
 conv4_64 = partial(conv4_pooled, norm_first=True)
 NETWORKS = {"conv4_strided": conv4_strided, "conv4_pooled": conv4_pooled, "conv4_64": conv4_64}
@@ -114,6 +123,16 @@ def test_resnet12_is_what_is_written_out_here():
     expected = x.mean((2, 3)) @ w.T + b
 
     torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_head_of_prototypes_is_exact_under_autocast():
+    """In bfloat16 |c|^2 of many features is off by whole logits."""
+    features, labels = torch.randn(10, 800, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 5
+    exact = prototype_head(features.double(), labels, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = prototype_head(features, labels, 5)
+    assert head["bias"].dtype == torch.float32
+    torch.testing.assert_close(head["bias"].double(), exact["bias"], rtol=1e-5, atol=0)
 
 
 # DropBlock

@@ -109,9 +109,9 @@ def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overr
     assert str(error.value) == f"{overrides[0]}: out of memory on cpu; {lower}"
 
 
-@pytest.mark.parametrize("name", ["boil", "metasgd", "msl algo.step_losses=2", "protomaml", "unicorn"])
+@pytest.mark.parametrize("name", ["boil", "metasgd", "msl", "protomaml", "unicorn"])
 def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, name):
-    knobs = ("val_every=1", "val_tasks=2", "test_tasks=2", *f"algo={name}".split(), "inner_lr=0.1")
+    knobs = ("val_every=1", "val_tasks=2", "test_tasks=2", f"algo={name}", "inner_lr=0.1")
     whole = outcome(run(tmp_path / "whole", "iterations=3", *knobs))
     short = run(tmp_path / "short", "iterations=1", *knobs)
     went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=3"))

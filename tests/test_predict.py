@@ -140,6 +140,14 @@ def test_predict_refuses_in_one_line(classes, queries, how, line):
     assert str(error.value).startswith(line)
 
 
+def test_boil_has_no_use_for_a_zeroed_head():
+    support = {str(way): images(1, way) for way in range(4)}
+    with pytest.raises(UserError, match=r"^test_zeroing=true: this model adapts all but the head"):
+        predict(untrained("algo=boil"), support, images(1, 9), test_zeroing=True)
+    with pytest.raises(UserError, match=r"give at most 3 classes$"):
+        predict(untrained("algo=boil"), support, images(1, 9))
+
+
 def test_learned_rates_are_for_as_many_classes_as_they_were_learned_for():
     with pytest.raises(UserError, match="has 2 classes, the model an inner_lr learned for each number of 3 rows"):
         predict(untrained("algo=metasgd"), {str(way): images(1, way) for way in range(2)}, images(1, 9))

@@ -145,6 +145,8 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
         ["dataset=folder", "dataset.root=birds"],
         ["dataset=folder", "dataset.root=cars"],
         ["trainer.precision=64-true"],
+        ["augment=standard"],
+        ["augment=standard", "augment.crop.padding=8"],
         ["trainer=cpu"],
         ["init_scale=1.0", "seed=1"],  # of the last two one
         *([f"algo={path.stem}", "inner_steps=1"] for path in (CONF / "algo").glob("*.yaml")),

@@ -181,7 +181,8 @@ def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Pat
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"checkpoint={path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
-                f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']}"
+                f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']} "
+                f"algo.learned_inner_lr={shown(trained['algo'].get('learned_inner_lr', False))}"
             )
 
 
@@ -213,6 +214,8 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         overrides = _merged(content["fewshot"]["overrides"], overrides)
         cfg = compose("config", overrides)
     if cfg.fit:
+        if not any(each.startswith("algo.step_losses=") for each in overrides):  # by default a share of iterations
+            cfg.algo.step_losses = content["fewshot"]["config"]["algo"].get("step_losses")
         refuse_difference(cfg, content["fewshot"]["config"], path)
     return Start(cfg, overrides, path, content)
 

@@ -227,6 +227,8 @@ def _check_algo(cfg: DictConfig) -> None:
         raise UserError("+zeroing=true: with algo.adapted=encoder the head stays zero and nothing is learned from it")
     if zeroing and algo.head == "prototypes":
         raise UserError("+zeroing=true: with algo.head=prototypes no head is learned that could be zeroed")
+    if algo.head == "prototypes" and cfg.model.get("head_bias") is False:
+        raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
     if cfg.probes and (algo.head == "prototypes" or algo.learned_inner_lr):
         raise UserError("probes=true: they are of a learned head and one inner_lr; leave them out with this algorithm")
 

@@ -69,13 +69,14 @@ def model_card(
     from fewshot.report import versions
 
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
-    numbers = sum(tensor.numel() for tensor in weights.values())
+    numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     colour = "grey" if data["channels"] == 1 else "colour"
     facts = {
         "trained on": f"{data['name']}, {ways}-way {shots}-shot, {data['size']} x {data['size']} pixels, {colour}",
         "network": f"{config['model']['name']}, {numbers:,} parameters",
         "algorithm": ", ".join(f"{knob}={shown(value)}" for knob, value in algo.items()),
-        "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}",
+        "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
+        + ", where the learned ones began" * algo["learned_inner_lr"],
         "outer loop": f"outer update {iteration} of {config['iterations']}, "
         f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}",
         "seed": str(config["seed"]),
@@ -87,9 +88,18 @@ def model_card(
         title=f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot",
         facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
         numbers=_table(results) if results else f"None: {why_not}.",
-        ways="any number of" if algo["zeroing"] else f"2 to {ways}",
-        more="" if algo["zeroing"] else ", to more with `test_zeroing=true`",
+        ways=_ways(algo, ways),
     )
+
+
+def _ways(algo: dict[str, Any], ways: int) -> str:
+    """How many classes the model adapts to."""
+    if algo["learned_inner_lr"]:
+        return f"{ways} classes"
+    if algo["zeroing"] or algo["head"] != "learned":
+        return "any number of classes"
+    more = ", to more with `test_zeroing=true`" if algo["adapted"] != "encoder" else ""
+    return f"2 to {ways} classes{more}"
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -119,7 +129,7 @@ tags: [few-shot-learning, meta-learning, maml]
 
 # {title}
 
-A few-shot classifier trained with MAML: shown a few images of each of some new classes, it adapts to them and tells
+A model trained with MAML: shown a few images of each of some new classes, it adapts to them and tells
 them apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classification* (Kao, Chiu, Chen; ICLR 2022).
 
 | | |
@@ -144,7 +154,7 @@ model = fewshot.load("THIS_FOLDER")  # model.encoder, model.head, model.preproce
 predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).labels  # PIL images or uint8 arrays
 ```
 
-It adapts to {ways} classes{more}.
+It adapts to {ways}.
 All queries of a call are normalised together by BatchNorm: what is said of one depends on the others.
 
 `model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.

@@ -68,9 +68,11 @@ def prototype_head(features: Tensor, labels: Tensor, ways: int) -> dict[str, Ten
 
     Returns weight (..., K, d) and bias (..., K), as ProtoMAML begins with (Triantafillou et al. 2020, section 3).
     """
-    members = F.one_hot(labels, ways).to(features).mT  # (..., K, S)
-    c = members @ features / members.sum(-1, keepdim=True)
-    return {"weight": 2 * c, "bias": -c.square().sum(-1)}
+    with torch.autocast(features.device.type, enabled=False):  # eight bits are too few for |c_k|^2
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        members = F.one_hot(labels, ways).to(features).mT  # (..., K, S)
+        c = members @ features / members.sum(-1, keepdim=True)
+        return {"weight": 2 * c, "bias": -c.square().sum(-1)}
 
 
 def share_rows(head: nn.Linear) -> None:

@@ -11,7 +11,6 @@ trust=true            build a network that the checkpoint names and fewshot.mode
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
 
-import contextlib
 import copy
 import csv
 import io
@@ -19,7 +18,6 @@ import logging
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,6 +85,8 @@ def predict(
         model = load(model)
     steps = model.config["inner_steps"] if steps is None else integer("steps", str(steps), 1)
     zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
+    if zeroing and model.learner.adapted == "encoder":
+        raise UserError("test_zeroing=true: this model adapts all but the head, which would stay zero; use false")
     classes, shots = tuple(support), [len(images) for images in support.values()]
     if len(classes) < 2:
         raise UserError(f"support: has {len(classes)} classes; give at least 2 to choose between")
@@ -120,10 +120,10 @@ def _with_ways(learner: "MetaLearner", ways: int, zeroing: bool) -> "MetaLearner
     if ways == rows:
         return learner
     if ways > rows and not zeroing and learner.head == "learned":
+        remedy = ", or test_zeroing=true, which lets all rows begin at zero" if learner.adapted != "encoder" else ""
         raise UserError(
             f"test_zeroing=false: support has {ways} classes, the head {rows} rows, each learned for a label of the "
-            f"training tasks, and none for label {rows}; give at most {rows} classes, or test_zeroing=true, which lets "
-            "all rows begin at zero"
+            f"training tasks, and none for label {rows}; give at most {rows} classes{remedy}"
         )
     if len(learner.etas):
         raise UserError(
@@ -178,6 +178,11 @@ def run(
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
     found = predict(model, given, list(queries.values()), **how)
     rows = list(zip(queries, found.labels, found.probabilities, strict=True))
+    if skipped:
+        _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
+    header = ["file", "class", *(f"probability of {name}" for name in found.classes)]
+    table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
+    _write_csv(folder / "predictions.csv", header, table)
     sheet = figures.contact_sheet(
         {name: [_shown(image) for image in images] for name, images in given.items()},
         [
@@ -186,33 +191,16 @@ def run(
         ],
     )
     write_atomically(folder / "contact_sheet.png", partial(write_png, sheet))
-    if skipped:
-        _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
-    header = ["file", "class", *(f"probability of {name}" for name in found.classes)]
-    table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
-    _write_csv(folder / "predictions.csv", header, table)
     but = f", {len(skipped)} skipped" if skipped else ""
     print(f"{len(rows)} images, {len(found.classes)} classes{but}: written to {folder}")
 
 
 def _open(knob: str, given: str) -> "Source":
     """The files of a folder or zip, named relative to it."""
-    from dataclasses import replace
-
     from fewshot.data.images import open_source
 
-    path = Path(given).expanduser()
     try:
-        if path.is_dir():
-            path = path.resolve()
-            source = open_source(path.parent, [path.name])
-            prefix = f"{path.name}/"
-            names = tuple(name.removeprefix(prefix) for name in source.names if name != prefix)
-            return replace(source, root=path, names=names, read=lambda name: source.read(prefix + name))
-        tops: set[str] = set()
-        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-            tops = {name.split("/")[0] for name in archive.namelist()}
-        return open_source(path, tops)  # which says what is wrong with a file that is no sound zip
+        return open_source(Path(given).expanduser())
     except UserError as error:
         raise UserError(str(error).replace("dataset.root=", f"{knob}=", 1)) from None
 

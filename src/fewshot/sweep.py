@@ -5,6 +5,7 @@ Runs that differ in their seed alone are one setting; what is said of a setting 
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -223,9 +224,13 @@ def _identity(config: dict[str, Any]) -> str:
         moved = (key == "dataset.root" and config["dataset"]["name"] != "folder") or (
             key == "checkpoint" and config["fit"]
         )
-        if value is None or again or moved or any(key == part or key.startswith(f"{part}.") for part in ELSEWHERE):
+        elsewhere = any(key == part or key.startswith(f"{part}.") for part in (*ELSEWHERE, "augment"))
+        if value is None or again or moved or elsewhere:
             continue
         kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
+    if transforms := config.get("augment"):
+        exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()
+        kept["augment"] = f"{'+'.join(transforms)} ({exact[:4]})"
     return json.dumps(kept, sort_keys=True)
 
 

@@ -59,8 +59,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
-    if cfg.algo.head == "prototypes" or cfg.algo.learned_inner_lr:
-        raise UserError(f"checkpoint={start.path}: the theory is of a learned head and one inner_lr, this has others")
+    if cfg.algo.head == "prototypes" or cfg.algo.adapted == "encoder" or cfg.algo.learned_inner_lr:
+        raise UserError(f"checkpoint={start.path}: the theory is of a learned head that adapts with one inner_lr")
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )

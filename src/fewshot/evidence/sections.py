@@ -302,7 +302,7 @@ def how(found: dict[str, Any]) -> Table:
     """How it was measured."""
     config, model, tasks = found["config"], found["model"], found["tasks"]
     trained = model["trained_with"]
-    parts = {"all": "all parameters", "head": "the head alone", "encoder": "all but the head"}
+    parts = {"all": "all parameters", "head": "the head alone"}
     rows = {
         "Checkpoint": f"<code>{escape('/'.join(Path(model['checkpoint']).parts[-3:]))}</code>",
         "Model": f"{escape(title(trained))}, {escape(trained['model']['name'])}, {model['iteration']} outer updates, "
