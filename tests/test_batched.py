@@ -379,21 +379,33 @@ def graphs(monkeypatch):
     return CudaGraphs()
 
 
-def assert_recorded_is_direct(build, execute, first_order, device):
-    """On other tasks and other weights than those it was recorded with; evaluation likewise."""
+def assert_recorded_is_direct(build, execute, first_order, device, tensors=False):
+    """On other tasks and other weights than those it was recorded with; evaluation likewise.
+
+    tensors: learned rates and weights of the step losses, too, changed where they lie.
+    """
     drawn = [images_for(build, tasks=5, seed=seed) for seed in range(3)]
     drawn = [type(tasks)(*(field.to(device) for field in tasks)) for tasks in drawn]
     network = convolutional(build, images_for(build)).to(device)
-    optimizer = torch.optim.Adam(network.parameters())
-    knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS}
-    for tasks in drawn:
+    etas = tuple(nn.Parameter(torch.full_like(p, 0.1)) for p in network.parameters() if tensors)
+    optimizer = torch.optim.Adam([*network.parameters(), *etas])
+    knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS, "inner_lr": etas or 0.1}
+    if tensors:
+        knobs["step_losses"] = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
+    for number, tasks in enumerate(drawn):
+        if tensors:
+            knobs["step_losses"].copy_(torch.tensor([0.1, 0.2], dtype=torch.float64) * (number + 1))
+        optimizer.zero_grad()
         expected, (losses, accuracies) = meta_gradient(batched, network, tasks, execute=one_by_one, **knobs)
+        expected |= {f"eta {place}": eta.grad.clone() for place, eta in enumerate(etas)}
+        optimizer.zero_grad()
         found, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+        found |= {f"eta {place}": eta.grad for place, eta in enumerate(etas)}
         assert_same(found, expected)
         torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
         assert torch.equal(accuracy, accuracies)
         for zeroing in (True, False):
-            evaluation = {"inner_lr": 0.1, "steps": 2, "zeroing": zeroing, "tasks_at_once": 2}
+            evaluation = {"inner_lr": etas or 0.1, "steps": 2, "zeroing": zeroing, "tasks_at_once": 2}
             plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
             assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)
         optimizer.step()
@@ -401,15 +413,17 @@ def assert_recorded_is_direct(build, execute, first_order, device):
 
 
 @each_order
-def test_what_is_recorded_is_found_again_and_given_the_tasks_at_hand(graphs, first_order):
-    assert_recorded_is_direct(NETWORKS["conv4_strided"], graphs, first_order, "cpu")
+@pytest.mark.parametrize("tensors", [False, True])
+def test_what_is_recorded_is_found_again_and_given_the_tasks_at_hand(graphs, first_order, tensors):
+    assert_recorded_is_direct(NETWORKS["conv4_strided"], graphs, first_order, "cpu", tensors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @each_network
 @each_order
-def test_a_recorded_meta_step_is_the_meta_step(build, first_order):
-    assert_recorded_is_direct(build, CudaGraphs(), first_order, "cuda")
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_recorded_meta_step_is_the_meta_step(build, first_order, tensors):
+    assert_recorded_is_direct(build, CudaGraphs(), first_order, "cuda", tensors)
 
 
 def test_where_recording_is_impossible_one_line_says_so_and_the_numbers_are_the_same(graphs, monkeypatch, caplog):

@@ -151,6 +151,21 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
     torch.testing.assert_close(found["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("first_order", ["true", "false"], ids=["FOMAML", "SOMAML"])
+def test_one_head_vector_for_all_classes_is_the_zeroing_trick(run, tmp_path, first_order):
+    """What all rows have in common changes no softmax, so neither losses nor gradients: of any step, in both orders."""
+    knobs = ("trainer.precision=64-true", "dataset.mean=[0.3]", "iterations=3", f"algo.first_order={first_order}")
+    weights, accuracies = [], []
+    for algo in ("unicorn", "zero", "fomaml"):
+        folder = run(tmp_path / algo, f"algo={algo}", *knobs)
+        state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        weights.append(torch.cat([w.flatten() for name, w in state.items() if "encoder" in name]))
+        accuracies.append([row["val/query_accuracy/step_2"] for row in rows(folder)])
+    unicorn, zero, fomaml = weights
+    assert (unicorn - zero).abs().max() < 1e-8 < 1e-4 < (fomaml - zero).abs().max()
+    assert accuracies[0] == accuracies[1] != accuracies[2]
+
+
 def test_the_weights_of_the_step_losses_are_those_of_maml_plus_plus():
     """Its code, with numbers: five steps, annealed over 15 epochs."""
     for epoch in range(15):

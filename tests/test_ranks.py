@@ -38,7 +38,7 @@ def one_rank(rank, world, port, folder, overrides):
     def watched(self, tasks, batch_idx):
         result = step(self, tasks, batch_idx)
         images = [task.double().numpy().tobytes() for task in tasks.query]
-        seen.append((images, [parameter.grad.clone() for parameter in self.network.parameters()]))
+        seen.append((images, [parameter.grad.clone() for parameter in self.parameters()]))
         return result
 
     MetaLearner.training_step = watched
@@ -53,7 +53,7 @@ if __name__ == "__main__":  # a process that forks ranks, before anything has ma
     torch.set_num_threads(1)
     common = (*SMALL, f"dataset.cache={cache}", "logger=none", *DDP)
     for world in map(int, sys.argv[4:]):
-        call, name = [*common, sys.argv[3], f"trainer.devices={world}"], str(world)
+        call, name = [*common, *sys.argv[3].split(), f"trainer.devices={world}"], str(world)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -69,11 +69,11 @@ if __name__ == "__main__":  # a process that forks ranks, before anything has ma
 
 @pytest.fixture
 def forked(cache, tmp_path):
-    """forked(override, 1, 4): the folder with the runs by 1 and by 4 processes, named by their number."""
+    """forked(overrides, 1, 4): the folder with the runs by 1 and by 4 processes, named by their number."""
 
-    def forked(override, *worlds):
+    def forked(overrides, *worlds):
         (tmp_path / "forked").mkdir()
-        call = [sys.executable, __file__, tmp_path / "forked", cache, override, *map(str, worlds)]
+        call = [sys.executable, __file__, tmp_path / "forked", cache, overrides, *map(str, worlds)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         subprocess.run(call, check=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
         return tmp_path / "forked"
@@ -81,8 +81,16 @@ def forked(cache, tmp_path):
     return forked
 
 
-def test_ranks_share_the_meta_batch_and_agree_with_one_process(forked):
-    runs, world = forked("trainer.precision=64-true", 1, 4), 4
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "algo=fomaml",
+        "algo=metasgd augment=standard",
+    ],
+    ids=["plain", "learned rates, augmented"],
+)
+def test_ranks_share_the_meta_batch_and_agree_with_one_process(forked, overrides):
+    runs, world = forked(f"trainer.precision=64-true {overrides}", 1, 4), 4
     alone, shared = runs / "1", runs / "4"
     whole = pickle.loads((alone / "tasks_0.pickle").read_bytes())
     shares = [pickle.loads((shared / f"tasks_{rank}.pickle").read_bytes()) for rank in range(world)]
