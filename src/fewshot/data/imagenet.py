@@ -69,10 +69,7 @@ def miniimagenet(
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
     how = {"size": size, "channels": channels}
-    if root is None:
-        place = _download("miniImageNet", "miniimagenet", [each[0] for each in MINI_FILES.values()], trust, cache)
-    else:
-        place = Path(str(root)).expanduser()
+    place = _place("miniImageNet", MINI_FILES, root, trust, cache)
     pickles = _open_pickles(place, MINI_FILES, trust)
     if pickles is None:
         return _mini_photos(place, classes, cache=cache, **how)
@@ -150,11 +147,7 @@ def tieredimagenet(
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
     how = {"size": size, "channels": channels}
-    if root is None:
-        names = [each[0] for each in TIERED_FILES.values()]
-        place = _download("tieredImageNet", "tieredimagenet", names, trust, cache)
-    else:
-        place = Path(str(root)).expanduser()
+    place = _place("tieredImageNet", TIERED_FILES, root, trust, cache)
     pickles = _open_pickles(place, TIERED_FILES, trust)
     if pickles is None:
         raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
@@ -261,7 +254,12 @@ def _untrusted(what: str, found: str) -> UserError:
     )
 
 
-def _download(title: str, folder: str, names: Sequence[str], trust: bool, cache: str | None) -> Path:
+def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
+    """`root`, or the folder of the download."""
+    if root is not None:
+        return Path(str(root)).expanduser()
+    folder, names = title.lower(), [each[0] for each in files.values()]
+
     def find() -> dict[str, tuple[str, str]]:
         prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
         sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
