@@ -128,12 +128,6 @@ def test_no_two_letters_are_near_twins(drawings):
     assert np.nanpercentile(pairs, 75, axis=0).max() < 0.94 + slack
 
 
-def test_the_contact_sheet_shows_all_scripts():
-    sheet = glyphs.contact_sheet(rows=5)
-    assert sheet.width > 20 * 28
-    assert sheet.height == 5 * 3 * 2 * 28
-
-
 def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, capsys):
     prepare.main(["prepare", f"dataset.cache={tmp_path}"])
     assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out

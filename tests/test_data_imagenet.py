@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import weakref
 import zipfile
 
 import numpy as np
@@ -269,6 +270,41 @@ def test_a_trusted_pickle_of_something_else_is_one_line_and_runs_nothing(tmp_pat
     with pytest.raises(UserError, match=r"^dataset\.root=[^\n]*train[^\n]* is not as learn2learn reads it [^\n]*$"):
         load(root)
     assert "owned" not in capsys.readouterr().out
+
+
+def test_images_that_are_none_are_one_line(tmp_path, load):
+    mini, tiered = make_mini(tmp_path / "mini"), make_tiered(tmp_path / "tiered")
+    path = mini / "mini-imagenet-cache-test.pkl"
+    data = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(data | {"class_dict": {"a": [0], "b": [4]}}))  # of four
+    with pytest.raises(
+        UserError, match=r"^dataset\.root=.*mini: test is not as learn2learn reads it .*; get it again$"
+    ):
+        load(mini)
+    path = tiered / "val_images_png.pkl"
+    for files in ([b"no PNG"] * 2, [b"no PNG"]):
+        path.write_bytes(pickle.dumps(files))
+        with pytest.raises(UserError, match=r"^dataset\.root=.*tiered: val is not as learn2learn reads it .*$"):
+            load(tiered, "tieredimagenet")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_files_of_one_split_at_a_time_are_in_memory(tmp_path, load, monkeypatch):
+    class Files(list):
+        pass
+
+    def unpickled(file):
+        found = unpickle(file)
+        if isinstance(found, list):
+            assert not [each for each in seen if each() is not None]
+            found = Files(found)
+            seen.append(weakref.ref(found))
+        return found
+
+    unpickle, seen = imagenet.unpickle, []
+    monkeypatch.setattr(imagenet, "unpickle", unpickled)
+    load(make_tiered(tmp_path / "tiered"), "tieredimagenet")
+    assert len(seen) == 3
 
 
 def test_a_truncated_pickle_is_one_line(tmp_path, load):

@@ -1,7 +1,6 @@
 """Where the images lie, what is written down about them, and the commands for datasets."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -82,10 +81,13 @@ def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
     capsys.readouterr()
     main(["list", f"dataset.cache={cache}"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert {"glyphs", "omniglot", "cifarfs", "folder"} <= lines.keys()
+    assert {"glyphs", "omniglot", "cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder"} <= lines.keys()
     assert (
         lines["glyphs"].split()[1:5] == ["215/30/73", "6,360", "28x28", "grey"] and "prepared, 5 MB" in lines["glyphs"]
     )
     assert "1028/172/423" in lines["omniglot"] and lines["omniglot"].endswith("no")
+    (tmp_path / "cifar100").mkdir()
     main(["list", f"dataset.cache={tmp_path}"])
-    assert "needs nothing" in io.StringIO(capsys.readouterr().out).read()
+    ends = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
+    assert ends["glyphs"] == "needs nothing" and ends["miniimagenet"] == "no"
+    assert ends["cifarfs"] == ends["fc100"] == "downloaded"

@@ -1,6 +1,7 @@
 """Omniglot on disk, and the cache that all image sources share."""
 
 import copy
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -8,8 +9,10 @@ import itertools
 import logging
 import shutil
 import threading
+import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -319,7 +322,23 @@ def test_goes_on_without_a_cache_where_none_can_be_written(root, load, tmp_path,
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
-def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
+def test_several_at_once_make_the_images_once(tmp_path):
+    def build():
+        made.append(None)
+        time.sleep(0.2)  # the others come meanwhile
+        return {"train": cache_module.Unread([np.full((1, 2, 2), 7, np.uint8)], [1], ("a",))}
+
+    def rank(_):
+        return cache_module.cached("made", [], size=2, channels=1, cache=str(tmp_path / "cache"), build=build)
+
+    made = []
+    with ThreadPoolExecutor(4) as ranks:  # what locks them out of each other does so between processes, too
+        found = list(ranks.map(rank, range(4)))
+    assert len(made) == 1 and [int(each["train"].images.sum()) for each in found] == [28] * 4
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
+
+
+def test_two_at_once_do_not_hurt_each_other_where_nothing_can_be_locked(root, load, tmp_path, monkeypatch):
     replace, inner = cache_module.os.replace, []
 
     def replace_late(*paths):  # another process starts and ends between our writing and our moving into place
@@ -328,11 +347,15 @@ def test_two_at_once_do_not_hurt_each_other(root, load, tmp_path, monkeypatch):
             inner[0] = load(root)
         replace(*paths)
 
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(cache_module.os, "replace", replace_late)
     outer = load(root)
     assert same(outer, inner[0])
     assert same(outer, load(root))
-    assert cache_file(tmp_path).suffix == ".bin"
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".bin", ".lock"]
 
 
 def test_the_users_cache_folder(monkeypatch, tmp_path):

@@ -87,7 +87,8 @@ def _here(data: DictConfig) -> str:
     folder = cache_folder(data.cache)
     if files := list(folder.glob(f"{file_stem(data.name, data.size, data.channels)}-*.bin")):
         return f"prepared, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB"
-    if (folder / data.name).is_dir():
+    downloads = {"cifarfs": "cifar100", "fc100": "cifar100"}  # two splits of one archive
+    if (folder / downloads.get(data.name, data.name)).is_dir():
         return "downloaded"
     return "no" if "root" in data else "needs nothing"
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot.data.lock import alone
 from fewshot.tasks import Split
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def cached(
 ) -> dict[str, Split]:
     """The splits that `build` makes, from the cache where it holds just those. Nobody may write to their images.
 
+    Other processes wait for the one that makes the cache file.
+
     Args:
         name: of the source of images.
         identity: whatever the images depend on besides size and channels; plain lists, numbers and text.
@@ -90,9 +93,12 @@ def cached(
     except RuntimeError as error:  # no home folder
         log.warning("no cache: %s; set dataset.cache to a folder to keep the images in", error)
     else:
-        splits = _load(path, key)
-        if splits is None and _save(path, key, build):
-            splits = _load(path, key)
+        splits = _load(path, key, quietly=True)
+        if splits is None:
+            with alone(path.with_name(f".{path.name}.lock"), f"makes {path}"):
+                splits = _load(path, key)  # another process may just have made it
+                if splits is None and _save(path, key, build):
+                    splits = _load(path, key)
     if splits is None:
         held = io.BytesIO()
         _write(held, key, build())
@@ -100,18 +106,19 @@ def cached(
     return splits
 
 
-def _load(path: Path, key: str) -> dict[str, Split] | None:
+def _load(path: Path, key: str, quietly: bool = False) -> dict[str, Split] | None:
     try:
         content = np.memmap(path, np.uint8, mode="r")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        log.warning("cache file cannot be read, building the images anew: %s", error)
+        if not quietly:
+            log.warning("cache file cannot be read, building the images anew: %s", error)
         return None
     except ValueError:  # an empty file
         content = np.empty(0, np.uint8)
     splits = _splits(content, key)
-    if splits is None:
+    if splits is None and not quietly:
         log.warning("cache file %s is damaged, building the images anew", path)
     return splits
 

@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR100
 
 from fewshot.config import UserError, some
 from fewshot.data import folder
-from fewshot.data.cache import cached
+from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5
 from fewshot.data.pickles import fit, gather, identity, unpickle
 from fewshot.tasks import SPLITS, Split
@@ -60,15 +60,13 @@ def load(*, name: str, root: str | None, size: int, channels: int, cache: str | 
         return splits
     read, version = found
 
-    def build() -> dict[str, Split]:
+    def build() -> dict[str, Unread]:
         pixels, labels, names = _read(place, read)
         numbers = {label: np.flatnonzero(labels == number).tolist() for number, label in enumerate(names)}
         return {
             split: gather(
                 {label: numbers[label] for label in members},
                 lambda number: fit(pixels[number], size=size, channels=channels),
-                size=size,
-                channels=channels,
             )
             for split, members in classes.items()
         }

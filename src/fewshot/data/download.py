@@ -3,7 +3,6 @@
 Own code, because torchvision's, torch.hub's and pooch's downloads start anew after an interruption.
 """
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -11,8 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
@@ -22,6 +20,7 @@ from rich import progress
 
 from fewshot.config import UserError
 from fewshot.data.cache import cache_folder
+from fewshot.data.lock import alone
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def download(
         if all((place / name).is_file() for name in names):
             return place
         place.mkdir(parents=True, exist_ok=True)
-        with _alone(place):
+        with alone(place / ".lock", f"downloads into {place}"):
             missing = [name for name in names if not (place / name).is_file()]
             sources = find() if missing else {}
             for name in missing:
@@ -94,22 +93,6 @@ def md5(file: BinaryIO) -> str:
     digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     file.seek(0)
     return digest
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("another process downloads into %s, waiting for it", folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fetch(url: str, expected: str, path: Path) -> None:

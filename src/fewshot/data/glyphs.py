@@ -1,15 +1,13 @@
 """Printed letters from the fonts that matplotlib ships: a few-shot dataset that needs no download.
 
 Split by script as Omniglot is by alphabet, black (0) on white (255) like Omniglot. `glyphs.json` fixes the letters and
-says how they were chosen, so the classes never depend on the installed fonts. A contact sheet of them:
-`python -m fewshot.data.glyphs glyphs.png`
+says how they were chosen, so the classes never depend on the installed fonts.
 
 Shapes: M images of a split, N its classes, C x H x W one image.
 """
 
 import json
 import math
-import sys
 import unicodedata
 from importlib.resources import files
 from pathlib import Path
@@ -111,27 +109,3 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, random: np.rando
     coefficients = (*back[0], shift[0], *back[1], shift[1])
     ink = ink.transform((canvas, canvas), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
     return 255 - np.asarray(ink.reduce(4))[None]
-
-
-def contact_sheet(rows: int = 24, size: int = 28) -> Image.Image:
-    """All images of some letters of every script, a letter a row."""
-    scripts = [(split, *item) for split in ("train", "val", "test") for item in LETTERS[split].items()]
-    total = sum(len(letters) for _, _, letters in scripts)
-    fonts = _fonts(pixels=6 * size)
-    margin, cell = 6 * size, 2 * size
-    strips = []
-    for split, script, letters in scripts:
-        shown = max(3, round(rows * len(letters) / total))
-        for number in range(shown):
-            images = draw_letter(letters[number * len(letters) // shown], fonts, size)
-            strip = Image.new("L", (margin + IMAGES * cell, cell), "white")
-            strip.paste(Image.fromarray(np.hstack(images[:, 0])).resize((IMAGES * cell, cell)), (margin, 0))
-            if number == 0:
-                label = ImageDraw.Draw(strip)
-                label.text((size // 2, cell // 2), f"{split}: {script}", fill=0, font_size=0.6 * size, anchor="lm")
-            strips.append(np.asarray(strip))
-    return Image.fromarray(np.vstack(strips))
-
-
-if __name__ == "__main__":
-    contact_sheet().quantize(16).save(sys.argv[1], optimize=True)

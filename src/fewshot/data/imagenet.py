@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from fewshot.config import UserError, some
-from fewshot.data.cache import cached
+from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5, zenodo
 from fewshot.data.images import decode, open_source, read_splits
 from fewshot.data.pickles import fit, gather, identity, unpickle
@@ -69,29 +69,32 @@ def miniimagenet(
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
     how = {"size": size, "channels": channels}
-    if root is None:
-        place = _download("miniImageNet", "miniimagenet", [each[0] for each in MINI_FILES.values()], trust, cache)
-    else:
-        place = Path(str(root)).expanduser()
+    place = _place("miniImageNet", MINI_FILES, root, trust, cache)
     pickles = _open_pickles(place, MINI_FILES, trust)
     if pickles is None:
         return _mini_photos(place, classes, cache=cache, **how)
     read, version = pickles
 
-    def build() -> dict[str, Split]:
-        splits = {}
-        for split in SPLITS:
-            data = read(split)
-            with _as_published(place, split):
-                pixels, members = data["image_data"], data["class_dict"]
-                if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-                    raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape[1:]}")
-                members = {str(label): members[label] for label in sorted(members)}
-                splits[split] = gather(members, lambda number, pixels=pixels: fit(pixels[number], **how), **how)
+    def build() -> dict[str, Unread]:
+        splits = {split: _mini_split(place, read, split, how) for split in SPLITS}
         _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
         return splits
 
     return cached("miniimagenet", version, cache=cache, build=build, **how)
+
+
+def _mini_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+    data = read(split)
+    with _as_published(place, split):
+        pixels, members = data["image_data"], data["class_dict"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape[1:]}")
+
+        @_as_published(place, split)
+        def image(number: int) -> np.ndarray:
+            return fit(pixels[number], **how)
+
+        return gather({str(label): members[label] for label in sorted(members)}, image)
 
 
 def _mini_photos(
@@ -144,38 +147,39 @@ def tieredimagenet(
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
     how = {"size": size, "channels": channels}
-    if root is None:
-        names = [each[0] for each in TIERED_FILES.values()]
-        place = _download("tieredImageNet", "tieredimagenet", names, trust, cache)
-    else:
-        place = Path(str(root)).expanduser()
+    place = _place("tieredImageNet", TIERED_FILES, root, trust, cache)
     pickles = _open_pickles(place, TIERED_FILES, trust)
     if pickles is None:
         raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
     read, version = pickles
 
-    def build() -> dict[str, Split]:
-        splits = {}
-        for split in SPLITS:
-            labels, files = read(f"{split} labels"), read(f"{split} images_png")
-            with _as_published(place, split):
-                numbers = np.asarray(labels["label_specific"])
-                if numbers.shape != (len(files),):
-                    raise ValueError(f"{len(files)} images and labels of shape {numbers.shape}")
-                # Two classes of ImageNet are called crane.
-                members = {
-                    f"{number:03d} {name}": np.flatnonzero(numbers == number)
-                    for number, name in enumerate(labels["label_specific_str"])
-                }
-
-                def image(number: int, files: Any = files) -> np.ndarray:
-                    return decode(bytes(files[number]), resample=Image.Resampling.BILINEAR, **how)
-
-                splits[split] = gather(members, image, **how)
+    def build() -> dict[str, Unread]:
+        splits = {split: _tiered_split(place, read, split, how) for split in SPLITS}
         _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
         return splits
 
     return cached("tieredimagenet", version, cache=cache, build=build, **how)
+
+
+def _tiered_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+    labels = read(f"{split} labels")
+    with _as_published(place, split):
+        numbers = np.asarray(labels["label_specific"])
+
+        @functools.cache
+        def files() -> Any:  # gigabytes: not before this split's first image is wanted
+            found = read(f"{split} images_png")
+            if numbers.shape != (len(found),):
+                raise ValueError(f"{len(found)} images and labels of shape {numbers.shape}")
+            return found
+
+        @_as_published(place, split)
+        def image(number: int) -> np.ndarray:
+            return decode(bytes(files()[number]), resample=Image.Resampling.BILINEAR, **how)
+
+        # Two classes of ImageNet are called crane.
+        names = enumerate(labels["label_specific_str"])
+        return gather({f"{number:03d} {name}": np.flatnonzero(numbers == number) for number, name in names}, image)
 
 
 def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Mapping[str, int]) -> None:
@@ -191,6 +195,8 @@ def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Map
 def _as_published(place: Path, name: str) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # whatever else a pickle may hold
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
@@ -248,7 +254,12 @@ def _untrusted(what: str, found: str) -> UserError:
     )
 
 
-def _download(title: str, folder: str, names: Sequence[str], trust: bool, cache: str | None) -> Path:
+def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
+    """`root`, or the folder of the download."""
+    if root is not None:
+        return Path(str(root)).expanduser()
+    folder, names = title.lower(), [each[0] for each in files.values()]
+
     def find() -> dict[str, tuple[str, str]]:
         prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
         sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
 
-from fewshot.tasks import Split
+from fewshot.data.cache import Unread
 
 # All that an array, a text of Python 2 or a dictionary needs.
 HARMLESS = {
@@ -52,15 +51,13 @@ def unpickle(file: BinaryIO) -> Any:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def gather(
-    classes: Mapping[str, Sequence[int]], image: Callable[[int], np.ndarray], *, size: int, channels: int
-) -> Split:
-    """A split whose classes are given as lists of numbers, by what makes an image (C, size, size) of a number."""
-    offsets = np.cumsum([0, *map(len, classes.values())])
-    images = np.empty((offsets[-1], channels, size, size), dtype=np.uint8)
-    for place, number in enumerate(number for numbers in classes.values() for number in numbers):
-        images[place] = image(number)
-    return Split(torch.from_numpy(images), torch.from_numpy(offsets), tuple(classes))
+def gather(classes: Mapping[str, Sequence[int]], image: Callable[[int], np.ndarray]) -> Unread:
+    """A split whose classes are given as lists of numbers, by what makes an image (C, H, W) of a number.
+
+    What `image` holds, such as the pickle, is let go after the last image.
+    """
+    numbers = [number for members in classes.values() for number in members]
+    return Unread((image(number) for number in numbers), [len(each) for each in classes.values()], tuple(classes))
 
 
 def fit(pixels: np.ndarray, *, size: int, channels: int) -> np.ndarray:
