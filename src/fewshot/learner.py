@@ -4,6 +4,7 @@ Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,21 +55,8 @@ def meta_gradient(
     return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)
 
 
-def step_accuracies(
-    network: nn.Module,
-    tasks: Task,
-    *,
-    inner_lr: float | Sequence[Tensor],
-    steps: int,
-    zeroing: bool,
-    adapted: str = "all",
-    prototypes: bool = False,
-) -> Tensor:
-    """Query accuracy after every inner step 0 .. T, (B, T + 1); with zeroing, adapted from a zeroed head.
-
-    First-order adaptation (the adapted parameters are the same); the network is left as it is.
-    """
-    knobs = {"inner_lr": inner_lr, "steps": steps, "zeroing": zeroing, "adapted": adapted, "prototypes": prototypes}
+def step_accuracies(network: nn.Module, tasks: Task, **knobs: Any) -> Tensor:
+    """Query accuracy after every inner step 0 .. T, (B, T + 1); knobs: of step_logits."""
     logits = step_logits(network, tasks, **knobs)
     return torch.stack([query_accuracy(each, tasks.query_labels) for each in logits.unbind(1)], dim=1)
 
@@ -83,7 +71,10 @@ def step_logits(
     adapted: str = "all",
     prototypes: bool = False,
 ) -> Tensor:
-    """The queries' logits after every inner step, (B, T + 1, Q, K), from which `step_accuracies` are."""
+    """The queries' logits after every inner step 0 .. T, (B, T + 1, Q, K); with zeroing, adapted from a zeroed head.
+
+    First-order adaptation (the adapted parameters are the same); the network is left as it is.
+    """
     logits = []
     for task in _each(tasks):
         learner, theta_n, task = _start(network, task, inner_lr, True, adapted, prototypes, zeroing)

@@ -302,7 +302,7 @@ def how(found: dict[str, Any]) -> Table:
     """How it was measured."""
     config, model, tasks = found["config"], found["model"], found["tasks"]
     trained = model["trained_with"]
-    parts = {"all": "all parameters", "head": "the head alone"}
+    adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
     rows = {
         "Checkpoint": f"<code>{escape('/'.join(Path(model['checkpoint']).parts[-3:]))}</code>",
         "Model": f"{escape(title(trained))}, {escape(trained['model']['name'])}, {model['iteration']} outer updates, "
@@ -311,8 +311,8 @@ def how(found: dict[str, Any]) -> Table:
         f"{config['queries']} queries per class; the same in every run; {found['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
         "Inner loop": f"η = {config['inner_lr']}; {_steps(config['inner_steps'])}, {config['test_steps']} at test; "
-        f"adapts {parts[config['algo']['adapted']]} (trained with η = {trained['inner_lr']}, "
-        f"{_steps(trained['inner_steps'])}, {trained['shots']}-shot)",
+        f"adapts {adapts} (trained with η = {trained['inner_lr']}, {_steps(trained['inner_steps'])}, "
+        f"{trained['shots']}-shot)",
         "Arithmetic": f"accuracy in {escape(config['trainer']['precision'])}, all else in float64",
         "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
         "Versions": escape(", ".join(f"{name} {version}" for name, version in found["versions"].items())),
