@@ -316,7 +316,11 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
         "must be {_target_: torchvision.models.resnet18}",
     ),
     "model=module model.module={_target_:a.B} model.head=3": ("model.head=3: ", "name of a linear layer"),
-    "augment=standard augment.crop=7": ("augment.crop=7: ", "{_target_: torchvision.transforms.v2.NAME}"),
+    "augment=standard augment.crop=7": ("augment.crop=7: ", "{_target_: kornia.augmentation.NAME}"),
+    "augment=standard augment.flip._target_=torchvision.transforms.v2.RandomHorizontalFlip": (
+        "augment.flip=",
+        "must be {_target_: kornia.augmentation.NAME}",
+    ),
     # the tasks of training
     "dataset.tasks=both": ("dataset.tasks=both: ", "one of mutually_exclusive, non_mutually_exclusive, one_task"),
     "dataset.tasks=null": ("dataset.tasks=null: ", "one of mutually_exclusive"),

@@ -60,8 +60,8 @@ def test_dataset(config, cache, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", names("augment"))
 def test_augment(config, name):
     transforms = instantiate(config("dataset=cifarfs", f"augment={name}").augment)
-    image = torch.rand(3, 32, 32)
-    assert [transform(image).shape for transform in transforms.values()] == [image.shape] * len(transforms)
+    images = torch.rand(7, 3, 32, 32)
+    assert [transform(images).shape for transform in transforms.values()] == [images.shape] * len(transforms)
     assert len(transforms) == {"none": 0, "standard": 3}[name]
 
 

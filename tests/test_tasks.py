@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kornia import augmentation
+from torch import nn
 from torchvision.transforms import v2
 
 from fewshot.config import TASKS
@@ -146,7 +148,8 @@ COLOURS = Split(
     tuple("abcdefghij"),
 )
 AUGMENTED = {"ways": 3, "shots": 1, "queries": 2, "stream": 0, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
-TRANSFORMS = v2.Compose([v2.RandomCrop(12, padding=2), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip()])
+MOVED = [augmentation.RandomCrop((12, 12), padding=2), augmentation.RandomHorizontalFlip()]
+TRANSFORMS = nn.Sequential(*MOVED, augmentation.ColorJitter(0.4, 0.4, 0.4))
 
 
 def test_augmented_images_depend_on_seed_and_position_alone_and_leave_the_random_state():
@@ -164,18 +167,24 @@ def test_augmented_images_depend_on_seed_and_position_alone_and_leave_the_random
 def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_applied():
     seen = []
 
-    def flipped(image):
-        seen.append(image)
-        return v2.RandomHorizontalFlip()(image)
+    def moved(images):
+        seen.append(images)
+        return nn.Sequential(*MOVED)(images)
 
-    drawn = TaskSampler(COLOURS, seed=0, augment=flipped, **AUGMENTED)(5, 2)
-    plain = TaskSampler(COLOURS, seed=0, **AUGMENTED)(5, 2)
-    assert len(seen) == 1 + 2 * 3 * 3 and {tuple(image.shape) for image in seen} == {(3, 12, 12)}
-    assert all(image.min() >= 0 and 0.9 < image.max() <= 1 for image in seen)
+    drawn = TaskSampler(COLOURS, seed=0, augment=moved, **AUGMENTED)(5, 2)
+    plain = TaskSampler(COLOURS, seed=0, **AUGMENTED | {"mean": (0.0,), "std": (1.0,)})(5, 2)
+    assert [images.shape for images in seen[1:]] == 2 * [(9, 3, 12, 12)]  # a call per task
+    assert all(images.min() >= 0 and 0.9 < images.max() <= 1 for images in seen)
     found, images = (torch.cat([task.support, task.query], dim=1).flatten(0, 1) for task in (drawn, plain))
-    turned = [torch.equal(after, before.flip(-1)) for after, before in zip(found, images, strict=True)]
-    kept = [torch.equal(after, before) for after, before in zip(found, images, strict=True)]
-    assert 0 < sum(turned) < len(turned) and [not each for each in kept] == turned
+    found = found * torch.tensor(AUGMENTED["std"]).view(-1, 1, 1) + torch.tensor(AUGMENTED["mean"]).view(-1, 1, 1)
+    ways = [(down, right, turn) for down in range(5) for right in range(5) for turn in (False, True)]
+    chosen = []
+    for after, before in zip(found, nn.functional.pad(images, (2, 2, 2, 2)), strict=True):
+        windows = [before[:, down : down + 12, right : right + 12] for down, right, _ in ways]
+        windows = [window.flip(-1) if turn else window for window, (*_, turn) in zip(windows, ways, strict=True)]
+        (way,) = [way for way, window in zip(ways, windows, strict=True) if torch.allclose(after, window, atol=1e-6)]
+        chosen.append(way)
+    assert all(len({way[part] for way in chosen}) > 1 for part in range(3)) and len(set(chosen[:9])) > 4
     assert torch.equal(drawn.query_labels, plain.query_labels)
 
 

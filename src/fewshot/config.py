@@ -292,8 +292,8 @@ def _check_dataset(cfg: DictConfig) -> None:
             raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
         _integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
     for name, transform in cfg.augment.items():
-        if not _makes(transform):
-            raise UserError(f"augment.{name}={shown(transform)}: must be {{_target_: torchvision.transforms.v2.NAME}}")
+        if not _makes(transform) or transform._target_.startswith("torchvision."):  # which turns all images alike
+            raise UserError(f"augment.{name}={shown(transform)}: must be {{_target_: kornia.augmentation.NAME}}")
 
 
 def _check_model(cfg: DictConfig) -> None:

@@ -73,8 +73,8 @@ class TaskSampler:
         seed: non-negative.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
         kind: see above; with "one_task" the split is that of the test.
-        augment: (C, H, W) in [0, 1] to the same, for each image of a task alone, before mean and std are applied; takes
-            its random numbers from torch, and they too depend only on (seed, stream, position).
+        augment: a task's images, (K (shots + queries), C, H, W) in [0, 1], to the same, each at random, before mean and
+            std are applied; takes its random numbers from torch, and they too depend only on (seed, stream, position).
 
     Raises:
         ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
@@ -180,7 +180,7 @@ class TaskSampler:
         with torch.random.fork_rng(devices):  # some transforms draw on the device
             for position, task in enumerate(images.flatten(1, 2), first):
                 torch.manual_seed(int(np.random.SeedSequence((*self._key.tolist(), position)).generate_state(1)[0]))
-                augmented.append(torch.stack([self._augment(image) for image in task]))
+                augmented.append(self._augment(task))
         return torch.stack(augmented).unflatten(1, images.shape[1:3])
 
     def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:

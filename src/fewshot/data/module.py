@@ -14,8 +14,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
-from torchvision.transforms import v2
+from torch import Tensor, nn
 
 from fewshot.config import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
@@ -139,7 +138,7 @@ class MetaData(pl.LightningDataModule):
             mean=cfg.dataset.mean,
             std=cfg.dataset.std,
             kind=cfg.dataset.tasks,
-            augment=v2.Compose(list(instantiate(cfg.augment).values())) if cfg.augment else None,
+            augment=nn.Sequential(*instantiate(cfg.augment).values()) if cfg.augment else None,
             device=cfg.dataset.device,
             seed=cfg.seed,
             meta_batch_size=cfg.meta_batch_size,
