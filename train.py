@@ -12,7 +12,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot import ranks
-from fewshot.config import CONF, check, check_overrides, how_to_go_on, one_line_errors, processes, settings
+from fewshot.command import how_to_go_on, one_line_errors
+from fewshot.config import CONF, check, check_overrides, processes, settings
 from fewshot.signals import Signals
 
 

@@ -12,7 +12,8 @@ import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from fewshot.config import CONF, UserError, check, settings, shown
+from fewshot.config import CONF, check, settings
+from fewshot.errors import UserError, shown
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 CONFIGS = [

@@ -14,8 +14,8 @@ from PIL import Image
 from test_data_download import serving
 from torchvision.datasets import CIFAR100
 
-from fewshot.config import UserError
 from fewshot.data import cifar
+from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 COARSE = list(cifar.FACTS["superclasses"])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fewshot.config import UserError
 from fewshot.data import download as downloads
 from fewshot.data.download import download
+from fewshot.errors import UserError
 
 CONTENT = bytes(range(256)) * 2000
 MD5 = hashlib.md5(CONTENT).hexdigest()

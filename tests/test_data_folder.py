@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewshot.config import UserError
 from fewshot.data import folder
+from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 FRACTIONS = {"train": 0.64, "val": 0.16, "test": 0.2}

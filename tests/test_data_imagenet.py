@@ -16,9 +16,9 @@ from learn2learn.vision.datasets import MiniImagenet, TieredImagenet
 from PIL import Image
 from test_data_download import serving
 
-from fewshot.config import UserError
 from fewshot.data import download as downloads
 from fewshot.data import imagenet
+from fewshot.errors import UserError
 
 MINI = {"train": 3, "val": 1, "test": 2}
 MODES = {"train": "train", "val": "validation", "test": "test"}  # in learn2learn's words

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewshot.config import UserError
 from fewshot.data.__main__ import main
 from fewshot.data.module import images_device, manifest
+from fewshot.errors import UserError
 from fewshot.tasks import Split, TaskSampler
 
 CPU, CUDA, GB = torch.device("cpu"), torch.device("cuda", 1), 10**9

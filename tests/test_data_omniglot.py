@@ -21,9 +21,9 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets.omniglot import Omniglot
 
-from fewshot.config import UserError
 from fewshot.data import cache as cache_module
 from fewshot.data import omniglot
+from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
 SMALL = {

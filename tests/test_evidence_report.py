@@ -21,7 +21,8 @@ from test_learner import NETWORKS, convolutional, images_for, softmax
 
 import train
 from fewshot import contrast
-from fewshot.config import CONF, UserError
+from fewshot.config import CONF
+from fewshot.errors import UserError
 from fewshot.evidence import claims, figures, identities, measures, write
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.features import agreement

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 import fewshot
 from fewshot import models
-from fewshot.config import UserError, settings
+from fewshot.config import settings
+from fewshot.errors import UserError
 from fewshot.export import export, main
 from fewshot.predict import predict
 
@@ -90,6 +91,7 @@ def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):
     ):
         assert re.search(rf"\| {step} \| [^|]+ \| {100 * accuracy:.2f} ± {100 * ci95:.2f} \|", card)
     assert "on 4 tasks of the test split of glyphs" in card and f"torch {results['versions']['torch']}" in card
+    assert f"{len(results['splits']['test'])} test classes; SHA-256" in card and results["splits"]["sha256"] in card
     assert "| seed | 0 |" in card and "glyphs, 5-way 5-shot, 28 x 28 pixels, grey" in card
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     alone = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "run" / "checkpoints")
@@ -140,7 +142,7 @@ def foreign(**knobs):
     "knobs",
     [
         {"model.network": {"_target_": "os.system", "command": "touch MARK"}},
-        {"model.network": {"_target_": "fewshot.config.os.system", "command": "touch MARK"}},
+        {"model.network": {"_target_": "fewshot.command.os.system", "command": "touch MARK"}},
         {"model.network": {"_target_": "fewshot.models.torch.os.system", "command": "touch MARK"}},
         {"model.network": {"_target_": "fewshot.ranks.start", "program": "MARK"}},
         {"model.network": {"_target_": "fewshot.models.nothing"}},

@@ -11,8 +11,8 @@ from test_learner import draw, meta_gradient, prepared
 from torch import Tensor, nn
 
 from fewshot import batched, learner
-from fewshot.config import UserError
 from fewshot.contrast import closed_form_gradients
+from fewshot.errors import UserError
 from fewshot.foreign import wrapped
 from fewshot.models import conv4_pooled, dropping, resnet12
 

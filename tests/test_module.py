@@ -12,8 +12,8 @@ from torch import nn
 from torch.func import functional_call
 
 from fewshot import batched, learner, module
-from fewshot.config import UserError
 from fewshot.data.module import MetaData
+from fewshot.errors import UserError
 from fewshot.runtime import prepare
 
 BEGAN = ("iterations=2", "val_every=1")

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import fewshot
-from fewshot.config import CONF, UserError, settings
+from fewshot.config import CONF, settings
 from fewshot.data import glyphs
 from fewshot.data.module import MetaData
+from fewshot.errors import UserError
 from fewshot.models import share_rows
 from fewshot.module import MetaLearner
 from fewshot.predict import main, predict, run

@@ -20,7 +20,8 @@ from hydra import compose, initialize_config_dir
 
 import train
 from fewshot.checkpoint import read
-from fewshot.config import CONF, UserError, check
+from fewshot.config import CONF, check
+from fewshot.errors import UserError
 from fewshot.module import MetaLearner
 from fewshot.signals import Signals
 

@@ -10,7 +10,8 @@ from conftest import outcome
 
 from fewshot import checkpoint
 from fewshot.callbacks import Record
-from fewshot.config import Stopped, one_line_errors
+from fewshot.command import one_line_errors
+from fewshot.errors import Stopped
 from fewshot.module import MetaLearner
 
 MANY = ("iterations=9", "val_every=4", "trainer.log_every_n_steps=3")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fewshot import checkpoint, sweep
-from fewshot.config import CONF, UserError, check, job_folder, settings
+from fewshot.config import CONF, check, job_folder, settings
+from fewshot.errors import UserError
 
 KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)

@@ -18,7 +18,7 @@ from conftest import outcome, rows
 from PIL import Image
 
 from fewshot import checkpoint, ranks
-from fewshot.config import UserError
+from fewshot.errors import UserError
 from fewshot.logger import wandb_logger
 
 

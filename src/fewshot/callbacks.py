@@ -15,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fewshot.checkpoint import write_atomically
-from fewshot.config import UserError
+from fewshot.config import MODES
 from fewshot.distributed import max_over_ranks
+from fewshot.errors import UserError
 from fewshot.evidence.similarity import class_similarities
 from fewshot.models import zero_head
 from fewshot.module import Scores
@@ -150,9 +151,8 @@ class Record(pl.Callback):
 
 def _named(split: str, results: dict[str, Scores]) -> dict[str, float]:
     """The per-step accuracies under the names of metrics.csv and W&B."""
-    prefix = {"zeroing_off": split, "zeroing_on": f"{split}_zeroed"}
     return {
-        f"{prefix[mode]}/query_accuracy/step_{step}": accuracy
+        f"{split}{MODES[mode]}/query_accuracy/step_{step}": accuracy
         for mode, scores in results.items()
         for step, accuracy in enumerate(scores.accuracy)
     }

@@ -18,7 +18,8 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fewshot.config import UserError, settings, shown, some
+from fewshot.config import settings
+from fewshot.errors import UserError, shown, some
 from fewshot.tasks import SPLITS
 
 # May differ between a run and its continuation: where things lie and where they are reported to.

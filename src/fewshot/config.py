@@ -2,96 +2,17 @@
 
 import hashlib
 import math
-import os
 import re
-import shlex
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import ranks
+from fewshot.errors import UserError, nearest, shown
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one line with the knob, its value and what would work."""
-
-
-class AtWork(UserError):
-    """Another process writes the same run; no failure of that run."""
-
-
-class RankGone(UserError):
-    """Another rank has ended; why, is for that one to say."""
-
-
-class Stopped(BaseException):
-    """A signal ended the run; like KeyboardInterrupt nothing on the way takes it for an error."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextmanager
-def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> Iterator[None]:
-    """A UserError ends the program with its line and status 1, a signal with 128 + its number.
-
-    HYDRA_FULL_ERROR=1 shows the traceback.
-
-    job: the folder of a job in a sweep, which goes on: any error is left there as error.txt, until a try without one.
-    hint: of how to go on after a signal.
-    """
-    try:
-        yield
-        if job is not None and not ranks.rank():
-            (job / "error.txt").unlink(missing_ok=True)
-    except (Stopped, KeyboardInterrupt) as stop:
-        number = signal.Signals(stop.signum if isinstance(stop, Stopped) else signal.SIGINT)
-        if not ranks.rank() and ranks.PARENT not in os.environ:
-            sys.stderr.write(f"stopped by {number.name}{hint()}\n")
-        raise SystemExit(128 + number) from None
-    except Exception as error:
-        if isinstance(error, InstantiationException) and isinstance(error.__cause__, UserError):
-            error = error.__cause__
-        expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
-        expected = expected and os.environ.get("HYDRA_FULL_ERROR") != "1"
-        line = " ".join(str(error).split())
-        if expected and (isinstance(error, RankGone) or ranks.leave_error(line)):
-            raise SystemExit(1) from None
-        if job is not None:
-            text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
-            sys.stderr.write(f"{text}\n")
-            with suppress(OSError):  # a full disk is no reason to end the sweep
-                if not isinstance(error, AtWork):
-                    (job / "error.txt").write_text(f"{text}\n")
-            if ranks.launcher():
-                raise SystemExit(1) from None  # the other ranks wait for this one, until the launcher ends them
-        elif expected:
-            raise SystemExit(line) from None
-        else:
-            raise
-
-
-def how_to_go_on() -> str:
-    """After a signal, for whoever reads the line that says so: the call that continues this training or sweep."""
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
-    last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
-    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else ""
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
@@ -151,6 +72,8 @@ TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 ENGINES = ("auto", "sequential", "batched")
 PRECISIONS = ("32-true", "tf32", "64-true", "bf16-mixed")  # float16 would need its gradients scaled, task by task
 DEVICES = ("auto", "cpu", "cuda")
+# Test zeroing, adapting from a copy with a zeroed head: each mode's name in results.json, and what metrics' names add.
+MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
 LOGGER_MODES = (None, "online", "offline", "disabled")
 
 
@@ -163,20 +86,20 @@ def check_overrides(overrides: list[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if override[0] == "~" or (override[0] == "+" and key != "zeroing" and not key.startswith("trainer.")):
-            raise UserError(f"{override}: a + is for +zeroing alone, a ~ for nothing; {_nearest(key, KNOBS)}")
+            raise UserError(f"{override}: a + is for +zeroing alone, a ~ for nothing; {nearest(key, KNOBS)}")
 
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for the first mistake found."""
     for key in cfg:
         if key not in KNOBS:
-            raise UserError(f"{key}: no such knob; {_nearest(key, KNOBS)}")
+            raise UserError(f"{key}: no such knob; {nearest(key, KNOBS)}")
     for key in cfg.algo:
         if key not in ALGO:
-            raise UserError(f"algo.{key}: no such knob; {_nearest(key, set(ALGO))}")
+            raise UserError(f"algo.{key}: no such knob; {nearest(key, set(ALGO))}")
     for knob, smallest in INTEGERS.items():
         if not (cfg[knob] is None and knob in OPTIONAL):
-            _integer(knob, cfg[knob], smallest)
+            check_integer(knob, cfg[knob], smallest)
     if cfg.seed > 2**32 - 1:
         raise UserError(f"seed={cfg.seed}: must be at most {2**32 - 1}")
     for knob in REALS:
@@ -196,7 +119,7 @@ def check(cfg: DictConfig) -> None:
     _check_processes(cfg)
     if cfg.trainer.max_steps != cfg.iterations:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}: set iterations={cfg.trainer.max_steps} instead")
-    _integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
+    check_integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
     if cfg.logger is not None and cfg.logger.get("mode") not in LOGGER_MODES:
         raise UserError(f"logger.mode={cfg.logger.mode}: must be one of online, offline, disabled or null")
     if cfg.test_steps < cfg.inner_steps:
@@ -213,7 +136,7 @@ def _check_algo(cfg: DictConfig) -> None:
         if algo[knob] not in known:
             raise UserError(f"algo.{knob}={shown(algo[knob])}: must be one of {', '.join(known)}")
     if algo.step_losses is not None:
-        _integer("algo.step_losses", algo.step_losses, 1)
+        check_integer("algo.step_losses", algo.step_losses, 1)
     if "noise" in algo and (cfg.inner_steps != 1 or algo.adapted != "head"):
         raise UserError(
             f"inner_steps={cfg.inner_steps} algo.adapted={algo.adapted}: the explicit loss of algo=contrastive is "
@@ -240,7 +163,7 @@ def processes(cfg: DictConfig) -> int:
 
 def _check_processes(cfg: DictConfig) -> None:
     for knob in ("devices", "num_nodes"):
-        _integer(f"trainer.{knob}", cfg.trainer.get(knob, 1), 1)
+        check_integer(f"trainer.{knob}", cfg.trainer.get(knob, 1), 1)
     wanted, started = processes(cfg), ranks.world_size()
     if wanted > 1 and "strategy" not in cfg.trainer:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: use trainer=ddp trainer.devices={cfg.trainer.devices}")
@@ -259,7 +182,7 @@ def _check_processes(cfg: DictConfig) -> None:
 
 def _check_dataset(cfg: DictConfig) -> None:
     data = cfg.dataset
-    _integer("dataset.size", data.size, 1)
+    check_integer("dataset.size", data.size, 1)
     if data.channels not in (1, 3):
         raise UserError(f"dataset.channels={shown(data.channels)}: must be 1 (grey) or 3 (colour)")
     for knob in ("mean", "std"):
@@ -290,7 +213,7 @@ def _check_dataset(cfg: DictConfig) -> None:
             raise UserError(f"dataset.tasks={data.tasks}: callbacks=cosine_similarity needs dataset.tasks=one_task")
         if cfg.queries == 1:
             raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
-        _integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
+        check_integer("callbacks.cosine_similarity.every", cfg.callbacks.cosine_similarity.every, 1)
     for name, transform in cfg.augment.items():
         if not _makes(transform) or transform._target_.startswith("torchvision."):  # which turns all images alike
             raise UserError(f"augment.{name}={shown(transform)}: must be {{_target_: kornia.augmentation.NAME}}")
@@ -299,7 +222,7 @@ def _check_dataset(cfg: DictConfig) -> None:
 def _check_model(cfg: DictConfig) -> None:
     model = cfg.model
     if "width" in model:
-        _integer("model.width", model.width, 1)
+        check_integer("model.width", model.width, 1)
     if "drop_block" in model:
         _real("model.drop_block", model.drop_block, above=False)
         if model.drop_block >= 1:
@@ -327,7 +250,7 @@ def _check_split(data: DictConfig) -> None:
     if data.device not in DEVICES:
         raise UserError(f"dataset.device={shown(data.device)}: must be one of {', '.join(DEVICES)}")
     if "split_seed" in data:
-        _integer("dataset.split_seed", data.split_seed, 0)
+        check_integer("dataset.split_seed", data.split_seed, 0)
     if "split" in data and data.split not in data.splits:
         raise UserError(f"dataset.split={shown(data.split)}: must be one of {', '.join(data.splits)}")
     if "fractions" in data:
@@ -337,18 +260,8 @@ def _check_split(data: DictConfig) -> None:
             raise UserError(f"dataset.fractions={dict(data.fractions)}: must add up to 1; give all three")
 
 
-def shown(value: Any) -> str:
-    """A value as YAML and the command line write it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-
-
-def some(names: list[str], shown: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def _integer(knob: str, value: Any, smallest: int) -> None:
+def check_integer(knob: str, value: Any, smallest: int) -> None:
+    """Raises UserError for all but an integer of at least `smallest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
         raise UserError(f"{knob}={shown(value)}: must be an integer of at least {smallest}")
 
@@ -357,49 +270,6 @@ def _real(knob: str, value: Any, above: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (above and value == 0):
         raise UserError(f"{knob}={shown(value)}: must be a number {'above' if above else 'of at least'} 0")
-
-
-def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:
-    """The key=value words of a command that composes no configuration; needed: {key: what to give}.
-
-    Raises:
-        UserError: a word that is none, one that is not known, one given twice, one that is missing.
-    """
-    given: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if key not in known:
-            raise UserError(f"{word}: no such knob; {_nearest(key, set(known))}")
-        if not equals or not value:
-            raise UserError(f"{word}: give {key}=VALUE")
-        if key in given:
-            raise UserError(f"{word}: {key} is given twice; {key}={given[key]} came first")
-        given[key] = value
-    for key, what in needed.items():
-        if key not in given:
-            raise UserError(f"{key}: is missing; give {key}={what}")
-    return given
-
-
-def flag(knob: str, value: str) -> bool:
-    """true or false, as YAML and the command line write them."""
-    if value not in ("true", "false"):
-        raise UserError(f"{knob}={value}: must be true or false")
-    return value == "true"
-
-
-def integer(knob: str, value: str, smallest: int) -> int:
-    """A word as an integer of at least `smallest`."""
-    number: int | str = int(value) if re.fullmatch(r"[+-]?[0-9]{1,9}", value) else value
-    _integer(knob, number, smallest)
-    return int(number)
-
-
-def _nearest(key: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from fewshot import ranks
-from fewshot.config import RankGone, UserError
+from fewshot.errors import RankGone, UserError
 
 T = TypeVar("T")
 

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewshot.config import UserError, one_line_errors, shown, words
+from fewshot.command import one_line_errors, words
+from fewshot.config import MODES
+from fewshot.errors import UserError, shown
 
 CARD = "README.md"
 
@@ -33,7 +35,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     content = read(checkpoint)
     config = portable(content["fewshot"]["config"])
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
-    card = model_card(config, weights, content["global_step"], *_results(checkpoint, content["global_step"]))
+    splits = content["fewshot"]["splits"]
+    card = model_card(config, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card.encode(),
         CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)).encode(),
@@ -61,6 +64,7 @@ def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, s
 def model_card(
     config: dict[str, Any],
     weights: dict[str, Any],
+    splits: dict[str, Any],
     iteration: int,
     results: dict[str, Any] | None,
     why_not: str,
@@ -73,6 +77,8 @@ def model_card(
     colour = "grey" if data["channels"] == 1 else "colour"
     facts = {
         "trained on": f"{data['name']}, {ways}-way {shots}-shot, {data['size']} x {data['size']} pixels, {colour}",
+        "splits": ", ".join(f"{len(names)} {split} classes" for split, names in splits.items() if split != "sha256")
+        + f"; SHA-256 of their names and images {splits['sha256']}",
         "network": f"{config['model']['name']}, {numbers:,} parameters",
         "algorithm": ", ".join(f"{knob}={shown(value)}" for knob, value in algo.items()),
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
@@ -113,10 +119,7 @@ def _table(results: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     for step in range(len(test["zeroing_off"]["accuracy"])):
-        cells = (
-            f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}"
-            for mode in ("zeroing_off", "zeroing_on")
-        )
+        cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
         lines.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

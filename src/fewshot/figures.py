@@ -7,13 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-from fewshot.config import shown
+from fewshot.config import MODES
+from fewshot.errors import shown
 
 if TYPE_CHECKING:
     from fewshot.sweep import Setting
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
-MODES = (("zeroing_off", "", OFF, "o", "test zeroing off"), ("zeroing_on", "_zeroed", ON, "s", "test zeroing on"))
+DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
 
 
 def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -> Figure:
@@ -21,7 +22,8 @@ def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config:
     step = config["inner_steps"]
     figure, axes = _axes("outer iteration", f"query accuracy after {step} inner step{'s' * (step > 1)}", config)
     for split, style in (("val", "-"), ("test", ":")):
-        for _, suffix, colour, _, label in MODES:
+        for mode, suffix in MODES.items():
+            colour, _, label = DRAWN[mode]
             curve = curves.get(f"{split}{suffix}/query_accuracy/step_{step}")
             if curve:
                 name = {"val": "validation", "test": "test curve"}[split]
@@ -32,7 +34,7 @@ def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config:
 def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figure:
     """Test accuracy over inner steps with 95% confidence intervals, both test-time zeroing modes."""
     figure, axes = _axes("inner step", "test query accuracy", config)
-    for mode, _, colour, marker, label in MODES:
+    for mode, (colour, marker, label) in DRAWN.items():
         scores = results["test"][mode]
         steps = range(len(scores["accuracy"]))
         axes.errorbar(
@@ -80,7 +82,9 @@ LINES = ("-", "--", ":", "-.")  # once the colours are used up
 def sweep(settings: list["Setting"]) -> Figure:
     """Accuracy over inner steps and over outer iterations, mean and range over seeds, both test-time zeroing modes."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
-    for (by_step, by_update), (mode, _, _, _, zeroing) in zip(figure.subplots(2, 2, sharey="row"), MODES, strict=True):
+    for (by_step, by_update), (mode, (*_, zeroing)) in zip(
+        figure.subplots(2, 2, sharey="row"), DRAWN.items(), strict=True
+    ):
         for number, setting in enumerate(settings):
             values = setting.accuracies(mode)
             if len(values):
@@ -185,7 +189,8 @@ def setting_label(knobs: dict[str, Any], mixed: bool = False) -> str:
             parts.append("first order" if first else "second order")
     others = {key: value for key, value in knobs.items() if not key.startswith("algo.")}
     if head := HEADS.get((algo.get("zeroing"), knobs.get("init_scale"))):
-        parts.append(head)
+        if algo.get("head", "learned") == "learned" or algo["zeroing"]:  # else it begins elsewhere, as said
+            parts.append(head)
         del others["init_scale"]
     elif "zeroing" in algo:
         parts.append("zeroing" if algo["zeroing"] else "no zeroing")
@@ -301,7 +306,7 @@ def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, d
     figure.colorbar(picture, ax=grid, label="mean cosine similarity", aspect=30)
 
 
-SHEET_COLUMNS, SHEET_QUERIES = 10, 200  # of a contact sheet; of a class it shows one row of support images
+SHEET_COLUMNS, SHEET_CLASSES, SHEET_QUERIES = 10, 50, 200  # of a contact sheet; a class has one row of support images
 
 
 def contact_sheet(support: dict[str, list[Any]], queries: list[tuple[Any, str, str, float]]) -> Figure:
@@ -311,11 +316,12 @@ def contact_sheet(support: dict[str, list[Any]], queries: list[tuple[Any, str, s
     """
     inch, captions = 1.12, 0.62  # heights: of a row of images, and of what is said under a query
     some = f", the first {SHEET_QUERIES} of {len(queries)}" if len(queries) > SHEET_QUERIES else ""
-    queries = queries[:SHEET_QUERIES]
+    some_classes = f", the first {SHEET_CLASSES} of {len(support)} classes" if len(support) > SHEET_CLASSES else ""
+    numbered = {name: f"{number} {name}" for number, name in enumerate(support, start=1)}
+    queries, support = queries[:SHEET_QUERIES], dict(list(support.items())[:SHEET_CLASSES])
     height = 2.1 + inch * len(support) + (inch + captions) * -(-len(queries) // SHEET_COLUMNS)
     figure = Figure(figsize=(SHEET_COLUMNS + 2.2, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    numbered = {name: f"{number} {name}" for number, name in enumerate(support, start=1)}
 
     def say(x: float, y: float, text: str, most: int = 80, **how: Any) -> None:
         short = text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
@@ -326,7 +332,7 @@ def contact_sheet(support: dict[str, list[Any]], queries: list[tuple[Any, str, s
         axes.imshow(image, extent=(column, column + 0.96, top + 0.96, top), aspect="auto", **grey)
         axes.add_patch(Rectangle((column, top), 0.96, 0.96, fill=False, edgecolor="lightgrey", linewidth=0.5))
 
-    say(0, 0.45, "support: what the model adapted to", fontsize=11)
+    say(0, 0.45, f"support{some_classes}: what the model adapted to", fontsize=11)
     for row, (name, images) in enumerate(support.items()):
         y = 0.75 + inch * row
         say(-0.1, y + 0.48, numbered[name], most=22, ha="right")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fewshot.config import UserError
+from fewshot.errors import UserError
 from fewshot.models import Network
 
 log = logging.getLogger(__name__)

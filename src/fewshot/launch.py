@@ -13,7 +13,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from fewshot import ranks
-from fewshot.config import UserError, check_overrides, job_folder, one_line_errors
+from fewshot.command import one_line_errors
+from fewshot.config import check_overrides, job_folder
+from fewshot.errors import UserError
 
 
 class OutputFolder(Callback):

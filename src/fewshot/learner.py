@@ -70,10 +70,12 @@ def step_logits(
     zeroing: bool,
     adapted: str = "all",
     prototypes: bool = False,
+    first: int = 0,
 ) -> Tensor:
-    """The queries' logits after every inner step 0 .. T, (B, T + 1, Q, K); with zeroing, adapted from a zeroed head.
+    """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K).
 
-    First-order adaptation (the adapted parameters are the same); the network is left as it is.
+    With zeroing, adapted from a zeroed head. First-order adaptation (the adapted parameters are the same); the network
+    is left as it is.
     """
     logits = []
     for task in _each(tasks):
@@ -81,9 +83,10 @@ def step_logits(
         for step in range(steps + 1):
             if step > 0:
                 learner.adapt(_support_loss(theta_n, task))
-            with torch.no_grad():
-                logits.append(theta_n(task.query))
-    return torch.stack(logits).unflatten(0, (-1, steps + 1))
+            if step >= first:
+                with torch.no_grad():
+                    logits.append(theta_n(task.query))
+    return torch.stack(logits).unflatten(0, (-1, steps + 1 - first))
 
 
 def _start(

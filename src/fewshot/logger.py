@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot import ranks
-from fewshot.config import Stopped, UserError
+from fewshot.config import MODES
+from fewshot.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def summarise(logger: Logger, results: dict[str, Any]) -> None:
         return
     summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
     rows = []
-    for mode, suffix in (("zeroing_off", ""), ("zeroing_on", "_zeroed")):
+    for mode, suffix in MODES.items():
         scores = results["test"][mode]
         for step, (accuracy, ci95) in enumerate(zip(scores["accuracy"], scores["ci95"], strict=True)):
             summary[f"final_test{suffix}/query_accuracy/step_{step}"] = accuracy

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fewshot import batched, contrastive, learner
-from fewshot.config import UserError
+from fewshot.config import MODES
 from fewshot.distributed import mean_over_ranks, of_all_ranks
+from fewshot.errors import UserError
 from fewshot.evidence import probes
 from fewshot.execution import CudaGraphs, one_by_one
 from fewshot.models import dropping, drops, share_gradient, share_rows
@@ -26,7 +27,6 @@ from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
 
-MODES = {"zeroing_off": False, "zeroing_on": True}  # test-time zeroing: adapt from a copy whose head is zeroed
 
 LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory back to the system every time
 
@@ -215,14 +215,14 @@ class MetaLearner(pl.LightningModule):
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
     @torch.enable_grad()
-    def step_logits(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
-        """The queries' logits after every inner step 0 .. steps, (B, steps + 1, Q, K), one task after the other.
+    def adapted_logits(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
+        """The queries' logits after the last of `steps` inner steps, (B, Q, K), one task after the other.
 
         zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
         """
         knobs = {"inner_lr": self._inner_lr, "adapted": self.adapted, "prototypes": self.head == "prototypes"}
         with self._one_line_out_of_memory(tasks):
-            return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, **knobs)
+            return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, first=steps, **knobs)[:, 0]
 
     def probes(self, batches: Iterable[Task]) -> dict[str, float]:
         """What evidence/probes.py measures; changes nothing in the module."""
@@ -250,9 +250,9 @@ class MetaLearner(pl.LightningModule):
         with self._one_line_out_of_memory(tasks):
             return {
                 mode: self._step_accuracies(
-                    self.network, tasks, inner_lr=self._inner_lr, steps=self.test_steps, zeroing=zeroing
+                    self.network, tasks, inner_lr=self._inner_lr, steps=self.test_steps, zeroing=mode == "zeroing_on"
                 ).cpu()
-                for mode, zeroing in MODES.items()
+                for mode in MODES
             }
 
     @contextmanager

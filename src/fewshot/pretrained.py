@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewshot import checkpoint
-from fewshot.config import UserError
 from fewshot.data.images import decode, square
+from fewshot.errors import UserError
 from fewshot.module import MetaLearner
 
 Picture = Image.Image | np.ndarray | Tensor | bytes

@@ -21,6 +21,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from fewshot.errors import AtWork, Stopped, UserError
+
 PARENT = "FEWSHOT_PARENT"  # in the environment of the processes that start() starts: its own process number
 RANKS_LOCK = ".lock-ranks"
 
@@ -72,8 +74,6 @@ def locked(folder: Path, name: str | None = None) -> Iterator[None]:
     Raises:
         AtWork: another process is at work there.
     """
-    from fewshot.config import AtWork
-
     if rank():
         yield  # rank 0 holds it
         return
@@ -108,8 +108,6 @@ def _hydra_arguments() -> list[str]:
 
 def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseException:
     """Of the end of all ranks: of one, the others ended by SIGTERM, or since that one was gone."""
-    from fewshot.config import Stopped, UserError
-
     secondary = (1, -signal.SIGTERM, 128 + signal.SIGTERM)
     told = {number: each for number, each in failures.items() if Path(each.error_file).is_file()}
     killed = {number: each for number, each in failures.items() if each.exitcode not in secondary}
@@ -143,8 +141,6 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from fewshot.config import Stopped
 
     call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
     with locked(folder, RANKS_LOCK):

@@ -17,7 +17,8 @@ from pytorch_lightning.loggers import Logger
 
 from fewshot import figures, ranks
 from fewshot.checkpoint import refuse_difference, write_atomically
-from fewshot.config import UserError, settings
+from fewshot.config import MODES, settings
+from fewshot.errors import UserError
 from fewshot.logger import summarise
 from fewshot.module import Scores
 
@@ -164,10 +165,7 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
     for heading in ("test zeroing off", "test zeroing on"):
         table.add_column(heading, justify="right")
     for step in range(len(test["zeroing_off"]["accuracy"])):
-        cells = (
-            f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}"
-            for mode in ("zeroing_off", "zeroing_on")
-        )
+        cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
         table.add_row(str(step), *cells)
     rich.print(table)
     print(f"Written to {folder}")  # rich would break the path

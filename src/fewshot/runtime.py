@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 
 from fewshot import ranks
-from fewshot.config import UserError
+from fewshot.errors import UserError
 
 THREADS = torch.get_num_threads()  # torch's choice
 

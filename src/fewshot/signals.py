@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from fewshot import ranks
-from fewshot.config import Stopped
+from fewshot.errors import Stopped
 
 log = logging.getLogger(__name__)
 

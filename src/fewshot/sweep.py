@@ -23,13 +23,14 @@ from scipy.stats import t as student
 
 from fewshot import figures
 from fewshot.checkpoint import leaves, write_atomically
-from fewshot.config import UserError, one_line_errors, shown
+from fewshot.command import one_line_errors
+from fewshot.config import MODES
 from fewshot.config import settings as resolved
+from fewshot.errors import UserError, shown
 from fewshot.report import read_metrics, write_png
 
 log = logging.getLogger(__name__)
 
-MODES = {mode: suffix for mode, suffix, *_ in figures.MODES}  # of the metrics' names
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
 # No part of a setting: the seed, where and on what it ran, and knobs that are others again.
 ELSEWHERE = (

@@ -18,7 +18,9 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors
+from fewshot.command import one_line_errors
+from fewshot.config import CONF, check, check_overrides
+from fewshot.errors import UserError
 
 
 def configuration(overrides: list[str]) -> DictConfig:

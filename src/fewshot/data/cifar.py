@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from torchvision.datasets import CIFAR100
 
-from fewshot.config import UserError, some
 from fewshot.data import folder
 from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5
 from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.errors import UserError, some
 from fewshot.tasks import SPLITS, Split
 
 TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}

@@ -18,9 +18,9 @@ from urllib.request import Request, urlopen
 
 from rich import progress
 
-from fewshot.config import UserError
 from fewshot.data.cache import cache_folder
 from fewshot.data.lock import alone
+from fewshot.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 
-from fewshot.config import UserError, some
 from fewshot.data.cache import cached
 from fewshot.data.images import Source, is_image, open_source, read_splits
+from fewshot.errors import UserError, some
 from fewshot.tasks import SPLITS, Split
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
-from fewshot.config import UserError
 from fewshot.data.cache import cached
+from fewshot.errors import UserError
 from fewshot.tasks import Split
 
 IMAGES = 20  # per letter, as in Omniglot

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from fewshot.config import UserError, some
 from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5, zenodo
 from fewshot.data.images import decode, open_source, read_splits
 from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.errors import UserError, some
 from fewshot.tasks import SPLITS, Split
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fewshot.config import UserError, some
 from fewshot.data.cache import Unread
+from fewshot.errors import UserError, some
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fewshot.config import UserError
+from fewshot.errors import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fewshot.config import UserError, some
 from fewshot.data.cache import cached
 from fewshot.data.download import download
 from fewshot.data.folder import in_seeded_order
 from fewshot.data.images import Source, open_source, read_splits
+from fewshot.errors import UserError, some
 from fewshot.tasks import SPLITS, Split
 
 PARTS = ("images_background", "images_evaluation")

@@ -14,7 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot.config import CONF, UserError, check, check_overrides, one_line_errors, processes, settings
+from fewshot.command import one_line_errors
+from fewshot.config import CONF, check, check_overrides, processes, settings
+from fewshot.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fewshot.config import MODES
 from fewshot.evidence import claims
 from fewshot.evidence.claims import Verdict, decimals, interval, percent, short
 from fewshot.figures import title
@@ -228,7 +229,7 @@ def _prototypes(found: dict[str, Any]) -> Section:
 
 def _accuracy(found: dict[str, Any]) -> Section:
     test, step = found["test"], found["config"]["inner_steps"]
-    modes = [zip(test[mode]["accuracy"], test[mode]["ci95"], strict=True) for mode in ("zeroing_off", "zeroing_on")]
+    modes = [zip(test[mode]["accuracy"], test[mode]["ci95"], strict=True) for mode in MODES]
     rows = [(str(number), *(interval(*each) for each in both)) for number, both in enumerate(zip(*modes, strict=True))]
     return Section(
         anchor="accuracy",

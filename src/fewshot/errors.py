@@ -1,0 +1,42 @@
+"""What ends a program that the user can mend, or a signal; and the words in which it is said."""
+
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line with the knob, its value and what would work."""
+
+
+class AtWork(UserError):
+    """Another process writes the same run; no failure of that run."""
+
+
+class RankGone(UserError):
+    """Another rank has ended; why, is for that one to say."""
+
+
+class Stopped(BaseException):
+    """A signal ended the run; like KeyboardInterrupt nothing on the way takes it for an error."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def shown(value: Any) -> str:
+    """A value as YAML and the command line write it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """What to try in place of a key that is not known."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
