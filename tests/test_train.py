@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,32 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     results = json.loads((more / "results.json").read_text())
     assert results["test"]["tasks"] == 9 and len(results["test"]["zeroing_on"]["accuracy"]) == 6
     assert results["test"]["zeroing_off"]["accuracy"][0] == 0.2  # the head it was trained with is zero
+
+
+@pytest.mark.parametrize(
+    "brought",
+    [
+        "+callbacks.mark={_target_: os.mkdir, path: MARK}",
+        "callbacks.progress._target_=os.mkdir +callbacks.progress.path=MARK",
+        "model.network={_target_: fewshot.models.conv4_strided, channels: [{_target_: os.mkdir, path: MARK}]}",
+        "callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'",
+    ],
+)
+def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, tmp_path, monkeypatch, brought):
+    monkeypatch.chdir(tmp_path)
+    folder, words = run(tmp_path / "run"), re.split(r" (?=\+)", brought)
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    content["fewshot"]["overrides"] += words
+    torch.save(content, tmp_path / "foreign.ckpt")
+    test = (f"checkpoint={tmp_path / 'foreign.ckpt'}", "fit=false")
+    with pytest.raises(
+        UserError, match=r"foreign\.ckpt: its configuration calls os\.mkdir, .* this call too$"
+    ) as error:
+        run(tmp_path / "test", *test)
+    assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
+    with suppress(Exception):  # no callback, no number of channels
+        run(tmp_path / "trusted", *test, *words)
+    assert (tmp_path / "MARK").is_dir()
 
 
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):

@@ -5,7 +5,9 @@ the classes and images that it used.
 """
 
 import os
+import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,10 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose
 from lightning_fabric.plugins import TorchCheckpointIO
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from fewshot.config import settings
+from fewshot.config import CONF, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.tasks import SPLITS
 
@@ -195,7 +197,8 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         folder: of this run; if it holds checkpoints/last.ckpt the run continues.
 
     Raises:
-        UserError: an unreadable checkpoint, or one trained with another configuration than this call asks for.
+        UserError: an unreadable checkpoint, one trained with another configuration than this call asks for, or one to
+            test that names what to run.
     """
     if cfg.checkpoint is None:
         path = folder / "checkpoints" / "last.ckpt"
@@ -212,13 +215,27 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             )
         if not cfg.fit and (folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
-        overrides = _merged(content["fewshot"]["overrides"], overrides)
+        asked, overrides = overrides, _merged(content["fewshot"]["overrides"], overrides)
         cfg = compose("config", overrides)
+        if not cfg.fit:
+            _refuse_foreign(cfg, asked, path)
     if cfg.fit:
         if not any(each.startswith("algo.step_losses=") for each in overrides):  # by default a share of iterations
             cfg.algo.step_losses = content["fewshot"]["config"]["algo"].get("step_losses")
         refuse_difference(cfg, content["fewshot"]["config"], path)
     return Start(cfg, overrides, path, content)
+
+
+def _refuse_foreign(cfg: DictConfig, asked: list[str], path: Path) -> None:
+    """Raises UserError where a test would call what neither conf/ nor this call, but the checkpoint at path names."""
+    known = {target for file in CONF.rglob("*.yaml") for target in re.findall(r"_target_: (\S+)", file.read_text())}
+    known |= {target for override in asked for target in re.findall(r"_target_\W+([\w.]+)", override)}
+    for key, target in entries(OmegaConf.to_container(cfg, resolve=True)):
+        if key == "_target_" and not (isinstance(target, str) and target in known):
+            raise UserError(
+                f"checkpoint={path}: its configuration calls {shown(target)}, and a test would run that; if you trust "
+                "whoever wrote it, give the override that names it in this call too"
+            )
 
 
 def _merged(trained: list[str], asked: list[str]) -> list[str]:
@@ -257,3 +274,14 @@ def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             found.append((prefix + key, value))
     return found
+
+
+def entries(node: Any) -> Iterator[tuple[Any, Any]]:
+    """All keys and values in nested dicts and lists that are neither."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            if key == "_target_":
+                yield key, value
+            yield from entries(value)
+        else:
+            yield key, value

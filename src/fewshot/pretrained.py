@@ -4,7 +4,6 @@ Shapes: B images of C channels, H x W pixels.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,7 @@ def _refuse_foreign(config: dict[str, Any], path: Path) -> None:
 
     A name that begins with fewshot. is not enough: by way of a module's imports it can reach everything.
     """
-    for key, value in _entries(config):
+    for key, value in checkpoint.entries(config):
         if "${" in str(value):  # an interpolation could become anything after this check
             raise UserError(f"checkpoint={path}: {key}={value}: a shared configuration has plain values only")
         if key == "_target_" and not _own(value):
@@ -194,17 +193,6 @@ def _refuse_foreign(config: dict[str, Any], path: Path) -> None:
                 f"checkpoint={path}: its configuration calls {value}, and loading would run that; only what "
                 "fewshot.models defines is called, unless you trust whoever wrote it: trust=true, in Python trust=True"
             )
-
-
-def _entries(node: Any) -> Iterator[tuple[Any, Any]]:
-    """All keys and values in nested dicts and lists that are neither."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        if isinstance(value, dict | list):
-            if key == "_target_":
-                yield key, value
-            yield from _entries(value)
-        else:
-            yield key, value
 
 
 def _own(target: Any) -> bool:
