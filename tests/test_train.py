@@ -13,12 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import wandb
 from conftest import outcome, rows
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from fewshot import checkpoint, ranks
+from fewshot.config import CONF
 from fewshot.errors import UserError
 from fewshot.logger import wandb_logger
 
@@ -236,6 +241,23 @@ def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, 
     with suppress(Exception):  # no callback, no number of channels
         run(tmp_path / "trusted", *test, *words)
     assert (tmp_path / "MARK").is_dir()
+
+
+def test_what_ones_own_yaml_calls_is_called(run, tmp_path):
+    """With --config-dir: it stands where Hydra looks for configurations, not in the checkpoint."""
+    own = tmp_path / "conf" / "callbacks"
+    own.mkdir(parents=True)
+    (own / "own.yaml").write_text("defaults: [default]\nmark: {_target_: test_train.Mark}\n")
+    places = create_config_search_path(str(CONF))
+    places.prepend("command-line", f"file://{own.parent}", anchor="schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("train", places)
+    folder = run(tmp_path / "run", "callbacks=own")
+    run(tmp_path / "test", f"checkpoint={folder / 'checkpoints' / 'best.ckpt'}", "fit=false")
+
+
+class Mark(pl.Callback):
+    pass
 
 
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):

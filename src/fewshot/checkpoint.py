@@ -16,11 +16,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from fewshot.config import CONF, settings
+from fewshot.config import GROUPS, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.tasks import SPLITS
 
@@ -227,8 +228,11 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
 
 
 def _refuse_foreign(cfg: DictConfig, asked: list[str], path: Path) -> None:
-    """Raises UserError where a test would call what neither conf/ nor this call, but the checkpoint at path names."""
-    known = {target for file in CONF.rglob("*.yaml") for target in re.findall(r"_target_: (\S+)", file.read_text())}
+    """Raises UserError where a test would call what no YAML file nor this call, but the checkpoint at path names."""
+    places = [place.path or "" for place in GlobalHydra.instance().config_loader().get_search_path().get_path()]
+    groups = (Path(place.removeprefix("file://"), group) for place in places for group in (*GROUPS, "experiment"))
+    files = (file for group in groups for file in group.rglob("*.yaml"))
+    known = {target for file in files for target in re.findall(r"_target_: *([\w.]+)", file.read_text())}
     known |= {target for override in asked for target in re.findall(r"_target_\W+([\w.]+)", override)}
     for key, target in entries(OmegaConf.to_container(cfg, resolve=True)):
         if key == "_target_" and not (isinstance(target, str) and target in known):
