@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from scipy.stats import t as student
 
 from fewshot.config import MODES
 from fewshot.errors import shown
@@ -275,10 +276,16 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     return figure
 
 
+def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
+    n = len(values)
+    if n < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
+
+
 def _mean_and_interval(axes: Axes, number: int, line: str, x: Any, values: Any, **how: Any) -> None:
     """values: (runs, len(x)); a single run has no interval."""
-    from fewshot.sweep import mean_and_ci95  # which imports this file
-
     (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
     axes.plot(x, mean, line, color=colour, linewidth=1.4, **how)
     axes.fill_between(x, mean - ci95, mean + ci95, color=colour, alpha=0.2, linewidth=0)

@@ -19,7 +19,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from scipy.stats import t as student
 
 from fewshot import figures
 from fewshot.checkpoint import leaves, write_atomically
@@ -235,14 +234,6 @@ def _identity(config: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
-    n = len(values)
-    if n < 2:
-        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
-
-
 def as_csv(settings: list[Setting]) -> str:
     """Long: one row per setting, zeroing mode and step."""
     text = io.StringIO()
@@ -254,7 +245,7 @@ def as_csv(settings: list[Setting]) -> str:
             values = setting.accuracies(mode)
             if not len(values):
                 continue
-            for step, (mean, ci95) in enumerate(zip(*mean_and_ci95(values), strict=True)):
+            for step, (mean, ci95) in enumerate(zip(*figures.mean_and_ci95(values), strict=True)):
                 cells = [shown(value) for value in setting.knobs.values()]
                 half = "" if np.isnan(ci95) else f"{ci95:.6f}"
                 writer.writerow(
@@ -272,7 +263,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         rows = []
         for setting in finished:
             values = setting.accuracies(mode)
-            cells = [_percent(mean, ci95) for mean, ci95 in zip(*mean_and_ci95(values), strict=True)]
+            cells = [_percent(mean, ci95) for mean, ci95 in zip(*figures.mean_and_ci95(values), strict=True)]
             rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
         heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
         parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
