@@ -151,31 +151,31 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
     torch.testing.assert_close(found["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("engine", [learner, batched], ids=["sequential", "batched"])
 @pytest.mark.parametrize(
+    # at iterations 0 and 1, then on the validation and the test tasks of the final test
     "algo, twice",
     [
-        (
-            "fomaml",
-            [True, True, True, True],
-        ),  # iterations 0 and 1, then the validation and test tasks of the final test
+        ("fomaml", [True, True, True, True]),
         ("zero_init", [False, True, True, True]),
         ("zero", [False, False, False, False]),
         ("protomaml", [True, True, True, True]),  # does not begin with the head that is zero
     ],
 )
-def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, algo, twice):
-    evaluate, calls = learner.step_accuracies, []
+def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engine, algo, twice):
+    evaluate, calls = engine.step_accuracies, []
 
     def evaluated(network, tasks, *, zeroing, **knobs):
         found = evaluate(network, tasks, zeroing=zeroing, **knobs)
         calls.append((zeroing, found, evaluate(network, tasks, zeroing=False, **knobs)))
         return found
 
-    monkeypatch.setattr(learner, "step_accuracies", evaluated)
+    monkeypatch.setattr(engine, "step_accuracies", evaluated)
+    # The later model counts as the better.
     monkeypatch.setattr(module.Scores, "of", lambda accuracies: module.Scores(2, [0.2] * 3 + [len(calls)], [0.0] * 4))
-    knobs = ("engine=sequential", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "inner_steps=3")
-    init = ("init_scale=0",) if algo == "protomaml" else ()
-    run(tmp_path, f"algo={algo}", *init, *knobs)  # the later model counts as the better
+    name = engine.__name__.removeprefix("fewshot.").replace("learner", "sequential")
+    knobs = (f"engine={name}", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "inner_steps=3")
+    run(tmp_path, f"algo={algo}", *["init_scale=0"] * (algo == "protomaml"), *knobs)
     modes = [zeroing for zeroing, _, _ in calls]
     assert modes == [mode for two in twice for mode in ([True, False] if two else [True])]
     for number, (zeroing, found, plain) in enumerate(calls):

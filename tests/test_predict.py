@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import fewshot
+from fewshot import figures
 from fewshot.config import CONF, settings
 from fewshot.data import glyphs
 from fewshot.data.module import MetaData
@@ -264,6 +265,15 @@ def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
     with Image.open(tmp_path / "found" / "contact_sheet.png") as sheet:
         assert sheet.width > 1000 and sheet.height > 1000
     assert len(list((tmp_path / "found").iterdir())) == 3
+
+
+def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():
+    image = np.zeros((4, 4, 3), np.uint8)
+    support = {f"class {number}": [image] for number in range(figures.SHEET_CLASSES + 1)}
+    (axes,) = figures.contact_sheet(support, [(image, "a.png", f"class {figures.SHEET_CLASSES}", 0.5)]).axes
+    said = [text.get_text() for text in axes.texts]
+    assert said[0] == "support, the first 50 of 51 classes: what the model adapted to"
+    assert len(axes.images) == 50 + 1 and "51 class 50" in said[-3:]
 
 
 def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path, monkeypatch):

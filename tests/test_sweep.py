@@ -97,6 +97,15 @@ def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
     assert sum("dataset.name=cifarfs" in label for label in labels) == 1 and len(set(labels)) == 3
 
 
+def test_a_head_that_begins_elsewhere_is_not_called_random(config, tmp_path):
+    for algo in ("fomaml", "zero", "unicorn", "protomaml"):
+        for scale in (0, 1):
+            make_run(tmp_path / f"{algo}{scale}", config(f"algo={algo}", f"init_scale={scale}"), accuracy=[0.2])
+    labels = {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))}
+    assert len(labels) == 8
+    assert {label for label in labels if "random head" in label} == {"random head"}
+
+
 def test_panels_have_axes_for_each_value(config, tmp_path):
     for algo in ("fomaml", "somaml", "zero"):
         make_run(tmp_path / algo, config(f"algo={algo}"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia import augmentation
 from torch import nn
-from torchvision.transforms import v2
 
 from fewshot.config import TASKS
 from fewshot.tasks import SPLITS, Split, TaskSampler
@@ -173,7 +172,7 @@ def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_a
 
     drawn = TaskSampler(COLOURS, seed=0, augment=moved, **AUGMENTED)(5, 2)
     plain = TaskSampler(COLOURS, seed=0, **AUGMENTED | {"mean": (0.0,), "std": (1.0,)})(5, 2)
-    assert [images.shape for images in seen[1:]] == 2 * [(9, 3, 12, 12)]  # a call per task
+    assert [images.shape for images in seen[2:]] == 2 * [(9, 3, 12, 12)]  # after two to try it, a call per task
     assert all(images.min() >= 0 and 0.9 < images.max() <= 1 for images in seen)
     found, images = (torch.cat([task.support, task.query], dim=1).flatten(0, 1) for task in (drawn, plain))
     found = found * torch.tensor(AUGMENTED["std"]).view(-1, 1, 1) + torch.tensor(AUGMENTED["mean"]).view(-1, 1, 1)
@@ -191,15 +190,31 @@ def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_a
 @pytest.mark.parametrize(
     ("augment", "line"),
     [
-        (v2.CenterCrop(8), "turns images of (3, 12, 12) into (3, 8, 8) torch.float32; use"),
-        (v2.ToDtype(torch.uint8, scale=True), "turns images of (3, 12, 12) into (3, 12, 12) torch.uint8; use"),
-        (v2.Normalize([0.5, 0.5], [1.0, 1.0]), "fails on images of (3, 12, 12) ("),
+        (augmentation.CenterCrop(8), "turns images of (3, 12, 12) into (3, 8, 8) torch.float32; use"),
+        (torch.Tensor.byte, "turns images of (3, 12, 12) into (3, 12, 12) torch.uint8; use"),
+        (augmentation.Normalize([0.5, 0.5], [1.0, 1.0]), "fails on images of (3, 12, 12) ("),
+        (augmentation.RandomMixUpV2(p=1.0), "turns an image into what others beside it make of it; use"),
+        (lambda images: images - images.mean(), "turns an image into what others beside it make of it; use"),
     ],
+    ids=["size", "type", "channels", "mixed", "mean"],
 )
 def test_an_augmentation_that_does_not_give_such_images_is_refused_at_once(augment, line):
     with pytest.raises(ValueError, match=re.escape(f"augment: {line}")) as error:
         TaskSampler(COLOURS, seed=0, augment=augment, **AUGMENTED)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_change_for_each_image_on_its_own(channels):
+    """One image in every place of a task comes out another in each; in another company it comes out the same."""
+    same_image = COLOURS.images[:1, :channels].expand(60, -1, -1, -1)
+    knobs = AUGMENTED | {"mean": (0.0,) * channels, "std": (1.0,) * channels, "augment": TRANSFORMS[2]}
+    alike = TaskSampler(Split(same_image, COLOURS.offsets, COLOURS.names), seed=0, **knobs)(0, 1)
+    assert len({image.numpy().tobytes() for image in torch.cat([alike.support[0], alike.query[0]])}) == 9
+    black = torch.zeros(60, channels, 12, 12, dtype=torch.uint8)
+    sampler = TaskSampler(Split(black, COLOURS.offsets, COLOURS.names), seed=0, **knobs)
+    black[sampler.indices(0, 1)[0, 0, 0]] = same_image[0]
+    assert torch.equal(sampler(0, 1).support[0, 0], alike.support[0, 0])
 
 
 # Kinds of training tasks

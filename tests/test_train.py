@@ -217,47 +217,76 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     assert results["test"]["zeroing_off"]["accuracy"][0] == 0.2  # the head it was trained with is zero
 
 
+def foreign(folder: Path, overrides: list[str]) -> tuple[str, str]:
+    """The words that test the model of a run, in a checkpoint whose call has these overrides too."""
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    own = [each for each in content["fewshot"]["overrides"] if "model=module" not in overrides or "model." not in each]
+    content["fewshot"]["overrides"] = [*own, *overrides]
+    torch.save(content, folder.parent / "foreign.ckpt")
+    return f"checkpoint={folder.parent / 'foreign.ckpt'}", "fit=false"
+
+
 @pytest.mark.parametrize(
-    "brought",
+    "brought, key",
     [
-        "+callbacks.mark={_target_: os.mkdir, path: MARK}",
-        "callbacks.progress._target_=os.mkdir +callbacks.progress.path=MARK",
-        "model.network={_target_: fewshot.models.conv4_strided, channels: [{_target_: os.mkdir, path: MARK}]}",
-        "callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'",
+        (["model=module", "model.module={_target_: os.mkdir, path: MARK}"], "model.module"),
+        (["model.network.channels={_target_: os.mkdir, path: MARK}"], "model.network.channels"),
+        (["model.network.channels=[{_target_: os.mkdir, path: MARK}]"], "model.network.channels.0"),
+        (["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"], "callbacks.progress"),
     ],
 )
-def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, tmp_path, monkeypatch, brought):
+def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, tmp_path, monkeypatch, brought, key):
     monkeypatch.chdir(tmp_path)
-    folder, words = run(tmp_path / "run"), re.split(r" (?=\+)", brought)
-    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    content["fewshot"]["overrides"] += words
-    torch.save(content, tmp_path / "foreign.ckpt")
-    test = (f"checkpoint={tmp_path / 'foreign.ckpt'}", "fit=false")
-    with pytest.raises(
-        UserError, match=r"foreign\.ckpt: its configuration calls os\.mkdir, .* this call too$"
-    ) as error:
+    test = foreign(run(tmp_path / "run"), brought)
+    with pytest.raises(UserError, match=rf"foreign\.ckpt: its call sets {key}\._target_=os\.mkdir, which") as error:
         run(tmp_path / "test", *test)
     assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
-    with suppress(Exception):  # no callback, no number of channels
-        run(tmp_path / "trusted", *test, *words)
+    with suppress(Exception):  # no callback, no network, no number of channels
+        run(tmp_path / "trusted", *test, *brought)
     assert (tmp_path / "MARK").is_dir()
+
+
+def test_what_was_checked_in_a_checkpoint_is_what_is_called(run, tmp_path, monkeypatch):
+    """The environment changes between the two: seeding sets this variable."""
+    monkeypatch.chdir(tmp_path)
+    made = "{_target_: ${oc.select:trainer.p${oc.env:PL_GLOBAL_SEED,9}}, path: MARK}"
+    picks = ["+trainer.p9=fewshot.callbacks.Progress", "+trainer.p0=os.mkdir"]
+    test = foreign(run(tmp_path / "run"), [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    with pytest.raises(Exception, match="Progress"):
+        run(tmp_path / "test", *test)
+    assert not (tmp_path / "MARK").exists()
+
+
+@pytest.mark.parametrize(
+    "brought", ["hydra.searchpath=[pkg://this]", "+hydra.searchpath=[pkg://this]", "+callbacks.a=b"]
+)
+def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, tmp_path, brought):
+    test = foreign(run(tmp_path / "run"), [brought])
+    with pytest.raises(UserError, match=r"foreign\.ckpt: its call has .*(hydra\.searchpath|callbacks\.a)"):
+        run(tmp_path / "test", *test)
 
 
 def test_what_ones_own_yaml_calls_is_called(run, tmp_path):
     """With --config-dir: it stands where Hydra looks for configurations, not in the checkpoint."""
     own = tmp_path / "conf" / "callbacks"
     own.mkdir(parents=True)
-    (own / "own.yaml").write_text("defaults: [default]\nmark: {_target_: test_train.Mark}\n")
+    (own / "own.yaml").write_text("defaults: [default]\nmark: {'_target_': 'test_train.Mark'}\n")
     places = create_config_search_path(str(CONF))
     places.prepend("command-line", f"file://{own.parent}", anchor="schema")
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2("train", places)
     folder = run(tmp_path / "run", "callbacks=own")
+    Mark.made = 0
     run(tmp_path / "test", f"checkpoint={folder / 'checkpoints' / 'best.ckpt'}", "fit=false")
+    assert Mark.made == 1
 
 
 class Mark(pl.Callback):
-    pass
+    made = 0
+
+    def __init__(self) -> None:
+        Mark.made += 1
 
 
 def test_same_seed_same_run_other_seed_other_run(run, tmp_path):

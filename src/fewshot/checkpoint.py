@@ -16,12 +16,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from fewshot.config import GROUPS, settings
+from fewshot.config import GROUPS, check_overrides, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.tasks import SPLITS
 
@@ -199,7 +198,7 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
 
     Raises:
         UserError: an unreadable checkpoint, one trained with another configuration than this call asks for, or one to
-            test that names what to run.
+            test that would call what nothing else names.
     """
     if cfg.checkpoint is None:
         path = folder / "checkpoints" / "last.ckpt"
@@ -216,10 +215,13 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             )
         if not cfg.fit and (folder / "checkpoints" / "last.ckpt").exists():
             raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
-        asked, overrides = overrides, _merged(content["fewshot"]["overrides"], overrides)
+        asked, stored = overrides, content["fewshot"]["overrides"]
+        _check_call(stored, path)
+        overrides = _merged(stored, asked)
         cfg = compose("config", overrides)
         if not cfg.fit:
-            _refuse_foreign(cfg, asked, path)
+            OmegaConf.resolve(cfg)  # what is checked is what will be called
+            _refuse_unnamed(cfg, stored, asked, path)
     if cfg.fit:
         if not any(each.startswith("algo.step_losses=") for each in overrides):  # by default a share of iterations
             cfg.algo.step_losses = content["fewshot"]["config"]["algo"].get("step_losses")
@@ -227,18 +229,31 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
     return Start(cfg, overrides, path, content)
 
 
-def _refuse_foreign(cfg: DictConfig, asked: list[str], path: Path) -> None:
-    """Raises UserError where a test would call what no YAML file nor this call, but the checkpoint at path names."""
-    places = [place.path or "" for place in GlobalHydra.instance().config_loader().get_search_path().get_path()]
-    groups = (Path(place.removeprefix("file://"), group) for place in places for group in (*GROUPS, "experiment"))
-    files = (file for group in groups for file in group.rglob("*.yaml"))
-    known = {target for file in files for target in re.findall(r"_target_: *([\w.]+)", file.read_text())}
-    known |= {target for override in asked for target in re.findall(r"_target_\W+([\w.]+)", override)}
-    for key, target in entries(OmegaConf.to_container(cfg, resolve=True)):
-        if key == "_target_" and not (isinstance(target, str) and target in known):
+def _check_call(stored: list[str], path: Path) -> None:
+    """Raises UserError for a call in a checkpoint that no run here can have had, hydra.searchpath among others."""
+    try:
+        check_overrides(stored)
+    except UserError as error:
+        raise UserError(f"checkpoint={path}: its call has {error}") from None
+    if own := [each for each in stored if each.lstrip("+~").startswith("hydra")]:
+        raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
+
+
+def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: Path) -> None:
+    """Raises UserError where cfg would call what no YAML file nor this call, but the checkpoint at path names.
+
+    cfg: resolved; stored, asked: the checkpoint's call and this one.
+    """
+    groups = "|".join((*GROUPS, "experiment"))
+    chosen = [override for override in stored if re.fullmatch(rf"({groups})=[\w/-]+", override)]
+    named = compose("config", _merged(chosen, asked))
+    OmegaConf.resolve(named)
+    known = dict(entries(OmegaConf.to_container(named)))
+    for key, value in entries(OmegaConf.to_container(cfg)):
+        if (key.rsplit(".", 1)[-1] == "_target_" and value != known.get(key)) or "${" in str(value):
             raise UserError(
-                f"checkpoint={path}: its configuration calls {shown(target)}, and a test would run that; if you trust "
-                "whoever wrote it, give the override that names it in this call too"
+                f"checkpoint={path}: its call sets {key}={shown(value)}, which a test would run; if you trust whoever "
+                "wrote it, name it in this call too, with its group, as in model=module model.module={_target_: ...}"
             )
 
 
@@ -280,12 +295,10 @@ def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def entries(node: Any) -> Iterator[tuple[Any, Any]]:
-    """All keys and values in nested dicts and lists that are neither."""
+def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested dicts and lists; a `_target_` that is a dict or list is a value too."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if not isinstance(value, dict | list) or key == "_target_":
+            yield f"{prefix}{key}", value
         if isinstance(value, dict | list):
-            if key == "_target_":
-                yield key, value
-            yield from entries(value)
-        else:
-            yield key, value
+            yield from entries(value, f"{prefix}{key}.")

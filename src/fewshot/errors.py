@@ -1,4 +1,4 @@
-"""What ends a program that the user can mend, or a signal; and the words in which it is said."""
+"""Mistakes that a user can mend, the end by a signal, and words in which they are said."""
 
 from typing import Any
 

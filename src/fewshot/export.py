@@ -35,7 +35,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     content = read(checkpoint)
     config = portable(content["fewshot"]["config"])
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
-    splits = content["fewshot"]["splits"]
+    splits = content["fewshot"].get("splits", {})
     card = model_card(config, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card.encode(),
@@ -71,14 +71,17 @@ def model_card(
 ) -> str:
     """The text of README.md, with the front matter that model hubs read."""
     from fewshot.report import versions
+    from fewshot.tasks import SPLITS
 
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     colour = "grey" if data["channels"] == 1 else "colour"
     facts = {
         "trained on": f"{data['name']}, {ways}-way {shots}-shot, {data['size']} x {data['size']} pixels, {colour}",
-        "splits": ", ".join(f"{len(names)} {split} classes" for split, names in splits.items() if split != "sha256")
-        + f"; SHA-256 of their names and images {splits['sha256']}",
+        "splits": ", ".join(f"{len(splits[split])} {split} classes" for split in SPLITS)
+        + f"; SHA-256 of their names and images {splits['sha256']}"
+        if splits
+        else "not recorded",
         "network": f"{config['model']['name']}, {numbers:,} parameters",
         "algorithm": ", ".join(f"{knob}={shown(value)}" for knob, value in algo.items()),
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"

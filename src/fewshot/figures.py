@@ -190,7 +190,7 @@ def setting_label(knobs: dict[str, Any], mixed: bool = False) -> str:
             parts.append("first order" if first else "second order")
     others = {key: value for key, value in knobs.items() if not key.startswith("algo.")}
     if head := HEADS.get((algo.get("zeroing"), knobs.get("init_scale"))):
-        if algo.get("head", "learned") == "learned" or algo["zeroing"]:  # else it begins elsewhere, as said
+        if head != "random head" or algo.get("head", "learned") == "learned":  # else it begins elsewhere, as said
             parts.append(head)
         del others["init_scale"]
     elif "zeroing" in algo:

@@ -27,7 +27,6 @@ from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
 
-
 LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory back to the system every time
 
 
@@ -215,7 +214,7 @@ class MetaLearner(pl.LightningModule):
         return {mode: Scores.of(torch.cat([each[mode] for each in accuracies])) for mode in MODES}
 
     @torch.enable_grad()
-    def adapted_logits(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
+    def logits_after(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
         """The queries' logits after the last of `steps` inner steps, (B, Q, K), one task after the other.
 
         zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.

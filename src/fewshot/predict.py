@@ -107,7 +107,7 @@ def predict(
         asked = torch.cat([given, asked])
     unknown = torch.zeros(len(asked), dtype=torch.int64, device=parameter.device)  # a task has labels; none is read
     task = Task(*(field[None] for field in (given, labels, asked, unknown)))
-    logits = learner.adapted_logits(task, steps=steps, zeroing=zeroing)[0, -len(query) :]
+    logits = learner.logits_after(task, steps=steps, zeroing=zeroing)[0, -len(query) :]
     if not logits.isfinite().all():
         raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
     return Predictions(classes, logits.double().softmax(dim=1).cpu().numpy())

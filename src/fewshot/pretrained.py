@@ -188,7 +188,7 @@ def _refuse_foreign(config: dict[str, Any], path: Path) -> None:
     for key, value in checkpoint.entries(config):
         if "${" in str(value):  # an interpolation could become anything after this check
             raise UserError(f"checkpoint={path}: {key}={value}: a shared configuration has plain values only")
-        if key == "_target_" and not _own(value):
+        if key.rsplit(".", 1)[-1] == "_target_" and not _own(value):
             raise UserError(
                 f"checkpoint={path}: its configuration calls {value}, and loading would run that; only what "
                 "fewshot.models defines is called, unless you trust whoever wrote it: trust=true, in Python trust=True"

@@ -22,7 +22,17 @@ from fewshot.errors import UserError
 from fewshot.logger import summarise
 from fewshot.module import Scores
 
-PACKAGES = ("fewshot", "torch", "pytorch-lightning", "learn2learn", "hydra-core", "wandb", "torchmetrics", "numpy")
+PACKAGES = (
+    "fewshot",
+    "torch",
+    "pytorch-lightning",
+    "learn2learn",
+    "hydra-core",
+    "wandb",
+    "torchmetrics",
+    "kornia",
+    "numpy",
+)
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:

@@ -78,7 +78,7 @@ class TaskSampler:
 
     Raises:
         ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
-            the shape of images.
+            the shape of images or mixes them.
     """
 
     def __init__(
@@ -111,16 +111,21 @@ class TaskSampler:
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
         self._augment = augment
         if augment is not None:
-            one = split.images[None, None, None, 0].float().div_(255)
-            shape = tuple(one.shape[3:])
+            two = split.images[None, None, :2].float().div_(255)
+            shape = tuple(two.shape[3:])
             try:
-                after = self._augmented(one, 0)
+                after = self._augmented(two.clone(), 0)
+                beside_another = self._augmented(torch.stack([two[:, :, 0], 1 - two[:, :, 1]], dim=2), 0)
             except Exception as error:  # whatever it makes of images that it is not made for
                 reason = str(error).split("\n")[0]
                 raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
-            if (after.shape, after.dtype) != (one.shape, one.dtype):
+            if (after.shape, after.dtype) != (two.shape, two.dtype):
                 turned = f"{tuple(after.shape[3:])} {after.dtype}"
                 raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
+            if not torch.equal(after[:, :, 0], beside_another[:, :, 0]):
+                raise ValueError(
+                    "augment: turns an image into what others beside it make of it; use transforms of each alone"
+                )
 
     def to(self, device: torch.device, images: torch.device) -> None:
         """Moves the images to a device of their own and says where the tasks are wanted: `device`."""

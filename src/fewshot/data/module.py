@@ -8,13 +8,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.errors import UserError
 from fewshot.tasks import SPLITS, Split, Task, TaskSampler
@@ -69,6 +70,12 @@ def images_device(asked: str, compute: torch.device, size: int, free: int) -> to
     if asked == "cpu" or (asked == "auto" and compute.type == "cuda" and 2 * size > free):
         return torch.device("cpu")
     return compute
+
+
+def _in_turn(transforms: list[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
+    for transform in transforms:
+        images = transform(images)
+    return images
 
 
 class MetaData(pl.LightningDataModule):
@@ -138,7 +145,7 @@ class MetaData(pl.LightningDataModule):
             mean=cfg.dataset.mean,
             std=cfg.dataset.std,
             kind=cfg.dataset.tasks,
-            augment=nn.Sequential(*instantiate(cfg.augment).values()) if cfg.augment else None,
+            augment=partial(_in_turn, list(instantiate(cfg.augment).values())) if cfg.augment else None,
             device=cfg.dataset.device,
             seed=cfg.seed,
             meta_batch_size=cfg.meta_batch_size,

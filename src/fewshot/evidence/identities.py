@@ -72,7 +72,8 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     zero, more_steps = zeroed(network), {"inner_lr": inner_lr, "inner_steps": inner_steps}
     given = features(zero, tasks)
     later = contrastive_coefficients(*given, **more_steps)[1:]  # C^(p), p >= 1
-    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=inner_steps, zeroing=False, adapted="head")[:, -1]
+    steps = {"steps": inner_steps, "first": inner_steps}
+    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, **steps, zeroing=False, adapted="head")[:, 0]
     full, head_only = (
         _encoder_gradient(zero, learner.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
         for adapted in ("all", "head")
@@ -105,7 +106,7 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
 def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) -> dict[str, Check]:
     """c_qs = 1[t=u] - q_t, with q as the program predicts it, and its sign."""
     (c,) = contrastive_coefficients(*given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
-    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, zeroing=False)[:, 1].softmax(-1)
+    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False)[:, 0].softmax(-1)
     undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
     off = (((c > 0) != given.same_class()) & ~undecided).double().mean().item()
     return {
