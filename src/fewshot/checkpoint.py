@@ -245,7 +245,7 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
     cfg: resolved; stored, asked: the checkpoint's call and this one.
     """
     groups = "|".join((*GROUPS, "experiment"))
-    chosen = [override for override in stored if re.fullmatch(rf"({groups})=[\w/-]+", override)]
+    chosen = [override for override in stored if re.fullmatch(rf"({groups})=[\w/,\[\]-]+", override)]
     named = compose("config", _merged(chosen, asked))
     OmegaConf.resolve(named)
     known = dict(entries(OmegaConf.to_container(named)))
