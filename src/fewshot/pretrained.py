@@ -133,6 +133,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     else:
         content = checkpoint.read(path)
         config, weights = portable(content["fewshot"]["config"]), content["state_dict"]
+    config = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list there, as what is called will be
     if not trust:
         _refuse_foreign(config, path)
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
