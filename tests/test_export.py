@@ -171,6 +171,17 @@ def test_a_network_of_ones_own_is_loaded_by_trust(exported, tmp_path):
     assert torch.equal(model.head.weight, fewshot.load(exported).head.weight)
 
 
+def test_a_tuple_in_a_checkpoint_is_looked_into(trained, tmp_path, monkeypatch):
+    """Where it is read as plain data it is still a tuple; where it is called it has become a list."""
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["fewshot"]["config"]["model"]["network"]["channels"] = ({"_target_": "os.mkdir", "path": "MARK"},)
+    torch.save(content, tmp_path / "tuple.ckpt")
+    with pytest.raises(UserError, match=r"calls os\.mkdir"):
+        fewshot.load(tmp_path / "tuple.ckpt")
+    assert not (tmp_path / "MARK").exists()
+
+
 def test_a_checkpoint_is_judged_as_a_folder_is(trained, tmp_path):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     content["fewshot"]["config"]["model"]["network"]["_target_"] = "test_export.foreign"

@@ -245,9 +245,15 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
     cfg: resolved; stored, asked: the checkpoint's call and this one.
     """
     groups = "|".join((*GROUPS, "experiment"))
-    chosen = [override for override in stored if re.fullmatch(rf"({groups})=[\w/,\[\]-]+", override)]
+    chosen = [each for each in stored if re.fullmatch(rf"({groups})=['\w/,. \[\]-]+", each) and ".." not in each]
     named = compose("config", _merged(chosen, asked))
-    OmegaConf.resolve(named)
+    try:
+        OmegaConf.resolve(named)
+    except Exception as error:  # whatever a resolver makes of a knob that the checkpoint's call has and this has not
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"checkpoint={path}: give the knobs that your own YAML files need in this call too ({reason})"
+        ) from None
     known = dict(entries(OmegaConf.to_container(named)))
     for key, value in entries(OmegaConf.to_container(cfg)):
         if (key.rsplit(".", 1)[-1] == "_target_" and value != known.get(key)) or "${" in str(value):

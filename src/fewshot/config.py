@@ -85,7 +85,7 @@ def check_overrides(overrides: list[str]) -> None:
     """
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if override[0] == "~" or (override[0] == "+" and key != "zeroing" and not key.startswith("trainer.")):
+        if override[:1] in ("", "~") or (override[0] == "+" and key != "zeroing" and not key.startswith("trainer.")):
             raise UserError(f"{override}: a + is for +zeroing alone, a ~ for nothing; {nearest(key, KNOBS)}")
 
 

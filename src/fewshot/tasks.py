@@ -111,20 +111,22 @@ class TaskSampler:
         self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
         self._augment = augment
         if augment is not None:
-            two = split.images[None, None, :2].float().div_(255)
-            shape = tuple(two.shape[3:])
+            images = split.images[:8].float().div_(255).expand(16, 1, -1, -1, -1, -1)  # of sixteen positions
+            beside_others = (1 - images) / 2
+            beside_others[:, :, 0] = images[:, :, 0]
+            shape = tuple(images.shape[3:])
             try:
-                after = self._augmented(two.clone(), 0)
-                beside_another = self._augmented(torch.stack([two[:, :, 0], 1 - two[:, :, 1]], dim=2), 0)
+                after, other = self._augmented(images.clone(), 0), self._augmented(beside_others, 0)
             except Exception as error:  # whatever it makes of images that it is not made for
                 reason = str(error).split("\n")[0]
                 raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
-            if (after.shape, after.dtype) != (two.shape, two.dtype):
+            if (after.shape, after.dtype) != (images.shape, images.dtype):
                 turned = f"{tuple(after.shape[3:])} {after.dtype}"
                 raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
-            if not torch.equal(after[:, :, 0], beside_another[:, :, 0]):
+            if not torch.equal(after[:, :, 0], other[:, :, 0]):
                 raise ValueError(
-                    "augment: turns an image into what others beside it make of it; use transforms of each alone"
+                    "augment: turns an image into what others beside it make of it, or draws its random numbers "
+                    "elsewhere than from torch; use transforms of each image alone"
                 )
 
     def to(self, device: torch.device, images: torch.device) -> None:
