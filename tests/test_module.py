@@ -151,16 +151,16 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
     torch.testing.assert_close(found["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("engine", [learner, batched], ids=["sequential", "batched"])
 @pytest.mark.parametrize(
     # at iterations 0 and 1, then on the validation and the test tasks of the final test
-    "algo, twice",
+    "engine, algo, twice",
     [
-        ("fomaml", [True, True, True, True]),
-        ("zero_init", [False, True, True, True]),
-        ("zero", [False, False, False, False]),
-        ("protomaml", [True, True, True, True]),  # does not begin with the head that is zero
+        (learner, "fomaml", [True, True, True, True]),
+        (learner, "zero_init", [False, True, True, True]),
+        (batched, "zero", [False, False, False, False]),
+        (learner, "protomaml", [True, True, True, True]),  # does not begin with the head that is zero
     ],
+    ids=["random", "zero at the start", "zeroed, batched", "prototypes"],
 )
 def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engine, algo, twice):
     evaluate, calls = engine.step_accuracies, []

@@ -217,13 +217,13 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     assert results["test"]["zeroing_off"]["accuracy"][0] == 0.2  # the head it was trained with is zero
 
 
-def foreign(folder: Path, overrides: list[str]) -> tuple[str, str]:
+def foreign(trained: Path, folder: Path, overrides: list[str]) -> tuple[str, str]:
     """The words that test the model of a run, in a checkpoint whose call has these overrides too."""
-    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     own = [each for each in content["fewshot"]["overrides"] if "model=module" not in overrides or "model." not in each]
     content["fewshot"]["overrides"] = [*own, *overrides]
-    torch.save(content, folder.parent / "foreign.ckpt")
-    return f"checkpoint={folder.parent / 'foreign.ckpt'}", "fit=false"
+    torch.save(content, folder / "foreign.ckpt")
+    return f"checkpoint={folder / 'foreign.ckpt'}", "fit=false"
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,11 @@ def foreign(folder: Path, overrides: list[str]) -> tuple[str, str]:
         (["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"], "callbacks.progress"),
     ],
 )
-def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, tmp_path, monkeypatch, brought, key):
+def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(
+    run, trained, tmp_path, monkeypatch, brought, key
+):
     monkeypatch.chdir(tmp_path)
-    test = foreign(run(tmp_path / "run"), brought)
+    test = foreign(trained, tmp_path, brought)
     with pytest.raises(UserError, match=rf"foreign\.ckpt: its call sets {key}\._target_=os\.mkdir, which") as error:
         run(tmp_path / "test", *test)
     assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
@@ -246,13 +248,13 @@ def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(run, 
     assert (tmp_path / "MARK").is_dir()
 
 
-def test_what_was_checked_in_a_checkpoint_is_what_is_called(run, tmp_path, monkeypatch):
+def test_what_was_checked_in_a_checkpoint_is_what_is_called(run, trained, tmp_path, monkeypatch):
     """The environment changes between the two: seeding sets this variable."""
     monkeypatch.chdir(tmp_path)
     made = "{_target_: ${oc.select:trainer.p${oc.env:PL_GLOBAL_SEED,9}}, path: MARK}"
     picks = ["+trainer.p9=fewshot.callbacks.Progress", "+trainer.p0=os.mkdir"]
-    test = foreign(run(tmp_path / "run"), [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
-    monkeypatch.delenv("PL_GLOBAL_SEED")
+    test = foreign(trained, tmp_path, [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     with pytest.raises(Exception, match="Progress"):
         run(tmp_path / "test", *test)
     assert not (tmp_path / "MARK").exists()
@@ -261,8 +263,8 @@ def test_what_was_checked_in_a_checkpoint_is_what_is_called(run, tmp_path, monke
 @pytest.mark.parametrize(
     "brought", ["hydra.searchpath=[pkg://this]", "+hydra.searchpath=[pkg://this]", "+callbacks.a=b"]
 )
-def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, tmp_path, brought):
-    test = foreign(run(tmp_path / "run"), [brought])
+def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tmp_path, brought):
+    test = foreign(trained, tmp_path, [brought])
     with pytest.raises(UserError, match=r"foreign\.ckpt: its call has .*(hydra\.searchpath|callbacks\.a)"):
         run(tmp_path / "test", *test)
 
