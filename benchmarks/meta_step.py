@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +35,26 @@ from fewshot.tasks import Task
 ENGINES: dict[str, Callable] = {
     "sequential": learner.meta_gradient,
     "batched": batched.meta_gradient,
+    "eager": batched.meta_gradient,  # without CUDA graphs
     "im2col": peers.im2col,
     "learn2learn": peers.learn2learn_loop,
     "higher": peers.higher_loop,
     "torchopt": peers.torchopt_loop,
 }
 CONTESTANTS = (*ENGINES, "jax")
-OURS = ("sequential", "batched", "im2col")
+OURS = ("sequential", "batched", "eager", "im2col")
+ON_GPU_ONLY = ("eager", "im2col")
 BASELINE = "learn2learn"
 # Of the others: colours of Okabe and Ito, told apart by the colour-blind, and marks.
-LOOKS = (("#0072B2", "o"), ("#D55E00", "D"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "s"), ("#56B4E9", "P"))
+LOOKS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "D"),
+    ("#009E73", "^"),
+    ("#CC79A7", "v"),
+    ("#E69F00", "s"),
+    ("#56B4E9", "P"),
+    ("#999999", "X"),
+)
 QUERIES = 15  # per class
 TURN = 0.2  # seconds; a contestant repeats a shorter step until its turn is as long
 
@@ -68,7 +78,7 @@ class Setting:
     def knobs(self) -> dict:
         return {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
 
-    def start(self) -> tuple[nn.Module, Task]:
+    def start(self, device: torch.device) -> tuple[nn.Module, Task]:
         """The initial weights and the tasks, always the same: every class a random image, every image that and noise.
 
         Images of nothing but noise could only be learnt by heart, and their gradients would be of no size seen in use.
@@ -84,7 +94,8 @@ class Setting:
         def labels(per_class: int) -> Tensor:
             return torch.arange(self.ways).repeat_interleave(per_class).repeat(self.tasks, 1)
 
-        return network, Task(images(self.shots), labels(self.shots), images(QUERIES), labels(QUERIES))
+        tasks = Task(images(self.shots), labels(self.shots), images(QUERIES), labels(QUERIES))
+        return network.to(device), Task(*(field.to(device) for field in tasks))
 
 
 def settings() -> list[Setting]:
@@ -120,13 +131,13 @@ class Torch:
         return {name: p.grad for name, p in self._network.named_parameters()}
 
 
-def count(setting: Setting) -> tuple[int, int]:
-    """Floating-point operations (of convolutions and matrix products) and bytes of a meta-step, counted on the CPU.
+def count(setting: Setting, machine: Machine) -> tuple[int, int]:
+    """Floating-point operations (of convolutions and matrix products) and bytes of a meta-step.
 
     FLOPs on one task of the sequential engine, times the tasks: torch's counter takes the gradient of the weight of
     a grouped convolution for a dense one. Bytes on the batched engine, all tasks at once: it has fewer operations.
     """
-    network, tasks = setting.start()
+    network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
         learner.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
     with Traffic() as traffic:
@@ -134,18 +145,18 @@ def count(setting: Setting) -> tuple[int, int]:
     return flops.get_total_flops() * setting.tasks, traffic.bytes
 
 
-def exact_gradients(setting: Setting) -> dict[str, Tensor]:
-    """The outer gradient in float64, one task after the other on the CPU: what every contestant is held against."""
-    network, tasks = setting.start()
+def exact_gradients(setting: Setting, machine: Machine) -> dict[str, Tensor]:
+    """The outer gradient in float64, one task after the other: what every contestant is held against."""
+    network, tasks = setting.start(machine.device)
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     exact = Torch(learner.meta_gradient, network.double(), tasks, **setting.knobs)
     exact()
-    return exact.gradients()
+    return {name: gradient.cpu() for name, gradient in exact.gradients().items()}
 
 
 def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int, cap: float) -> list[dict]:
     """One row per contestant; no round begins after `cap` seconds of them, but for the first three."""
-    exact, (flops, traffic) = exact_gradients(setting), count(setting)
+    exact, (flops, traffic) = exact_gradients(setting, machine), count(setting, machine)
     floor = max(flops / machine.flops_per_second, traffic / machine.bytes_per_second)
     entered, rows, times = {}, {}, {}
     for name in names:
@@ -186,8 +197,7 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
 
     On a GPU memory is the peak of the warm-up, in which a CUDA graph is captured: replaying one allocates nothing.
     """
-    network, tasks = setting.start()
-    network, tasks = network.to(machine.device), Task(*(field.to(machine.device) for field in tasks))
+    network, tasks = setting.start(machine.device)
     if name == "jax":
         contestant = peers.Jax(network, tasks, **setting.knobs, tf32=machine.tf32)
     else:
@@ -202,7 +212,15 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
     if name == "jax":
         kernels, peak = None, contestant.temporary_bytes
     else:
-        kernels, cpu_peak = launches(contestant, machine)
+        # On a GPU of one task where a loop goes from task to task: reading ten thousand events takes seconds.
+        loop = machine.on_gpu and name not in ("batched", "eager", "im2col")
+        one = (
+            Torch(ENGINES[name], network, Task(*(field[:1] for field in tasks)), **setting.knobs)
+            if loop
+            else contestant
+        )
+        kernels, cpu_peak = launches(one, machine)
+        kernels *= setting.tasks if loop else 1
         peak = peak or cpu_peak
         if name == "batched" and not machine.on_gpu:  # its threads are out of the profiler's sight
             alone = partial(Torch, ENGINES[name], network, tasks, **setting.knobs, execute=one_by_one)
@@ -271,7 +289,8 @@ def draw(files: list[Path], png: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--settings", default="", help="regular expression; only settings whose name it is found in")
-    parser.add_argument("--contestants", help="separated by commas; all, but im2col on a GPU only")
+    parser.add_argument("--contestants", help="separated by commas; all, but eager and im2col on a GPU only")
+    parser.add_argument("--tasks", type=int, help="of a meta-batch, in place of each setting's own number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cap", type=float, default=60, help="seconds of rounds after which no fourth or later one begins"
@@ -288,7 +307,7 @@ def main() -> None:
         return
     asked = (arguments.contestants or ",".join(CONTESTANTS)).split(",")
     if not arguments.contestants and arguments.device == "cpu":
-        asked.remove("im2col")
+        asked = [name for name in asked if name not in ON_GPU_ONLY]
     names = [name for name in CONTESTANTS if name in asked]
     for absent in [name for name in names if name not in OURS and not importlib.util.find_spec(name)]:
         print(f"{absent} is skipped: not installed here; pip install {absent}")
@@ -302,6 +321,7 @@ def main() -> None:
         print(f"jax runs on {description['cores']} cores, torch on {description['threads']}: taskset makes them equal")
     for setting in settings():
         if re.search(arguments.settings, setting.name):
+            setting = replace(setting, tasks=arguments.tasks or setting.tasks)
             rows += (measured := measure(setting, names, machine, rounds=arguments.rounds, cap=arguments.cap))
             console.print(table(setting.name, measured))
             if arguments.json:  # after every setting: a run that is stopped leaves what it has

@@ -76,7 +76,10 @@ def test_the_other_algorithms_report_the_same(run, tmp_path, overrides):
     assert [int(row["iteration"]) for row in logged] == [0, 2, 4, 6]
 
 
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, tmp_path):
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, tmp_path, monkeypatch):
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "wandb.py").write_text("raise ImportError('logger=none does without W&B')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"))
     whole = run(tmp_path / "whole", "iterations=40", "val_every=10")
     folder = tmp_path / "killed"
     process = program("iterations=40", "val_every=10", "logger=none", f"hydra.run.dir={folder}")

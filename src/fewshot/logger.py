@@ -4,12 +4,12 @@ import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -56,6 +56,8 @@ def wandb_logger(
     """
     if ranks.rank():
         return None
+    import wandb  # only here: a run with logger=none does without the package
+
     if sweep := _sweep():
         by_time = re.fullmatch(r"\d\d-\d\d-\d\d", sweep.name)  # multirun/DATE/TIME
         group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
@@ -119,7 +121,8 @@ def finished_run() -> Iterator[None]:
         exit_code = 128 + stop.signum
         raise
     finally:
-        if wandb.run is not None:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
             folder, offline = shlex.quote(str(Path(wandb.run.dir).parent)), wandb.run.settings.mode == "offline"
             try:
                 if exit_code > 128:
@@ -138,6 +141,8 @@ def summarise(logger: Logger, results: dict[str, Any]) -> None:
     """The final test: a table and a line plot, and in the summary final_test/query_accuracy/step_K and the rest."""
     if not isinstance(logger, WandbLogger):
         return
+    import wandb
+
     summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
     rows = []
     for mode, suffix in MODES.items():

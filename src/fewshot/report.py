@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import platform
+from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +65,12 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Of Python and of the packages that decide what a run computes, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # wandb under logger=none, for example
+            found[name] = version(name)
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Step engines: on this device, do both engines give the same outer gradient, with CUDA graphs and without?
+
+In float64 to 1e-10; what float32 and TF32 add is stated, not judged. Then twenty outer updates with CUDA graphs against
+twenty without, FOMAML with zeroing: training without zeroing is chaotic, and 1e-16 would grow to half the weights.
+"""
+
+import copy
+from functools import partial
+
+import torch
+from common import DEVICE, REHEARSE, write
+from instruments import relative_error
+from torch import Tensor, nn
+
+from fewshot import batched, learner
+from fewshot.execution import CudaGraphs
+from fewshot.models import conv4_pooled, conv4_strided, zero_head
+from fewshot.tasks import Task
+
+SMALL = REHEARSE
+CASES = {  # name: network, channels, size, tasks, what else the engines are told
+    "omniglot": (conv4_strided, 1, 28, 2 if SMALL else 32, {"inner_lr": 0.4, "inner_steps": 2}),
+    "omniglot, head alone": (
+        conv4_strided,
+        1,
+        28,
+        2 if SMALL else 8,
+        {"inner_lr": 0.4, "inner_steps": 2, "adapted": "head"},
+    ),
+    "omniglot, prototypes": (
+        conv4_strided,
+        1,
+        28,
+        2 if SMALL else 8,
+        {"inner_lr": 0.4, "inner_steps": 2, "prototypes": True},
+    ),
+    "photos84": (partial(conv4_pooled, width=32), 3, 42 if SMALL else 84, 2, {"inner_lr": 0.01, "inner_steps": 5}),
+}
+
+
+def draw(network: type, channels: int, size: int, tasks: int, dtype: torch.dtype) -> tuple[nn.Module, Task]:
+    """Seeded weights and tasks: every class a random image, every image that and noise; 5-way 1-shot, 15 queries."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    made = network(channels=channels, size=size, ways=5)
+    centres = torch.randn(tasks, 5, 1, channels, size, size, generator=generator)
+
+    def images(each: int) -> Tensor:
+        noise = torch.randn(tasks, 5, each, channels, size, size, generator=generator)
+        return (centres + 0.5 * noise).flatten(1, 2).to(DEVICE, dtype)
+
+    def labels(each: int) -> Tensor:
+        return torch.arange(5, device=DEVICE).repeat_interleave(each).repeat(tasks, 1)
+
+    queries = 3 if SMALL else 15
+    return made.to(DEVICE, dtype), Task(images(1), labels(1), images(queries), labels(queries))
+
+
+def gradient(engine: object, network: nn.Module, tasks: Task, **knobs: object) -> dict[str, Tensor]:
+    network = copy.deepcopy(network)
+    engine.meta_gradient(network, tasks, **knobs)
+    return {name: p.grad.double().cpu() for name, p in network.named_parameters()}
+
+
+def agreement(case: str, first_order: bool) -> dict[str, float]:
+    """Relative differences of the outer gradient from the sequential engine's in float64."""
+    network, channels, size, number, knobs = CASES[case]
+    knobs = knobs | {"first_order": first_order}
+    found = {}
+    for precision in ("float64", "float32", "tf32"):
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        weights, tasks = draw(network, channels, size, number, dtype)
+        ways = {
+            "sequential": partial(gradient, learner),
+            "batched": partial(gradient, batched),
+            "graphs": partial(gradient, batched, execute=CudaGraphs() if DEVICE == "cuda" else None),
+        }
+        gradients = {name: way(weights, tasks, **knobs) for name, way in ways.items()}
+        if precision == "float64":
+            exact = gradients["sequential"]
+        for name, each in gradients.items():
+            found[f"{name} {precision}"] = relative_error(each, exact)
+        found[f"graphs against none {precision}"] = relative_error(gradients["graphs"], gradients["batched"])
+    return found
+
+
+def training(updates: int) -> float:
+    """Relative difference of the weights after `updates` of FOMAML with zeroing, with CUDA graphs and without."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    network, tasks = draw(conv4_strided, 1, 28, 2 if SMALL else 32, torch.float64)
+    weights = []
+    for execute in (CudaGraphs() if DEVICE == "cuda" else None, None):
+        trained = copy.deepcopy(network)
+        zero_head(trained.head)
+        optimizer = torch.optim.Adam(trained.parameters(), lr=0.001)
+        for _ in range(updates):
+            optimizer.zero_grad()
+            batched.meta_gradient(trained, tasks, inner_lr=0.4, inner_steps=2, first_order=True, execute=execute)
+            optimizer.step()
+            zero_head(trained.head)
+        weights.append(nn.utils.parameters_to_vector(trained.parameters()))
+    return float((weights[0] - weights[1]).norm() / weights[1].norm())
+
+
+def main() -> None:
+    found, lines = {}, []
+    for case in CASES:
+        for first_order in (True, False):
+            name = f"{case}, {'first' if first_order else 'second'} order"
+            found[name] = values = agreement(case, first_order)
+            worst = max(values["batched float64"], values["graphs float64"])
+            lines.append(
+                f"{name:36} float64 {worst:.0e} {'agree' if worst < 1e-10 else 'DO NOT AGREE'}; from float64, batched: "
+                f"float32 {values['batched float32']:.0e}, TF32 {values['batched tf32']:.0e}; with graphs against "
+                f"without: {values['graphs against none float64']:.0e}"
+            )
+            write("engines", {"device": DEVICE, "differences": found, "lines": lines})
+    possible = "" if CudaGraphs.possible else "; CUDA graphs could not be recorded"
+    updates = 2 if SMALL else 20
+    apart = training(updates)
+    lines.append(f"weights after {updates} updates with graphs against without, float64: {apart:.0e} apart{possible}")
+    write("engines", {"device": DEVICE, "differences": found, "training": apart, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
