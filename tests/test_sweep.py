@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot import checkpoint, sweep
+from fewshot import checkpoint, figures, sweep
 from fewshot.config import CONF, check, job_folder, settings
 from fewshot.errors import UserError
 
@@ -103,15 +103,58 @@ def test_a_head_that_begins_elsewhere_is_not_called_random(config, tmp_path):
             make_run(tmp_path / f"{algo}{scale}", config(f"algo={algo}", f"init_scale={scale}"), accuracy=[0.2])
     labels = {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))}
     assert len(labels) == 8
-    assert {label for label in labels if "random head" in label} == {"random head"}
+    assert {label for label in labels if "random head" in label} == {"FOMAML, random head"}
+
+
+def test_an_algorithm_is_called_by_its_papers_name(config, tmp_path):
+    algos = {
+        **{"fomaml": "FOMAML, random head", "zero": "FOMAML, zeroed every update", "anil": "ANIL, random head"},
+        **{"zero_init": "FOMAML, zero at the start", "boil": "BOIL, random head", "metasgd": "Meta-SGD, random head"},
+        **{"protomaml": "ProtoMAML", "unicorn": "UnicornMAML", "msl": "MSL (60 updates), random head"},
+    }
+    for algo in algos:
+        make_run(tmp_path / "family" / algo, config(f"algo={algo}"), accuracy=[0.2])
+    assert {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path / "family"]))} == {*algos.values()}
+    orders = (["anil"], ["anil", "algo.first_order=false"], ["fomaml"], ["somaml"], ["anil", "algo.head=shared"])
+    for number, (algo, *more) in enumerate(orders):
+        make_run(tmp_path / "orders" / str(number), config(f"algo={algo}", *more), accuracy=[0.2])
+    (tmp_path / "alone").mkdir()
+    make_run(tmp_path / "alone" / "0", config("algo=unicorn", "+zeroing=true"), accuracy=[0.2])
+    assert {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path / "orders"]))} == {
+        *("ANIL (first order)", "ANIL (second order)", "FOMAML", "SOMAML", "FOMAML, head only, one head vector")
+    }
+    (setting,) = sweep.group(sweep.read_jobs([tmp_path / "alone"]))
+    assert setting.label() == "UnicornMAML (first order) + zeroing"
+
+
+def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config, tmp_path):
+    for seed, accuracy in enumerate((0.48, 0.52)):
+        curve = [(0, 0.2), (10, accuracy)]
+        make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy], curve=curve)
+    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    ci95 = 12.7062 * 0.02828427 / 2**0.5  # Student's t of one degree of freedom; the range would be .02
+    text = sweep.as_markdown(settings_, [])
+    assert f"50.00 ± {100 * ci95:.2f}" in text
+    figure = figures.sweep(settings_)
+    for axes in figure.axes[:3]:  # the fourth is of a curve that no run recorded
+        (band,) = axes.collections
+        assert band.get_paths()[0].get_extents().ymax == pytest.approx(0.5 + ci95, abs=1e-5)
+    for said in (text, figure.get_suptitle()):
+        assert "95% confidence interval over" in said and "Student t" in said
+    assert "All seeds share the test tasks" in text
+
+
+def test_a_band_ends_where_accuracies_do(config, tmp_path):
+    for seed, accuracy in enumerate((0.1, 0.9)):
+        make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])
+    (band,) = figures.sweep(sweep.group(sweep.read_jobs([tmp_path]))).axes[0].collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0, 1]
 
 
 def test_panels_have_axes_for_each_value(config, tmp_path):
     for algo in ("fomaml", "somaml", "zero"):
         make_run(tmp_path / algo, config(f"algo={algo}"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     settings_ = sweep.group(sweep.read_jobs([tmp_path]))
-    from fewshot import figures
-
     figure = figures.panels(settings_, ["algo.first_order"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]

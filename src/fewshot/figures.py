@@ -1,5 +1,6 @@
 """Recorded numbers -> pictures; trains nothing."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.patches import Rectangle
 from scipy.stats import t as student
 
 from fewshot.config import MODES
-from fewshot.errors import shown
+from fewshot.labels import is_maml, panel_title, title
 
 if TYPE_CHECKING:
     from fewshot.sweep import Setting
@@ -81,7 +82,7 @@ LINES = ("-", "--", ":", "-.")  # once the colours are used up
 
 
 def sweep(settings: list["Setting"]) -> Figure:
-    """Accuracy over inner steps and over outer iterations, mean and range over seeds, both test-time zeroing modes."""
+    """Accuracy over inner steps and outer iterations: mean and interval over seeds, both test-time zeroing modes."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     for (by_step, by_update), (mode, (*_, zeroing)) in zip(
         figure.subplots(2, 2, sharey="row"), DRAWN.items(), strict=True
@@ -90,9 +91,9 @@ def sweep(settings: list["Setting"]) -> Figure:
             values = setting.accuracies(mode)
             if len(values):
                 steps, points = np.arange(values.shape[1]), {"marker": "o", "markersize": 4}
-                _mean_and_range(by_step, number, steps, values, label=setting.label(), **points)
+                _accuracies(by_step, number, steps, values, label=setting.label(), **points)
             _, updates, curve = setting.curve(mode)
-            _mean_and_range(by_update, number, updates, curve, label=setting.label())
+            _accuracies(by_update, number, updates, curve, label=setting.label())
         by_step.set(xlabel="inner step", ylabel="test query accuracy")
         by_step.xaxis.get_major_locator().set_params(integer=True)
         by_update.set(xlabel="outer iteration", ylabel="query accuracy after inner_steps steps")
@@ -107,7 +108,7 @@ def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
     """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
     across, down = (_unlike([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
     down = down if len(knobs) > 1 else [None]
-    mixed = any("noise" in setting.config["algo"] for setting in settings)  # the order of more than MAML
+    maml = all(is_maml(setting.config["algo"]) for setting in settings)
     labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
     figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
     grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
@@ -118,8 +119,8 @@ def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
                 if all(setting.value(knob) == value for knob, value in heading.items()):
                     label = setting.label(without=knobs)
                     _, updates, curve = setting.curve("zeroing_off")
-                    _mean_and_range(axes, labels.index(label), updates, curve, label=label)
-            axes.set_title(setting_label(heading, mixed), fontsize=9, loc="left")
+                    _accuracies(axes, labels.index(label), updates, curve, label=label)
+            axes.set_title(panel_title(heading, maml), fontsize=9, loc="left")
             axes.set(xlabel="outer iteration", ylabel="query accuracy")
             axes.label_outer()
             _plain(axes)
@@ -130,13 +131,11 @@ def _unlike(values: list[Any]) -> list[Any]:
     return [value for number, value in enumerate(values) if value not in values[:number]]
 
 
-def _mean_and_range(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
+def _accuracies(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
     """values: (seeds, len(x))"""
-    if not len(x):
-        return
-    colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
-    axes.plot(x, values.mean(axis=0), line, color=colour, linewidth=1.4, **how)
-    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    if len(x):
+        line = LINES[number // len(COLOURS) % len(LINES)]
+        _mean_and_interval(axes, number, line, x, values, within=(0, 1), **how)
 
 
 def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
@@ -147,56 +146,22 @@ def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
         found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
     figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
-    figure.suptitle(f"{of}: {_over_seeds(settings)}", fontsize=10)
+    seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
+    figure.suptitle(f"{of}: {seeds}", fontsize=10)
     return figure
 
 
-def _over_seeds(settings: list["Setting"]) -> str:
-    numbers = sorted({len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings})
+def _over_seeds(numbers: Iterable[int]) -> str:
+    """numbers: of seeds, one for each setting."""
+    numbers = sorted(set(numbers))
     if numbers == [1]:
         return "1 seed"
-    return f"mean and range over {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} seeds"
+    seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    return f"mean and 95% confidence interval over {seeds} seeds (Student t)"
 
 
 def _splits(settings: list["Setting"], mode: str) -> str:
     return " or ".join(dict.fromkeys({"val": "validation"}.get(s.curve(mode)[0], "test") for s in settings))
-
-
-HEADS = {  # the poster's three: (zeroing, init_scale)
-    (False, 1): "random head",
-    (False, 0): "zero at the start",
-    (True, 1): "zeroed every update",
-}
-
-
-def setting_label(knobs: dict[str, Any], mixed: bool = False) -> str:
-    """E.g. "SOMAML, zeroing, inner_steps=3": the algorithm in words, other knobs as they are given.
-
-    mixed: it is said of other losses too, which have an order, but are no FOMAML.
-    """
-    parts, algo = [], {key.removeprefix("algo."): value for key, value in knobs.items() if key.startswith("algo.")}
-    explicit = algo.get("noise", algo.get("interference")) is not None
-    if "noise" in algo or "interference" in algo:
-        without = " or ".join(term for term in ("noise", "interference") if algo.get(term) is False)
-        parts.append("contrastive loss" + f" without {without}" * bool(without) if explicit else "MAML")
-    if "adapted" in algo and not explicit:
-        parts.append("all adapted" if algo["adapted"] == "all" else f"{algo['adapted']} only")
-    parts += _family(algo)
-    if "first_order" in algo:
-        first = algo["first_order"]
-        if not explicit and not mixed:
-            parts[:1] = ["FOMAML" if first else "SOMAML"] + [part for part in parts[:1] if part != "MAML"]
-        else:
-            parts.append("first order" if first else "second order")
-    others = {key: value for key, value in knobs.items() if not key.startswith("algo.")}
-    if head := HEADS.get((algo.get("zeroing"), knobs.get("init_scale"))):
-        if head != "random head" or algo.get("head", "learned") == "learned":  # else it begins elsewhere, as said
-            parts.append(head)
-        del others["init_scale"]
-    elif "zeroing" in algo:
-        parts.append("zeroing" if algo["zeroing"] else "no zeroing")
-    parts += [f"{key}={shown(value)}" for key, value in others.items()]
-    return ", ".join(parts)
 
 
 def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
@@ -206,27 +171,6 @@ def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
     axes.set_title(title(config), fontsize=10)
     _plain(axes)
     return figure, axes
-
-
-def title(config: dict[str, Any], algorithm: bool = True) -> str:
-    task = f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
-    return f"{algorithm_name(config['algo'])}, {task}" if algorithm else task
-
-
-def algorithm_name(algo: dict[str, Any]) -> str:
-    only = [f"{algo['adapted']} only"] if algo["adapted"] != "all" else []
-    name = ", ".join(["FOMAML" if algo["first_order"] else "SOMAML", *only, *_family(algo)])
-    if "noise" in algo:
-        name = f"explicit contrastive loss ({'first' if algo['first_order'] else 'second'} order)"
-    return name + " + zeroing" * algo["zeroing"]
-
-
-def _family(algo: dict[str, Any]) -> list[str]:
-    """What is not as in MAML itself; an old results.json has none of it."""
-    head = {"shared": "one head vector", "prototypes": "head from prototypes"}.get(algo.get("head", "learned"))
-    losses = f"step losses for {algo['step_losses']}" if algo.get("step_losses") else None
-    rates = "learned inner_lr" if algo.get("learned_inner_lr") else None
-    return [word for word in (head, losses, rates) if word]
 
 
 def _plain(axes: Axes) -> None:
@@ -246,7 +190,7 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     """How alike the classes of one task become while it is trained on: {setting: cosine_similarity.json of its runs}.
 
     Above, same class and other class over outer updates, as far as all runs went; below, class by class. Means over the
-    runs of a setting, the bands are 95% confidence intervals.
+    runs of a setting, the bands are 95% confidence intervals (Student t).
     """
     reached = min(len(run["updates"]) for group in runs.values() for run in group)
     updates = next(iter(runs.values()))[0]["updates"][:reached]
@@ -257,7 +201,7 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     heights = (3.3, 0.4 + len(runs))
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
-    figure.suptitle(f"{title}: one task, unadapted encoder", fontsize=10)
+    figure.suptitle(f"{title}: one task, unadapted encoder; {_over_seeds(map(len, runs.values()))}", fontsize=10)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
         for number, (label, values) in enumerate(matrices[pairs].items()):
@@ -276,6 +220,12 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     return figure
 
 
+OVER_SEEDS = (
+    "± is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
+    "All seeds share the test tasks, so it leaves out what other test tasks would change.\n"
+)
+
+
 def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
     n = len(values)
@@ -284,11 +234,15 @@ def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(axis=0), student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
 
 
-def _mean_and_interval(axes: Axes, number: int, line: str, x: Any, values: Any, **how: Any) -> None:
-    """values: (runs, len(x)); a single run has no interval."""
+def _mean_and_interval(
+    axes: Axes, number: int, line: str, x: Any, values: Any, within: tuple[float, float] = (-np.inf, np.inf), **how: Any
+) -> None:
+    """values: (runs, len(x)); a single run has no interval, and none is drawn beyond `within`."""
     (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
     axes.plot(x, mean, line, color=colour, linewidth=1.4, **how)
-    axes.fill_between(x, mean - ci95, mean + ci95, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(
+        x, *((mean + sign * ci95).clip(*within) for sign in (-1, 1)), color=colour, alpha=0.2, linewidth=0
+    )
 
 
 def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, dict[str, Any]]) -> None:

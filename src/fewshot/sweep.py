@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot import figures
+from fewshot import figures, labels
 from fewshot.checkpoint import leaves, write_atomically
 from fewshot.command import one_line_errors
 from fewshot.config import MODES
@@ -62,8 +62,8 @@ class Setting(NamedTuple):
     jobs: list[Job]
 
     def label(self, without: Iterable[str] = ()) -> str:
-        knobs = {key: value for key, value in self.knobs.items() if key not in without}
-        return figures.setting_label(knobs) or figures.algorithm_name(self.config["algo"])
+        algo = self.config["algo"]
+        return labels.setting_label(self.knobs, algo, without) or labels.algorithm_name(algo)
 
     def value(self, knob: str) -> Any:
         return dict(leaves(self.config)).get(knob)
@@ -144,8 +144,8 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
         _write_figure(into / "panels.png", figures.panels(settings, panels))
         print(f"Written to {into}/panels.png")
     if recorded := _similarities(settings):
-        title = figures.title(settings[0].config, algorithm=False)
-        _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, title))
+        of = labels.title(settings[0].config, algorithm=False)
+        _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, of))
         print(f"Written to {into}/cosine_similarity.png")
 
 
@@ -185,7 +185,7 @@ def _read_job(folder: Path) -> Job | None:
         curves = read_metrics(metrics) if metrics else {}
         if results:
             results["test"]["zeroing_off"], results["test"]["zeroing_on"]
-        _identity(config), config["seed"], figures.title(config)
+        _identity(config), config["seed"], labels.title(config)
     except (KeyError, TypeError, ValueError, AttributeError, OmegaConfBaseException) as problem:
         return Job(folder, {}, None, {}, error or f"cannot be read as a run ({type(problem).__name__})")
     return Job(folder, config, results, curves, error)
@@ -238,8 +238,7 @@ def as_csv(settings: list[Setting]) -> str:
     """Long: one row per setting, zeroing mode and step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    knobs = list(settings[0].knobs)
-    writer.writerow(["setting", *knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
+    writer.writerow(["setting", *settings[0].knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
     for setting in settings:
         for mode in MODES:
             values = setting.accuracies(mode)
@@ -276,8 +275,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     if without:
         rows = [[job.folder.name, job.state, (job.error or "").replace("|", "\\|")] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
-    parts.append("± is the 95% confidence interval over seeds (Student t).\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, figures.OVER_SEEDS])
 
 
 def _updates_to(setting: Setting) -> list[str]:
