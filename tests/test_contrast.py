@@ -13,7 +13,7 @@ from test_learner import prepared
 from torch import Tensor
 
 from fewshot import learner
-from fewshot.contrast import Gradients, adapted_head, closed_form_gradients, contrastive_coefficients
+from fewshot.contrast import Gradients, adapted_head, centred, closed_form_gradients, contrastive_coefficients
 from fewshot.models import conv4_strided
 from fewshot.tasks import Task
 
@@ -262,6 +262,33 @@ def test_from_a_random_head_negative_pairs_get_the_wrong_sign():
     negative = same_class(given) == 0
     assert (noise_free(given, **knobs)[negative] < 0).all()
     assert (contrastive_coefficients(*given, **knobs)[0][negative] > 0).double().mean() > 0.05
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_within_a_class_no_coefficient_is_negative(inner_steps):
+    """(1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j, whatever the head; so no sign is ever wrong there."""
+    given = draw(tasks=(20,), counts=(2,) * 5)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
+    Q, P = one_by_one(predictions, given, **knobs)
+    u = given.query_labels.unsqueeze(-1)
+    q_u, s_u = Q.gather(-1, u), P.gather(-1, u.mT.unsqueeze(1).expand(*P.shape[:-1], -1)).movedim(1, 0)  # (N, B, S, Q)
+    together = torch.einsum("bqk,bnsk->nbqs", Q, P) - q_u * s_u.mT  # over all classes but u
+    found, same = contrastive_coefficients(*given, **knobs), same_class(given) == 1
+    assert relative(found[:, same], ((1 - q_u) * (1 - s_u.mT) + together)[:, same]) < 1e-10
+    assert (found[:, same] > 0).all() and (found[:, ~same] > 0).any()
+
+
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_what_all_classes_share_of_the_head_changes_nothing(first_order, inner_steps):
+    given, knobs = draw(tasks=(2,), counts=(2, 1, 3)), {"inner_lr": 0.4, "inner_steps": inner_steps}
+    shifted = given._replace(weight=given.weight + 30 * given.weight[:1], bias=given.bias + 7)
+    for field, other in zip(
+        *(closed_form_gradients(*each, **knobs, first_order=first_order) for each in (given, shifted)), strict=True
+    ):
+        torch.testing.assert_close(other, field, rtol=1e-10, atol=1e-12)
+    assert relative(centred(shifted.weight), given.weight - given.weight.mean(0)) < 1e-12
+    assert not centred(given.weight[:1].expand(3, -1)).any()
 
 
 def test_zero_weights_with_a_bias_are_no_zero_head():

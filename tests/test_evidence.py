@@ -45,14 +45,16 @@ def by_hand(network, task, eta):
         for k, v in enumerate(q_labels):
             if i != k:
                 pairs["same_queries" if v == u else "other_queries"].append(cosine(Q[i], Q[k]))
-    head_gradient = (q - one_hot[q_labels]).T @ Q / len(Q)
+    E_Q = (q - one_hot[q_labels]).T / len(Q)
+    head_gradient, w0 = (np.column_stack(both) for both in ((E_Q @ Q, E_Q.sum(1)), (w, b)))
+    w0 = w0 - w0.mean(0)
     return {
         "interference_norm": np.linalg.norm(interference),
         "contrastive_norm": np.linalg.norm(contrastive),
         "wrong_sign": np.mean(wrong),
         **{f"cosine_{name}": np.mean(values) for name, values in pairs.items()},
-        "head_norm": np.linalg.norm(w),
-        "cross_task": cosine(w.ravel(), head_gradient.ravel()),
+        "head_norm": np.linalg.norm(w0),
+        "cross_task": cosine(w0.ravel(), head_gradient.ravel()),
     }
 
 
@@ -77,6 +79,23 @@ def test_a_zero_head_interferes_with_nothing_and_has_no_wrong_sign_in_one_step()
     found = probes(network, [tasks], inner_lr=0.4, inner_steps=1)
     assert found["interference_norm"] == found["head_norm"] == found["cross_task"] == found["wrong_sign"] == 0
     assert found["contrastive_norm"] > 0
+
+
+def test_a_head_of_one_vector_is_no_head_and_a_bias_that_differs_is_one():
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=2, shots=1, queries=2)
+    network = convolutional(build, tasks)
+    zero_head(network.head)
+    from_zero = probes(network, [tasks], inner_lr=0.4, inner_steps=2)
+    with torch.no_grad():
+        network.head.weight += 30 * torch.randn(network.head.in_features).double()
+        network.head.bias += 7
+    assert probes(network, [tasks], inner_lr=0.4, inner_steps=2) == pytest.approx(from_zero, abs=2e-6)
+    with torch.no_grad():
+        network.head.bias[0] += 1
+    biased = probes(network, [tasks], inner_lr=0.4, inner_steps=2)
+    assert biased["interference_norm"] == 0 and biased["wrong_sign"] > 0
+    assert biased["head_norm"] == pytest.approx((2 / 3) ** 0.5, abs=1e-6) and biased["cross_task"] != 0
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])

@@ -27,6 +27,8 @@ from fewshot.evidence import claims, figures, identities, measures, write
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.features import agreement
 from fewshot.evidence.features import features as encoded
+from fewshot.evidence.page import page
+from fewshot.evidence.sections import sections
 from fewshot.models import Network, zero_head
 from fewshot.signals import Signals
 from fewshot.tasks import Task
@@ -125,7 +127,7 @@ def test_a_trick_that_zeroes_half_of_the_head_is_found_out(monkeypatch):
     network, tasks = model()
     monkeypatch.setattr(identities, "zero_head", lambda head: torch.nn.init.zeros_(head.weight))
     assert failing(network, tasks) == {
-        *("coefficient_is_free_of_noise", "share_of_positive_coefficients", "head_after_one_step"),
+        *("coefficient_is_free_of_noise", "sign_of_coefficients", "head_after_one_step"),
         *("bias_after_one_step", "fomaml_is_the_explicit_loss", "somaml_is_the_explicit_loss"),
         "step_1_independent_of_inner_lr",
     }
@@ -184,6 +186,8 @@ def test_the_motivating_example_is_what_the_formulas_say():
     own = np.stack([np.eye(3, dtype=bool)[t.query_labels] for t in each(tasks)])
     assert found["same_class"] == pytest.approx(logits[own].mean())
     assert found["other_class"] == pytest.approx(logits[~own].mean())
+    larger = [one[mine].mean() > one[~mine].mean() for one, mine in zip(logits, own, strict=True)]
+    assert (found["tasks_where_own_is_larger"], found["tasks"]) == (sum(larger), 2)
 
 
 def sums(network, task):
@@ -231,7 +235,8 @@ def test_the_memory_is_what_the_formulas_say():
     for task in each(tasks):
         S, labels, *_ = features(network, task)
         mu = [S[labels == k].mean(0) for k in range(3)]
-        cosines.append([[cosine(column, mean) for mean in mu] for column in stepped(S, labels, w, b, 0.4)[0]])
+        W = stepped(S, labels, w, b, 0.4)[0]
+        cosines.append([[cosine(column, mean) for mean in mu] for column in W - W.mean(0)])
     cosines, own = np.array(cosines), np.eye(3, dtype=bool)
     after = found["this_head_after"]
     np.testing.assert_allclose(after["first_task"], cosines[0], atol=1e-5)
@@ -246,6 +251,9 @@ def test_the_noise_is_what_the_formulas_say():
     found = measures.coefficients(encoded(network, tasks), **KNOBS)
     wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in each(tasks)])
     assert found["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
+    assert found["this_head"]["wrong_among_other"] == pytest.approx(
+        wrong * 3 / 2
+    )  # none within a class: two thirds of all
     assert found["zeroed_head"]["wrong_sign"] == 0 and found["zeroed_head"]["first_task_wrong"] == []
 
 
@@ -312,7 +320,6 @@ def test_a_head_may_have_one_feature_two_ways_and_many():
         shown = figures.Shown(*(np.random.rand(ways, 4, 4), labels[0].numpy()) * 2)
         found["test"] = {mode: {"accuracy": [0.5] * 3, "ci95": [0.1] * 3} for mode in ("zeroing_off", "zeroing_on")}
         assert np.isnan(np.array(found["similarity"]["first_task"]["query_query"], float)[0, 0])  # one query a class
-        del found["probes"]
         found["config"] = config_of(ways)
         for name, figure in write.draw(found, shown).items():
             if ways == 2 or name in ("motivating_example", "outer_step"):  # what many classes change, and one feature
@@ -345,27 +352,164 @@ def test_all_and_none_are_said_of_all_and_none_alone():
 def test_a_verdict_follows_its_number():
     assert claims.of_check({"value": 3e-16, "bound": 1e-12, "pass": True}) == ("holds", "holds exactly (3e−16 ≤ 1e−12)")
     assert claims.of_check({"value": 0.4, "bound": 1e-12, "pass": False}) == ("fails", "does not hold (0.4 > 1e−12)")
-    assert claims.similarity(alike(32)).kind == "holds"
-    assert claims.similarity(alike(31)).kind == "partly"
-    assert claims.similarity(alike(3)).kind == "fails"
-    assert [claims.prototypes({"zeroed_head": [x], "this_head": [x]})[0].kind for x in (1, 0.999)] == ["holds", "fails"]
-    moved = {order: {"support_norm": 1.0} for order in ("fomaml", "somaml")}
-    assert claims.outer_step({"this_head": moved, "zeroed_head": moved}).kind == "fails"
-    signs = {"zeroed_head": {"wrong_sign": 0.01}, "this_head": {"wrong_sign": 0.2}}
-    assert claims.noise(signs).kind == "fails"
-    assert claims.motivating_example({"classifier_error": 1e-16, "logits_error": 1e-3})[1].kind == "fails"
+    assert [claims.similarity(alike(kept), True).kind for kept in (32, 31, 3)] == ["holds", "partly", "fails"]
+    agreements = ({"zeroed_head": [1, x], "this_head": [x, 1]} for x in (1, 0.999, 0.4))
+    assert [[v.kind for v in claims.prototypes(found, False)] for found in agreements] == [
+        [kind, kind] for kind in ("holds", "partly", "fails")
+    ]
+    assert claims.prototypes({"zeroed_head": [1], "this_head": [0.4]}, False)[0].kind == "untested"
+    right_way = {"same_class_drawn": 1.0, "other_class_pushed": 0.9}
+    moved = {"this_head": {"fomaml": right_way, "somaml": {**right_way, "same_class_drawn": 0.2}}}
+    assert [verdict.kind for verdict in claims.outer_step(moved)] == ["partly", "fails"]
+    for this, later, kinds in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
+        signs = {"this_head": {"wrong_among_other": this}, "more_steps": {"wrong_among_other": later}, "inner_steps": 2}
+        assert [verdict.kind for verdict in claims.noise(signs, False)] == kinds
+    for larger, kind in ((4, "holds"), (3, "partly"), (1, "fails")):
+        example = {"tasks": 4, "tasks_where_own_is_larger": larger, "same_class": 0.5, "other_class": 0.1}
+        assert claims.motivating_example(example).kind == kind
     for gain, kind in ((0.02, "holds"), (0.005, "partly"), (-0.02, "fails")):
-        assert claims.accuracy({"gain": {"accuracy": [gain], "ci95": [0.01]}}, 0, False).kind == kind
-    assert claims.accuracy({"gain": {"accuracy": [0], "ci95": [0]}}, 0, True).kind == "untested"
+        assert claims.accuracy({"gain": {"accuracy": [gain], "ci95": [0.01]}}, 0, False, True).kind == kind
     passed, failed = ({"value": value, "bound": 1e-12, "pass": value == 0} for value in (0, 1))
-    assert claims.of_limit("uniform_without_zeroing", passed).kind == "untested"
-    both = claims.of_limits({"uniform_without_zeroing": passed, "no_noise_beyond_one_step": failed})
+    zero, own = ({"weight": same, "bias": same} for same in (True, False))
+    for name, same, kind in (
+        ("weight", zero, "untested"),
+        ("weight", own, "holds"),
+        ("bias", {**zero, "bias": False}, "holds"),
+    ):
+        limit = {"weight": "papers_somaml_loss_with_this_head", "bias": "uniform_with_the_bias_kept"}[name]
+        assert claims.of_limit(limit, passed, same).kind == kind
+    both = claims.of_limits({"uniform_without_zeroing": passed, "no_noise_beyond_one_step": failed}, zero)
     assert both.words.startswith("1 of the 1 ")
 
 
 def alike(kept):
     cosines = {"same_class": 0.5, "other_class": -0.1, "initially_same_class": 0.1, "initially_other_class": 0.0}
     return {"tasks": 32, "tasks_where_the_gap_grew": kept, **cosines}
+
+
+def everything(network, tasks, iteration=3):
+    """evidence.json, as far as the page reads it, less the accuracy of a test."""
+    checks = {
+        "identities": identities.identities(network, tasks, **KNOBS),
+        "limits": identities.limits(network, tasks, **KNOBS),
+    }
+    groups = {
+        group: {name: {"value": c.value, "bound": c.bound, "pass": c.passed} for name, c in found.items()}
+        for group, found in checks.items()
+    }
+    scores = {"accuracy": [0.2, 0.5, 0.6], "ci95": [0.0, 0.1, 0.1]}
+    modes = dict.fromkeys(("zeroing_off", "zeroing_on", "gain"), scores)
+    config = {**config_of(3), "queries": 3, "inner_lr": 0.4, "inner_steps": 2, "test_steps": 2, "seed": 0}
+    config |= {"model": {"name": "none"}, "trainer": {"precision": "32-true"}}
+    initial = convolutional(
+        NETWORKS["conv4_strided"], images_for(NETWORKS["conv4_strided"], tasks=1, shots=1, queries=3)
+    )
+    return write.finite(
+        {
+            **measures.measure(network, tasks, initial=initial, **KNOBS, steps=2, adapted="all"),
+            **groups,
+            "test": {"tasks": 6, **modes},
+            "tasks": {"features": 2, "gradients": 2},
+            "model": {"checkpoint": "runs/one/checkpoints/best.ckpt", "iteration": iteration, "trained_with": config},
+            "config": config,
+            "versions": {"python": "3"},
+        }
+    )
+
+
+PICTURES = dict.fromkeys(
+    ("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy"), b"png"
+)
+
+
+def verdicts(found):
+    """Of every section and statement: its words, and how it is judged; numbers of rounding's size left out."""
+    said = []
+    for part in sections(found):
+        rows = [row for table in part.tables if table.kind == "statements" for row in table.rows]
+        for about, verdict in [*part.verdicts, *(each for row in rows for each in row.verdicts)]:
+            said.append((part.anchor, about, verdict.kind, re.sub(r"\([^)]* ≤ [^)]*\)", "", verdict.words)))
+    return said
+
+
+def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():
+    """As UnicornMAML's: whatever its size, its predictions are those of a zero head."""
+    network, tasks = model(queries=4)
+    zero_head(network.head)
+    zero = everything(network, tasks)
+    with torch.no_grad():
+        network.head.weight += 30 * torch.randn(network.head.in_features).double()
+        network.head.bias += 7
+    found = everything(network, tasks)
+    assert found["same_for_all"] == {"weight": True, "bias": True} and found["memory"]["this_head_before"] is None
+    assert verdicts(found) == verdicts(zero)
+    assert len([kind for *_, kind, _ in verdicts(found) if kind == "untested"]) >= 7
+    assert "the same for every class" in page(found, PICTURES)
+    with torch.no_grad():
+        network.head.bias[0] += 1  # predictions before the step are no longer uniform
+    kinds = {words: kind for *_, kind, words in verdicts(everything(network, tasks))}
+    assert kinds["4 of the 4 statements tested do not hold"] == "fails"
+    assert not any(claims.SAME_FOR_ALL in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
+    for figure in write.draw({**everything(network, tasks)}, figures.Shown(*images_of(tasks))).values():
+        assert figure.axes
+
+
+def images_of(tasks):
+    task = each(tasks)[0]
+    return task.support[:, 0].numpy(), task.support_labels.numpy(), task.query[:, 0].numpy(), task.query_labels.numpy()
+
+
+def test_an_untrained_model_gets_a_banner_and_no_verdict_on_training():
+    found = everything(*model(), iteration=0)
+    html = page(found, PICTURES)
+    assert "has had no outer update" in html.split("<section")[0] and 'class="banner"' in html
+    judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
+    assert judged["similarity"] == judged["accuracy"] == "untested"
+    found["model"]["iteration"] = 1
+    judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
+    assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in page(
+        found, PICTURES
+    )
+
+
+def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
+    parts = {part.anchor: part for part in sections(everything(*model()))}
+    for anchor, said in (
+        ("outer-step", "FOMAML moves queries only"),
+        ("noise", "(1 − q_{u})(1 − s_{u}) + Σ_{j≠u} q_{j} s_{j} ≥ 0"),
+        ("identities", "The interference term E_{Q} W_{0} of the queries’ gradient vanishes"),
+        ("motivating-example", "Column i of w becomes η m_{i}"),
+        ("prototypes", "From a zeroed head one inner step is exactly this classifier"),
+    ):
+        part = parts[anchor]
+        assert said in part.theorem and not any(said in about for about, _ in part.verdicts)
+    assert not any("same class" in head for table in parts["noise"].tables for head in table.heads)
+    assert "interference" not in " ".join(claims.IDENTITIES)
+
+
+def test_every_section_of_the_method_that_is_named_is_on_the_page():
+    html = page(everything(*model()), PICTURES)
+    checked = Page(html)
+    assert {f"#method-2.{number}" for number in range(1, 8)} <= set(checked.links)
+    assert all(link[1:] in checked.anchors for link in checked.links) and "§" not in html
+    assert "c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u]" in "".join(checked.text)
+
+
+EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+
+def test_no_text_becomes_a_tag():
+    """Whatever stands in evidence.json where the program does not choose the words."""
+    found = everything(*model())
+    trained = {**found["config"], **dict.fromkeys(("seed", "shots", "ways", "inner_lr", "inner_steps"), EVIL)}
+    config = {**found["config"], **dict.fromkeys(("shots", "queries", "inner_lr", "test_steps"), EVIL)}
+    trained |= {"dataset": {"name": EVIL}, "model": {"name": EVIL}}
+    config |= {"dataset": {"name": f"{EVIL} 2"}, "trainer": {"precision": EVIL}}
+    checkpoint = f"run/{EVIL.replace('/', '')}/a.ckpt"
+    found["model"] = {"checkpoint": checkpoint, "iteration": 3, "trained_with": trained}
+    checked = Page(page({**found, "config": config, "versions": {EVIL: EVIL}}, PICTURES))
+    assert all(source.startswith("data:image/png") for source in checked.images)
+    assert len(checked.images) == len(PICTURES) and "".join(checked.text).count(EVIL) >= 12
 
 
 # The program
@@ -434,11 +578,13 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(html, pictures):
-    page = Page(html)
-    assert len(page.images) == pictures and all(source.startswith("data:image/png;base64,") for source in page.images)
-    assert page.links and all(link.startswith("#") and link[1:] in page.anchors for link in page.links)
+    checked = Page(html)
+    assert len(checked.images) == pictures and all(
+        source.startswith("data:image/png;base64,") for source in checked.images
+    )
+    assert checked.links and all(link.startswith("#") and link[1:] in checked.anchors for link in checked.links)
     assert "@import" not in html and "url(" not in html and "http" not in re.sub(r"base64,[^\"]*", "", html)
-    text = "".join(page.text)
+    text = "".join(checked.text).split("0. The poster's claims")[0]  # less the method, which has braces
     assert not re.search(r"[{}]|\bNone\b|\bnan\b|\binf\b|tensor\(", text), "something was not filled in"
     return text
 
@@ -508,6 +654,19 @@ def test_on_another_dataset_of_the_same_size(trained, evidence, tmp_path):
     )
     assert all(check["pass"] for check in found["identities"].values())
     assert "measured on folder" in assert_self_contained(html, 7)
+
+
+def test_what_a_checkpoint_stores_is_refused_or_shown_as_text(trained, evidence, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    stored = content["fewshot"]["config"]
+    stored |= {"seed": EVIL, "shots": EVIL, "inner_lr": EVIL, "dataset": {**stored["dataset"], "name": EVIL}}
+    torch.save(content, tmp_path / "evil.ckpt")
+    try:
+        _, html = evidence(tmp_path / "evil.ckpt", tmp_path / "evidence", "test_tasks=2")
+    except UserError as refusal:
+        assert "\n" not in str(refusal)
+    else:
+        assert EVIL in assert_self_contained(html, 7)
 
 
 def test_images_are_shown_as_they_were():

@@ -102,6 +102,7 @@ def contrastive_coefficients(
     """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step moves phi(q) toward phi(s) (2.3).
 
     c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u], t and u the labels of s and q; 1[t=u] - q_t without noise.
+    Of one class it is never negative, with noise or without: (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
     For "mse" the inner products of the residuals, (W_1 phi(q) - u).(W_0 phi(s) - t): 1[t=u] - eta phi(q).m_t if
     W_0 = 0 (2.1). Arguments and errors are those of `closed_form_gradients`; the coefficients are the same in both
     orders, so first_order changes nothing.
@@ -179,6 +180,15 @@ def adapted_head(
     task = _adapt(*support, *support, weight, bias, inner_lr, inner_steps, "cross_entropy")  # queries play no part
     W, d = task.W[-1], weight.shape[1]
     return W[..., :d], None if bias is None else W[..., d]
+
+
+def centred(rows: Tensor) -> Tensor:
+    """What of a head's K rows (..., K, d), or of its bias as (K, 1), the loss can see: they, less their mean.
+
+    Rows of Q - T_Q and of P - T_S sum to 0, so what all classes share interferes with nothing and stays as it is (2.4).
+    """
+    rows = rows - rows[..., :1, :]  # equal rows become 0 exactly, which they need not be less their rounded mean
+    return rows - rows.mean(-2, keepdim=True)
 
 
 class _Adapted(NamedTuple):

@@ -58,8 +58,8 @@ PROBES = (  # one panel each: title and (name, label)
         "cosine similarity, two queries",
         (("cosine_other_queries", "other class"), ("cosine_same_queries", "same class")),
     ),
-    ("norm", (("head_norm", "head w0"),)),
-    ("cosine similarity", (("cross_task", "head w0 and a task's\nhead gradient"),)),
+    ("norm, less what all classes share", (("head_norm", "head w0"),)),
+    ("cosine similarity", (("cross_task", "head w0, likewise, and\na task's head gradient"),)),
 )
 
 

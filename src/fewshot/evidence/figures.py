@@ -162,6 +162,7 @@ def memory(found: dict[str, Any], shown: Shown, head_is_zero: bool) -> Figure:
     }
     if head_is_zero:
         cases = {"zeroed_head_after": "head zero, after\none inner step"}
+    cases = {name: title for name, title in cases.items() if found[name]}
     figure = Figure(figsize=_size(len(cases)), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, (name, title) in zip(panels, cases.items(), strict=True):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot import learner
-from fewshot.contrast import adapted_head, closed_form_gradients, contrastive_coefficients
+from fewshot.contrast import adapted_head, centred, closed_form_gradients, contrastive_coefficients
 from fewshot.evidence.features import Features, agreement, features, tied
 from fewshot.evidence.identities import ROUNDING
 from fewshot.evidence.probes import cosines, probes
@@ -26,12 +26,18 @@ def heads(given: Features) -> dict[str, Features]:
     return {"this_head": given, "zeroed_head": given.zeroed()}
 
 
+def same_for_all(given: Features) -> dict[str, bool]:
+    """Whether all classes have one weight vector, and one bias: then they have no effect, as if they were zero."""
+    bias = given.weight.new_zeros(len(given.weight)) if given.bias is None else given.bias
+    return {"weight": not centred(given.weight).any(), "bias": not centred(bias[:, None]).any()}
+
+
 def motivating_example(given: Features, *, inner_lr: float) -> dict[str, Any]:
     """One inner step on torch's mean squared error from a zero head without bias (2.1).
 
     classifier: cosines of the classifier's K columns and the K classes' support features, of the first task; logits
     and inner_products: of its first query of each class, (K, K) each; *_error: the worst relative one of all tasks;
-    same_class, other_class: mean logits of all tasks.
+    same_class, other_class: mean logits of all tasks; tasks_where_own_is_larger: in how many the former is the larger.
     """
     phi_S, labels_S, phi_Q, labels_Q, weight, _ = given
     K = len(weight)
@@ -43,6 +49,7 @@ def motivating_example(given: Features, *, inner_lr: float) -> dict[str, Any]:
     logits, products = phi_Q @ W_1.mT, eta * phi_Q @ m.mT
     own = F.one_hot(labels_Q, K).bool()
     chosen = [(labels_Q[0] == k).nonzero()[0].item() for k in range(K)]
+    same, other = ((logits * which).sum((1, 2)) / which.sum((1, 2)) for which in (own, ~own))  # of each task
     return {
         "inner_lr": eta,
         "classifier": _plain(_cosines(W_1[0], m[0])),
@@ -52,6 +59,8 @@ def motivating_example(given: Features, *, inner_lr: float) -> dict[str, Any]:
         "logits_error": _error(logits, products),
         "same_class": logits[own].mean().item(),
         "other_class": logits[~own].mean().item(),
+        "tasks": len(logits),
+        "tasks_where_own_is_larger": int((same > other).sum()),
     }
 
 
@@ -95,7 +104,8 @@ def outer_step(given: Features, *, inner_lr: float, inner_steps: int) -> dict[st
 def coefficients(given: Features, *, inner_lr: float, inner_steps: int) -> dict[str, Any]:
     """C of the first task, (Q, S), where its sign is wrong, [q, s], and the share of wrong signs in all tasks (2.3).
 
-    Of one step from this head and from a zeroed one, and the sum over inner_steps > 1 steps from a zeroed one.
+    Of all pairs and of those of different classes, for within a class no sign is wrong. Of one step from this head and
+    from a zeroed one, and the sum over inner_steps > 1 steps from a zeroed one.
     """
     found = {"inner_steps": inner_steps}
     zero, same = given.zeroed(), given.same_class()
@@ -106,7 +116,6 @@ def coefficients(given: Features, *, inner_lr: float, inner_steps: int) -> dict[
             "first_task": _plain(c[0]),
             "first_task_wrong": wrong[0].nonzero().tolist(),
             "wrong_sign": wrong.double().mean().item(),
-            "wrong_among_same": wrong[same].double().mean().item(),
             "wrong_among_other": wrong[~same].double().mean().item(),
         }
     return found
@@ -132,16 +141,17 @@ def similarity(network: Network, tasks: Task, given: Features, initial: Network)
 
 
 def memory(given: Features, *, inner_lr: float) -> dict[str, Any]:
-    """Q2: cosines of the K columns of w and the K classes' support means, before and after one inner step.
+    """Q2: cosines of the K columns of w, less their mean, and the K classes' support means, before and after one step.
 
     "first_task" (K, K); "same_class" and "other_class" means of all tasks; "nearest_is_own": the share of the columns
-    that are closer to their own class's mean than to any other's. For a zero head before the step there are none.
+    that are closer to their own class's mean than to any other's. Where nothing is left of the columns there are none.
     """
     mu, found = given.support_means(), {}
     for name, each in heads(given).items():
         w = each.weight
         after, _ = adapted_head(each.support, each.support_labels, w, each.bias, inner_lr=inner_lr, inner_steps=1)
         for moment, W in (("before", w.expand_as(after)), ("after", after)):
+            W = centred(W)
             found[f"{name}_{moment}"] = _column_cosines(W, mu) if W.any() else None
     return found
 
@@ -184,6 +194,7 @@ def measure(
     """All of the above. initial: the network before training; inner_steps: N in training; steps: T."""
     knobs, given = {"inner_lr": inner_lr, "inner_steps": inner_steps}, features(network, tasks)
     return {
+        "same_for_all": same_for_all(given),
         "motivating_example": motivating_example(given, inner_lr=inner_lr),
         "outer_step": outer_step(given, **knobs),
         "coefficients": coefficients(given, inner_lr=inner_lr, inner_steps=max(2, inner_steps)),

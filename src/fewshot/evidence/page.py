@@ -1,89 +1,90 @@
 """report.html: one file that a person reads from top to bottom; it needs no network and no script."""
 
+import re
 from base64 import b64encode
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fewshot.evidence.sections import Picture, Section, Table, how, sections
-from fewshot.figures import title
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-STYLE = Path(__file__).with_name("style.css")
+from fewshot.evidence.sections import Section, Statement, Statements, Table, counted_steps, head_is_zero, is_trained
+from fewshot.evidence.sections import sections as sections_of
+from fewshot.labels import title
+
+HERE = Path(__file__).parent
+# In a wheel it lies here, in a checkout where people look for it.
+METHOD = next(path for path in (HERE / "method.md", HERE.parents[2] / "docs" / "method.md") if path.is_file())
 
 
 def page(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """found: evidence.json; pictures: PNGs by name."""
-    here, trained = found["config"]["dataset"]["name"], found["model"]["trained_with"]
-    subtitle = f"{title(trained)}, after {found['model']['iteration']} outer updates"
-    if here != trained["dataset"]["name"]:
-        subtitle += f", measured on {here}"
-    parts = sections(found)
-    zero = found["memory"]["this_head_before"] is None
-    note = "<p>This model’s head is zero: what is said of it and of a zeroed head is said twice of the same.</p>\n"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evidence: {escape(subtitle)}</title>
-<style>
-{STYLE.read_text()}</style>
-</head>
-<body>
-<main>
-<p class="overline">Evidence</p>
-<h1>Is this model a noisy contrastive learner?</h1>
-<p class="subtitle">{escape(subtitle)}</p>
-<p><i>MAML is a Noisy Contrastive Learner in Classification</i> (Kao, Chiu, Chen; ICLR 2022) says what MAML’s outer loop
-does to the features, and what zeroing the head changes. This page puts each of its claims to one trained model: the
-claim, a picture, the numbers, and a verdict that is computed from them. Numbers such as 2.6 are sections of
-<code>docs/method.md</code>.</p>
-{note if zero else ""}{_table(_summary(parts))}
-{"".join(_section(part, pictures) for part in parts)}<section id="how">
-<h2>How this was measured</h2>
-{_table(how(found))}
-<p>Every number is in <code>evidence.json</code>, beside this page.</p>
-</section>
-</main>
-</body>
-</html>
-"""
-
-
-def _summary(parts: list[Section]) -> Table:
-    rows = [
-        (f'<a href="#{part.anchor}">{part.claim}</a>', "".join(verdict.html for _, verdict in part.verdicts))
-        for part in parts
-    ]
-    return Table(("claim", "verdict"), rows, "statements")
-
-
-def _section(part: Section, pictures: dict[str, bytes]) -> str:
-    return "\n".join(
-        [
-            f'<section id="{part.anchor}">',
-            f'<p class="overline">{part.overline}</p>',
-            f"<h2>{part.claim}</h2>",
-            f"<p>{part.lead}</p>",
-            *([_figure(part.picture, pictures[part.picture.name])] if part.picture else []),
-            *(_table(table) for table in part.tables),
-            *([f"<p>{part.note}</p>"] if part.note else []),
-            *(f'<div class="conclusion">{about} {verdict.html}</div>' for about, verdict in part.verdicts),
-            "</section>\n",
-        ]
+    """found: evidence.json; pictures: PNGs by name. Whatever text is in them is shown as text."""
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["text"] = _text
+    parts = sections_of(found)
+    return templates.get_template("report.html.jinja").render(
+        subtitle=_subtitle(found),
+        trained=is_trained(found),
+        head_is_zero=head_is_zero(found),
+        summary=_summary(parts),
+        sections=parts,
+        pictures={name: b64encode(png).decode() for name, png in pictures.items()},
+        how=_how(found),
+        method=_method(METHOD.read_text(encoding="utf-8")),
     )
 
 
-def _figure(picture: Picture, png: bytes) -> str:
-    kind = ' class="small"' if picture.small else ""
-    return f"""<figure{kind}>
-<div class="scroll"><img alt="{escape(picture.alt)}" src="data:image/png;base64,{b64encode(png).decode()}"></div>
-<figcaption>{picture.caption}</figcaption>
-</figure>"""
+def _text(plain: str) -> Markup:
+    """HTML of a plain text: x_{i} is an index, §2.6 a link to the method."""
+    html = re.sub(r"_\{(.+?)\}", r"<sub>\1</sub>", str(escape(plain)))
+    return Markup(re.sub(r"§(\d(?:\.\d)?)", r'<a href="#method-\1">\1</a>', html))
 
 
-def _table(table: Table) -> str:
-    heading = f"<h3>{table.heading}</h3>\n" if table.heading else ""
-    head = f"<tr>{''.join(f'<th>{cell}</th>' for cell in table.heads)}</tr>\n" if table.heads else ""
-    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in table.rows)
-    return f'{heading}<div class="scroll"><table class="{table.kind}">\n{head}{body}\n</table></div>'
+class _Chapter(NamedTuple):
+    number: str  # "2.6"; empty: of the title
+    heading: str
+    text: str
+
+
+def _method(markdown: str) -> list[_Chapter]:
+    """The method by its headings, each with the text below it as it is written: formulas in plain characters."""
+    _, *pieces = re.split(r"^#+ (.+)$", markdown, flags=re.MULTILINE)
+    return [
+        _Chapter(number[1] if (number := re.match(r"(\d(?:\.\d)?)", heading)) else "", heading, text.strip("\n"))
+        for heading, text in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+
+
+def _subtitle(found: dict[str, Any]) -> str:
+    here, trained = found["config"]["dataset"]["name"], found["model"]["trained_with"]
+    measured = f", measured on {here}" if here != trained["dataset"]["name"] else ""
+    return f"{title(trained)}, after {found['model']['iteration']} outer updates{measured}"
+
+
+def _summary(parts: list[Section]) -> Statements:
+    rows = [Statement(part.claim, part.verdicts, anchor=part.anchor) for part in parts]
+    return Statements(("claim", "verdict"), rows)
+
+
+def _how(found: dict[str, Any]) -> Table:
+    """How it was measured."""
+    config, model, tasks = found["config"], found["model"], found["tasks"]
+    trained = model["trained_with"]
+    adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
+    rows = {
+        "Checkpoint": "/".join(Path(model["checkpoint"]).parts[-3:]),
+        "Model": f"{title(trained)}, {trained['model']['name']}, {model['iteration']} outer updates, "
+        f"seed {trained['seed']}",
+        "Test tasks": f"{config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot, "
+        f"{config['queries']} queries per class; the same in every run; {found['test']['tasks']} for accuracy, the "
+        f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
+        "Inner loop": f"η = {config['inner_lr']}; {counted_steps(config['inner_steps'])}, {config['test_steps']} at "
+        f"test; adapts {adapts} (trained with η = {trained['inner_lr']}, {counted_steps(trained['inner_steps'])}, "
+        f"{trained['shots']}-shot)",
+        "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
+        "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
+        "Versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+    }
+    return Table((), list(rows.items()), "plain")

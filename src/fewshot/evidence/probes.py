@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot.contrast import closed_form_gradients, contrastive_coefficients
+from fewshot.contrast import centred, closed_form_gradients, contrastive_coefficients
 from fewshot.models import Network
 from fewshot.tasks import Task
 
@@ -19,11 +19,12 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
     """Means over the tasks, on the features of the unadapted encoder (EFIL: the head alone adapts); changes nothing.
 
     interference_norm, contrastive_norm: of the two terms of the queries' gradient (2.4).
-    wrong_sign: share of the coefficients sum_p c^(p)_qs that draw a query to another class or away from its own (2.3).
+    wrong_sign: share of the coefficients sum_p c^(p)_qs that draw a query to another class; none draws it away from its
+    own (2.3).
     cosine_same, cosine_other: mean cosine similarity of query and support features of the same class and of others;
     cosine_same_queries, cosine_other_queries: of two queries.
-    head_norm: of the initial head's weights w0.
-    cross_task: cosine of w0 and a task's gradient of the head (2.7); 0 for a zero head.
+    head_norm: of the initial head w0, weights and bias, less what all classes share, which has no effect.
+    cross_task: cosine of that and a task's gradient of the head (2.7); 0 where nothing is left.
     """
     sums: dict[str, Tensor] = {}
     tasks = 0
@@ -44,6 +45,9 @@ def _probe(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
     c = contrastive_coefficients(*given, **knobs).sum(0)  # (B, Q, S)
     with_support = tasks.query_labels[:, :, None] == tasks.support_labels[:, None]  # (B, Q, S), 1[t=u]
     with_query = tasks.query_labels[:, :, None] == tasks.query_labels[:, None]  # (B, Q, Q)
+    biases = () if b is None else (b[:, None],)
+    w0 = centred(torch.cat([w, *biases], dim=1))
+    to_w0 = torch.cat([gradients.weight, *(gradients.bias.unsqueeze(-1) for _ in biases)], dim=-1)  # (B, K, d + 1)
     same, other = cosines(phi_Q, phi_S, with_support)
     not_itself = ~torch.eye(phi_Q.shape[1], dtype=torch.bool, device=phi_Q.device)
     same_queries, other_queries = cosines(phi_Q, phi_Q, with_query, not_itself)
@@ -56,8 +60,8 @@ def _probe(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
         "cosine_other": other,
         "cosine_same_queries": same_queries,
         "cosine_other_queries": other_queries,
-        "head_norm": w.norm().expand(len(c)),
-        "cross_task": F.cosine_similarity(w.flatten().expand(len(c), -1), gradients.weight.flatten(1)),
+        "head_norm": w0.norm().expand(len(c)),
+        "cross_task": F.cosine_similarity(w0.flatten().expand(len(c), -1), to_w0.flatten(1)),
     }
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fewshot.checkpoint import Start, write_atomically
-from fewshot.evidence import figures, page
+from fewshot.evidence import figures, page, sections
 from fewshot.figures import accuracy_over_steps
 from fewshot.module import Scores
 from fewshot.report import versions, write_png
@@ -71,7 +71,7 @@ def write(
 
 
 def draw(content: dict[str, Any], shown: figures.Shown) -> dict[str, Figure]:
-    head_is_zero = content["memory"]["this_head_before"] is None
+    head_is_zero = sections.head_is_zero(content)
     return {
         "motivating_example": figures.motivating_example(content["motivating_example"], shown),
         "outer_step": figures.outer_step(content["outer_step"], shown, head_is_zero),
