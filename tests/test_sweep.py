@@ -144,6 +144,18 @@ def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config
     assert "All seeds share the test tasks" in text
 
 
+def test_a_name_is_no_formula(config, tmp_path):
+    for number, root in enumerate((r"$\broken$", "$x_{")):
+        call = ("dataset=folder", rf"dataset.name='{root}'", rf"dataset.root='{root}'")
+        make_run(tmp_path / str(number), config(*call), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
+    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    recorded = {"updates": [1], "query_support": [[[1, 0], [0, 1]]], "query_query": [[[1, 0], [0, 1]]]}
+    similar = figures.cosine_similarity({setting.label(): [recorded] for setting in settings_}, r"$\broken$")
+    drawn = figures.sweep(settings_), figures.panels(settings_, ["dataset.root"])
+    for figure in (*drawn, similar, figures.accuracy_over_steps(settings_[0].jobs[0].results, settings_[0].config)):
+        figure.draw_without_rendering()
+
+
 def test_a_band_ends_where_accuracies_do(config, tmp_path):
     for seed, accuracy in enumerate((0.1, 0.9)):
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
 from scipy.stats import t as student
 
@@ -73,7 +74,7 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
         axes.set_title(label, fontsize=9, loc="left")
         _plain(axes)
         _with_legend(figure, axes)
-    figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10)
+    figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10, parse_math=False)
     return figure
 
 
@@ -120,7 +121,7 @@ def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
                     label = setting.label(without=knobs)
                     _, updates, curve = setting.curve("zeroing_off")
                     _accuracies(axes, labels.index(label), updates, curve, label=label)
-            axes.set_title(panel_title(heading, maml), fontsize=9, loc="left")
+            axes.set_title(panel_title(heading, maml), fontsize=9, loc="left", parse_math=False)
             axes.set(xlabel="outer iteration", ylabel="query accuracy")
             axes.label_outer()
             _plain(axes)
@@ -144,10 +145,11 @@ def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
     for each in np.ravel(axes):
         handles, labels = each.get_legend_handles_labels()
         found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
-    figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
+    legend = figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
+    _as_text(legend)
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
     seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
-    figure.suptitle(f"{of}: {seeds}", fontsize=10)
+    figure.suptitle(f"{of}: {seeds}", fontsize=10, parse_math=False)
     return figure
 
 
@@ -168,9 +170,15 @@ def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
-    axes.set_title(title(config), fontsize=10)
+    axes.set_title(title(config), fontsize=10, parse_math=False)  # a dataset's name is no formula
     _plain(axes)
     return figure, axes
+
+
+def _as_text(legend: Legend) -> None:
+    """A knob's value is no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _plain(axes: Axes) -> None:
@@ -201,7 +209,8 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     heights = (3.3, 0.4 + len(runs))
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
-    figure.suptitle(f"{title}: one task, unadapted encoder; {_over_seeds(map(len, runs.values()))}", fontsize=10)
+    seeds = _over_seeds(map(len, runs.values()))
+    figure.suptitle(f"{title}: one task, unadapted encoder; {seeds}", fontsize=10, parse_math=False)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
         for number, (label, values) in enumerate(matrices[pairs].items()):
@@ -215,7 +224,7 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     handles = axes.get_legend_handles_labels()[0]
     for line, meaning in (("-", "same class"), ("--", "other class")):
         handles += axes.plot([], [], line, color="grey", label=meaning)
-    above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center")
+    _as_text(above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center"))
     _class_matrices(below, updates, matrices)
     return figure
 
@@ -254,7 +263,7 @@ def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, d
     gap = len(after)  # the column between the two kinds
     grid = figure.subplots(len(labels), 2 * gap + 1, squeeze=False, width_ratios=[1] * gap + [0.15] + [1] * gap)
     for number, (row, label) in enumerate(zip(grid, labels, strict=True)):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         row[gap].set_axis_off()
         for kind, (pairs, name) in enumerate(PAIRS):
             for place, update in enumerate(after, start=kind * (gap + 1)):
