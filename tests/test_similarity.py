@@ -116,4 +116,6 @@ def test_the_figure_shows_every_setting(seeds, updates):
     run = {"updates": updates, **{pairs: random.random((len(updates), 3, 3)).tolist() for pairs, _ in figures.PAIRS}}
     figure = figures.cosine_similarity({"random": [run] * seeds, "zeroing": [run] * seeds}, "a title")
     text = {each.get_text() for each in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
-    assert {"random", "zeroing", "same class", "other class", "a title: one task, unadapted encoder"} <= text
+    over = {1: "1 seed", 3: "mean and 95% confidence interval over 3 seeds (Student t)"}[seeds]
+    title = f"a title: one task, unadapted encoder; {over}"
+    assert {"random", "zeroing", "same class", "other class", title} <= text
