@@ -154,7 +154,7 @@ def similarity(found: dict[str, Any], shown: Shown) -> Figure:
 
 
 def memory(found: dict[str, Any], shown: Shown, head_is_zero: bool) -> Figure:
-    """Cosines of the classifier's columns and the support means, before and after one inner step."""
+    """Cosines of the classifier's columns, less their mean, and the support means, before and after one inner step."""
     cases = {
         "this_head_before": "this head, before\nthe inner step",
         "this_head_after": "this head, after\none inner step",
