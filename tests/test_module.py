@@ -88,6 +88,26 @@ def test_what_is_random_is_the_same_in_a_run_that_goes_on_and_absent_from_evalua
     assert outcome(without)["state"]["last"] != whole["state"]["last"]
 
 
+@pytest.mark.parametrize("algo", ["fomaml", "zero"])
+def test_whole_runs_of_two_engines_part_without_zeroing_and_stay_together_with_it(run, tmp_path, monkeypatch, algo):
+    """The default job's network. Every update is the same but for rounding; without zeroing training is chaotic."""
+    step, weights = module.MetaLearner.training_step, {"sequential": [], "batched": []}
+
+    def watched(self, tasks, batch_idx):
+        result = step(self, tasks, batch_idx)
+        weights[self.engine].append(torch.cat([parameter.detach().flatten() for parameter in self.parameters()]))
+        return result
+
+    monkeypatch.setattr(module.MetaLearner, "training_step", watched)
+    knobs = ("iterations=20", "val_every=20", "val_tasks=2", "test_tasks=2", "test_steps=2", "model.width=64")
+    for engine in weights:
+        run(tmp_path / engine, f"algo={algo}", f"engine={engine}", "trainer.precision=64-true", *knobs)
+    both = zip(*weights.values(), strict=True)
+    parted = [((ours - theirs).norm() / theirs.norm()).item() for theirs, ours in both]
+    assert len(parted) == 20 and max(parted[:2]) <= 1e-10
+    assert parted[19] <= 1e-8 if algo == "zero" else parted[19] > 1e-3
+
+
 def too_much(*args, **knobs):
     torch.empty(2**50)
 

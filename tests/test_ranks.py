@@ -29,23 +29,25 @@ DDP = ("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iteration
 
 
 def one_rank(rank, world, port, folder, overrides):
-    """A run as torchrun would start it, which leaves the tasks and the first outer gradient of its rank."""
+    """A run as torchrun would start it, which leaves its rank's tasks, first outer gradient and weights."""
     number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
     if world > 1:
         os.environ |= {name: str(value) for name, value in number.items()}
         os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    step, seen = MetaLearner.training_step, []
+    step, seen, weights = MetaLearner.training_step, [], []
 
     def watched(self, tasks, batch_idx):
         result = step(self, tasks, batch_idx)
         images = [task.double().numpy().tobytes() for task in tasks.query]
         seen.append((images, [parameter.grad.clone() for parameter in self.parameters()]))
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in self.parameters()]))
         return result
 
     MetaLearner.training_step = watched
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
         train.run(compose("config", overrides), overrides, folder, signals)
     torch.save(seen[0][1], folder / f"gradient_{rank}.pt")
+    torch.save(weights, folder / f"weights_{rank}.pt")
     (folder / f"tasks_{rank}.pickle").write_bytes(pickle.dumps([images for images, _ in seen]))
 
 
@@ -53,8 +55,8 @@ if __name__ == "__main__":  # a process that forks ranks, before anything has ma
     base, cache = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     common = (*SMALL, f"dataset.cache={cache}", "logger=none", *DDP)
-    for world in map(int, sys.argv[4:]):
-        call, name = [*common, *sys.argv[3].split(), f"trainer.devices={world}"], str(world)
+    for name, world, overrides in zip(sys.argv[3::3], map(int, sys.argv[4::3]), sys.argv[5::3], strict=True):
+        call = [*{o.split("=")[0]: o for o in (*common, *overrides.split(), f"trainer.devices={world}")}.values()]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -68,33 +70,43 @@ if __name__ == "__main__":  # a process that forks ranks, before anything has ma
         assert not any(process.exitcode for process in ranks)
 
 
-@pytest.fixture
-def forked(cache, tmp_path):
-    """forked(overrides, 1, 4): the folder with the runs by 1 and by 4 processes, named by their number."""
-
-    def forked(overrides, *worlds):
-        (tmp_path / "forked").mkdir()
-        call = [sys.executable, __file__, tmp_path / "forked", cache, overrides, *map(str, worlds)]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        subprocess.run(call, check=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
-        return tmp_path / "forked"
-
-    return forked
+def fork(folder, cache, *runs):
+    """Runs (name, world, overrides): each by `world` processes, into folder/name."""
+    folder.mkdir()
+    call = [sys.executable, __file__, folder, cache, *(str(word) for run in runs for word in run)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    subprocess.run(call, check=True, env=os.environ | {"PYTHONPATH": path})
 
 
-def test_ranks_share_the_meta_batch_and_agree_with_one_process(forked):
-    """With rates that are learned too and images that are augmented, which a plain run has less of."""
-    runs, world = forked("trainer.precision=64-true algo=metasgd augment=standard", 1, 4), 4
-    alone, shared = runs / "1", runs / "4"
+WORLDS = {"small": (1, 4), "fomaml": (1, 2), "zero": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+    """The folder with the same run by one process and by several, named by what it is and their number.
+
+    small: with rates that are learned too and images that are augmented, which a plain run has less of.
+    fomaml, zero: the default job's network.
+    """
+    wide = "model.width=64 val_every=20 val_tasks=2 test_tasks=2 test_steps=2"
+    calls = {"small": "algo=metasgd augment=standard", "fomaml": wide, "zero": f"{wide} algo=zero"}
+    folder = tmp_path_factory.mktemp("ranks") / "runs"
+    every = (
+        (f"{name}{world}", world, f"trainer.precision=64-true {calls[name]}")
+        for name in calls
+        for world in WORLDS[name]
+    )
+    fork(folder, cache, *every)
+    return folder
+
+
+def test_ranks_share_the_meta_batch_and_agree_with_one_process(runs):
+    alone, shared, world = runs / "small1", runs / "small4", 4
     whole = pickle.loads((alone / "tasks_0.pickle").read_bytes())
     shares = [pickle.loads((shared / f"tasks_{rank}.pickle").read_bytes()) for rank in range(world)]
     assert len(whole) == 20 and len(set(whole[0])) == 4
     for iteration, tasks in enumerate(whole):
         assert [task for share in shares for task in share[iteration]] == tasks  # disjoint, and all of them
-    expected = torch.load(alone / "gradient_0.pt")
-    for rank in range(world):
-        for ours, theirs in zip(torch.load(shared / f"gradient_{rank}.pt"), expected, strict=True):
-            assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
     ours, theirs = (read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (shared, alone))
     for name, expected in theirs.items():
         assert (ours[name] - expected).norm() <= 1e-8 * expected.norm(), name
@@ -110,7 +122,26 @@ def test_ranks_share_the_meta_batch_and_agree_with_one_process(forked):
     assert (ours["test"], ours["val"]) == (theirs["test"], theirs["val"])
 
 
-def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(program, forked, tmp_path):
+@pytest.mark.parametrize("name", WORLDS)
+def test_ranks_compute_the_gradient_of_one_process(runs, name):
+    alone, world = WORLDS[name]
+    expected = torch.load(runs / f"{name}{alone}" / "gradient_0.pt")
+    for rank in range(world):
+        for ours, theirs in zip(torch.load(runs / f"{name}{world}" / f"gradient_{rank}.pt"), expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+def test_ranks_and_one_process_part_without_zeroing_and_stay_together_with_it(runs):
+    """Every update is the same but for rounding, which training without zeroing, being chaotic, makes large."""
+    parted = {}
+    for name in ("fomaml", "zero"):
+        both = (torch.load(runs / f"{name}{world}" / "weights_0.pt") for world in WORLDS[name])
+        parted[name] = [((ours - theirs).norm() / theirs.norm()).item() for theirs, ours in zip(*both, strict=True)]
+        assert max(parted[name][:2]) <= 1e-10
+    assert parted["zero"][19] <= 1e-8 < 1e-3 < parted["fomaml"][19]
+
+
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(program, cache, tmp_path):
     """Two processes for the job of a sweep; one of them gets a real SIGKILL; one folder and one W&B run come of it."""
     sweep = tmp_path / "sweep"
     call = ("-m", *DDP, "trainer.devices=2", "seed=3", f"hydra.sweep.dir={sweep}")
@@ -134,7 +165,8 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, output + errors
     (folder,) = (path for path in sweep.iterdir() if path.is_dir())
-    ended, undisturbed = outcome(folder), outcome(forked("seed=3", 2) / "2")
+    fork(tmp_path / "forked", cache, ("undisturbed", 2, "seed=3"))
+    ended, undisturbed = outcome(folder), outcome(tmp_path / "forked" / "undisturbed")
     for content in (ended, undisturbed):
         del content["results"]["config"]
     assert ended == undisturbed
