@@ -16,7 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from conftest import outcome, rows
+from conftest import SMALL, outcome, rows
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -200,6 +200,28 @@ def test_another_configuration_is_refused_by_name(run, tmp_path, change, named):
         run(folder, change)
     with pytest.raises(UserError, match=re.escape(named)):
         run(folder, f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}", change)
+
+
+def test_a_run_keeps_the_number_that_the_yaml_files_gave_when_it_began(run, config, tmp_path):
+    """A checkpoint of commit a43819a, where algo=msl made step_losses of `iterations`: 3, and not the 300 of today."""
+    call = (*SMALL, "algo=msl", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "logger=none")
+    call = list({each.split("=")[0]: each for each in call}.values())
+    folder = run(tmp_path, *call, "algo.step_losses=3")
+    path = folder / "checkpoints" / "last.ckpt"
+
+    def goes_on(*overrides):
+        return checkpoint.find_start(config(*overrides), list(overrides), folder).cfg.algo.step_losses
+
+    with pytest.raises(UserError, match=r"algo.step_losses=300: .* was trained with algo.step_losses=3;"):
+        goes_on(*call)  # the call that began the run names it
+    content = torch.load(path, weights_only=True)
+    content["fewshot"]["overrides"].remove("algo.step_losses=3")
+    torch.save(content, path)
+    assert goes_on(*call) == goes_on(*call, "iterations=9") == goes_on(f"checkpoint={path}", "iterations=9") == 3
+    for change, said in (("algo.step_losses=4", "4"), ("algo=fomaml", "null")):
+        for beginning in (call, [f"checkpoint={path}"]):
+            with pytest.raises(UserError, match=rf"algo.step_losses={said}: .* with algo.step_losses=3;"):
+                goes_on(*(each for each in beginning if each != "algo=msl" or change != "algo=fomaml"), change)
 
 
 def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):

@@ -39,6 +39,8 @@ FREE = (
     "trainer.max_steps",
     "iterations",
 )
+# Numbers that the YAML files gave otherwise at commit a43819a: a run that neither call names one for keeps its own.
+CHANGED_DEFAULTS = ("algo.step_losses",)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -223,10 +225,21 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             OmegaConf.resolve(cfg)  # what is checked is what will be called
             _refuse_unnamed(cfg, stored, asked, path)
     if cfg.fit:
-        if not any(each.startswith("algo.step_losses=") for each in overrides):  # by default a share of iterations
-            cfg.algo.step_losses = content["fewshot"]["config"]["algo"].get("step_losses")
+        _keep_old_defaults(cfg, [*overrides, *content["fewshot"]["overrides"]], content["fewshot"]["config"])
         refuse_difference(cfg, content["fewshot"]["config"], path)
     return Start(cfg, overrides, path, content)
+
+
+def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any]) -> None:
+    """Gives cfg the numbers of CHANGED_DEFAULTS that it was trained with, where no call names one and both have one.
+
+    calls: the overrides of this call and of the one that began the run.
+    """
+    stored = dict(leaves(trained))
+    for key in CHANGED_DEFAULTS:
+        named = any(override.lstrip("+").startswith(f"{key}=") for override in calls)
+        if not named and isinstance(OmegaConf.select(cfg, key), int) and isinstance(stored.get(key), int):
+            OmegaConf.update(cfg, key, stored[key])
 
 
 def _check_call(stored: list[str], path: Path) -> None:

@@ -42,7 +42,6 @@ def _job_number(number: int | None) -> str:
 
 RESOLVERS = {
     "at_least": max,
-    "share_of": lambda share, number: max(1, round(share * number)),
     "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: a class in four directions
     "run_folder": _run_folder,
     "job_folder": job_folder,
