@@ -61,7 +61,7 @@ class MetaLearner(pl.LightningModule):
 
     Args:
         network: has .encoder and .head.
-        engine: "sequential" (learn2learn, task after task), "batched" (all at once) or "auto"; the same numbers.
+        engine: "sequential" (learn2learn, task after task), "batched" (all at once) or "auto"; the same gradients.
         inner_lr: eta.
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
