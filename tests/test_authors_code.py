@@ -21,7 +21,7 @@ from fewshot.module import MetaLearner
 from fewshot.tasks import Task
 
 FIGURES = json.loads((Path(__file__).parent / "authors_code.json").read_text())
-WAYS, TASKS, QUERIES, INNER_LR = 5, 2, 3, 0.4
+WAYS, TASKS, QUERIES, INNER_LR = 5, 2, 3, FIGURES["inner_lr"]
 # All parameters: four blocks of convolution (weight, bias) and BatchNorm (weight, bias), then the head.
 SHAPES = [(64, 1, 3, 3), (64,), (64,), (64,)] + 2 * [(64, 64, 3, 3), (64,), (64,), (64,)]
 SHAPES += [(64, 64, 2, 2), (64,), (64,), (64,), (WAYS, 64), (WAYS,)]
