@@ -99,7 +99,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """Twelve: Omniglot and photos as the paper trains on them, in both orders."""
+    """Twelve: Omniglot and photos as the paper's released code trains on them, in both orders."""
     omniglot, photos = (conv4_strided, 1, 28), (partial(conv4_pooled, width=32), 3, 84)
     shapes = [
         ("omniglot 5w1s", *omniglot, 32, 5, 1, 1, 0.4),
