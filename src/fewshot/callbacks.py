@@ -14,11 +14,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
-from fewshot.checkpoint import write_atomically
 from fewshot.config import MODES
 from fewshot.distributed import max_over_ranks
 from fewshot.errors import UserError
 from fewshot.evidence.similarity import class_similarities
+from fewshot.files import write_atomically
 from fewshot.models import zero_head
 from fewshot.module import Scores
 from fewshot.report import write_metrics

@@ -4,7 +4,6 @@ A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of 
 the classes and images that it used.
 """
 
-import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from fewshot.config import GROUPS, check_overrides, settings
 from fewshot.errors import UserError, shown, some
+from fewshot.files import write_atomically
 from fewshot.tasks import SPLITS
 
 # May differ between a run and its continuation: where things lie and where they are reported to.
@@ -51,26 +51,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         return read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls write(file) on a temporary binary file beside `path` and renames it: a reader sees all of it or nothing.
-
-    Raises:
-        UserError: no space or no permission; what was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); make room there or name another folder") from error
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fewshot import ranks
 from fewshot.config import check_integer
 from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
+from fewshot.files import write_atomically
 
 
 @contextmanager
@@ -49,9 +50,9 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
         if job is not None:
             text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
             sys.stderr.write(f"{text}\n")
-            with suppress(OSError):  # a full disk is no reason to end the sweep
+            with suppress(UserError):  # a full disk is no reason to end the sweep
                 if not isinstance(error, AtWork):
-                    (job / "error.txt").write_text(f"{text}\n")
+                    write_atomically(job / "error.txt", lambda file: file.write(f"{text}\n".encode()))
             if ranks.launcher():
                 raise SystemExit(1) from None  # the other ranks wait for this one, until the launcher ends them
         elif expected:

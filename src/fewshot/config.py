@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fewshot import ranks
-from fewshot.errors import UserError, nearest, shown
+from fewshot.errors import AtWork, UserError, nearest, shown
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -31,8 +31,14 @@ def job_folder(overrides: list[str]) -> str:
 
 
 def _first_call(folder: str) -> str | None:
-    """Hydra's record of the call, only where no run has been yet, and from one process."""
-    return None if ranks.rank() or (Path(folder) / "checkpoints" / "last.ckpt").exists() else ".hydra"
+    """Hydra's record of the call, only where no run has been yet or is at work, and from one process."""
+    if ranks.rank() or (Path(folder) / "checkpoints" / "last.ckpt").exists():
+        return None
+    try:
+        with ranks.locked(Path(folder)):
+            return ".hydra"
+    except AtWork:  # main will say so, in one line
+        return None
 
 
 def _job_number(number: int | None) -> str:
@@ -49,7 +55,7 @@ RESOLVERS = {
     "first_call": _first_call,
 }
 for _name, _resolver in RESOLVERS.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True, use_cache=_name == "first_call")
 
 
 INTEGERS = {  # knob: smallest value

@@ -29,7 +29,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save
 
-    from fewshot.checkpoint import read, write_atomically
+    from fewshot.checkpoint import read
+    from fewshot.files import write_atomically
     from fewshot.pretrained import CONFIG, WEIGHTS, portable
 
     content = read(checkpoint)

@@ -1,6 +1,5 @@
 """What Hydra calls before and after a run or a sweep."""
 
-import os
 import shutil
 import subprocess
 import time
@@ -12,7 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from fewshot import ranks
+from fewshot import files, ranks
 from fewshot.command import one_line_errors
 from fewshot.config import check_overrides, job_folder
 from fewshot.errors import UserError
@@ -28,7 +27,8 @@ class OutputFolder(Callback):
             named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
             if ranks.launcher() and not named and not (config.checkpoint and config.fit):
                 raise UserError(f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder")
-            _check_writable("hydra.run.dir", Path(config.hydra.run.dir))
+            files.refuse_links(Path(config.hydra.run.dir))
+            files.check_writable("hydra.run.dir", Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A knob that does not exist ends a sweep before its first job; Hydra sees to those without a +."""
@@ -39,7 +39,8 @@ class OutputFolder(Callback):
                     "trainer=ddp trainer.devices=N"
                 )
             check_overrides([*config.hydra.overrides.task, *(f"{key}=" for key in config.hydra.sweeper.params or ())])
-            _check_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
+            files.refuse_links_of_jobs(Path(config.hydra.sweep.dir))
+            files.check_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
             if config.hydra.launcher._target_.endswith("SlurmLauncher"):
                 if not (shutil.which("sbatch") and shutil.which("srun")):
                     raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
@@ -94,8 +95,8 @@ def _adapt_submitit(sweep: Path) -> None:
                 state = "cancelled, or lost with its node" if self.state == "UNKNOWN" else self.state
                 overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
                 error = sweep / job_folder(overrides) / "error.txt"
-                error.parent.mkdir(parents=True, exist_ok=True)
-                error.write_text(f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n")
+                line = f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n"
+                files.write_atomically(error, lambda file: file.write(line.encode()))
                 return [JobReturn(_return_value=0.0, status=JobStatus.COMPLETED)]
 
     submit = slurm.SlurmExecutor._submit_command
@@ -108,13 +109,3 @@ def _adapt_submitit(sweep: Path) -> None:
 
     slurm.SlurmExecutor._submit_command = submit_or_end
     slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs
-
-
-def _check_writable(knob: str, folder: Path) -> None:
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(2**16))  # an empty file fits on a full disk
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{knob}={folder}: cannot be written ({error.strerror}); name a folder that can") from None

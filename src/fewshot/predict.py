@@ -160,7 +160,7 @@ def run(
             raise UserError(f"{knob}={path}: no such file or folder")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot import figures
-    from fewshot.checkpoint import write_atomically
+    from fewshot.files import write_atomically
     from fewshot.pretrained import load
     from fewshot.report import write_png
 
@@ -268,7 +268,7 @@ def _shown(pixels: "Tensor") -> np.ndarray:
 
 
 def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
-    from fewshot.checkpoint import write_atomically
+    from fewshot.files import write_atomically
 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])

@@ -4,11 +4,9 @@ torchrun and srun start them too; then `train.py` is each of them. Rank 0 writes
 """
 
 import ctypes
-import fcntl
 import json
 import logging
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -21,7 +19,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from fewshot.errors import AtWork, Stopped, UserError
+from fewshot import files
+from fewshot.errors import Stopped, UserError
 
 PARENT = "FEWSHOT_PARENT"  # in the environment of the processes that start() starts: its own process number
 RANKS_LOCK = ".lock-ranks"
@@ -77,20 +76,7 @@ def locked(folder: Path, name: str | None = None) -> Iterator[None]:
     if rank():
         yield  # rank 0 holds it
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / (name or (RANKS_LOCK if PARENT in os.environ else ".lock")), "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise AtWork(
-                f"hydra.run.dir={folder}: {file.read().strip()} is at work on this run; wait for it or end it"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    with files.locked(folder / (name or (RANKS_LOCK if PARENT in os.environ else ".lock"))):
         yield
 
 

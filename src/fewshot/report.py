@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from fewshot import figures, ranks
-from fewshot.checkpoint import refuse_difference, write_atomically
+from fewshot.checkpoint import refuse_difference
 from fewshot.config import MODES, settings
 from fewshot.errors import UserError
+from fewshot.files import write_atomically
 from fewshot.logger import summarise
 from fewshot.module import Scores
 

@@ -21,11 +21,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import figures, labels
-from fewshot.checkpoint import leaves, write_atomically
+from fewshot.checkpoint import leaves
 from fewshot.command import one_line_errors
 from fewshot.config import MODES
 from fewshot.config import settings as resolved
 from fewshot.errors import UserError, shown
+from fewshot.files import write_atomically
 from fewshot.report import read_metrics, write_png
 
 log = logging.getLogger(__name__)

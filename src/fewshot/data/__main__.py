@@ -60,8 +60,8 @@ def show(overrides: list[str]) -> None:
     if len(out) != 1 or out[0].suffix.lower() != ".png":
         raise UserError(f"out={', '.join(map(str, out)) or 'null'}: give out=FILE.png, the contact sheet to be written")
     _, splits = read_images([override for override in overrides if not override.startswith("out=")])
-    from fewshot.checkpoint import write_atomically
     from fewshot.data.sheet import contact_sheet
+    from fewshot.files import write_atomically
 
     write_atomically(out[0], partial(contact_sheet(splits).save, format="PNG"))
     print(f"Written to {out[0]}")

@@ -7,14 +7,12 @@ the pixels, about a second for each gigabyte, and then maps the file: the system
 Shapes: M images of a split, N its classes, C x H x W one image.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewshot.data.lock import alone
+from fewshot.files import replacing
 from fewshot.tasks import Split
 
 log = logging.getLogger(__name__)
@@ -153,22 +152,13 @@ def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
 
 def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]]) -> bool:
     """Whether the file could be written."""
-    # A name of its own for each process, moved into place whole: whoever is last wins, with the same content.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
+        with replacing(path) as file:
             _write(file, key, build())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
         return True
     except OSError as error:
         log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
         return False
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> None:

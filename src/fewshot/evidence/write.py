@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fewshot.checkpoint import Start, write_atomically
+from fewshot.checkpoint import Start
 from fewshot.evidence import figures, page, sections
 from fewshot.figures import accuracy_over_steps
+from fewshot.files import write_atomically
 from fewshot.module import Scores
 from fewshot.report import versions, write_png
 from fewshot.tasks import Task

@@ -1,0 +1,130 @@
+"""Files are written whole, by one process at a time, and never through a link that somebody else left."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fewshot import files, ranks
+from fewshot.data import cache
+from fewshot.errors import AtWork, UserError
+
+
+def test_a_link_beside_a_file_is_not_written_through(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    folder.mkdir()
+    for name in (".report.html.part", "report.html", ".probe-1"):
+        (folder / name).symlink_to(victim)
+    files.write_atomically(folder / "report.html", lambda file: file.write(b"foreign"))
+    files.check_writable("hydra.run.dir", folder)
+    assert victim.read_text() == "mine" and (folder / "report.html").read_text() == "foreign"
+    assert sorted(path.name for path in folder.iterdir()) == [".probe-1", ".report.html.part", "report.html"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evidence", "figures", ".hydra", ".hydra/config.yaml", "train.log"])
+def test_a_link_in_place_of_a_runs_own_folder_or_file_is_refused(tmp_path, name):
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    path = tmp_path / "run" / name
+    if name == ".hydra":
+        path.rmdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    line = f"{path}: is a link to {tmp_path / 'elsewhere'}; a run writes in its own folder alone, so remove it"
+    for check, folder in ((files.refuse_links, "run"), (files.refuse_links_of_jobs, ".")):
+        with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+            check(tmp_path / folder)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_file_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / ".lock").symlink_to(tmp_path / "victim")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / ".lock")
+    for name in ("link", "pipe"):
+        with pytest.raises(UserError, match=r"\.lock: .*remove it$"), ranks.locked(tmp_path / name):
+            pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_two_writers_at_once_never_give_a_torn_file(tmp_path):
+    path, stop, seen = tmp_path / "metrics.csv", threading.Event(), set()
+    files.write_atomically(path, lambda file: file.write(b"0" * 2**18))
+
+    def write(letter):
+        for _ in range(40):
+            files.write_atomically(path, lambda file: [file.write(letter * 2**16) for _ in range(4)])
+
+    def read():
+        while not stop.is_set():
+            content = path.read_bytes()
+            seen.add((len(content), len(set(content))))
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in (b"1", b"2")]
+    reader = threading.Thread(target=read)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    reader.join()
+    assert seen == {(2**18, 1)}
+    assert [each.name for each in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file_is_not(tmp_path):
+    """One is killed while it writes a cache file, one lives."""
+    path = tmp_path / "images.bin"
+    code = (
+        "import sys, time; from pathlib import Path; from fewshot.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'part'); file.flush(); print('now', flush=True); time.sleep(600)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert all(writer.stdout.readline() for writer in writers)
+        assert len(list(tmp_path.iterdir())) == 2
+        writers[0].kill()
+        writers[0].wait()
+        assert cache._save(path, "key", dict)
+        assert len(list(tmp_path.iterdir())) == 2  # the cache file, and what the other one is writing
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+
+
+@pytest.mark.parametrize("gone", ["folder", "lock", "replaced"])
+def test_a_run_whose_folder_was_removed_ends_in_one_line_and_makes_it_anew_nowhere(tmp_path, gone):
+    folder = tmp_path / "run"
+    with ranks.locked(folder):
+        files.write_atomically(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"1"))
+        if gone == "lock":
+            (folder / ".lock").unlink()
+        else:
+            shutil.rmtree(folder)
+        if gone == "replaced":
+            with ranks.locked(folder):
+                pass
+        with pytest.raises(UserError, match=rf"^hydra\.run\.dir={folder}: was removed or replaced during the run"):
+            files.write_atomically(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"2"))
+    assert folder.exists() == (gone != "folder")
+    assert (folder / "checkpoints" / "last.ckpt").exists() == (gone == "lock")
+    with ranks.locked(folder):  # and the folder is free for another run
+        files.write_atomically(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"3"))
+
+
+def test_a_refused_call_leaves_the_record_of_the_run_that_is_going_on(config, tmp_path):
+    def record():
+        return config(f"+record=${{first_call:{tmp_path}}}").record
+
+    with ranks.locked(tmp_path):
+        assert record() is None
+        with pytest.raises(AtWork), ranks.locked(tmp_path):
+            pass
+    assert record() == ".hydra"
