@@ -378,10 +378,37 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(run, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, tmp_path):
-    with pytest.raises(UserError, match=r"train/loss=nan at iteration \d+: .*last\.ckpt"):
-        run(tmp_path / "run", "inner_lr=1e30", "iterations=20")
+    with pytest.raises(UserError, match=r"train/loss=nan at iteration \d+: lower .*outer_lr; .*last\.ckpt"):
+        run(tmp_path / "run", "outer_lr=1e30", "iterations=20", "val_every=20", "trainer.log_every_n_steps=2")
     kept = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("knob", "line"),
+    [
+        ("inner_lr=1e6", "val at iteration 0: .* not finite numbers after inner step [12]; lower inner_lr"),
+        ("inner_lr=1e30", "val at iteration 0: .* not finite numbers after inner step [12]; lower inner_lr"),
+        ("dataset.mean=[1e38]", "val at iteration 0: .* not finite numbers after inner step 0; .*dataset.mean"),
+        ("init_scale=1e39", "the weights are not finite after iteration 0: lower init_scale"),
+    ],
+)
+def test_what_is_not_finite_from_the_start_names_its_knob_and_is_never_the_best_model(run, tmp_path, knob, line):
+    with pytest.raises(UserError, match=f"^{line}") as error:
+        run(tmp_path / "run", knob)
+    assert "last.ckpt" not in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_test_whose_numbers_are_not_finite_is_one_line_and_not_chance(run, trained, tmp_path):
+    best = trained / "checkpoints" / "best.ckpt"
+    with pytest.raises(UserError, match="val_tasks=2: .* not finite numbers after inner step 1; lower inner_lr"):
+        run(tmp_path / "test", f"checkpoint={best}", "fit=false", "inner_lr=1e30")
+    content = torch.load(best, weights_only=True)
+    content["state_dict"]["network.head.weight"][0, 0] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match="weights that are not finite numbers"):
+        run(tmp_path / "test", f"checkpoint={tmp_path / 'nan.ckpt'}", "fit=false")
+    assert not (tmp_path / "test" / "results.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "pickle"])

@@ -20,7 +20,7 @@ from fewshot.errors import UserError
 from fewshot.evidence.similarity import class_similarities
 from fewshot.files import write_atomically
 from fewshot.models import zero_head
-from fewshot.module import Scores
+from fewshot.module import diverged
 from fewshot.report import write_metrics
 from fewshot.signals import Signals
 
@@ -103,7 +103,7 @@ class Record(pl.Callback):
 
     def _diverged(self, what: str) -> UserError:
         kept = self._folder / "checkpoints" / "last.ckpt"
-        return UserError(f"{what}: lower inner_lr or outer_lr; the last good checkpoint is {kept}")
+        return UserError(what + (f"; the last good checkpoint is {kept}" if kept.exists() else ""))
 
     def _due(self, trainer: pl.Trainer, every: int | None) -> bool:
         return every is not None and (trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps)
@@ -111,11 +111,12 @@ class Record(pl.Callback):
     def _record(self, trainer: pl.Trainer, module: pl.LightningModule, row: dict[str, float]) -> None:
         validate = self._due(trainer, self.val_every)
         if not all(parameter.isfinite().all() for parameter in module.parameters()):
-            raise self._diverged(f"the weights are not finite after iteration {row['iteration']}")
+            remedy = "lower inner_lr or outer_lr" if row["iteration"] else "lower init_scale or inner_lr"
+            raise self._diverged(f"the weights are not finite after iteration {row['iteration']}: {remedy}")
         if self._due(trainer, self.test_every):
-            row |= _named("test", module.evaluate(trainer.datamodule.fixed("test", self.test_curve_tasks)))
+            row |= self._evaluated("test", trainer, module, self.test_curve_tasks)
         if validate:
-            row |= _named("val", module.evaluate(trainer.datamodule.fixed("val", self.val_tasks)))
+            row |= self._evaluated("val", trainer, module, self.val_tasks)
             if self.probes:
                 validation = trainer.datamodule.fixed("val", self.val_tasks, shared=False)
                 row |= {f"probe/{name}": value for name, value in module.probes(validation).items()}
@@ -124,6 +125,18 @@ class Record(pl.Callback):
             logger.log_metrics(row, step=int(row["iteration"]))
         if validate:
             self._write(trainer, row, row[f"val/query_accuracy/step_{module.inner_steps}"])
+
+    def _evaluated(self, split: str, trainer: pl.Trainer, module: pl.LightningModule, tasks: int) -> dict[str, float]:
+        """The per-step accuracies under the names of metrics.csv and W&B."""
+        results = module.evaluate(trainer.datamodule.fixed(split, tasks))
+        start = "lower outer_lr" if trainer.global_step else "lower init_scale, or check dataset.mean and dataset.std"
+        if what := diverged(results, module.inner_steps, start):
+            raise self._diverged(f"{split} at iteration {trainer.global_step}: {what}")
+        return {
+            f"{split}{MODES[mode]}/query_accuracy/step_{step}": accuracy
+            for mode, scores in results.items()
+            for step, accuracy in enumerate(scores.accuracy)
+        }
 
     def _write(self, trainer: pl.Trainer, row: dict[str, float], accuracy: float) -> None:
         better = accuracy > self.best_accuracy  # the earliest wins ties
@@ -145,17 +158,8 @@ class Record(pl.Callback):
         self._pending.clear()
         for number, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                raise self._diverged(f"train/loss={loss} at iteration {number}")
+                raise self._diverged(f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr")
         return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}
-
-
-def _named(split: str, results: dict[str, Scores]) -> dict[str, float]:
-    """The per-step accuracies under the names of metrics.csv and W&B."""
-    return {
-        f"{split}{MODES[mode]}/query_accuracy/step_{step}": accuracy
-        for mode, scores in results.items()
-        for step, accuracy in enumerate(scores.accuracy)
-    }
 
 
 class CosineSimilarity(pl.Callback):

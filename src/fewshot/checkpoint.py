@@ -156,7 +156,7 @@ class Start:
 
 
 def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
-    """Raises UserError naming the first tensor in which the weights found at path are not those of the module.
+    """Raises UserError naming the first tensor in which the weights found at path are not those of the module, or NaN.
 
     trained: the configuration found beside them.
     """
@@ -169,6 +169,8 @@ def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Pat
                 f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']} "
                 f"algo.learned_inner_lr={shown(trained['algo'].get('learned_inner_lr', False))}"
             )
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"checkpoint={path}: has weights that are not finite numbers, with which nothing can be done")
 
 
 def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:

@@ -4,6 +4,7 @@ Shapes: B tasks, N inner steps while training, T while testing.
 """
 
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,19 @@ class Scores(NamedTuple):
         values = accuracies.cpu().double()
         ci95 = 1.96 * values.std(dim=0) / len(values) ** 0.5
         return cls(len(values), *([round(value, 6) for value in each.tolist()] for each in (values.mean(dim=0), ci95)))
+
+
+def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
+    """After which inner step the logits of some task were not finite, and what would help; None: after none.
+
+    start: what would help where they were not before any inner step.
+    """
+    bad = [step for scores in results.values() for step, each in enumerate(scores.accuracy) if math.isnan(each)]
+    if not bad:
+        return None
+    remedy = "lower inner_lr" if min(bad) else start
+    remedy += f", or use test_steps={min(bad) - 1}" if min(bad) > inner_steps else ""
+    return f"the logits of some task are not finite numbers after inner step {min(bad)}; {remedy}"
 
 
 def step_weights(steps: int, done: float) -> list[float]:
@@ -243,6 +257,8 @@ class MetaLearner(pl.LightningModule):
             chunks = of_all_ranks(chunks)
             self.tested[split] = {mode: torch.cat([each[mode] for each in chunks]) for mode in MODES}
             self.results[split] = {mode: Scores.of(each) for mode, each in self.tested[split].items()}
+            if what := diverged(self.results[split], self.inner_steps, "check dataset.mean and dataset.std"):
+                raise UserError(f"{split}_tasks={len(self.tested[split]['zeroing_on'])}: {what}")
 
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
         """{mode: (B, T + 1); the two are one computation where the head they begin with is zero already}"""

@@ -3,6 +3,7 @@
 Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -50,9 +51,13 @@ class Task(NamedTuple):
 
 
 def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,)."""
-    shares = {"average": "micro", "multidim_average": "samplewise"}
-    return multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], validate_args=False, **shares)
+    """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,).
+
+    NaN where a logit of the task is not finite: whichever was then called the largest would count as chance.
+    """
+    knobs = {"average": "micro", "multidim_average": "samplewise", "validate_args": False}
+    shares = multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], **knobs)
+    return shares.masked_fill(~logits.isfinite().all(dim=2).all(dim=1), math.nan)
 
 
 class TaskSampler:
