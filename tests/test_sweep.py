@@ -367,7 +367,7 @@ def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp
     assert [row[1] for row in rows if row[3] == "off"] == results["test"]["zeroing_off"]["accuracy"]
     alone = run(tmp_path / "alone", "seed=3")
     assert outcome(alone)["state"] == outcome(file.parents[2])["state"]
-    assert re.search("^#0 iteration", output, re.MULTILINE) and re.search("^#1 iteration", output, re.MULTILINE)
+    assert all(re.search(f"^#{number} engine=auto: ", output, re.MULTILINE) for number in (0, 1))
 
 
 def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(program, tmp_path):

@@ -401,7 +401,7 @@ def test_what_is_not_finite_from_the_start_names_its_knob_and_is_never_the_best_
 
 def test_a_test_whose_numbers_are_not_finite_is_one_line_and_not_chance(run, trained, tmp_path):
     best = trained / "checkpoints" / "best.ckpt"
-    with pytest.raises(UserError, match="val_tasks=2: .* not finite numbers after inner step 1; lower inner_lr"):
+    with pytest.raises(UserError, match=r"val_tasks=2: .* not finite numbers after inner step 1; lower inner_lr"):
         run(tmp_path / "test", f"checkpoint={best}", "fit=false", "inner_lr=1e30")
     content = torch.load(best, weights_only=True)
     content["state_dict"]["network.head.weight"][0, 0] = torch.nan

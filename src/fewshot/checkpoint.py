@@ -19,6 +19,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from fewshot.checkpoint_file import read, refuse_unresumable
 from fewshot.config import GROUPS, check_overrides, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.files import write_atomically
@@ -53,25 +54,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this program; only tensors and plain data are ever unpickled.
-
-    Raises:
-        UserError: missing, truncated, or not one of this program's.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint={path}: no such file") from None
-    except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
-        raise UserError(
-            f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
-        ) from None
-    if not isinstance(checkpoint, dict) or "fewshot" not in checkpoint:
-        raise UserError(f"checkpoint={path}: was not written by this program")
-    return checkpoint
-
-
 class Describe(pl.Callback):
     """Puts what describes the run (configuration, call, logger run, splits) into every checkpoint."""
 
@@ -80,6 +62,10 @@ class Describe(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["fewshot"] = self.description
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.training:
+            refuse_unresumable(checkpoint, trainer, module)
 
 
 @dataclass(frozen=True)
@@ -297,9 +283,10 @@ def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested dicts and lists; a `_target_` that is a dict or list is a value too."""
+    """(dotted key, value) of nested dicts, lists and tuples; a `_target_` that is one of them is a value too."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        if not isinstance(value, dict | list) or key == "_target_":
+        nested = isinstance(value, dict | list | tuple)
+        if not nested or key == "_target_":
             yield f"{prefix}{key}", value
-        if isinstance(value, dict | list):
+        if nested:
             yield from entries(value, f"{prefix}{key}.")

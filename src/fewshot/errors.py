@@ -28,6 +28,13 @@ def shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
+def printable(text: str) -> str:
+    """Text of others as a terminal, a file in UTF-8 and a figure can take it: what has no glyph becomes its escape."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
+
+
 def some(names: list[str], shown: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -4,7 +4,6 @@ Writes model.safetensors, config.yaml and a model card, README.md, into FOLDER; 
 pickle, no optimiser state, no paths of the machine that trained.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from fewshot.command import one_line_errors, words
 from fewshot.config import MODES
 from fewshot.errors import UserError, shown
+from fewshot.files import expanded
 
 CARD = "README.md"
 
@@ -49,13 +49,15 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, str]:
     """results.json of the checkpoint's run if it was this model that was tested; else None and why not."""
+    from fewshot import stored
+
     path = checkpoint.absolute().parent.parent / "results.json"
-    try:
-        results = json.loads(path.read_text())
-        tested = results["best_iteration"]
-    except OSError:
+    if not path.exists():
         return None, "the checkpoint was exported without a results.json beside its folder"
-    except (ValueError, LookupError, TypeError):
+    try:
+        results = stored.read_results(path)
+        tested = results["best_iteration"]
+    except (UserError, KeyError):
         return None, "the results.json beside the checkpoint's folder cannot be read"
     if tested != iteration:
         return None, f"the results beside it are of outer update {tested}, this model is of {iteration}"
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         needed = {"checkpoint": "RUN/checkpoints/best.ckpt", "out": "FOLDER"}
         given = words(arguments, needed, needed)
-        export(Path(given["checkpoint"]).expanduser(), Path(given["out"]).expanduser())
+        export(*(expanded(knob, given[knob]) for knob in ("checkpoint", "out")))
         print(f"Written to {given['out']}; fewshot.load reads it")
 
 

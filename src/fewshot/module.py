@@ -127,8 +127,12 @@ class MetaLearner(pl.LightningModule):
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
         """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
+        network = instantiate(cfg.model.network)
+        encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
+        if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
+            raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
         return cls(
-            instantiate(cfg.model.network),
+            network,
             engine=engine,
             inner_lr=cfg.inner_lr,
             inner_steps=cfg.inner_steps,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from PIL import Image
@@ -17,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewshot import checkpoint
+from fewshot import checkpoint, stored
+from fewshot.checkpoint_file import check_weights, read
 from fewshot.data.images import decode, square
 from fewshot.errors import UserError
+from fewshot.files import expanded, is_regular
 from fewshot.module import MetaLearner
 
 Picture = Image.Image | np.ndarray | Tensor | bytes
@@ -127,20 +130,35 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     Raises:
         UserError: nothing there that can be read, weights that do not fit, or a network from elsewhere without trust.
     """
-    path = Path(path).expanduser()
+    path = expanded("checkpoint", path)
     if path.is_dir():
         config, weights = _read_folder(path)
     else:
-        content = checkpoint.read(path)
+        content = read(path)
         config, weights = portable(content["fewshot"]["config"]), content["state_dict"]
-    config = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list there, as what is called will be
     if not trust:
         _refuse_foreign(config, path)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
-        learner = MetaLearner.from_config(OmegaConf.create(config), engine="sequential")
+    config = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list
+    stored.check_config(f"checkpoint={path}", config)
+    stored.check(f"checkpoint={path}", config, stored.MODEL)
+    network, data = config["model"]["network"], config["dataset"]
+    for knob in ("size", "channels"):
+        if network.get(knob, data[knob]) != data[knob]:
+            raise UserError(
+                f"checkpoint={path}: model.network.{knob} is {stored.brief(network[knob])}, and dataset.{knob} "
+                f"{data[knob]}; they must be the same"
+            )
+    # A network of fewshot.models takes no memory until its shapes are known to be those of the weights.
+    place = "meta" if _own(network["_target_"]) else "cpu"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(place):  # the initial weights are drawn, and replaced
+            learner = MetaLearner.from_config(OmegaConf.create(config), engine="sequential")
+    except InstantiationException as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"checkpoint={path}: its model.network cannot be made ({reason})") from None
     checkpoint.refuse_misfit(weights, config, path, learner)
     learner.load_state_dict(weights, assign=True)  # assigned, they stay float64 where they are
-    return Pretrained(learner.eval(), Preprocess.from_config(config["dataset"]), config)
+    return Pretrained(learner.eval(), Preprocess.from_config(data), config)
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
@@ -159,23 +177,22 @@ def portable(config: dict[str, Any]) -> dict[str, Any]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a shared folder."""
     for name in (WEIGHTS, CONFIG):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise UserError(
                 f"checkpoint={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
                 "RUN/checkpoints/best.ckpt"
             )
+        is_regular("checkpoint", folder / name)
+    config = stored.read_yaml(folder / CONFIG)
+    stored.check(f"checkpoint={folder / CONFIG}", config, {})
+    stored.check_plain(f"checkpoint={folder / CONFIG}", config)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(
             f"checkpoint={folder / WEIGHTS}: cannot be read, truncated or no safetensors ({error})"
         ) from None
-    except Exception as error:  # whatever a foreign or truncated file makes of the YAML parser
-        reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint={folder}: cannot be read ({type(error).__name__}: {reason})") from None
-    if not isinstance(config, dict) or not {"model", "dataset", "algo", "ways"} <= config.keys():
-        raise UserError(f"checkpoint={folder / CONFIG}: is not the configuration of a run")
+    check_weights(f"checkpoint={folder / WEIGHTS}", weights)
     return config, weights
 
 

@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
-from fewshot import figures, ranks
+from fewshot import figures, ranks, stored
 from fewshot.checkpoint import refuse_difference
 from fewshot.config import MODES, settings
 from fewshot.errors import UserError
 from fewshot.files import write_atomically
 from fewshot.logger import summarise
 from fewshot.module import Scores
+from fewshot.stored import read_text
 
 PACKAGES = (
     "fewshot",
@@ -54,14 +55,22 @@ def _column_order(name: str) -> tuple[int, str, int]:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.csv as {metric: [(iteration, value), ...]}."""
+    """metrics.csv as {metric: [(iteration, value), ...]}.
+
+    Raises:
+        UserError: it cannot be read, or is not of that form.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            iteration = int(row.pop("iteration"))
+    try:
+        for row in csv.DictReader(io.StringIO(read_text(path, 2**28), newline="")):
+            if "iteration" not in row or None in row:
+                raise ValueError("a row of another length than the first, or no column of that name")
+            iteration = int(row.pop("iteration") or "")
             for name, value in row.items():
                 if value:
                     curves.setdefault(name, []).append((iteration, float(value)))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     return curves
 
 
@@ -75,8 +84,17 @@ def versions() -> dict[str, str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """results.json"""
-    return json.loads((folder / "results.json").read_text())
+    """results.json of a finished run.
+
+    Raises:
+        UserError: it cannot be read, or lacks something.
+    """
+    path = folder / "results.json"
+    results = stored.read_results(path)
+    stored.check(str(path), results, {"val": stored.SCORES, "best_iteration": stored.integer(0)})
+    if len(results["val"]["zeroing_off"]["accuracy"]) <= results["config"]["inner_steps"]:
+        raise UserError(f"{path}: val has no accuracy after inner_steps={results['config']['inner_steps']}")
+    return results
 
 
 def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:

@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot import figures, labels
+from fewshot import figures, labels, stored
 from fewshot.checkpoint import leaves
 from fewshot.command import one_line_errors
 from fewshot.config import MODES
 from fewshot.config import settings as resolved
-from fewshot.errors import UserError, shown
+from fewshot.errors import UserError, printable, shown
 from fewshot.files import write_atomically
 from fewshot.report import read_metrics, write_png
 
@@ -177,19 +177,37 @@ def _read_job(folder: Path) -> Job | None:
     """None where there has been no run."""
     paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
     result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
-    error = (failed.read_text().strip().splitlines() or ["an empty error.txt"])[-1] if failed else None
+    error = _last_line(failed) if failed else None
     if not (result_file or begun):
         return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
     try:
-        results = json.loads(result_file.read_text()) if result_file else None
-        config = results["config"] if results else resolved(OmegaConf.load(begun))
+        results = stored.read_results(result_file) if result_file else None
+        config = results["config"] if results else _begun(begun)
         curves = read_metrics(metrics) if metrics else {}
-        if results:
-            results["test"]["zeroing_off"], results["test"]["zeroing_on"]
-        _identity(config), config["seed"], labels.title(config)
-    except (KeyError, TypeError, ValueError, AttributeError, OmegaConfBaseException) as problem:
-        return Job(folder, {}, None, {}, error or f"cannot be read as a run ({type(problem).__name__})")
+    except UserError as problem:
+        return Job(folder, {}, None, {}, error or f"cannot be read as a run ({problem})")
     return Job(folder, config, results, curves, error)
+
+
+def _last_line(path: Path) -> str:
+    """Of error.txt, as far as it can be printed."""
+    try:
+        lines = [printable(line) for line in stored.read_text(path, 2**24).split("\n") if line.strip()]
+    except UserError as problem:
+        return str(problem)
+    return lines[-1] if lines else "an empty error.txt"
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """The settings that Hydra wrote when a run began."""
+    config = stored.read_yaml(path)
+    stored.check(str(path), config, {"algo": {"zeroing": stored.ANY}, "fit": stored.FLAG})
+    try:
+        config = resolved(OmegaConf.create(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: cannot be resolved ({' '.join(str(error).split())[:200]})") from None
+    stored.check_config(str(path), config)
+    return config
 
 
 def group(jobs: list[Job]) -> list[Setting]:
@@ -313,9 +331,20 @@ def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for setting in settings:
         paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
-        if contents := [json.loads(path.read_text()) for path in paths if path.exists()]:
+        if contents := [content for path in paths if path.exists() and (content := _read_similarities(path))]:
             found[setting.label()] = contents
     return found
+
+
+def _read_similarities(path: Path) -> dict[str, Any] | None:
+    """cosine_similarity.json; None, and a warning, where it is not as a run writes it."""
+    try:
+        content = stored.read_json(path)
+        stored.check(str(path), content, stored.SIMILARITIES)
+    except UserError as problem:
+        log.warning(f"{problem}; left out")
+        return None
+    return content
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -344,7 +373,11 @@ def _panels_of(folder: Path) -> list[str]:
     path = folder / "multirun.yaml"
     if not path.exists():
         return []
-    return list(OmegaConf.select(OmegaConf.load(path), "hydra.callbacks.summary.panels", default=[]))
+    asked = stored.read_yaml(path)
+    for key in ("hydra", "callbacks", "summary", "panels"):
+        asked = asked.get(key) if isinstance(asked, dict) else None
+    stored.check(f"{path}: hydra.callbacks.summary.panels", asked or [], stored.Each(stored.NAME))
+    return asked or []
 
 
 if __name__ == "__main__":
