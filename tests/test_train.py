@@ -294,6 +294,30 @@ def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tm
         run(tmp_path / "test", *test)
 
 
+@pytest.mark.parametrize(
+    "brought",
+    [
+        ["trainer=ddp", "trainer.devices=12", "dataset.trust=true", "dataset.other_split=true"],
+        ["trainer={devices: 12, num_nodes: 3}"],
+    ],
+)
+def test_where_a_test_runs_and_whom_it_trusts_is_for_the_call_alone_to_say(config, trained, tmp_path, brought):
+    test = foreign(trained, tmp_path, brought)
+    cfg = checkpoint.find_start(config(*test), list(test), tmp_path / "test").cfg
+    assert cfg.trainer.devices == 1 and not {"strategy", "num_nodes"} & set(cfg.trainer)
+    assert cfg.model.width == 32 and cfg.dataset.other_split is False and not cfg.dataset.get("trust")
+    test = foreign(trained, tmp_path, ["dataset={other_split: true}"])
+    with pytest.raises(UserError, match=r"its call sets dataset\.other_split=true, which is for this call alone"):
+        checkpoint.find_start(config(*test), list(test), tmp_path / "test")
+
+
+def test_a_model_that_was_trained_without_a_logger_is_tested_with_one(config, trained, tmp_path):
+    asked = (f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}", "fit=false", "logger.mode=offline")
+    asked = [*asked, "logger.project=tests"]
+    cfg = checkpoint.find_start(config(*asked), asked, tmp_path / "test").cfg
+    assert cfg.logger.mode == "offline" and cfg.logger.project == "tests"
+
+
 def test_what_ones_own_yaml_calls_is_called(run, tmp_path):
     """With --config-dir: it stands where Hydra looks for configurations, not in the checkpoint."""
     own = tmp_path / "conf" / "callbacks"

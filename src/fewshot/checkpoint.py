@@ -6,7 +6,7 @@ the classes and images that it used.
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,23 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra import compose
+from hydra.errors import HydraException
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from fewshot.checkpoint_file import read, refuse_unresumable
 from fewshot.config import GROUPS, check_overrides, settings
 from fewshot.errors import UserError, shown, some
-from fewshot.files import write_atomically
+from fewshot.files import expanded, write_atomically
 from fewshot.tasks import SPLITS
 
+# Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.
+OF_THIS_CALL = (
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("dataset.trust", "dataset.other_split"),
+)
 # May differ between a run and its continuation: where things lie and where they are reported to.
 FREE = (
     "checkpoint",
@@ -176,7 +183,7 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             return Start(cfg, overrides)
         content = read(path)
     else:
-        path = Path(cfg.checkpoint).absolute()
+        path = expanded("checkpoint", str(cfg.checkpoint)).absolute()
         content = read(path)
         if cfg.fit and path.parent != folder.absolute() / "checkpoints":
             raise UserError(
@@ -187,10 +194,11 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
         asked, stored = overrides, content["fewshot"]["overrides"]
         _check_call(stored, path)
+        own = ("dataset.trust",) if cfg.fit else OF_THIS_CALL
+        stored = [each for each in stored if not _is_of(own, _key(each)) and (cfg.fit or _key(each) != "trainer")]
         overrides = _merged(stored, asked)
-        cfg = compose("config", overrides)
+        cfg = _composed(overrides, path)
         if not cfg.fit:
-            OmegaConf.resolve(cfg)  # what is checked is what will be called
             _refuse_unnamed(cfg, stored, asked, path)
     if cfg.fit:
         _keep_old_defaults(cfg, [*overrides, *content["fewshot"]["overrides"]], content["fewshot"]["config"])
@@ -210,6 +218,26 @@ def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any
             OmegaConf.update(cfg, key, stored[key])
 
 
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0].strip()
+
+
+def _is_of(keys: Iterable[str], key: str) -> bool:
+    """Whether it is one of the keys, or of what is in one of them."""
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def _composed(overrides: list[str], path: Path) -> DictConfig:
+    """The configuration of a call, a part of which is stored at path; resolved: what is checked will be called."""
+    try:
+        cfg = compose("config", overrides)
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # whatever Hydra makes of it
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint={path}: its call and this one together are no configuration ({reason})") from None
+    return cfg
+
+
 def _check_call(stored: list[str], path: Path) -> None:
     """Raises UserError for a call in a checkpoint that no run here can have had, hydra.searchpath among others."""
     try:
@@ -227,8 +255,8 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
     """
     groups = "|".join((*GROUPS, "experiment"))
     chosen = [each for each in stored if re.fullmatch(rf"({groups})=['\w/,. \[\]-]+", each) and ".." not in each]
-    named = compose("config", _merged(chosen, asked))
     try:
+        named = compose("config", _merged(chosen, asked))
         OmegaConf.resolve(named)
     except Exception as error:  # whatever a resolver makes of a knob that the checkpoint's call has and this has not
         reason = str(error).split("\n")[0]
@@ -237,6 +265,10 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
         ) from None
     known = dict(entries(OmegaConf.to_container(named)))
     for key, value in entries(OmegaConf.to_container(cfg)):
+        if _is_of(OF_THIS_CALL, key) and value != known.get(key):
+            raise UserError(
+                f"checkpoint={path}: its call sets {key}={shown(value)}, which is for this call alone to say"
+            )
         if (key.rsplit(".", 1)[-1] == "_target_" and value != known.get(key)) or "${" in str(value):
             raise UserError(
                 f"checkpoint={path}: its call sets {key}={shown(value)}, which a test would run; if you trust whoever "
@@ -246,9 +278,12 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
 
 def _merged(trained: list[str], asked: list[str]) -> list[str]:
     """The last override of each key; where another member of a group is asked for, none that was for the first."""
-    latest = {override.lstrip("+~").split("=", 1)[0]: override for override in trained}
+    latest = {_key(override): override for override in trained}
     for override in asked:
-        key = override.lstrip("+~").split("=", 1)[0]
+        key = _key(override)
+        group = key.split(".")[0]
+        if group != key and latest.get(group) in (f"{group}=none", f"{group}=null"):
+            del latest[group]  # a knob of what was left out in training, as logger.mode after logger=none
         if "." not in key and latest.get(key, override) != override:
             latest = {other: each for other, each in latest.items() if not other.startswith(f"{key}.")}
         latest[key] = override
@@ -259,7 +294,7 @@ def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> N
     """Raises UserError naming the first knob in which cfg differs from the configuration found at path."""
     asked, trained = dict(leaves(settings(cfg))), dict(leaves(trained))
     for key in sorted({*asked, *trained}):
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE) and asked.get(key) != trained.get(key):
+        if not _is_of(FREE, key) and asked.get(key) != trained.get(key):
             raise UserError(
                 f"{key}={shown(asked.get(key))}: {path} was trained with {key}={shown(trained.get(key))}; "
                 "continue with that, or start anew in another hydra.run.dir"

@@ -44,6 +44,7 @@ SCALAR = stored.Is("one number in a tensor", lambda value: _dense(value) and val
 # What this program and Lightning read of a checkpoint
 FORM: stored.Form = {
     "fewshot": {
+        "config": stored.ANY,  # see stored.check_config
         "overrides": stored.Each(stored.text(".{1,5000}", "text of at most 5000 letters")),
         "run_id": stored.text(r"[a-zA-Z0-9]{1,64}", "letters and digits"),
         "splits?": {"sha256": stored.NAME, **{split: stored.Each(stored.text(".{1,1000}")) for split in SPLITS}},
