@@ -1,15 +1,19 @@
 """Files are written whole, by one process at a time, and never through a link that somebody else left."""
 
+import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
+import torch
 
 from fewshot import files, ranks
+from fewshot.command import one_line_errors
 from fewshot.data import cache
 from fewshot.errors import AtWork, UserError
 
@@ -128,3 +132,23 @@ def test_a_refused_call_leaves_the_record_of_the_run_that_is_going_on(config, tm
         with pytest.raises(AtWork), ranks.locked(tmp_path):
             pass
     assert record() == ".hydra"
+
+
+def test_a_full_disk_is_named_in_one_line_by_whatever_meets_it(tmp_path, capsys):
+    """torch.save reports it as a RuntimeError of its own words, logging as a traceback for each line."""
+    kept = tmp_path / "last.ckpt"
+    kept.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # errno EFBIG, in place of a disk of that size
+    log = logging.FileHandler(tmp_path / "train.log")
+    try:
+        with pytest.raises(SystemExit) as ended, one_line_errors():
+            for _ in range(3):
+                log.emit(logging.makeLogRecord({"msg": "x" * 9000}))
+            files.write_atomically(kept, lambda file: torch.save({"weights": torch.zeros(10_000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.close()
+    assert str(ended.value) == f"{kept}: cannot be written (File too large); make room there or name another folder"
+    assert kept.read_bytes() == b"before" and capsys.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "train.log"]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import fewshot
-from fewshot import figures
+from fewshot import export, figures
 from fewshot.config import CONF, settings
 from fewshot.data import glyphs
 from fewshot.data.module import MetaData
@@ -378,3 +379,28 @@ print("torch" in sys.modules, "load" in dir(fewshot) or fewshot.__all__)
         "suport=none: no such knob; known are checkpoint, out",
         "False ['load']",
     ]
+
+
+def test_names_that_are_no_utf8_are_classes_and_files_like_others(trained, tmp_path):
+    for number, name in enumerate((b"support/caf\xe9/0.png", b"support/b/0.png", b"query/\xff\x1b[2J.png")):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images(1, number)[0]).save(path, "png")
+    knobs = (f"{knob}={tmp_path / knob}" for knob in ("support", "query", "out"))
+    main([f"checkpoint={trained}/checkpoints/last.ckpt", *knobs])
+    lines = (tmp_path / "out" / "predictions.csv").read_bytes().splitlines()
+    assert lines[0].endswith(b"probability of b,probability of caf\xe9") and lines[1].startswith(b"\xff\x1b[2J.png,")
+    assert (tmp_path / "out" / "contact_sheet.png").exists()
+
+
+def test_places_that_cannot_be_are_one_line_at_once(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    place, nobody = f"out={tmp_path / 'file' / 'x'}", "checkpoint=~no-such-user/x"
+    line = rf"^out=.*/file/x: {tmp_path}/file is no folder; name another place$"
+    with pytest.raises(SystemExit, match=line):
+        main(["checkpoint=none", "support=none", "query=none", place])
+    with pytest.raises(SystemExit, match=line):
+        export.main(["checkpoint=none", place])
+    for call in (lambda: main([nobody, "support=none", "query=none"]), lambda: export.main([nobody, "out=none"])):
+        with pytest.raises(SystemExit, match=r"^checkpoint=~no-such-user/x: there is no such home folder"):
+            call()

@@ -1,5 +1,6 @@
 """What all commands share: how they read their words, and the one line in which they end."""
 
+import logging
 import os
 import re
 import shlex
@@ -30,6 +31,8 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
     job: the folder of a job in a sweep, which goes on: any error is left there as error.txt, until a try without one.
     hint: of how to go on after a signal.
     """
+    # Where a log file can no longer be written, logging would print a traceback of its own for every line.
+    logging.raiseExceptions = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         yield
         if job is not None and not ranks.rank():

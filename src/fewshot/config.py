@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).par
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
     """Where a run writes: training that continues from RUN/checkpoints/x.ckpt goes on in RUN, all else in `new`."""
-    return str(Path(str(checkpoint)).absolute().parent.parent) if checkpoint and fit else new
+    return str(Path(expanduser(str(checkpoint))).absolute().parent.parent) if checkpoint and fit else new
 
 
 def job_folder(overrides: list[str]) -> str:

@@ -4,6 +4,7 @@ Writes model.safetensors, config.yaml and a model card, README.md, into FOLDER; 
 pickle, no optimiser state, no paths of the machine that trained.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from fewshot.command import one_line_errors, words
 from fewshot.config import MODES
 from fewshot.errors import UserError, shown
-from fewshot.files import expanded
+from fewshot.files import check_place, expanded, write_atomically
 
 CARD = "README.md"
 
@@ -22,15 +23,15 @@ def export(checkpoint: Path, folder: Path) -> None:
     Raises:
         UserError: not a checkpoint of this program, or the folder holds such files already.
     """
+    check_place("out", folder)
     for name in ("model.safetensors", "config.yaml", CARD):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             raise UserError(f"out={folder}: holds a {name}; name another folder")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from omegaconf import OmegaConf
     from safetensors.torch import save
 
     from fewshot.checkpoint import read
-    from fewshot.files import write_atomically
     from fewshot.pretrained import CONFIG, WEIGHTS, portable
 
     content = read(checkpoint)

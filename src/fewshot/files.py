@@ -30,6 +30,13 @@ def expanded(knob: str, path: str | Path) -> Path:
         raise UserError(f"{knob}={path}: there is no such home folder; write the whole path") from None
 
 
+def check_place(knob: str, folder: Path) -> None:
+    """Raises UserError where a folder that may not be there yet would lie in a file."""
+    there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), Path("/"))
+    if not there.is_dir():
+        raise UserError(f"{knob}={folder}: {there} is no folder; name another place")
+
+
 def is_regular(knob: str, path: Path) -> None:
     """Raises UserError where there is no file, or one that is no regular file: a folder, a pipe, a device."""
     try:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import time
 import traceback
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class OutputFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with one_line_errors():
-            if config.checkpoint is not None and not Path(str(config.checkpoint)).exists():
+            if config.checkpoint is not None and not exists(files.expanded("checkpoint", str(config.checkpoint))):
                 raise UserError(f"checkpoint={config.checkpoint}: no such file")
             named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
             if ranks.launcher() and not named and not (config.checkpoint and config.fit):

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewshot.command import flag, integer, one_line_errors, words
-from fewshot.errors import UserError
+from fewshot.errors import UserError, printable
+from fewshot.files import check_place, expanded, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,14 +154,14 @@ def run(
     Raises:
         UserError: nothing to read, or what predict does not take.
     """
+    check_place("out", folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"out={folder}: is not empty; name another folder")
     for knob, path in {"checkpoint": checkpoint, "support": support, "query": query}.items():
-        if not Path(path).expanduser().exists():
+        if not os.path.exists(expanded(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot import figures
-    from fewshot.files import write_atomically
     from fewshot.pretrained import load
     from fewshot.report import write_png
 
@@ -185,9 +186,9 @@ def run(
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
     _write_csv(folder / "predictions.csv", header, table)
     sheet = figures.contact_sheet(
-        {name: [_shown(image) for image in images] for name, images in given.items()},
+        {printable(name): [_shown(image) for image in images] for name, images in given.items()},
         [
-            (_shown(image), file, label, probabilities.max())
+            (_shown(image), printable(file), printable(label), probabilities.max())
             for image, (file, label, probabilities) in zip(queries.values(), rows, strict=True)
         ],
     )
@@ -201,7 +202,7 @@ def _open(knob: str, given: str) -> "Source":
     from fewshot.data.images import open_source
 
     try:
-        return open_source(Path(given).expanduser())
+        return open_source(expanded(knob, given))
     except UserError as error:
         raise UserError(str(error).replace("dataset.root=", f"{knob}=", 1)) from None
 
@@ -257,7 +258,7 @@ def _read(
             reason = "not an image in a format that Pillow knows"
         except Exception as error:  # Pillow's and zipfile's decoders raise nearly every kind on broken data
             reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("%s: %s is skipped, it cannot be read: %s", knob, name, reason)
+        log.warning("%s: %s is skipped, it cannot be read: %s", knob, printable(name), printable(reason))
         skipped.append((knob, name, reason))
     return images
 
@@ -268,11 +269,10 @@ def _shown(pixels: "Tensor") -> np.ndarray:
 
 
 def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
-    from fewshot.files import write_atomically
-
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    content = text.getvalue().encode(errors="surrogateescape")  # a file's name in the very bytes that it has
+    write_atomically(path, lambda file: file.write(content))
 
 
 READ: dict[str, Callable[[str], Any]] = {
@@ -281,7 +281,7 @@ READ: dict[str, Callable[[str], Any]] = {
     "query": str,
     "steps": lambda value: integer("steps", value, 1),
     "test_zeroing": lambda value: flag("test_zeroing", value),
-    "out": lambda value: Path(value).expanduser(),
+    "out": lambda value: expanded("out", value),
     "trust": lambda value: flag("trust", value),
 }
 NEEDED = {
