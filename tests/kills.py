@@ -1,11 +1,15 @@
-"""Runs that are killed at random moments end as if they had not been: python tests/kills.py [KILLS=20] [SEED=0]
+"""Runs that are killed at random moments end as if they had not been: python tests/kills.py [KILLS=20] [KIND,KIND ...]
 
 Three kinds of run: a plain one, a sweep of two jobs, one in two processes. Each is done once undisturbed; then again,
 and SIGKILL ends it, or one of its processes, or all of them, while it starts, trains or tests. The same call goes on,
 or checkpoint=LAST. At the end weights, the optimiser's state, metrics.csv and the sweep's summary are bitwise the same,
 or the script ends with an error.
+
+The runs are forks of this process, which has imported what takes long; the two processes of a run are programs of
+their own.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -17,7 +21,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from fewshot import callbacks, module, report  # noqa: E402, F401  what train.py imports late
+from fewshot.data import module as data_module  # noqa: E402, F401
+
 KNOBS = (
     *("queries=3", "meta_batch_size=2", "iterations=100", "val_every=4", "val_tasks=4", "test_tasks=6", "threads=1"),
     *("model.width=8", "trainer=cpu", "logger=none"),
@@ -28,7 +39,6 @@ KINDS = {
     "ranks": ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"),
 }
 WRITES = ("splits.json", "last.ckpt", "best.ckpt", "metrics.csv", "results.json", "summary.csv")
-LONG = 600.0  # seconds after which a process has hung
 
 
 def call(kind: str, folder: Path) -> list[str]:
@@ -39,9 +49,19 @@ def call(kind: str, folder: Path) -> list[str]:
     return [*flags, *(word for word in knobs.values() if word not in flags), where]
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(words: list[str], log: Path) -> multiprocessing.Process:
+    """train.py with these words; what it prints goes to a file."""
+
+    def program() -> None:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = [str(ROOT / "train.py"), *words]
+        train.main()
+
+    process = multiprocessing.get_context("fork").Process(target=program)
+    process.start()
+    return process
 
 
 def family(pids: set[int]) -> set[int]:
@@ -62,8 +82,6 @@ def written(folder: Path) -> float:
 
 def end(folder: Path) -> dict[str, Any]:
     """What the run or sweep computed, bit by bit."""
-    import torch
-
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -78,73 +96,68 @@ def end(folder: Path) -> dict[str, Any]:
     return found
 
 
-def kill(kind: str, folder: Path, random: random.Random, seconds: float) -> str:
+def kill(kind: str, folder: Path, chance: random.Random, seconds: float) -> str:
     """Starts or continues the run and kills it; returns what was killed and when, or "" where it had ended before.
 
     seconds: that the undisturbed run took from its first write to its end.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    words = call(kind, folder)
-    if kind == "plain" and last.exists() and random.random() < 0.5:
-        words = [f"checkpoint={last}"]
-    began, process = time.time(), start(words)
-    early = random.random() < 0.2  # while it starts
-    while not early and written(folder) < began and process.poll() is None and time.time() < began + LONG:
+    last, log = folder / "checkpoints" / "last.ckpt", folder.with_suffix(".log")
+    words = (
+        [f"checkpoint={last}"] if kind == "plain" and last.exists() and chance.random() < 0.5 else call(kind, folder)
+    )
+    began, process = time.time(), start(words, log)
+    early = chance.random() < 0.2  # while it starts
+    while not early and written(folder) < began and process.is_alive():
         time.sleep(0.02)
-    delay = random.uniform(0, 5 if early else seconds)
-    everyone: list[int] = []
-    try:
-        process.wait(delay)
-    except subprocess.TimeoutExpired:
-        everyone = sorted(family({process.pid}))
-        victims = random.choice([[process.pid], everyone, [random.choice(everyone)]])
-        for pid in victims:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    errors = process.communicate(timeout=LONG)[1].decode()
-    while left := family(set(everyone)):  # the others end by themselves
-        assert time.time() < began + 2 * LONG, f"{kind}: {left} go on without the one that was killed"
+    delay = chance.uniform(0, seconds)
+    process.join(delay)
+    everyone = family({process.pid})
+    victims = chance.choice([{process.pid}, everyone, {chance.choice(sorted(everyone or {process.pid}))}])
+    for pid in victims if process.is_alive() else ():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.join()
+    while family(everyone):  # the others end by themselves
         time.sleep(0.05)
-    assert process.returncode in (0, -signal.SIGKILL) or "killed by SIGKILL" in errors, errors
-    moment = "while it started" if early else f"{delay:.2f} s after its first write"
-    return f"{kind}: {len(victims)} of {len(everyone)} processes, {moment}" if process.returncode else ""
+    told = log.read_text()
+    assert process.exitcode in (0, -signal.SIGKILL) or "killed by SIGKILL" in told, told
+    moment = f"{delay:.2f} s after {'it began' if early else 'its first write'}"
+    return f"{kind}: {len(victims)} of {len(everyone)} processes, {moment}" if process.exitcode else ""
 
 
 def finish(kind: str, folder: Path) -> float:
     """Runs it to its end; returns the seconds from its first write on."""
-    began, process, first = time.time(), start(call(kind, folder)), 0.0
-    while process.poll() is None and time.time() < began + LONG:
+    log, began, first = folder.with_suffix(".log"), time.time(), 0.0
+    process = start(call(kind, folder), log)
+    while process.is_alive():
         first = first or (time.time() if written(folder) > began else 0.0)
         time.sleep(0.02)
-    errors = process.communicate(timeout=LONG)[1].decode()
-    assert process.returncode == 0, errors
+    assert process.exitcode == 0, log.read_text()
     return time.time() - (first or began)
 
 
-def main(kills: int, seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> None:
+def main(kills: int, kinds: list[str]) -> None:
     """
     Raises:
         AssertionError: a run ended otherwise than the undisturbed one, or not at all.
     """
-    chance = random.Random(seed)
+    chance = random.Random()
     with tempfile.TemporaryDirectory() as base:
         for number, kind in enumerate(kinds):
-            share = len(range(number, kills, len(kinds)))
             whole, folder = Path(base) / f"{kind}-whole", Path(base) / kind
-            seconds = finish(kind, whole) if share else 0.0
-            for _ in range(share):
-                killed = ""
-                while not killed:
-                    if killed := kill(kind, folder, chance, seconds):
-                        print(killed, flush=True)
-                    else:  # it had ended: once more from the beginning
-                        assert end(folder) == end(whole), f"{kind}: {folder} is not as {whole}"
-                        folder = folder.with_name(f"{folder.name}-again")
-            if share:
-                finish(kind, folder)
-                assert end(folder) == end(whole), f"{kind}: it ended otherwise than undisturbed"
-                print(f"{kind}: after {share} kills bitwise the same end, {len(end(whole))} files", flush=True)
+            share = kills // len(kinds) + (number < kills % len(kinds))
+            seconds, done = finish(kind, whole), 0
+            while done < share:
+                if killed := kill(kind, folder, chance, seconds / 2):
+                    print(killed, flush=True)
+                    done += 1
+                else:  # it had ended: once more from the beginning
+                    assert end(folder) == end(whole), f"{kind}: it ended otherwise than undisturbed"
+                    folder = folder.with_name(f"{folder.name}-again")
+            finish(kind, folder)
+            assert end(folder) == end(whole), f"{kind}: it ended otherwise than undisturbed"
+            print(f"{kind}: the same end after {share} kills, bit by bit: {', '.join(end(whole))}", flush=True)
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in (sys.argv[1:] + ["20", "0"][len(sys.argv) - 1 :])))
+    main(int((sys.argv[1:] or ["20"])[0]), sys.argv[2].split(",") if sys.argv[2:] else list(KINDS))
