@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from fewshot import checkpoint, figures, sweep
 from fewshot.config import CONF, check, job_folder, settings
 from fewshot.errors import UserError
+from fewshot.jobs import identity
 
 KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -260,7 +261,7 @@ def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
         for job in jobs:
             cfg = hydra.compose("config", job)
             check(cfg)
-            seen.add(sweep._identity(settings(cfg)))
+            seen.add(identity(settings(cfg)))
     assert len(seen) == len(jobs)
 
 

@@ -76,6 +76,7 @@ CONFIG: Form = {
     "seed": integer(0, 2**32 - 1),
     "inner_lr": ABOVE_ZERO,
     "outer_lr": ABOVE_ZERO,
+    "init_scale?": NUMBER,
     "tasks_at_once": none_or(integer(1)),
     "model": {"name": NAME, "network": {"_target_": NAME}},
     "dataset": {
@@ -86,14 +87,16 @@ CONFIG: Form = {
         "std": Each(ABOVE_ZERO),
     },
     "algo": {
-        "adapted": one_of(*ADAPTED),
+        "adapted?": one_of(*ADAPTED),
         "head?": one_of(*HEADS),
         "step_losses?": none_or(integer(1)),
         **dict.fromkeys(("learned_inner_lr?", "first_order", "zeroing", "noise?", "interference?"), FLAG),
     },
     "augment?": Is("a dictionary", lambda value: isinstance(value, dict)),
 }
-MODEL: Form = {"algo": dict.fromkeys(("head", "step_losses", "learned_inner_lr"), ANY)}  # old results have none
+MODEL: Form = {
+    "algo": dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), ANY)
+}  # old results have none
 CURVE = Each(NUMBER)
 SCORES: Form = {"tasks": integer(1), **{mode: {"accuracy": CURVE, "ci95": CURVE} for mode in MODES}}
 RESULTS: Form = {  # results.json; what is optional here not all its readers need

@@ -5,7 +5,6 @@ Runs that differ in their seed alone are one setting; what is said of a setting 
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -17,43 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import figures, labels, stored
 from fewshot.checkpoint import leaves
 from fewshot.command import one_line_errors
 from fewshot.config import MODES
-from fewshot.config import settings as resolved
-from fewshot.errors import UserError, printable, shown
+from fewshot.errors import UserError, shown
 from fewshot.files import write_atomically
-from fewshot.report import read_metrics, write_png
+from fewshot.jobs import Job, identity, read_job, read_jobs, read_similarities
+from fewshot.report import write_png
 
 log = logging.getLogger(__name__)
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
-# No part of a setting: the seed, where and on what it ran, and knobs that are others again.
-ELSEWHERE = (
-    *("seed", "fit", "logger", "dataset.cache", "dataset.source", "dataset.device", "dataset.origin", "dataset.trust"),
-    *("model.network", "callbacks.zero_head"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
-)
 FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
-
-
-class Job(NamedTuple):
-    """One run. results: results.json, None while there is none; curves: metrics.csv; error: the end of error.txt."""
-
-    folder: Path
-    config: dict[str, Any]  # {} where it cannot be read
-    results: dict[str, Any] | None
-    curves: dict[str, list[tuple[int, float]]]
-    error: str | None
-
-    @property
-    def state(self) -> str:
-        return "failed" if self.error else "unfinished"
 
 
 class Setting(NamedTuple):
@@ -102,7 +78,7 @@ def conclude(folder: Path, panels: list[str]) -> None:
         SystemExit: 1, there are some.
     """
     # Not read_jobs, for which a failed job is nothing where another one with the same settings has finished.
-    jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := _read_job(path))]
+    jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := read_job(path))]
     missing, complaint = [job for job in jobs if job.error or not job.results], None
     try:
         summarise([folder], folder, panels)
@@ -150,72 +126,12 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
         print(f"Written to {into}/cosine_similarity.png")
 
 
-def read_jobs(folders: list[Path]) -> list[Job]:
-    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first that finished.
-
-    Raises:
-        UserError: a folder is none, or without a run in it.
-    """
-    jobs: dict[tuple[str, str], Job] = {}
-    for folder in folders:
-        inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
-        found = [job for path in inside if (job := _read_job(path))]
-        if not found:
-            raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
-        for job in found:
-            # What cannot be read is no other's equal.
-            identity = (_identity(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
-            first = jobs.setdefault(identity, job)
-            if job.results and not first.results:
-                jobs[identity] = job
-            elif first is not job and first.results and job.results:
-                log.warning(f"{job.folder}: left out, the same setting and seed as {first.folder}")
-    return list(jobs.values())
-
-
-def _read_job(folder: Path) -> Job | None:
-    """None where there has been no run."""
-    paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
-    result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
-    error = _last_line(failed) if failed else None
-    if not (result_file or begun):
-        return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
-    try:
-        results = stored.read_results(result_file) if result_file else None
-        config = results["config"] if results else _begun(begun)
-        curves = read_metrics(metrics) if metrics else {}
-    except UserError as problem:
-        return Job(folder, {}, None, {}, error or f"cannot be read as a run ({problem})")
-    return Job(folder, config, results, curves, error)
-
-
-def _last_line(path: Path) -> str:
-    """Of error.txt, as far as it can be printed."""
-    try:
-        lines = [printable(line) for line in stored.read_text(path, 2**24).split("\n") if line.strip()]
-    except UserError as problem:
-        return str(problem)
-    return lines[-1] if lines else "an empty error.txt"
-
-
-def _begun(path: Path) -> dict[str, Any]:
-    """The settings that Hydra wrote when a run began."""
-    config = stored.read_yaml(path)
-    stored.check(str(path), config, {"algo": {"zeroing": stored.ANY}, "fit": stored.FLAG})
-    try:
-        config = resolved(OmegaConf.create(config))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: cannot be resolved ({' '.join(str(error).split())[:200]})") from None
-    stored.check_config(str(path), config)
-    return config
-
-
 def group(jobs: list[Job]) -> list[Setting]:
     """Jobs by their resolved settings; each setting by the knobs that tell it from the others."""
     together: dict[str, list[Job]] = {}
     for job in jobs:
-        together.setdefault(_identity(job.config), []).append(job)
-    configs = [json.loads(identity) for identity in together]
+        together.setdefault(identity(job.config), []).append(job)
+    configs = [json.loads(text) for text in together]
     varied = [key for key in sorted(set().union(*configs)) if len({shown(each.get(key)) for each in configs}) > 1]
     for key in [key for key in varied if key.split(".")[0] in FOLLOWING and key not in ("dataset.name", "model.name")]:
         others = [other for other in varied if other != key]
@@ -233,24 +149,6 @@ def _order(knob: str, value: Any) -> tuple[bool, float, str]:
     size = float(value) if number else 0.0
     downwards = knob in ("algo.first_order", "init_scale")  # FOMAML before SOMAML, a random head before a zero one
     return number, -size if downwards else size, shown(value)
-
-
-def _identity(config: dict[str, Any]) -> str:
-    """The resolved settings less the seed, as text."""
-    kept = {}
-    for key, value in leaves(config):
-        again = key.startswith("callbacks.") and key.split(".")[-1] in config
-        moved = (key == "dataset.root" and config["dataset"]["name"] != "folder") or (
-            key == "checkpoint" and config["fit"]
-        )
-        elsewhere = any(key == part or key.startswith(f"{part}.") for part in (*ELSEWHERE, "augment"))
-        if value is None or again or moved or elsewhere:
-            continue
-        kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
-    if transforms := config.get("augment"):
-        exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()
-        kept["augment"] = f"{'+'.join(transforms)} ({exact[:4]})"
-    return json.dumps(kept, sort_keys=True)
 
 
 def as_csv(settings: list[Setting]) -> str:
@@ -331,20 +229,9 @@ def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for setting in settings:
         paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
-        if contents := [content for path in paths if path.exists() and (content := _read_similarities(path))]:
+        if contents := [content for path in paths if path.exists() and (content := read_similarities(path))]:
             found[setting.label()] = contents
     return found
-
-
-def _read_similarities(path: Path) -> dict[str, Any] | None:
-    """cosine_similarity.json; None, and a warning, where it is not as a run writes it."""
-    try:
-        content = stored.read_json(path)
-        stored.check(str(path), content, stored.SIMILARITIES)
-    except UserError as problem:
-        log.warning(f"{problem}; left out")
-        return None
-    return content
 
 
 def _write_text(path: Path, text: str) -> None:
