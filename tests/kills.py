@@ -155,6 +155,8 @@ def main(kills: int, kinds: list[str]) -> None:
                     assert end(folder) == end(whole), f"{kind}: it ended otherwise than undisturbed"
                     folder = folder.with_name(f"{folder.name}-again")
             finish(kind, folder)
+            for record in folder.rglob("overrides.yaml"):  # Hydra's, of the call that began it
+                assert "checkpoint=" not in record.read_text(), f"{record}: is not of the call that began this run"
             assert end(folder) == end(whole), f"{kind}: it ended otherwise than undisturbed"
             print(f"{kind}: the same end after {share} kills, bit by bit: {', '.join(end(whole))}", flush=True)
 

@@ -5,10 +5,8 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,32 +72,6 @@ def test_train_py_trains_tests_and_reports(program, tmp_path):
 def test_the_other_algorithms_report_the_same(run, tmp_path, overrides):
     logged = reported(run(tmp_path, *overrides), zeroing="algo=zero" in overrides)
     assert [int(row["iteration"]) for row in logged] == [0, 2, 4, 6]
-
-
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(program, run, tmp_path, monkeypatch):
-    (tmp_path / "absent").mkdir()
-    (tmp_path / "absent" / "wandb.py").write_text("raise ImportError('logger=none does without W&B')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "absent"))
-    whole = run(tmp_path / "whole", "iterations=40", "val_every=10")
-    folder = tmp_path / "killed"
-    process = program("iterations=40", "val_every=10", "logger=none", f"hydra.run.dir={folder}")
-    last = folder / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not (last.exists() and checkpoint.read(last)["global_step"] >= 10):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (folder / "results.json").exists()
-    call_record = (folder / ".hydra" / "overrides.yaml").read_text()
-    process = program(f"checkpoint={last}", small=False)  # by its folder: test_sweep.py
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert (folder / ".hydra" / "overrides.yaml").read_text() == call_record
-    ended, undisturbed = outcome(folder), outcome(whole)
-    for content in (ended, undisturbed):  # where the letters are cached is no part of the result
-        del content["results"]["config"]
-    assert ended == undisturbed
 
 
 def test_two_processes_cannot_write_one_run(program, tmp_path):

@@ -1,0 +1,208 @@
+"""Crafted checkpoints, exported folders, results and links: one line each, little memory, nothing written elsewhere."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose
+from safetensors.torch import load_file, save_file
+
+import fewshot
+from fewshot import checkpoint, report, stored
+from fewshot.errors import UserError
+from fewshot.jobs import read_job
+from fewshot.launch import OutputFolder
+
+MADE = Path(__file__).parent / "fixtures" / "a43819a"
+BEST = MADE / "run" / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture
+def little_memory():
+    """Half a gigabyte more than there is."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def refused(function, *arguments, line):
+    with pytest.raises(UserError, match=line) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path, little_memory):
+    """Little that becomes much; and a directory that names one member many times."""
+    bomb = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("best/data/0", "w") as entry:
+        for _ in range(16):
+            entry.write(bytes(2**22))
+    refused(checkpoint.read, bomb, line="truncated or not a checkpoint")
+    with zipfile.ZipFile(tmp_path / "stored.ckpt", "w") as archive:
+        archive.writestr("best/data.pkl", bytes(1000))
+        (info,) = archive.infolist()
+        archive.filelist = [info] * 50
+    refused(checkpoint.read, tmp_path / "stored.ckpt", line="truncated or not a checkpoint")
+
+
+def test_only_a_regular_file_is_read(tmp_path, little_memory):
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
+    for name in ("pipe.ckpt", "zero.ckpt"):
+        refused(checkpoint.read, tmp_path / name, line=f"{name}: is a device or pipe, not a file")
+        folder = Path(shutil.copytree(MADE / "exported", tmp_path / f"of {name}"))
+        (folder / "model.safetensors").unlink()
+        (tmp_path / name).rename(folder / "model.safetensors")
+        refused(fewshot.load, folder, line="is a device or pipe, not a file")
+
+
+LARGE = {
+    "model.network.width": (10_000, r"network\.head\.weight is \(5, 4\) there and \(5, 10000\) here"),
+    "dataset.size": (20_000, "dataset.size must be an integer from 1 to 1024"),
+    "model.network.size": (20_000, "model.network.size is 20000, and dataset.size 28"),
+    "inner_steps": (10**8, "inner_steps must be an integer from 1 to 1000"),
+    "ways": (10**9, "ways must be an integer"),
+    "dataset.mean": ([0.0, 0.0], "dataset.mean must have dataset.channels=1 numbers"),
+    "dataset.std": ([0.0], r"dataset\.std\.0 must be a finite number above 0, and is 0\.0"),
+    "model.network._partial_": (True, "makes no network with an encoder and a head"),
+    "algo.head": (None, "algo.head must be one of learned, shared, prototypes, and is null"),
+}
+
+
+@pytest.mark.parametrize("key", LARGE)
+def test_a_setting_out_of_bounds_is_refused_before_anything_is_built(tmp_path, little_memory, key):
+    folder = Path(shutil.copytree(MADE / "exported", tmp_path / "exported"))
+    config = node = yaml.safe_load((folder / "config.yaml").read_text())
+    *path, last = key.split(".")
+    for part in path:
+        node = node[part]
+    node[last], line = LARGE[key]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    refused(fewshot.load, folder, line=line)
+
+
+def test_aliases_and_depth_in_yaml_are_refused(tmp_path, little_memory):
+    folder = Path(shutil.copytree(MADE / "exported", tmp_path / "exported"))
+    levels = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
+    for text, line in ((f"a0: &a0 [x]\n{levels}\n", "has an alias"), ("a: " + "[" * 5000, "levels|cannot be read as")):
+        (folder / "config.yaml").write_text(text)
+        refused(fewshot.load, folder, line=line)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.long(),
+        lambda weight: weight.bool(),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.double(),
+        lambda weight: weight.half(),
+    ],
+    ids=["integer", "bool", "complex", "mixed", "half"],
+)
+def test_weights_of_another_type_are_refused(tmp_path, change):
+    folder = Path(shutil.copytree(MADE / "exported", tmp_path / "exported"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "network.head.bias": change(weights["network.head.bias"])}, folder / "model.safetensors")
+    refused(fewshot.load, folder, line="state_dict.* (dense tensor of float32|one type)")
+
+
+def described(**changes):
+    def change(content):
+        content["fewshot"].update(changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda content: content.update(fewshot=None), "fewshot must be a dict, and is null"),
+        (lambda content: content.update(state_dict=[1]), "state_dict must be a dict, and is a list"),
+        (lambda content: content["state_dict"].update(x="y"), "state_dict.x must be a dense tensor of float"),
+        (
+            lambda content: content["state_dict"].update(x=torch.eye(3).to_sparse()),
+            "state_dict.x must be a dense tensor",
+        ),
+        (lambda content: content["state_dict"].update(x=torch.ones(1).expand(10**12)), "state_dict.x must be a dense"),
+        (lambda content: content.pop("callbacks"), "callbacks is missing"),
+        (lambda content: content.update(global_step=-1), "global_step must be an integer from 0 to .*, and is -1"),
+        (described(overrides=None), "fewshot.overrides must be a list, and is null"),
+        (described(run_id="../../x"), "fewshot.run_id must be letters and digits, and is '../../x'"),
+        (described(config={"ways": 5}), "is not the configuration of a run: shots is missing"),
+    ],
+)
+def test_a_checkpoint_of_another_form_names_the_key(tmp_path, change, line):
+    content = torch.load(BEST, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "other.ckpt")
+    refused(checkpoint.read, tmp_path / "other.ckpt", line=line)
+
+
+def test_a_list_that_holds_itself_many_times_is_refused_at_once(tmp_path, little_memory):
+    nested = ["x"]
+    for _ in range(40):
+        nested = [nested] * 4
+    content = torch.load(BEST, weights_only=True)
+    content["fewshot"]["config"]["dataset"]["origin"] = nested
+    torch.save(content, tmp_path / "nested.ckpt")
+    refused(fewshot.load, tmp_path / "nested.ckpt", line="holds more, or deeper, or longer values")
+
+
+def test_what_a_sweep_cannot_read_is_a_line_of_its_table(tmp_path):
+    cases = {
+        "results.json": [b"{", b"[" * 100_000, b"\xff", b"{}", b'{"test": null}', b"NaN"],
+        ".hydra/config.yaml": [b"a: [", b"\xff", b"- 1", b"a: &a [*a]", b"algo: {zeroing: '${x}'}\nfit: true"],
+        "metrics.csv": [
+            b"iteration,a\nx,1\n",
+            b"a,b\n1,2\n",
+            b'iteration,a\n0,"' + b"x" * 200_000,
+            b"iteration\n1,2,3\n",
+        ],
+        "error.txt": [b"\xff", b"\x1b[2J"],
+    }
+    for name, contents in cases.items():
+        for number, content in enumerate(contents):
+            run = Path(shutil.copytree(MADE / "run", tmp_path / f"{name.split('/')[-1]}-{number}"))
+            if name != "results.json":
+                (run / "results.json").unlink()
+            (run / name).write_bytes(content)
+            if name == "results.json":
+                refused(report.read, run, line=f"{re.escape(str(run))}/results.json: ")
+    found = {path.name: read_job(path) for path in tmp_path.iterdir()}
+    assert len(found) == sum(map(len, cases.values())) and not any(job.results for job in found.values())
+    lines = {name: job.error for name, job in found.items()}
+    assert all(line.isprintable() for line in lines.values())
+    assert "cannot be read as JSON" in lines["results.json-0"] and "cannot be read as YAML" in lines["config.yaml-0"]
+    assert lines["error.txt-1"] == "\\x1b[2J"
+
+
+def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it(config, tmp_path):
+    run = Path(shutil.copytree(MADE / "run", tmp_path / "run"))
+    (tmp_path / "elsewhere").mkdir()
+    (run / "evidence").symlink_to(tmp_path / "elsewhere")
+    call = [f"checkpoint={run / 'checkpoints' / 'best.ckpt'}", "hydra.job.name=train"]
+    with pytest.raises(SystemExit, match=r"run/evidence: is a link to .*elsewhere; a run writes in its own"):
+        OutputFolder().on_run_start(compose("config", call, return_hydra_config=True))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_form_of_a_value_is_named():
+    form = {"a": stored.Each(stored.integer(1, 9)), "b?": stored.none_or(stored.NUMBER)}
+    stored.check("x", {"a": [1, 9], "other": json}, form)
+    for value, line in (
+        ({"a": [1, True]}, "x: a.1 must be an integer from 1 to 9, and is true"),
+        ({"a": [], "b": float("nan")}, "x: b must be a finite number, or null, and is nan"),
+        ({}, "x: a is missing"),
+        ([], "x: it must be a dict, and is a list"),
+    ):
+        refused(stored.check, "x", value, form, line=f"^{re.escape(line)}$")
