@@ -15,7 +15,7 @@ import torch
 from fewshot import files, ranks
 from fewshot.command import one_line_errors
 from fewshot.data import cache
-from fewshot.errors import AtWork, UserError
+from fewshot.errors import UserError
 
 
 def test_a_link_beside_a_file_is_not_written_through(tmp_path):
@@ -121,17 +121,6 @@ def test_a_run_whose_folder_was_removed_ends_in_one_line_and_makes_it_anew_nowhe
     assert (folder / "checkpoints" / "last.ckpt").exists() == (gone == "lock")
     with ranks.locked(folder):  # and the folder is free for another run
         files.write_atomically(folder / "checkpoints" / "last.ckpt", lambda file: file.write(b"3"))
-
-
-def test_a_refused_call_leaves_the_record_of_the_run_that_is_going_on(config, tmp_path):
-    def record():
-        return config(f"+record=${{first_call:{tmp_path}}}").record
-
-    with ranks.locked(tmp_path):
-        assert record() is None
-        with pytest.raises(AtWork), ranks.locked(tmp_path):
-            pass
-    assert record() == ".hydra"
 
 
 def test_a_full_disk_is_named_in_one_line_by_whatever_meets_it(tmp_path, capsys):

@@ -83,6 +83,7 @@ def test_two_processes_cannot_write_one_run(program, tmp_path):
         f"hydra.run.dir={tmp_path}: process {os.getpid()} on {platform.node()} is at work on this run; "
         "wait for it or end it\n"
     )
+    assert not (tmp_path / ".hydra").exists()  # the record of a call is that of the run at work
     with ranks.locked(tmp_path):
         pass
 

@@ -49,6 +49,7 @@ FORM: stored.Form = {
         "run_id": stored.text(r"[a-zA-Z0-9]{1,64}", "letters and digits"),
         "splits?": {"sha256": stored.NAME, **{split: stored.Each(stored.text(".{1,1000}")) for split in SPLITS}},
     },
+    "state_dict": stored.ANY,  # see check_weights
     "global_step": stored.integer(0),
     "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+\w{0,20}", "a version of Lightning"),
     "engine?": stored.one_of("sequential", "batched"),
