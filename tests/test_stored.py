@@ -136,6 +136,7 @@ def described(**changes):
         (lambda content: content["state_dict"].update(x=torch.ones(1).expand(10**12)), "state_dict.x must be a dense"),
         (lambda content: content.pop("callbacks"), "callbacks is missing"),
         (lambda content: content.pop("state_dict"), "state_dict is missing"),
+        (lambda content: content["state_dict"].update({"a\0": torch.ones(1)}), "state_dict must be a dict"),
         (lambda content: content.update(global_step=-1), "global_step must be an integer from 0 to .*, and is -1"),
         (described(overrides=None), "fewshot.overrides must be a list, and is null"),
         (described(run_id="../../x"), "fewshot.run_id must be letters and digits, and is '../../x'"),

@@ -4,7 +4,13 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line with the knob, its value and what would work."""
+    """A mistake the user can mend: one line with the knob, its value and what would work.
+
+    Names of others may stand in it, which could hold what a terminal obeys.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__("\n".join(map(printable, line.split("\n"))))
 
 
 class AtWork(UserError):

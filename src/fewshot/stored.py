@@ -111,6 +111,10 @@ MATRIX = Is("a square of numbers", lambda value: _is_square(value))
 SIMILARITIES: Form = {"updates": Each(integer(0)), "query_support": Each(MATRIX), "query_query": Each(MATRIX)}
 
 
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isprintable()
+
+
 def _is_square(value: Any) -> bool:
     rows = value if isinstance(value, list) else []
     return bool(rows) and all(
@@ -125,7 +129,7 @@ def check(where: str, value: Any, form: Form, key: str = "") -> None:
             raise UserError(f"{where}: {key or 'it'} must be {form.words}, and is {brief(value)}")
     elif isinstance(form, Each):
         kind = dict if form.keys else list
-        if not isinstance(value, kind) or (form.keys and not all(isinstance(name, str) for name in value)):
+        if not isinstance(value, kind) or (form.keys and not all(map(_is_name, value))):
             raise UserError(f"{where}: {key or 'it'} must be a {kind.__name__}, and is {brief(value)}")
         for name, member in value.items() if form.keys else enumerate(value):
             check(where, member, form.of, f"{key}.{name}".lstrip("."))
@@ -161,7 +165,7 @@ def check_plain(where: str, content: Any, most: int = 20_000, deepest: int = 20)
         if number > most or depth > deepest or (isinstance(value, str) and len(value) > 10_000):
             raise UserError(f"{where}: holds more, or deeper, or longer values than any run of this program writes")
         if isinstance(value, dict):
-            if not all(type(key) is str and len(key) < 1000 for key in value):
+            if not all(type(key) is str and key.isprintable() and len(key) < 1000 for key in value):
                 raise UserError(f"{where}: holds keys that are no text")
             waiting += [(each, depth + 1) for each in value.values()]
         elif isinstance(value, list | tuple):
