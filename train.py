@@ -6,26 +6,26 @@ Composes, checks, seeds, instantiates, fits, tests, reports; decides nothing.
 import time
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot import ranks
 from fewshot.command import how_to_go_on, one_line_errors
-from fewshot.config import CONF, check, check_overrides, processes, settings
+from fewshot.config import check, given_overrides, processes, settings
+from fewshot.launch import nothing_left, record
+from fewshot.refusals import hydra_command, refuse
 from fewshot.signals import Signals
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@hydra_command
 def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
-    with one_line_errors(job, how_to_go_on), ranks.locked(folder), Signals() as signals:
-        overrides = list(HydraConfig.get().overrides.task)
-        check_overrides(overrides)
-        if cfg.checkpoint is None:
-            check(cfg)
+    with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals() as signals:
+        overrides = given_overrides(HydraConfig.get())
+        refuse(cfg, overrides)
+        record(folder, cfg)
         return run(cfg, overrides, folder, signals)
     return 0.0  # a job of a sweep that failed: to a search, the worst there is
 

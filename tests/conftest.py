@@ -1,6 +1,8 @@
 """A run of train.py, small enough for a test, inside this process and as a program of its own."""
 
+import copy
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -11,10 +13,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import train
-from fewshot.config import CONF
+from fewshot.config import CONF, GROUPS
 from fewshot.signals import Signals
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +49,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
         sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@functools.cache
+def _chosen(*groups: str) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", list(groups))
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of a call, of which the YAML files are read once: each time takes long."""
+    groups = tuple(each for each in overrides if each.split("=")[0] in (*GROUPS, "experiment"))
+    cfg = copy.deepcopy(_chosen(*groups))
+    others = OverridesParser.create().parse_overrides([each for each in overrides if each not in groups])
+    ConfigLoaderImpl._apply_overrides_to_config(others, cfg)
+    return cfg
 
 
 @pytest.fixture(scope="session")

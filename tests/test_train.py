@@ -255,8 +255,8 @@ def foreign(trained: Path, folder: Path, overrides: list[str]) -> tuple[str, str
     "brought, key",
     [
         (["model=module", "model.module={_target_: os.mkdir, path: MARK}"], "model.module"),
-        (["model.network.channels={_target_: os.mkdir, path: MARK}"], "model.network.channels"),
-        (["model.network.channels=[{_target_: os.mkdir, path: MARK}]"], "model.network.channels.0"),
+        (["augment=standard", "augment.crop.padding={_target_: os.mkdir, path: MARK}"], "augment.crop.padding"),
+        (["augment=standard", "augment.crop.size=[{_target_: os.mkdir, path: MARK}]"], "augment.crop.size.0"),
         (["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"], "callbacks.progress"),
     ],
 )
@@ -268,7 +268,7 @@ def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(
     with pytest.raises(UserError, match=rf"foreign\.ckpt: its call sets {key}\._target_=os\.mkdir, which") as error:
         run(tmp_path / "test", *test)
     assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
-    with suppress(Exception):  # no callback, no network, no number of channels
+    with suppress(Exception):  # no callback, no network, no number of pixels
         run(tmp_path / "trusted", *test, *brought)
     assert (tmp_path / "MARK").is_dir()
 

@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import ranks
-from fewshot.config import check_integer
 from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
 
 
@@ -100,6 +99,6 @@ def flag(knob: str, value: str) -> bool:
 
 def integer(knob: str, value: str, smallest: int) -> int:
     """A word as an integer of at least `smallest`."""
-    number: int | str = int(value) if re.fullmatch(r"[+-]?[0-9]{1,9}", value) else value
-    check_integer(knob, number, smallest)
-    return int(number)
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", value) or int(value) < smallest:
+        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
+    return int(value)

@@ -142,7 +142,7 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
+    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir={_quoted(folder)}"]
     with locked(folder, RANKS_LOCK):
         pass  # those of an earlier call have ended; raised here and not in a rank it is no failure of the run
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
