@@ -20,7 +20,7 @@ from fewshot.errors import UserError
 ROOT = Path(__file__).parents[1]
 # Runs calls one after the other in a process where torch cannot be imported; tells how each ended and what it wrote.
 PROGRAM = """
-import contextlib, io, json, sys
+import contextlib, importlib, io, json, sys
 from pathlib import Path
 
 class Blocked:
@@ -30,15 +30,15 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
-import train
-from fewshot.evidence import __main__ as evidence
+COMMANDS = {"train": "train", "evidence": "fewshot.evidence.__main__", "data": "fewshot.data.__main__"}
 
 for command, *arguments in json.loads(sys.argv[2]):
+    module = importlib.import_module(COMMANDS.get(command, f"fewshot.{command}"))
     sys.argv, written = [command, *arguments], set(Path().rglob("*"))
     said, ended = io.StringIO(), None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            {"train": train, "evidence": evidence}[command].main()
+            module.main()
         except SystemExit as end:
             ended = end.code
     print(json.dumps([ended, said.getvalue(), sorted(map(str, set(Path().rglob("*")) - written))]))
@@ -67,10 +67,20 @@ CALLS = {  # the line in which it ends
     "train -m ways=range(2,9,0)": "ways=range(2,9,0): is no sweep (",
     "evidence checkpoint=nowhere.ckpt fit=true": "fit=true: nothing is trained here",
     "evidence ways=3": "checkpoint=null: which model?",
+    "sweep": "the following arguments are required: FOLDER; ",
+    "sweep nowhere": "nowhere: no run in it; give the folder of a sweep",
+    "sweep empty": "empty: no run in it; give the folder of a sweep",
+    "data": "the following arguments are required: list|prepare|show; ",
+    "data prepare dataset=omniglott": "dataset=omniglott: no such file of the group; did you mean omniglot?",
+    "data prepare dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
+    "data list inner_lrr=3": "inner_lrr=3: no such knob; did you mean inner_lr?",
+    "predict checkpoint=model.ckpt support=empty query=empty": "support=empty: 0 folders with images in it; give",
 }
 
 
 def test_a_refused_call_is_one_line_without_torch_and_leaves_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.ckpt").touch()
     calls = json.dumps([call.split() for call in CALLS])
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     command = [sys.executable, "-c", PROGRAM, ROOT, calls]

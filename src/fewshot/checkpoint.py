@@ -20,7 +20,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from fewshot.config import GROUPS, check_overrides, settings
+from fewshot.config import GROUPS, check_overrides, leaves, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.tasks import SPLITS
 
@@ -301,17 +301,6 @@ def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> N
             f"iterations={asked['iterations']}: {path} was trained with iterations={trained['iterations']}; "
             "continue with as many or more"
         )
-
-
-def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as (dotted.key, value)."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found
 
 
 def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """What all commands share: how they read their words, and the one line in which they end."""
 
+import argparse
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -66,6 +68,13 @@ def how_to_go_on() -> str:
         return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
     return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command's options; what it cannot read is one line too, with the status of any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:

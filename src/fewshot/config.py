@@ -284,3 +284,14 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain["algo"]["zeroing"] = plain.pop("zeroing", plain["algo"]["zeroing"])
     return plain
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted.key, value)."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found

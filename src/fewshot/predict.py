@@ -158,16 +158,16 @@ def run(
     for knob, path in {"checkpoint": checkpoint, "support": support, "query": query}.items():
         if not Path(path).expanduser().exists():
             raise UserError(f"{knob}={path}: no such file or folder")
+    classes = _classes(f"support={support}", support_source := _open("support", support))
+    asked = _images(query_source := _open("query", query))
+    if not asked:
+        raise UserError(f"query={query}: no images in it")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot import figures
     from fewshot.checkpoint import write_atomically
     from fewshot.pretrained import load
     from fewshot.report import write_png
 
-    classes = _classes(f"support={support}", support_source := _open("support", support))
-    asked = _images(query_source := _open("query", query))
-    if not asked:
-        raise UserError(f"query={query}: no images in it")
     model = load(checkpoint, trust=trust)
     skipped: list[tuple[str, str, str]] = []
     read = partial(_read, preprocess=model.preprocess, skipped=skipped)

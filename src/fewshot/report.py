@@ -8,20 +8,21 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import rich
 import rich.table
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from pytorch_lightning.loggers import Logger
 
-from fewshot import figures, ranks
-from fewshot.checkpoint import refuse_difference, write_atomically
+from fewshot import ranks
 from fewshot.config import MODES, settings
 from fewshot.errors import UserError
-from fewshot.logger import summarise
-from fewshot.module import Scores
+
+if TYPE_CHECKING:  # python -m fewshot.sweep reads metrics.csv, and does not need torch for that
+    from matplotlib.figure import Figure
+    from pytorch_lightning.loggers import Logger
+
+    from fewshot.module import Scores
 
 PACKAGES = (
     "fewshot",
@@ -38,6 +39,8 @@ PACKAGES = (
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     """metrics.csv: one row per logged iteration, first column `iteration`, empty where a metric was not logged."""
+    from fewshot.checkpoint import write_atomically
+
     columns = ["iteration", *sorted({key for row in rows for key in row if key != "iteration"}, key=_column_order)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -84,6 +87,8 @@ def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     Raises:
         UserError: they are of another configuration.
     """
+    from fewshot.checkpoint import refuse_difference
+
     path = folder / "results.json"
     if not path.exists():
         return None
@@ -100,19 +105,23 @@ def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
 
 def write(
     folder: Path,
-    results: dict[str, dict[str, Scores]],
+    results: dict[str, dict[str, "Scores"]],
     *,
     iterations: int,
     best_iteration: int,
     seconds: dict[str, float],
     config: dict[str, Any],
     splits: dict[str, Any],
-    loggers: list[Logger],
+    loggers: list["Logger"],
 ) -> dict[str, Any]:
     """results.json, which is returned, the figures, the logger's summary and the table on the terminal.
 
     Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates. Rank 0 writes.
     """
+    from fewshot import figures
+    from fewshot.checkpoint import write_atomically
+    from fewshot.logger import summarise
+
     content = {
         **{split: _scores(results[split]) for split in ("test", "val")},
         "iterations": iterations,
@@ -143,6 +152,8 @@ def write(
 
 def write_splits(folder: Path, splits: dict[str, Any]) -> None:
     """splits.json: which classes the run uses for what."""
+    from fewshot.checkpoint import write_atomically
+
     if not ranks.rank():
         write_atomically(folder / "splits.json", lambda file: file.write(_line_by_line(splits).encode()))
 
@@ -158,11 +169,11 @@ def validation_accuracy(results: dict[str, Any]) -> float:
     return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
 
 
-def write_png(figure: Figure, file: BinaryIO) -> None:
+def write_png(figure: "Figure", file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
-def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
+def _scores(modes: dict[str, "Scores"]) -> dict[str, Any]:
     tasks = next(iter(modes.values())).tasks
     return {"tasks": tasks, **{mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}}
 

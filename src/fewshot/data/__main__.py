@@ -7,29 +7,32 @@ python -m fewshot.data show dataset=omniglot dataset.rotations=true out=omniglot
 On a cluster whose nodes have no network `prepare` is for the machine that has one.
 """
 
-import argparse
 import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.command import one_line_errors
-from fewshot.config import CONF, check, check_overrides
+from fewshot.command import Parser, one_line_errors
+from fewshot.config import CONF, check_overrides
 from fewshot.errors import UserError
+from fewshot.refusals import not_composed, refuse
 
 
 def configuration(overrides: list[str]) -> DictConfig:
     check_overrides(overrides)
-    try:
+
+    def composed(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", overrides)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+
+    try:
+        return composed(overrides)
+    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+        raise not_composed(error, overrides, composed) from None
 
 
 def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -38,8 +41,7 @@ def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     Raises:
         UserError: as a run with these overrides would.
     """
-    cfg = configuration(overrides)
-    check(cfg)
+    refuse(cfg := configuration(overrides), overrides)
     splits = instantiate(cfg.dataset.source)
     for name, split in splits.items():
         print(f"{cfg.dataset.name} {name}: {len(split.names)} classes, {len(split.images)} images")
@@ -103,15 +105,15 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     for name, (function, does) in COMMANDS.items():
         command = commands.add_parser(name, help=does, description=does)
         command.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="and its knobs, as for train.py")
         command.set_defaults(function=function)
-    asked = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
+        asked = parser.parse_args(arguments)
         asked.function(asked.overrides)
 
 

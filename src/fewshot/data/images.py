@@ -13,13 +13,15 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fewshot.data.cache import Unread
 from fewshot.errors import UserError, some
+
+if TYPE_CHECKING:
+    from fewshot.data.cache import Unread
 
 log = logging.getLogger(__name__)
 
@@ -183,12 +185,14 @@ def read_splits(
     size: int,
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> dict[str, Unread]:
+) -> "dict[str, Unread]":
     """The splits whose classes are given as lists of files, each read when its turn comes.
 
     Raises:
         UserError: images cannot be read; then, when they are asked for.
     """
+    from fewshot.data.cache import Unread  # imports torch, and a folder can be looked at without it
+
     how = {"size": size, "channels": channels, "resample": resample}
     files = [file for split in classes.values() for images in split.values() for file in images]
     log.info("reading %d images", len(files))
