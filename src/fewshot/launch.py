@@ -77,7 +77,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
     except (UserError, InstantiationException):
         names = (".lock", ranks.RANKS_LOCK, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
         files = {path for path in folder.rglob("*") if not path.is_dir()}
-        if folder in OutputFolder.made and files <= {folder / name for name in names}:
+        if not ranks.rank() and folder in OutputFolder.made and files <= {folder / name for name in names}:
             for path in files:
                 path.unlink()
             for place in (folder / ".hydra", *OutputFolder.made):
