@@ -365,7 +365,12 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "test_every=5 callbacks.record.test_curve_tasks=0": ("callbacks.record.test_curve_tasks=0: ", "at least 2"),
     "callbacks.zero_head.enabled=true": ("callbacks.zero_head.enabled=true: ", "use +zeroing=true"),
     "model.network.ways=3": ("model.network.ways=3: ", "set ways=3 instead"),
-    "+trainer.limit_test_batches=0": ("trainer.limit_test_batches=0: ", "no such knob"),
+    "+trainer.limit_test_batches=0": ("trainer.limit_test_batches=0: ", "use test_tasks"),
+    "+trainer.gradient_clip_val=1": (
+        "trainer.gradient_clip_val=1: ",
+        "no such knob; known are accelerator, benchmark,",
+    ),
+    "+trainer.deterministic=maybe": ("trainer.deterministic=maybe: ", "true, false or warn"),
     "trainer.inference_mode=true": ("trainer.inference_mode=true: ", "must be false"),
     "trainer.accelerator=cuuda": ("trainer.accelerator=cuuda: ", "one of auto, cpu, gpu, cuda"),
     "trainer=ddp meta_batch_size=4 trainer.devices=4 test_every=1 callbacks.record.test_curve_tasks=2": (
@@ -394,6 +399,7 @@ def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
     [
         "dataset=omniglot dataset.rotations=true ways=688",
         "ways=30", "shots=5", "ways=2", "seed=0", "seed=4294967295", "init_scale=0", "stop_at_accuracy=1", "inner_lr=1",
+        "+trainer.deterministic=warn", "+trainer.profiler=simple",
         "dataset.size=23", "dataset=folder dataset.root=photos dataset.size=16", "val_tasks=2",
         "dataset=folder dataset.root=photos ways=500 shots=900",
         "model=module model.module={_target_:a.B,depth:3}", "augment=standard",

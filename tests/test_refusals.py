@@ -150,6 +150,12 @@ def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
             part = OmegaConf.select(content, place) if place else content
             names |= set() if part is None else {*part} - {"defaults", "hydra"}
     assert found.pop("") | {*GROUPS, "zeroing"} == {*schema.Config.knobs()}
+    found["trainer"] |= {
+        "deterministic",
+        "benchmark",
+        "detect_anomaly",
+        "profiler",
+    }  # with a plus: +trainer.profiler=simple
     assert found.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more
     for place, names in found.items():
         assert names == {*PARTS[place].knobs()}, place

@@ -1,19 +1,10 @@
 """Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in config.py."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from contextlib import suppress
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StringConstraints,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
@@ -31,15 +22,17 @@ class Unresolved(str):
 # Types that say what a value must be
 
 
-def must_be(words: str, kind: Any, limit: tuple[float, str] | None = None) -> Any:
-    """`kind`; of any other value the words are said, of a number from `limit` on that limit's alone."""
+def must_be(
+    words: str, kind: Any, limit: tuple[float, str] | None = None, refused: Callable[[Any], bool] = lambda value: False
+) -> Any:
+    """`kind` but for what is refused; of any other value the words are said, of a number from `limit` on its own."""
 
     def check(value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            large = limit is not None and type(value) in (int, float) and limit[0] <= value < float("inf")
-            raise PydanticCustomError("knob", f"must be {limit[1] if large else words}") from None
+        with suppress(ValidationError):
+            if not refused(valid := validate(value)):
+                return valid
+        large = limit is not None and type(value) in (int, float) and limit[0] <= value < float("inf")
+        raise PydanticCustomError("knob", f"must be {limit[1] if large else words}")
 
     return Annotated[kind, WrapValidator(check)]
 
@@ -88,32 +81,22 @@ def only(value: Any, why: str) -> Any:
 
 
 def text(words: str, pattern: str = r".+") -> Any:
-    return must_be(words, Annotated[str, StringConstraints(pattern=rf"(?s)^(?:{pattern})$")])
-
-
-def but(refused: Callable[[Any], bool]) -> AfterValidator:
-    """Those of a type that are not refused."""
-
-    def check(value: Any) -> Any:
-        if refused(value):
-            raise ValueError
-        return value
-
-    return AfterValidator(check)
+    return must_be(words, Annotated[str, Field(pattern=rf"(?s)^(?:{pattern})$")])
 
 
 Flag = must_be("true or false", bool)
 Name = text("a name of letters, digits and ._-", r"[\w.-]+")
 Path = text("a path, with ./ before a number")
 Target = text("the dotted name of a class or function", r"\w+(\.\w+)+")
-Channels = must_be("1 (grey) or 3 (colour)", Annotated[int, Field(ge=1, le=3), but(lambda value: value == 2)])
+Channels = must_be("1 (grey) or 3 (colour)", Annotated[int, Field(ge=1, le=3)], refused=lambda value: value == 2)
 WandbName = text(r"a name of at most 128 characters, none of them / \ # ? % :", r"[^/\\#?%:]{1,128}")
 
 
 class Part(BaseModel):
-    """Some knobs, and no others."""
+    """Some knobs, and no others; instead: for others that one may look for, where to find what they would do."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+    instead: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def knobs(cls) -> list[str]:
@@ -126,7 +109,10 @@ class Part(BaseModel):
             wanted = [f"{key}: ..." for key in cls.knobs()[:3]] + ["..."] * (len(cls.knobs()) > 3)
             raise PydanticCustomError("knob", f"must be {{{', '.join(wanted)}}}")
         if cls.model_config["extra"] == "forbid" and (unknown := [key for key in values if key not in cls.knobs()]):
-            complaint = PydanticCustomError("knob", f"no such knob; {nearest(str(unknown[0]), set(cls.knobs()))}")
+            words = f"no such knob; {nearest(str(unknown[0]), {*cls.knobs()} - {'_target_'})}"
+            if unknown[0] in cls.instead:
+                words = f"does not do here what Lightning says; use {cls.instead[unknown[0]]}"
+            complaint = PydanticCustomError("knob", words)
             details = InitErrorDetails(type=complaint, loc=(unknown[0],), input=values[unknown[0]])
             raise ValidationError.from_exception_data(cls.__name__, [details])
         return values
@@ -228,12 +214,27 @@ class Dataset(OwnDataset):
     rotations: Flag = False
 
 
-class Transform(Made):
-    # torchvision's draw one set of random numbers for all images of a call.
-    target: Annotated[Target, but(lambda name: name.startswith("torchvision."))] = Field(alias="_target_")
+def _of_torchvision(transform: Made) -> bool:  # one set of random numbers for all images of a call
+    return transform.target.startswith("torchvision.")
+
+
+Transform = must_be("{_target_: kornia.augmentation.NAME}", Made, refused=_of_torchvision)
 
 
 class Trainer(Part):
+    """Training here is one epoch of outer updates: what Lightning does by its own loops is not among these."""
+
+    instead: ClassVar = {
+        **dict.fromkeys(("min_epochs", "min_steps", "limit_train_batches", "fast_dev_run"), "iterations"),
+        **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "val_every"),
+        "limit_val_batches": "val_tasks",
+        "limit_test_batches": "test_tasks",
+        "accumulate_grad_batches": "meta_batch_size, and tasks_at_once for less memory",
+        "overfit_batches": "dataset.tasks=one_task",
+        "default_root_dir": "hydra.run.dir",
+        "logger": "logger",
+        "callbacks": "callbacks",
+    }
     target: Target = Field(alias="_target_")
     accelerator: one_of("auto", "cpu", "gpu", "cuda")
     devices: integer(1)
@@ -243,13 +244,17 @@ class Trainer(Part):
     # float16 would need its gradients scaled, task by task
     precision: one_of("32-true", "tf32", "64-true", "bf16-mixed")
     max_steps: integer(1)
-    max_epochs: only(-1, "iterations=N says how long a run is")
+    max_epochs: only(-1, "use iterations")
     log_every_n_steps: integer(1)
     inference_mode: only(False, "the inner loop of the test needs gradients")
-    enable_checkpointing: only(False, "best.ckpt and last.ckpt are written by callbacks.record")
+    enable_checkpointing: only(False, "use val_every")
     enable_model_summary: Flag
-    enable_progress_bar: only(False, "callbacks.progress draws one")
-    num_sanity_val_steps: only(0, "validation is by callbacks.record")
+    enable_progress_bar: only(False, "use callbacks")
+    num_sanity_val_steps: only(0, "use val_tasks")
+    deterministic: must_be("true, false or warn", bool | Literal["warn"]) = False
+    benchmark: Flag = False
+    detect_anomaly: Flag = False
+    profiler: optional(one_of("simple", "advanced", "pytorch")) = None
 
 
 class Logger(Made):
@@ -317,7 +322,7 @@ class Config(Part):
     algo: Algo
     dataset: part(Dataset, OwnDataset, maker="source")
     model: part(Model, OwnModel, maker="network")
-    augment: dict[str, must_be("{_target_: kornia.augmentation.NAME}", Transform)]
+    augment: dict[str, Transform]
     trainer: Trainer
     logger: optional(part(Logger))
     callbacks: Callbacks
