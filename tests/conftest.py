@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ from fewshot.config import CONF, GROUPS
 from fewshot.signals import Signals
 
 ROOT = Path(__file__).parents[1]
+HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine
+# In a program that is started with it, every last.ckpt that was written is waited at until the test lets it go on.
+HALTING = """
+import os, time
+replace, halted = os.replace, os.environ["FEWSHOT_TEST_HALTED"]
+def halting(source, target):
+    replace(source, target)
+    if str(target).endswith("last.ckpt") and not os.path.exists(halted + ".free"):
+        open(halted, "x").close()
+        while os.path.exists(halted):
+            time.sleep(0.02)
+os.replace = halting
+"""
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (
     "queries=3",
@@ -49,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
         sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["MPLBACKEND"] = "agg"  # whatever the notebook or IDE that started the tests draws with
 
 
 @functools.cache
@@ -105,23 +120,46 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def program(cache: Path) -> Callable[..., subprocess.Popen]:
-    """program(*overrides) starts `python train.py` for real."""
+def program(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
+    """program(*overrides) starts `python train.py` for real; halting: for `halt_when` and `let_go`."""
     started: list[subprocess.Popen] = []
 
-    def program(*overrides: str, small: bool = True) -> subprocess.Popen:
+    def program(*overrides: str, small: bool = True, halting: bool = False) -> subprocess.Popen:
         base = (*(SMALL if small else ()), f"dataset.cache={cache}")
         flags = [override for override in overrides if override.startswith("-")]
         command = [sys.executable, ROOT / "train.py", *flags, *base, *(o for o in overrides if o not in flags)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
+        if halting:
+            (place := tmp_path_factory.mktemp("halting")).joinpath("sitecustomize.py").write_text(HALTING)
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), environment.get("PYTHONPATH")]))
+            environment["FEWSHOT_TEST_HALTED"] = str(place / "halted")
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cache))
+        started[-1].halted = place / "halted" if halting else None
         return started[-1]
 
     yield program
     for process in started:
         process.kill()
         process.communicate()
+
+
+def halt_when(process: subprocess.Popen, what: Callable[[], bool]) -> None:
+    """Lets a halting program go on from one last.ckpt to the next, till `what` holds; there it stands still."""
+    deadline = time.monotonic() + HANG
+    while True:
+        while not process.halted.exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        if what():
+            return
+        process.halted.unlink()
+
+
+def let_go(process: subprocess.Popen) -> None:
+    """It halts no more."""
+    Path(f"{process.halted}.free").touch()
+    process.halted.unlink()
 
 
 @pytest.fixture(scope="session")

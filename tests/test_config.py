@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from conftest import composed
+from conftest import HANG, composed
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
@@ -453,7 +453,7 @@ def train(tmp_path):
             env={**environment, "PYTHONPATH": path, **variables},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG,
         )
 
     return run
@@ -523,5 +523,5 @@ for overrides in {[valid(override) for override in CONFIGS]!r}:
     settings(cfg)
 print([name for name in ("torch", "pytorch_lightning", "learn2learn") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANG)
     assert done.stdout == "[]\n"

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import re
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -222,6 +225,20 @@ def test_too_few_classes_to_be_split(plain, load):
         shutil.rmtree(plain / label)
     with pytest.raises(UserError, match=r"^dataset\.root=.*: 5 classes \(f, g, h and 2 more\); .*at least 6; .*$"):
         load(plain, fractions=FRACTIONS)
+
+
+def test_too_few_classes_for_the_ways_names_fractions_that_would_do(plain, load):
+    """The ten classes are dealt out as 6, 2 and 2."""
+    with pytest.raises(UserError) as error:
+        load(plain, fractions=FRACTIONS, ways=3)
+    said = "^ways=3: dataset.root=.* has 10 classes, dealt out as 6 train, 2 val, 2 test; use ways=2, or (.*)$"
+    (word,) = shlex.split(re.match(said, str(error.value))[1])
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert override.key_or_group == "dataset.fractions" and sum(override.value().values()) == pytest.approx(1)
+    splits = load(plain, fractions=override.value(), ways=3)
+    assert {name: len(split.names) for name, split in splits.items()} == {"train": 4, "val": 3, "test": 3}
+    with pytest.raises(UserError, match=r'use ways=2, or ways=3 "dataset.fractions='):  # 3 x 5 are more than there are
+        load(plain, fractions=FRACTIONS, ways=5)
 
 
 def test_a_dataset_with_a_split_of_its_own_is_never_split_here(plain, load):

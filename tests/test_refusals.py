@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import composed
+from conftest import HANG, composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -85,7 +85,7 @@ def test_a_refused_call_is_one_line_without_torch_and_leaves_nothing(tmp_path):
     calls = json.dumps([call.split() for call in CALLS])
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     command = [sys.executable, "-c", PROGRAM, ROOT, calls]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     for (call, line), result in zip(CALLS.items(), done.stdout.splitlines(), strict=True):
         ended, said, written = json.loads(result)
@@ -164,6 +164,7 @@ def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
         "deterministic",
         "benchmark",
         "detect_anomaly",
+        "max_time",
         "profiler",
     }  # with a plus: +trainer.profiler=simple
     assert found.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more

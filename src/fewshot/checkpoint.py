@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from fewshot.config import GROUPS, check_overrides, leaves, settings
 from fewshot.errors import UserError, shown, some
+from fewshot.paths import checkpoint_file
 from fewshot.tasks import SPLITS
 
-# May differ between a run and its continuation: where things lie and where they are reported to.
+# May differ between a run and its continuation: where things lie, where they are reported to, and when it stops.
 FREE = (
     "checkpoint",
     "fit",
@@ -37,6 +38,10 @@ FREE = (
     "dataset.other_split",
     "dataset.trust",
     "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.profiler",
+    "stop_at_accuracy",
+    "callbacks.record.stop_at_accuracy",
     "iterations",
 )
 # Numbers that the YAML files gave otherwise at commit a43819a: a run that neither call names one for keeps its own.
@@ -50,7 +55,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
+        content = read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
+        content["callbacks"].pop("Timer", None)  # trainer.max_time is of each call
+        return content
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -121,10 +128,11 @@ class Start:
 
     @property
     def trained(self) -> bool:
-        """Nothing is left to train: killed after the last update, or stopped at its accuracy."""
+        """Nothing is left to train: killed after the last update, or at the accuracy where this call would stop."""
         if self.content is None:
             return False
-        return self.iteration >= self.cfg.iterations or self.content["callbacks"]["Record"]["stopped"]
+        target, reached = self.cfg.stop_at_accuracy, self.content["callbacks"]["Record"]["best_accuracy"]
+        return self.iteration >= self.cfg.iterations or (target is not None and reached >= target)
 
     @property
     def engine(self) -> str:
@@ -208,9 +216,9 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             return Start(cfg, overrides)
         content = read(path)
     else:
-        path = Path(cfg.checkpoint).absolute()
+        path = Path(os.path.abspath(checkpoint_file(cfg.checkpoint, "last" if cfg.fit else "best")))
         content = read(path)
-        if cfg.fit and path.parent != folder.absolute() / "checkpoints":
+        if cfg.fit and path.parent != Path(os.path.abspath(folder)) / "checkpoints":
             raise UserError(
                 f"checkpoint={path}: training goes on only in the folder of its run, RUN/checkpoints/last.ckpt, not in "
                 f"{folder}; drop hydra.run.dir, or add fit=false to test it"

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import ranks
 from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
+from fewshot.paths import in_shell
 
 
 @contextmanager
@@ -65,9 +65,9 @@ def how_to_go_on() -> str:
     """After a signal, for whoever reads the line that says so: the call that continues this training or sweep."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
+        return f"; the same command with {in_shell('hydra.sweep.dir', hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
-    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else ""
+    return f"; python train.py {in_shell('checkpoint', last)} goes on" if last.exists() else ""
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,14 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import ranks
 from fewshot.errors import UserError, nearest, one_line, shown
+from fewshot.paths import run_folder, user_path
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
-    """Where a run writes: training that continues from RUN/checkpoints/x.ckpt goes on in RUN, all else in `new`."""
-    return str(Path(str(checkpoint)).absolute().parent.parent) if checkpoint and fit else new
+    """Where a run writes: training that continues from RUN or RUN/checkpoints/x.ckpt goes on in RUN, else in `new`."""
+    return str(run_folder(user_path("checkpoint", checkpoint))) if checkpoint and fit else new
 
 
 def given_overrides(hydra: DictConfig) -> list[str]:
@@ -213,7 +214,7 @@ def _check_processes(cfg: DictConfig) -> None:
     if ranks.launcher() and started != wanted:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices}: {ranks.launcher()} started {started} processes; use trainer=ddp "
-            f"trainer.devices=N with N of them on each of trainer.num_nodes machines"
+            f"trainer.devices=N with N of them on each of trainer.num_nodes machines{ranks.only_process()}"
         )
     if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1:
         raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: several machines need torchrun or srun")

@@ -21,6 +21,7 @@ from fewshot import ranks
 from fewshot.command import one_line_errors
 from fewshot.config import given_overrides, job_folder
 from fewshot.errors import UserError, shown
+from fewshot.paths import claimed, escaped, override, user_path
 from fewshot.refusals import refuse, refuse_sweep
 
 RECORD = ("config", "hydra", "overrides")  # files of .hydra/
@@ -33,13 +34,14 @@ class OutputFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with one_line_errors():
+            if config.checkpoint is not None:
+                user_path("checkpoint", config.checkpoint)  # before a folder is named after it
             refuse(_job(config, config.hydra.run.dir), given_overrides(config.hydra))
-            named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
-            if ranks.launcher() and not named and not (config.checkpoint and config.fit):
-                raise UserError(f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder")
-            folder = _named("hydra.run.dir", config.hydra.run.dir)
-            OutputFolder.made = [place for place in (folder, *folder.parents) if not place.exists()]
-            _check_writable("hydra.run.dir", folder)
+            new = _by_the_clock(config, "run") and not (config.checkpoint and config.fit)
+            if ranks.launcher() and new:
+                several = f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder"
+                raise UserError(several + ranks.only_process())
+            _settle_folder(config, "run", new)
 
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
         """Every job is looked at before the first one starts."""
@@ -47,14 +49,14 @@ class OutputFolder(Callback):
             if ranks.launcher():
                 raise UserError(
                     f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use python train.py -m "
-                    "trainer=ddp trainer.devices=N"
+                    f"trainer=ddp trainer.devices=N{ranks.only_process()}"
                 )
             _job(config, config.hydra.sweep.dir)
             refuse_sweep(config, config_name)
             slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
             if slurm and not (shutil.which("sbatch") and shutil.which("srun")):
                 raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
-            _check_writable("hydra.sweep.dir", _named("hydra.sweep.dir", config.hydra.sweep.dir))
+            _settle_folder(config, "sweep", _by_the_clock(config, "sweep"))
             if slurm:
                 _adapt_submitit(Path(config.hydra.sweep.dir))
 
@@ -159,10 +161,25 @@ def _adapt_submitit(sweep: Path) -> None:
     slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs
 
 
-def _named(knob: str, folder: Any) -> Path:
-    if not folder:
-        raise UserError(f"{knob}={shown(folder)}: must be a folder")
-    return Path(os.path.abspath(folder))
+def _by_the_clock(config: DictConfig, kind: str) -> bool:
+    """Whether the folder of the run or sweep is named after the time, which others may have been started at."""
+    return "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)["dir"])
+
+
+def _settle_folder(config: DictConfig, kind: str, new: bool) -> None:
+    """From here on a name and nothing else, for the jobs of a sweep too; a new one is nobody else's."""
+    knob, given = f"hydra.{kind}.dir", config.hydra[kind].dir
+    if not given:
+        raise UserError(f"{knob}={shown(given)}: must be a folder")
+    folder = Path(os.path.abspath(user_path(knob, given)))
+    fresh, missing = new or not folder.exists(), [place for place in folder.parents if not place.exists()]
+    with suppress(OSError):  # the next line but one says why
+        folder = claimed(folder) if new else folder
+    OutputFolder.made = [folder] * fresh + missing
+    _check_writable(knob, folder)
+    with read_write(config.hydra):
+        config.hydra[kind].dir = escaped(folder)
+        config.hydra.overrides.hydra.append(override(knob, folder))
 
 
 def _check_writable(knob: str, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Images of one's own, after training: python -m fewshot.predict checkpoint=PATH support=FOLDER query=FOLDER
 
-checkpoint=PATH       RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote
+checkpoint=PATH       the folder of a run, RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote
 support=FOLDER        one folder of images for each class; a zip of that will do
 query=FOLDER          the images to classify, however deep; or a zip
 steps=N               inner steps; as many as in training if it is left out
@@ -29,6 +29,7 @@ import numpy as np
 
 from fewshot.command import flag, integer, one_line_errors, words
 from fewshot.errors import UserError
+from fewshot.paths import claimed, model_path, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,20 +145,22 @@ def _with_ways(learner: "MetaLearner", ways: int, zeroing: bool) -> "MetaLearner
 
 
 def run(
-    checkpoint: str, support: str, query: str, folder: Path, *, trust: bool = False, **how: int | bool | None
+    checkpoint: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **how: int | bool | None
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
 
+    folder: None: a new one in outputs/, named after the time.
     how: steps and test_zeroing, as predict has them.
 
     Raises:
         UserError: nothing to read, or what predict does not take.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder is not None and os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"out={folder}: is not empty; name another folder")
     for knob, path in {"checkpoint": checkpoint, "support": support, "query": query}.items():
-        if not Path(path).expanduser().exists():
+        if not os.path.exists(user_path(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
+    model_path(checkpoint)
     classes = _classes(f"support={support}", support_source := _open("support", support))
     asked = _images(query_source := _open("query", query))
     if not asked:
@@ -179,6 +182,7 @@ def run(
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
     found = predict(model, given, list(queries.values()), **how)
     rows = list(zip(queries, found.labels, found.probabilities, strict=True))
+    folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
         _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
     header = ["file", "class", *(f"probability of {name}" for name in found.classes)]
@@ -201,7 +205,7 @@ def _open(knob: str, given: str) -> "Source":
     from fewshot.data.images import open_source
 
     try:
-        return open_source(Path(given).expanduser())
+        return open_source(user_path(knob, given))
     except UserError as error:
         raise UserError(str(error).replace("dataset.root=", f"{knob}=", 1)) from None
 
@@ -281,11 +285,11 @@ READ: dict[str, Callable[[str], Any]] = {
     "query": str,
     "steps": lambda value: integer("steps", value, 1),
     "test_zeroing": lambda value: flag("test_zeroing", value),
-    "out": lambda value: Path(value).expanduser(),
+    "out": lambda value: user_path("out", value),
     "trust": lambda value: flag("trust", value),
 }
 NEEDED = {
-    "checkpoint": "RUN/checkpoints/best.ckpt or a folder that was exported",
+    "checkpoint": "RUN, the folder of a run, or a folder that was exported",
     "support": "FOLDER with a folder of images for each class",
     "query": "FOLDER of images to classify",
 }
@@ -299,8 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with one_line_errors():
         given = {key: READ[key](value) for key, value in words(arguments, READ, NEEDED).items()}
-        new = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-        run(given.pop("checkpoint"), given.pop("support"), given.pop("query"), given.pop("out", new), **given)
+        run(given.pop("checkpoint"), given.pop("support"), given.pop("query"), given.pop("out", None), **given)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from fewshot.command import one_line_errors
 from fewshot.config import CONF, GROUPS, check, check_files, check_knobs, check_overrides, given_overrides, knobs
 from fewshot.errors import UserError, nearest, one_line
+from fewshot.paths import checkpoint_file
 
 
 def hydra_command(
@@ -145,8 +146,7 @@ def refuse(cfg: DictConfig, overrides: list[str]) -> None:
         return
     keys = {each.lstrip("+").split("=")[0] for each in overrides} - {*GROUPS, "experiment"}
     check_knobs(cfg, keys)
-    if not os.path.isfile(cfg.checkpoint):
-        raise UserError(f"checkpoint={cfg.checkpoint}: no such file")
+    checkpoint_file(cfg.checkpoint, "best")
     if "dataset.root" in keys:
         check_files(cfg)
 

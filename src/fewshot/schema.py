@@ -221,6 +221,11 @@ def _of_torchvision(transform: Made) -> bool:  # one set of random numbers for a
 Transform = must_be("{_target_: kornia.augmentation.NAME}", Made, refused=_of_torchvision)
 
 
+_duration = must_be(
+    "DAYS:HOURS:MINUTES:SECONDS, not all zero", text("", r"\d\d(:\d\d){3}"), refused=lambda time: not time.strip("0:")
+)
+
+
 class Trainer(Part):
     """Training here is one epoch of outer updates: what Lightning does by its own loops is not among these."""
 
@@ -246,6 +251,7 @@ class Trainer(Part):
     max_steps: integer(1)
     max_epochs: only(-1, "use iterations")
     log_every_n_steps: integer(1)
+    max_time: optional(_duration) = None
     inference_mode: only(False, "the inner loop of the test needs gradients")
     enable_checkpointing: only(False, "use val_every")
     enable_model_summary: Flag

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ from fewshot.command import Parser, one_line_errors
 from fewshot.config import MODES, leaves
 from fewshot.config import settings as resolved
 from fewshot.errors import UserError, shown
-from fewshot.report import read_metrics, write_png
+from fewshot.paths import in_shell
+from fewshot.report import over, read_metrics, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def conclude(folder: Path, panels: list[str]) -> None:
     except UserError as error:
         complaint = str(error)
     if missing:
-        again = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} tries them again"
+        again = f"the same command with {in_shell('hydra.sweep.dir', folder)} tries them again"
         unfinished = "unfinished; is another process at work on it?"
         lines = "".join(f"\n{job.folder.name}: {job.error or unfinished}" for job in missing)
         log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
@@ -187,6 +187,7 @@ def _read_job(folder: Path) -> Job | None:
         curves = read_metrics(metrics) if metrics else {}
         if results:
             results["test"]["zeroing_off"], results["test"]["zeroing_on"]
+            results = results if over(results) else None
         _identity(config), config["seed"], labels.title(config)
     except (KeyError, TypeError, ValueError, AttributeError, OmegaConfBaseException) as problem:
         return Job(folder, {}, None, {}, error or f"cannot be read as a run ({type(problem).__name__})")

@@ -9,7 +9,6 @@ On a cluster whose nodes have no network `prepare` is for the machine that has o
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from fewshot.command import Parser, one_line_errors
 from fewshot.config import CONF, check_overrides
 from fewshot.errors import UserError
+from fewshot.paths import at_home, user_path
 from fewshot.refusals import not_composed, refuse
 
 
@@ -58,7 +58,7 @@ def prepare(overrides: list[str]) -> None:
 
 def show(overrides: list[str]) -> None:
     """Writes a contact sheet to the PNG file that out= names."""
-    out = [Path(override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
+    out = [user_path("out", override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
     if len(out) != 1 or out[0].suffix.lower() != ".png":
         raise UserError(f"out={', '.join(map(str, out)) or 'null'}: give out=FILE.png, the contact sheet to be written")
     _, splits = read_images([override for override in overrides if not override.startswith("out=")])
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
         asked = parser.parse_args(arguments)
-        asked.function(asked.overrides)
+        asked.function(at_home(asked.overrides))
 
 
 if __name__ == "__main__":

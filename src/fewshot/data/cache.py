@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewshot.data.lock import alone
+from fewshot.paths import user_path
 from fewshot.tasks import Split
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Unread:
 def cache_folder(cache: str | None) -> Path:
     """`dataset.cache`, or the user's cache folder."""
     if cache is not None:
-        return Path(str(cache)).expanduser()
+        return user_path("dataset.cache", cache)
     shared = os.environ.get("XDG_CACHE_HOME", "")
     # A relative XDG_CACHE_HOME is to be ignored, says its specification.
     return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "fewshot"

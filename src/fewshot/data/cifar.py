@@ -26,6 +26,7 @@ from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5
 from fewshot.data.pickles import fit, gather, identity, unpickle
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}
@@ -51,11 +52,11 @@ def load(*, name: str, root: str | None, size: int, channels: int, cache: str | 
         title, source = f"CIFAR-100 for {TITLES[name]}", {CIFAR100.filename: (CIFAR100.url, CIFAR100.tgz_md5)}
         place = download(title, list(source), lambda: source, folder="cifar100", cache=cache, holds=HOLDS)
     else:
-        place = Path(str(root)).expanduser()
+        place = user_path("dataset.root", root)
     classes = class_split(name)
     found = _cifar100(place)
     if found is None:
-        splits = folder.load(root=str(place), size=size, channels=channels, cache=cache)
+        splits = folder.load(root=str(place), name=name, size=size, channels=channels, cache=cache)
         _check_classes(name, place, splits, classes)
         return splits
     read, version = found

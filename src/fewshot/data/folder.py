@@ -8,11 +8,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import combinations
-from pathlib import Path
 
 from fewshot.data.cache import cached
 from fewshot.data.images import Source, is_image, open_source, read_splits
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ def load(
     cache: str | None,
     fractions: Mapping[str, float] | None = None,
     split_seed: int = 0,
+    name: str = "folder",
+    ways: int = 0,
     shots: int = 0,
     queries: int = 0,
 ) -> dict[str, Split]:
@@ -40,6 +42,8 @@ def load(
         cache: folder, None for the user's own.
         fractions: of the classes that go to train, val and test where the layout is CLASS/image; None: it may not be.
         split_seed: see `split_classes`.
+        name: of the dataset, in the cache.
+        ways: classes that each split needs at least; where they are split here, a line says how to. 0: any number.
         shots, queries: a class with fewer images than both together is left out, with a line. 0: none is.
 
     Raises:
@@ -50,16 +54,17 @@ def load(
         raise UserError(f"dataset.root=null: this dataset is not downloaded; set dataset.root to {layout}")
     if channels not in (1, 3):
         raise UserError(f"dataset.channels={channels}: give 1 (grey) or 3 (colour)")
-    where, path = f"dataset.root={root}", Path(str(root)).expanduser()
+    where, path = f"dataset.root={root}", user_path("dataset.root", root)
     source = open_source(path, SPLITS)
     if fractions and not any(is_image(name) and name.count("/") > 1 for name in source.names):
         source = open_source(path)
         classes = split_classes(_plain_classes(source, where, layout), fractions, split_seed, where)
+        _check_ways({split: len(members) for split, members in classes.items()}, ways, where)
     else:
         classes = find_classes(source, where, layout)
     classes = _with_enough(classes, shots + queries, where)
     return cached(
-        "folder",
+        name,
         [source.identity, {split: list(members) for split, members in classes.items()}],
         size=size,
         channels=channels,
@@ -124,6 +129,19 @@ def split_classes(
     order, train = in_seeded_order(classes, seed), number - test - val
     parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
     return {split: {name: classes[name] for name in sorted(names)} for split, names in parts.items()}
+
+
+def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
+    """Raises UserError where a split has fewer classes, with the fractions that would do."""
+    total, least = sum(numbers.values()), min(numbers.values())
+    if ways <= least:
+        return
+    possible = min(ways, total // len(SPLITS))
+    share = round(possible / total, 4)
+    fractions = f'"dataset.fractions={{train: {1 - 2 * share:.4g}, val: {share}, test: {share}}}"'
+    more = f", or {f'ways={possible} ' if possible < ways else ''}{fractions}" if possible > least else ""
+    dealt = ", ".join(f"{number} {split}" for split, number in numbers.items())
+    raise UserError(f"ways={ways}: {where} has {total} classes, dealt out as {dealt}; use ways={least}{more}")
 
 
 def _with_enough(classes: Classes, least: int, where: str) -> Classes:

@@ -22,6 +22,7 @@ from fewshot.data.download import download, md5, zenodo
 from fewshot.data.images import decode, open_source, read_splits
 from fewshot.data.pickles import fit, gather, identity, unpickle
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
@@ -257,7 +258,7 @@ def _untrusted(what: str, found: str) -> UserError:
 def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
     """`root`, or the folder of the download."""
     if root is not None:
-        return Path(str(root)).expanduser()
+        return user_path("dataset.root", root)
     folder, names = title.lower(), [each[0] for each in files.values()]
 
     def find() -> dict[str, tuple[str, str]]:

@@ -1,6 +1,14 @@
-"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN/checkpoints/best.ckpt
+"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN
 
-Composes, checks, measures, draws, writes RUN/evidence/ (with hydra.run.dir=FOLDER: FOLDER/evidence/); trains nothing.
+checkpoint=PATH       the folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt
+hydra.run.dir=FOLDER  writes FOLDER/evidence/ instead of RUN/evidence/: report.html, evidence.json and the pictures
+test_tasks=N          tasks of the test; the first 32 of them are measured; as in training if it is left out
+test_steps=N          inner steps of the test; as in training if it is left out
+dataset=NAME          another dataset of the same image size, with dataset.other_split=true; so all of its knobs
+threads=N             CPU threads
+trainer=cpu           not on the GPU
+
+It trains nothing, and takes every knob of train.py but fit; those that the model was trained with hold if left out.
 """
 
 import argparse
@@ -18,6 +26,7 @@ from omegaconf import DictConfig
 from fewshot.command import one_line_errors
 from fewshot.config import check, given_overrides, processes, settings
 from fewshot.errors import UserError
+from fewshot.paths import at_home
 from fewshot.refusals import hydra_command
 
 log = logging.getLogger(__name__)
@@ -32,7 +41,7 @@ def _refuse(asked: argparse.Namespace) -> None:
     if fit := [each for each in asked.overrides if each.startswith("fit=")]:
         raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
     if not [each for each in asked.overrides if each.startswith("checkpoint=") and each != "checkpoint=null"]:
-        raise UserError("checkpoint=null: which model? Give checkpoint=RUN/checkpoints/best.ckpt")
+        raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
 
 
 @partial(hydra_command, first=_refuse)
@@ -111,6 +120,10 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        raise SystemExit
+    sys.argv[1:] = at_home(sys.argv[1:])
     # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
     overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
     first = next(overrides, len(sys.argv))
