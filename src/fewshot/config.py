@@ -248,6 +248,12 @@ def _makes(value: Any) -> bool:
 def _check_split(data: DictConfig) -> None:
     if data.device not in DEVICES:
         raise UserError(f"dataset.device={shown(data.device)}: must be one of {', '.join(DEVICES)}")
+    if "largest_image" in data:
+        check_integer("dataset.largest_image", data.largest_image, 1)
+        if data.largest_image > 1000:
+            raise UserError(f"dataset.largest_image={data.largest_image}: is in megapixels, at most 1000")
+    if not isinstance(data.get("labels"), str | None):
+        raise UserError(f"dataset.labels={shown(data.labels)}: must be the path of a CSV file, or null")
     if "split_seed" in data:
         check_integer("dataset.split_seed", data.split_seed, 0)
     if "split" in data and data.split not in data.splits:
