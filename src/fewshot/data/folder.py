@@ -6,6 +6,7 @@ anywhere, and a list says which is of which class.
 
 import hashlib
 import logging
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +20,18 @@ from fewshot.data.cache import cached
 from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_file
 from fewshot.data.images import is_image, read_splits, tell_left_out
 from fewshot.data.lists import read_classes
-from fewshot.data.packing import other_packing
 from fewshot.errors import UserError, some
 from fewshot.tasks import SPLITS, Split
 
 log = logging.getLogger(__name__)
 
 SPLIT_LAYOUT = "train|val|test/CLASS/image"
+SPELLINGS = {  # of the splits' folders, where they are called otherwise
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+DEEPEST = 4  # folders within each other, in which they are looked for
 Files = list[tuple[Source, str]]
 Classes = dict[str, dict[str, Files]]  # the files of every class of every split
 Deal = Callable[[Mapping[str, Files]], Classes]
@@ -70,16 +76,15 @@ def load(
         source, classes = _listed(path, labels, deal)
     else:
         source, classes = _in_folders(path, where, layout, deal)
-    tell_left_out(
-        where, source, {name for split in classes.values() for images in split.values() for _, name in images}
-    )
+    used = {name for members in classes.values() for files in members.values() for _, name in files}
+    tell_left_out(where, source, used)
     classes = _with_enough(classes, shots + queries, where)
-    members = {split: list(labels) for split, labels in classes.items()}
+    contents = {split: list(members) for split, members in classes.items()}
     if labels is not None:  # then the names of the files do not say which class they are of
-        members = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
+        contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
     return cached(
         "folder",
-        [source.identity, members],
+        [source.identity, contents],
         size=size,
         channels=channels,
         cache=cache,
@@ -90,21 +95,39 @@ def load(
 def _in_folders(path: Path, where: str, layout: str, deal: Deal | None) -> tuple[Source, Classes]:
     """The classes of a folder or zip in one of the two layouts; deal: makes splits of those without, if it may."""
     source = open_source(path, SPLITS)
-    if deal is None or any(is_image(name) and name.count("/") > 1 for name in source.names):
-        try:
-            return source, find_classes(source, where, layout)
-        except UserError as error:
-            raise _with_hint(error, path) from None
-    source = open_source(path)
+    in_splits = any(is_image(name) and name.count("/") > 1 for name in source.names)
     try:
+        if in_splits or deal is None:
+            return source, find_classes(source, where, layout)
+        source = open_source(path)
         return source, deal(_plain_classes(source, where, layout))
     except UserError as error:
-        raise _with_hint(error, path) from None
+        hint = _other_packing(open_source(path))
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from None
 
 
-def _with_hint(error: UserError, path: Path) -> UserError:
-    hint = other_packing(open_source(path))
-    return UserError(f"{error}; {hint}") if hint else error
+def _other_packing(source: Source) -> str:
+    """What would help: folders called otherwise, or wrapped more than once; "" where nothing is seen."""
+    folders = {name.rpartition("/")[0] for name in source.names if is_image(name)}
+    inside: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        parts = folder.split("/")
+        for depth in range(min(len(parts), DEEPEST)):
+            inside["/".join(parts[:depth])].add(parts[depth])
+    for base, names in sorted(inside.items(), key=lambda item: item[0].count("/")):
+        called = {
+            split: name for split, known in SPELLINGS.items() for name in sorted(names) if name.casefold() in known
+        }
+        if len(called) == len(SPELLINGS):
+            renamed = list(called.values()) != list(SPELLINGS)
+            rename = f"call {', '.join(called.values())} train, val and test" if renamed else ""
+            return " and ".join(filter(None, [rename, _unwrap(source.root, base) if "/" in base else ""]))
+    base = os.path.commonpath(folders) if folders else ""
+    return _unwrap(source.root, base) if "/" in base and len(inside[base]) > 1 else ""
+
+
+def _unwrap(root: Path, base: str) -> str:
+    return f"give dataset.root={root / base}" if root.is_dir() else f"make the zip anew of what is in {base}/"
 
 
 def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes]:
@@ -115,9 +138,10 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
     """
     where, source = f"dataset.labels={labels}", open_source(path)
     known = {name for name in source.names if not name.endswith("/")}
-    named = plain_text(labels)
-    within = [name for name in known if name == named or (name.count("/") == 1 and name.endswith(f"/{named}"))]
-    inside = within[0] if len(within) == 1 else ""
+    inside = plain_text(labels)
+    if inside not in known:
+        wrapped = [name for name in known if name.count("/") == 1 and name.endswith(f"/{inside}")]
+        inside = wrapped[0] if len(wrapped) == 1 else ""
     beside = inside[: inside.rfind("/") + 1]
 
     def find(file: str) -> str | None:
