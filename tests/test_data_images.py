@@ -112,7 +112,7 @@ def test_nothing_but_pixels_stops_an_image(recwarn):
             first, last, checked = chance.choice(parts)
             for _ in range(chance.choice([1, 3, 20])):
                 broken[chance.randrange(first, min(last, first + 80))] = chance.choice([0, 2, 6, 255])
-            if checked:
+            if checked and chance.random() < 0.8:
                 broken[last : last + 4] = struct.pack(">I", zlib.crc32(broken[checked:last]))
             assert np.array_equal(np.sort(decode(bytes(broken), **HOW).ravel()), expected), bytes(broken)
 

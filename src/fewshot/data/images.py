@@ -208,7 +208,8 @@ def try_image(source: Source, name: str, make: Callable[[bytes], Made], told: se
         return "not an image in a format that Pillow knows"
     except Exception as error:  # Pillow's decoders raise nearly every kind on broken data
         return " ".join(str(error).split()) or type(error).__name__
-    for text in {" ".join(str(warning.message).split()) for warning in caught}:
+    texts = [str(warning.message) for warning in caught if not issubclass(warning.category, DeprecationWarning)]
+    for text in dict.fromkeys(" ".join(text.split()) for text in texts):
         if (kind := re.sub(r"\d+", "0", text)) not in told:
             told.add(kind)
             log.warning("%s: is read, but Pillow warns: %s (not told again of other images)", name, text)

@@ -1,12 +1,13 @@
 """What a picture's file says besides its pixels: EXIF, XMP, colour profiles, text. None of it may stop a picture."""
 
 import struct
+import zlib
 from contextlib import suppress
 
 from PIL import ExifTags, Image
 
-# What makes the pixels, and the orientation.
-PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+# What makes the pixels.
+PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments; of the APPn those that are not JFIF, EXIF, XMP or Adobe
 TIFF_TAGS = {*range(254, 260), 262, 266, *range(273, 275), *range(277, 280), 284, 292, 293, 317, 320}
 TIFF_TAGS |= {*range(322, 326), 332, 338, 339, 347, *range(512, 522), *range(529, 533)}
@@ -44,11 +45,15 @@ def without_side_information(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
+    """And its EXIF, for the orientation."""
     kept, place = [data[:8]], 8
     while place < len(data):
         (length,) = struct.unpack_from(">I", data, place)
         end = place + 12 + length
-        if data[place + 4 : place + 8] in PNG_CHUNKS:
+        kind = data[place + 4 : place + 8]
+        if kind == b"eXIf":  # whatever it holds, its checksum is right
+            kept.append(data[place : end - 4] + struct.pack(">I", zlib.crc32(data[place + 4 : end - 4])))
+        elif kind in PNG_CHUNKS:
             kept.append(data[place:end])
         place = end
     return b"".join(kept)
