@@ -211,7 +211,7 @@ def _plain_classes(source: Source, where: str, layout: str) -> dict[str, Files]:
     for name in images:
         classes[name.split("/")[enclosed]].append((source, name))
     if not classes:
-        raise UserError(f"{where}: no images in folders; it must be {layout}")
+        raise UserError(f"{where}: no images in folders; it must be {layout}, or have a list, dataset.labels=FILE.csv")
     return dict(classes)
 
 
