@@ -4,13 +4,15 @@ import io
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image, ImageCms, PngImagePlugin
 
-from fewshot.config import check
+from fewshot.checkpoint import refuse_difference
+from fewshot.config import check, settings
 from fewshot.data import folder, images
 from fewshot.data.images import decode
 from fewshot.errors import UserError, shown
@@ -206,6 +208,13 @@ def test_the_limit_is_the_yamls_and_checked(config):
         changed = OmegaConf.merge(cfg, {"dataset": {knob: wrong}})
         with pytest.raises(UserError, match=rf"^dataset\.{knob}={shown(wrong)}: "):
             check(changed)
+
+
+def test_a_run_from_before_these_knobs_goes_on(config):
+    cfg = config("dataset=folder", "dataset.root=x")
+    before = settings(cfg)
+    del before["dataset"]["largest_image"], before["dataset"]["labels"]
+    refuse_difference(cfg, before, Path("last.ckpt"))
 
 
 # HEIC

@@ -147,7 +147,7 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
     def find(file: str) -> str | None:
         with suppress(ValueError):
             name = canonical(file)
-            return next((each for each in (beside + name, name) if each in known), None)
+            return next((path for path in (beside + name, name) if path in known), None)
 
     try:
         table = source.read(inside) if inside else read_file(Path(labels).expanduser())

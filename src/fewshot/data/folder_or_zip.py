@@ -84,7 +84,7 @@ def plain_text(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    text = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     return unicodedata.normalize("NFC", text)
 
 

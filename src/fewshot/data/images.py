@@ -78,17 +78,17 @@ def decode(
 
     largest_image: megapixels; None: LARGEST_IMAGE.
     """
-    how = {"size": size, "channels": channels, "resample": resample}
+    shape = {"size": size, "channels": channels, "resample": resample}
     try:
         with _opened(data, size, largest_image) as image:
-            return square(image, **how)
+            return square(image, **shape)
     except Exception as error:
         bare = without_side_information(data)
         if bare == data:
             raise
         try:
             with _opened(bare, size, largest_image) as image:
-                return square(image, **how)
+                return square(image, **shape)
         except Exception:
             raise error from None  # it was not the side information
 
