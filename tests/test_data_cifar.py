@@ -208,6 +208,15 @@ def test_a_truncated_archive_is_one_line(root, load):
         load(path)
 
 
+def test_an_archive_with_another_checksum_is_never_opened(root, load, monkeypatch):
+    """What a header of it says can take all memory."""
+    monkeypatch.setattr(cifar.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    with open(root / CIFAR100.filename, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match=rf"^dataset\.root=.*\({CIFAR100.filename} has the MD5 .* instead of .*$"):
+        load(root / CIFAR100.filename)
+
+
 def test_an_archive_of_something_else_is_one_line(root, load):
     path = root / "other.tar.gz"
     with tarfile.open(path, "w:gz") as archive:

@@ -254,7 +254,8 @@ def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert process.returncode == 0, process.stderr
     assert process.stdout == "40 images, 5 classes, 1 skipped: written to found\n"
-    (warning,) = process.stderr.splitlines()
+    left_out, warning = process.stderr.splitlines()
+    assert left_out == "query=query: 1 file is left out, no images by their names or in no class: 1 .txt"
     assert warning.startswith("query: half0/broken.png is skipped, it cannot be read: ")
     header, skipped = read_csv(tmp_path / "found" / "skipped.csv")
     assert header == ["set", "file", "reason"] and skipped[:2] == ["query", "half0/broken.png"] and skipped[2]

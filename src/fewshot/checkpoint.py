@@ -32,6 +32,8 @@ FREE = (
     "logger",
     "dataset.root",
     "dataset.cache",
+    "dataset.labels",
+    "dataset.largest_image",
     "dataset.source",
     "dataset.device",
     "dataset.origin",

@@ -17,7 +17,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,7 +33,7 @@ from fewshot.paths import claimed, model_path, user_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fewshot.data.images import Source
+    from fewshot.data.folder_or_zip import Source
     from fewshot.module import MetaLearner
     from fewshot.pretrained import Picture, Preprocess, Pretrained
 
@@ -161,8 +160,12 @@ def run(
         if not os.path.exists(user_path(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
     model_path(checkpoint)
+    from fewshot.data.images import tell_left_out
+
     classes = _classes(f"support={support}", support_source := _open("support", support))
     asked = _images(query_source := _open("query", query))
+    tell_left_out(f"support={support}", support_source, {name for files in classes.values() for name in files})
+    tell_left_out(f"query={query}", query_source, set(asked))
     if not asked:
         raise UserError(f"query={query}: no images in it")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
@@ -173,7 +176,7 @@ def run(
 
     model = load(checkpoint, trust=trust)
     skipped: list[tuple[str, str, str]] = []
-    read = partial(_read, preprocess=model.preprocess, skipped=skipped)
+    read = partial(_read, preprocess=model.preprocess, skipped=skipped, told=set())
     given = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
     if lost := [name for name, images in given.items() if not images]:
         raise UserError(f"support={support}: no image of {lost[0]!r} can be read; replace them or remove the class")
@@ -202,7 +205,7 @@ def run(
 
 def _open(knob: str, given: str) -> "Source":
     """The files of a folder or zip, named relative to it."""
-    from fewshot.data.images import open_source
+    from fewshot.data.folder_or_zip import open_source
 
     try:
         return open_source(user_path(knob, given))
@@ -246,23 +249,19 @@ def _read(
     *,
     preprocess: "Preprocess",
     skipped: list[tuple[str, str, str]],
+    told: set[str],
 ) -> dict[str, "Tensor"]:
     """{file: (C, H, W) uint8} of those that can be read; the others are warned of and added to `skipped`."""
-    from PIL import Image, UnidentifiedImageError
+    from fewshot.data.images import try_image
 
     images = {}
     for name in names:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                images[name] = preprocess.pixels(source.read(name))
-            continue
-        except UnidentifiedImageError:  # its own text names a memory address
-            reason = "not an image in a format that Pillow knows"
-        except Exception as error:  # Pillow's and zipfile's decoders raise nearly every kind on broken data
-            reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("%s: %s is skipped, it cannot be read: %s", knob, name, reason)
-        skipped.append((knob, name, reason))
+        made = try_image(source, name, preprocess.pixels, told)
+        if isinstance(made, str):
+            log.warning("%s: %s is skipped, it cannot be read: %s", knob, name, made)
+            skipped.append((knob, name, made))
+        else:
+            images[name] = made
     return images
 
 

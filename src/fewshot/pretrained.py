@@ -30,7 +30,7 @@ WEIGHTS, CONFIG = EXPORTED, "config.yaml"  # of a shared folder
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 LEFT_OUT = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit", "augment"),
-    *("dataset.root", "dataset.cache", "dataset.source", "dataset.device", "dataset.trust"),
+    *("dataset.root", "dataset.labels", "dataset.cache", "dataset.source", "dataset.device", "dataset.trust"),
 )
 
 

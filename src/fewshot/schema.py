@@ -206,6 +206,8 @@ class Dataset(OwnDataset):
     origin: must_be("a text", str)
     cache: optional(Path)
     root: optional(Path) = None
+    labels: optional(Path) = None
+    largest_image: integer(1, 1000) = 1
     trust: Flag = False
     fractions: Fractions = None
     split: one_of(*Splits.model_fields) = ""

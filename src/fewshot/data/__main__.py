@@ -70,16 +70,17 @@ def show(overrides: list[str]) -> None:
 
 
 def list_datasets(overrides: list[str]) -> None:
-    """A line for every dataset=NAME."""
+    """A line for every dataset=NAME, or only for those that are named."""
     rows = [("dataset", "train/val/test classes", "images", "size", "images from", "on this machine")]
-    for path in sorted((CONF / "dataset").glob("*.yaml")):
-        cfg = configuration([f"dataset={path.stem}", *overrides])
-        data = cfg.dataset
+    named = [override for override in overrides if override.startswith("dataset=")]
+    overrides = [override for override in overrides if override not in named]
+    for choice in named or sorted(f"dataset={path.stem}" for path in (CONF / "dataset").glob("*.yaml")):
+        data = configuration([choice, *overrides]).dataset
         classes = [data.classes[split] for split in ("train", "val", "test")]
         numbers = "as found" if None in classes else "/".join(map(str, classes))
         images = f"{sum(classes) * data.images_per_class:,}" if data.images_per_class else "as found"
         size = f"{data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}"
-        rows.append((path.stem, numbers, images, size, data.get("origin", ""), _here(data)))
+        rows.append((choice.removeprefix("dataset="), numbers, images, size, data.get("origin", ""), _here(data)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -25,7 +25,8 @@ from PIL import Image
 from fewshot.data.cache import cached
 from fewshot.data.download import download
 from fewshot.data.folder import in_seeded_order
-from fewshot.data.images import Source, open_source, read_splits
+from fewshot.data.folder_or_zip import Source, open_source
+from fewshot.data.images import read_splits
 from fewshot.errors import UserError, some
 from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
