@@ -3,29 +3,33 @@
 Composes, checks, seeds, instantiates, fits, tests, reports; decides nothing.
 """
 
+import sys
 import time
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot import ranks
 from fewshot.command import how_to_go_on, one_line_errors
-from fewshot.config import CONF, check, check_overrides, processes, settings
+from fewshot.config import check, given_overrides, processes, settings
+from fewshot.launch import nothing_left, record
+from fewshot.paths import at_home
+from fewshot.refusals import hydra_command, refuse
 from fewshot.signals import Signals
+from fewshot.surroundings import lenient, settle
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@hydra_command
 def main(cfg: DictConfig) -> float:
+    lenient()
     folder = Path(HydraConfig.get().runtime.output_dir)
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
-    with one_line_errors(job, how_to_go_on), ranks.locked(folder), Signals() as signals:
-        overrides = list(HydraConfig.get().overrides.task)
-        check_overrides(overrides)
-        if cfg.checkpoint is None:
-            check(cfg)
+    with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals() as signals:
+        overrides = given_overrides(HydraConfig.get())
+        refuse(cfg, overrides)
+        record(folder, cfg)
         return run(cfg, overrides, folder, signals)
     return 0.0  # a job of a sweep that failed: to a search, the worst there is
 
@@ -50,7 +54,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
-    if results := report.finished(folder, cfg):
+    if results := report.finished(folder, start):
         return report.validation_accuracy(results)
     if processes(cfg) > 1 and not ranks.launcher():
         ranks.start(__file__, overrides, folder, processes(cfg))
@@ -94,4 +98,6 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
 
 
 if __name__ == "__main__":
+    settle()
+    sys.argv[1:] = at_home(sys.argv[1:])
     main()

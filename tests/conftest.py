@@ -1,23 +1,41 @@
 """A run of train.py, small enough for a test, inside this process and as a program of its own."""
 
+import copy
 import csv
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import train
-from fewshot.config import CONF
+from fewshot.config import CONF, GROUPS
 from fewshot.signals import Signals
 
 ROOT = Path(__file__).parents[1]
+HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine
+# In a program that is started with it, every last.ckpt that was written is waited at until the test lets it go on.
+HALTING = """
+import os, time
+replace, halted = os.replace, os.environ["FEWSHOT_TEST_HALTED"]
+def halting(source, target):
+    replace(source, target)
+    if str(target).endswith("last.ckpt") and not os.path.exists(halted + ".free"):
+        open(halted, "x").close()
+        while os.path.exists(halted):
+            time.sleep(0.02)
+os.replace = halting
+"""
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (
     "queries=3",
@@ -45,6 +63,22 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
         sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["MPLBACKEND"] = "agg"  # whatever the notebook or IDE that started the tests draws with
+
+
+@functools.cache
+def _chosen(*groups: str) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", list(groups))
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of a call, of which the YAML files are read once: each time takes long."""
+    groups = tuple(each for each in overrides if each.split("=")[0] in (*GROUPS, "experiment"))
+    cfg = copy.deepcopy(_chosen(*groups))
+    others = OverridesParser.create().parse_overrides([each for each in overrides if each not in groups])
+    ConfigLoaderImpl._apply_overrides_to_config(others, cfg)
+    return cfg
 
 
 @pytest.fixture(scope="session")
@@ -86,23 +120,46 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def program(cache: Path) -> Callable[..., subprocess.Popen]:
-    """program(*overrides) starts `python train.py` for real."""
+def program(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
+    """program(*overrides) starts `python train.py` for real; halting: for `halt_when` and `let_go`."""
     started: list[subprocess.Popen] = []
 
-    def program(*overrides: str, small: bool = True) -> subprocess.Popen:
+    def program(*overrides: str, small: bool = True, halting: bool = False) -> subprocess.Popen:
         base = (*(SMALL if small else ()), f"dataset.cache={cache}")
         flags = [override for override in overrides if override.startswith("-")]
         command = [sys.executable, ROOT / "train.py", *flags, *base, *(o for o in overrides if o not in flags)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
+        if halting:
+            (place := tmp_path_factory.mktemp("halting")).joinpath("sitecustomize.py").write_text(HALTING)
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), environment.get("PYTHONPATH")]))
+            environment["FEWSHOT_TEST_HALTED"] = str(place / "halted")
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cache))
+        started[-1].halted = place / "halted" if halting else None
         return started[-1]
 
     yield program
     for process in started:
         process.kill()
         process.communicate()
+
+
+def halt_when(process: subprocess.Popen, what: Callable[[], bool]) -> None:
+    """Lets a halting program go on from one last.ckpt to the next, till `what` holds; there it stands still."""
+    deadline = time.monotonic() + HANG
+    while True:
+        while not process.halted.exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+        if what():
+            return
+        process.halted.unlink()
+
+
+def let_go(process: subprocess.Popen) -> None:
+    """It halts no more."""
+    Path(f"{process.halted}.free").touch()
+    process.halted.unlink()
 
 
 @pytest.fixture(scope="session")

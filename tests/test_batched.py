@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HANG
 from test_learner import NETWORKS, convolutional, draw, images_for, meta_gradient, prepared
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -269,13 +270,17 @@ def threads_of_a_new_thread() -> int:
 def test_no_more_tasks_are_in_memory_than_asked_for(monkeypatch, threads, tasks_at_once):
     """And no fewer at a time than there are threads for."""
     lock, now, most = threading.Lock(), [0], [0]
+    together = min(threads, tasks_at_once or threads)
+    meeting, early = threading.Barrier(together, timeout=HANG), iter(range(together))  # the first wait for each other
     original = batched._outer_gradient
 
     def counted(network, chunk, **knobs):
         with lock:
             now[0] += len(chunk.support)
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+            first = next(early, None) is not None
+        if first:
+            meeting.wait()
         found = original(network, chunk, **knobs)
         with lock:
             now[0] -= len(chunk.support)
@@ -301,7 +306,7 @@ def test_a_forked_process_has_threads_of_its_own():
             meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
             os._exit(7)
         os._exit(1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG
     while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.05)
     if not ended[0]:

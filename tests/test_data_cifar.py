@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import struct
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ from test_data_download import serving
 from torchvision.datasets import CIFAR100
 
 from fewshot.data import cifar
+from fewshot.data.__main__ import main
 from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
@@ -206,6 +208,15 @@ def test_a_truncated_archive_is_one_line(root, load):
         load(path)
 
 
+def test_an_archive_with_another_checksum_is_never_opened(root, load, monkeypatch):
+    """What a header of it says can take all memory."""
+    monkeypatch.setattr(cifar.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    with open(root / CIFAR100.filename, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match=rf"^dataset\.root=.*\({CIFAR100.filename} has the MD5 .* instead of .*$"):
+        load(root / CIFAR100.filename)
+
+
 def test_an_archive_of_something_else_is_one_line(root, load):
     path = root / "other.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
@@ -227,8 +238,10 @@ def tree(tmp_path):
     return tmp_path / "tree"
 
 
-def test_a_folder_or_zip_of_images(tree, load, tmp_path):
+def test_a_folder_or_zip_of_images(tree, load, tmp_path, capsys):
     splits = load(tree)
+    main(["list", f"dataset.cache={tmp_path / 'cache'}"])
+    assert re.search(r"^cifarfs .* prepared, \d+ MB$", capsys.readouterr().out, re.MULTILINE)
     assert [FINE[red] for red in splits["val"].images[:, 0, 0, 0]] == list(splits["val"].names)
     with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
         for path in tree.rglob("*.png"):

@@ -86,6 +86,8 @@ def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
         lines["glyphs"].split()[1:5] == ["215/30/73", "6,360", "28x28", "grey"] and "prepared, 5 MB" in lines["glyphs"]
     )
     assert "1028/172/423" in lines["omniglot"]
+    main(["list", "dataset=glyphs", "dataset=folder", f"dataset.cache={cache}"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["dataset", "glyphs", "folder"]
     (tmp_path / "cifar100").mkdir()
     main(["list", f"dataset.cache={tmp_path}"])
     ends = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}

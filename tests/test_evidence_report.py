@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import HANG, SMALL
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from test_contrast import Features, differentiated
@@ -541,7 +541,7 @@ def evidence(config, monkeypatch):
 def program(*overrides, cwd):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
     command = [sys.executable, "-m", "fewshot.evidence", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=cwd, env=environment)
 
 
 class Page(HTMLParser):
@@ -692,12 +692,16 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ((), r"checkpoint=null: which model\? Give checkpoint=RUN/checkpoints/best.ckpt"),
+        ((), r"checkpoint=null: which model\? Give checkpoint=RUN, the folder of a run"),
+        (
+            ("checkpoint=run/checkpoints",),
+            r"checkpoint=run/checkpoints: no checkpoints/best\.ckpt in this folder; give .*",
+        ),
         (("checkpoint=nowhere.ckpt",), r"checkpoint=nowhere.ckpt: no such file"),
         (("checkpoint=FILE", "fit=false"), r"fit=false: nothing is trained here; leave it out"),
         (("checkpoint=FILE", "+zerong=true"), r"\+zerong=true: .* did you mean zeroing\?"),
     ],
-    ids=["no checkpoint", "no such file", "fit", "unknown"],
+    ids=["no checkpoint", "no checkpoint in it", "no such file", "fit", "unknown"],
 )
 def test_a_mistake_is_one_line(tmp_path, overrides, said):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

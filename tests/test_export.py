@@ -40,6 +40,19 @@ def test_the_same_model_comes_back_bit_by_bit(trained, exported):
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
+def test_a_runs_folder_stands_for_its_best_model(trained, exported, run, tmp_path, monkeypatch):
+    """For export, load and a test."""
+    monkeypatch.setenv("HOME", str(trained.parent))
+    main([f"checkpoint=~/{trained.name}", "out=~/of-a-run"])
+    for name in ("model.safetensors", "config.yaml", "README.md"):
+        assert (trained.parent / "of-a-run" / name).read_bytes() == (exported / name).read_bytes()
+    ours, theirs = fewshot.load(trained), fewshot.load(exported)
+    assert torch.equal(ours.head.weight, theirs.head.weight)
+    tested = run(tmp_path / "test", f"checkpoint={trained}", "fit=false")
+    results = [json.loads((folder / "results.json").read_text()) for folder in (tested, trained)]
+    assert results[0]["test"] == results[1]["test"]
+
+
 def test_a_checkpoint_in_float64_stays_so(trained, tmp_path):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     state = {name: tensor.double() + 1e-12 for name, tensor in content["state_dict"].items()}

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import zipfile
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HANG
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor
@@ -249,10 +252,11 @@ def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
     truth = write_letters(tmp_path, cache, letters=5)
     knobs = [f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=found"]
     command = [sys.executable, "-m", "fewshot.predict", *knobs]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert process.returncode == 0, process.stderr
     assert process.stdout == "40 images, 5 classes, 1 skipped: written to found\n"
-    (warning,) = process.stderr.splitlines()
+    left_out, warning = process.stderr.splitlines()
+    assert left_out == "query=query: 1 file is left out, no images by their names or in no class: 1 .txt"
     assert warning.startswith("query: half0/broken.png is skipped, it cannot be read: ")
     header, skipped = read_csv(tmp_path / "found" / "skipped.csv")
     assert header == ["set", "file", "reason"] and skipped[:2] == ["query", "half0/broken.png"] and skipped[2]
@@ -291,8 +295,14 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
                 archive.write(path, wrapper + path.relative_to(tmp_path / name).as_posix())
     checkpoint = f"{trained}/checkpoints/last.ckpt"
     for out, suffix in (("folders", ""), ("zips", ".zip")):
-        where = (str(tmp_path / f"{name}{suffix}") for name in ("support", "query"))
+        where = [str(tmp_path / f"{name}{suffix}") for name in ("support", "query")]
         run(checkpoint, *where, tmp_path / out, steps=2, test_zeroing=True)
+    monkeypatch.chdir(tmp_path)
+    clock = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    monkeypatch.setattr(sys.modules["fewshot.predict"], "datetime", clock)
+    for _ in range(2):  # at once
+        run(checkpoint, *where, None, steps=2, test_zeroing=True)
+    assert sorted(path.name for path in Path("outputs/2026-01-02").iterdir()) == ["03-04-05", "03-04-05-1"]
     rows, zipped = (read_csv(tmp_path / out / "predictions.csv") for out in ("folders", "zips"))
     assert rows == zipped and len(rows[0]) == 2 + 7 and len(rows) == 1 + 10
     files = {path.name: sorted(path.iterdir()) for path in sorted((tmp_path / "support").iterdir())}
@@ -373,7 +383,7 @@ for module in (fewshot.predict, fewshot.export):
         print(stop.code)
 print("torch" in sys.modules, "load" in dir(fewshot) or fewshot.__all__)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True)
     assert process.stdout.splitlines() == [
         "suport=none: no such knob; did you mean support?",
         "suport=none: no such knob; known are checkpoint, out",

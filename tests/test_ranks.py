@@ -10,12 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, outcome
+from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
 import train
@@ -145,24 +144,22 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     """Two processes for the job of a sweep; one of them gets a real SIGKILL; one folder and one W&B run come of it."""
     sweep = tmp_path / "sweep"
     call = ("-m", *DDP, "trainer.devices=2", "seed=3", f"hydra.sweep.dir={sweep}")
-    process = program(*call)
-    deadline = time.monotonic() + 200
-    while not any(read(path)["global_step"] >= 5 for path in sweep.glob("*/checkpoints/last.ckpt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    process = program(*call, halting=True)
+    halt_when(process, lambda: any(read(path)["global_step"] >= 5 for path in sweep.glob("*/checkpoints/last.ckpt")))
     children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
     ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "train.py" in line]
     environment = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
     (victim,) = (pid for pid, has in zip(ranks, environment, strict=True) if b"RANK=1" in has)
     os.kill(victim, signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
+    let_go(process)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "Traceback" not in errors, output + errors
     line = r"rank 1 of 2 was killed by SIGKILL, .*; the same call in this folder goes on from \S+last.ckpt"
     assert re.search(line, errors) and re.search(line, output)  # at once, and at the end of the sweep
     for pid in ranks:
         assert not Path(f"/proc/{pid}").exists()
     process = program(*call)
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, output + errors
     (folder,) = (path for path in sweep.iterdir() if path.is_dir())
     fork(tmp_path / "forked", cache, ("undisturbed", 2, "seed=3"))
@@ -197,6 +194,16 @@ def test_processes_that_others_started_must_be_as_many_and_name_one_folder(confi
     with pytest.raises(UserError, match="torchrun started 2 processes; use trainer=ddp"):
         check(config())
     check(config("trainer=ddp", "trainer.devices=2"))
+    with monkeypatch.context() as patch:  # a shell that srun --pty started
+        patch.delenv("TORCHELASTIC_RUN_ID")
+        for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}.items():
+            patch.setenv(name, value)
+        with pytest.raises(
+            UserError, match=r"srun started 8 processes; .*in a shell inside srun: unset SLURM_STEP_NUM"
+        ):
+            check(config())
+        patch.delenv("SLURM_STEP_NUM_TASKS")
+        check(config())
     for call, line in (
         (("trainer=ddp",), "hydra.run.dir: torchrun starts several processes; name their one folder\n"),
         (
@@ -205,5 +212,5 @@ def test_processes_that_others_started_must_be_as_many_and_name_one_folder(confi
         ),
     ):
         process = program(*call)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=HANG)
         assert process.returncode == 1 and line in errors and errors.count("\n") == 1

@@ -3,10 +3,9 @@
 import os
 import re
 import signal
-import time
 
 import pytest
-from conftest import outcome
+from conftest import HANG, halt_when, let_go, outcome
 
 from fewshot import checkpoint
 from fewshot.callbacks import Record
@@ -104,14 +103,11 @@ def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(
 
 
 def test_the_exit_status_names_the_signal_and_a_line_says_how_to_go_on(program, tmp_path):
-    process = program("iterations=100000", "val_every=10", f"hydra.run.dir={tmp_path}")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
-    time.sleep(1)
+    process = program("iterations=100000", "val_every=10", f"hydra.run.dir={tmp_path}", halting=True)
+    halt_when(process, lambda: checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] >= 10)
     process.terminate()
-    output, errors = process.communicate(timeout=60)
+    let_go(process)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 143 and "Traceback" not in errors, errors
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert f"stopped by SIGTERM; python train.py checkpoint={last} goes on" in errors

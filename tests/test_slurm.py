@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, outcome
+from conftest import HANG, ROOT, SMALL, outcome
 
 from fewshot.checkpoint import read
 
@@ -38,17 +38,17 @@ LONG = ("iterations=1500", "val_every=300")
 def slurm():
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge's socket wants to be reached by all
-    started = subprocess.run([ROOT / "tests/slurm/up.sh", folder], capture_output=True, text=True, timeout=120)
+    started = subprocess.run([ROOT / "tests/slurm/up.sh", folder], capture_output=True, text=True, timeout=HANG)
     assert started.returncode == 0, started.stdout + started.stderr
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     yield
     del os.environ["SLURM_CONF"]
-    subprocess.run([ROOT / "tests/slurm/down.sh", folder], timeout=120)
+    subprocess.run([ROOT / "tests/slurm/down.sh", folder], timeout=HANG)
     shutil.rmtree(folder)
 
 
-def wait_until(what, seconds=300):
-    deadline = time.monotonic() + seconds
+def wait_until(what):
+    deadline = time.monotonic() + HANG
     while not what():
         assert time.monotonic() < deadline, queue()
         time.sleep(0.2)
@@ -96,8 +96,8 @@ def example(tmp_path, cache, minutes=10, warning=60):
 def test_a_preempted_job_goes_on_exactly(run, tmp_path, cache):
     whole = outcome(run(tmp_path / "whole", *LONG))
     job, folder = example(tmp_path, cache)
-    wait_until((folder / "checkpoints/last.ckpt").exists)
-    time.sleep(1)
+    last = folder / "checkpoints/last.ckpt"
+    wait_until(lambda: last.exists() and read(last)["global_step"] >= 300)
     preempt()
     output = tmp_path / f"slurm-{job}.out"
     wait_until(lambda: "last.ckpt written" in output.read_text())
@@ -133,7 +133,7 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
     (array,) = set(re.findall(r"^(\d+)_", queue(), re.MULTILINE))
     subprocess.run(["scancel", f"{array}_3"], check=True)
     preempt()
-    wait_until(lambda: [hurry(f"{array}_{n}") for n in range(3)] and process.poll() is not None, 500)
+    wait_until(lambda: [hurry(f"{array}_{n}") for n in range(3)] and process.poll() is not None)
     output, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors, output + errors
     assert re.search(rf"1 failed or unfinished; .*\n\S+: Slurm job {array}_3: (cancelled|CANCELLED)", output)
@@ -143,14 +143,14 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
         del content["results"]["config"]
     assert ended == whole
     process = program(*call)  # again, for what is missing
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, output + errors
     assert len(list((tmp_path / "sweep").glob("*/results.json"))) == 4
 
 
 def test_a_job_that_slurm_refuses_is_one_line(program, tmp_path):
     process = program("-m", *LAUNCHER, "hydra.launcher.partition=none", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "Traceback" not in output + errors
     assert "partition" in errors  # sbatch's own words
     assert "hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*" in errors
@@ -159,7 +159,7 @@ def test_a_job_that_slurm_refuses_is_one_line(program, tmp_path):
 def test_two_processes_of_a_job_are_one_run(program, tmp_path):
     call = ("-m", *LAUNCHER, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "seed=0")
     process = program(*call, f"hydra.sweep.dir={tmp_path}")
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, output + errors
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir() and path.name != ".submitit")
     assert json.loads((folder / "results.json").read_text())["config"]["trainer"]["devices"] == 2

@@ -7,11 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import hydra
 import pytest
-from conftest import outcome
+from conftest import HANG, halt_when, outcome
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -270,8 +269,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
     knobs = ("iterations=30", "val_every=10")
     call = ("-m", "inner_lr=1e30,0.4", "seed=0,1", *knobs, "logger=none")
     whole = run(tmp_path / "whole", "seed=1", *knobs)
-    process = program(*call, f"hydra.sweep.dir={folder}")
-    deadline = time.monotonic() + 200
+    process = program(*call, f"hydra.sweep.dir={folder}", halting=True)
 
     def job(seed):
         for path in folder.glob("*/checkpoints/last.ckpt"):
@@ -280,9 +278,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
                 return path.parents[1], content["global_step"]
         return None, -1
 
-    while job(1)[1] < 10:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    halt_when(process, lambda: job(1)[1] >= 10)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     first = job(0)[0] / "results.json"
@@ -290,7 +286,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
     assert not (job(1)[0] / "results.json").exists() and not (folder / "summary.csv").exists()
 
     process = program(*call, f"hydra.sweep.dir={folder}")  # the same again
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1, output + errors
     assert "Traceback" not in errors
     assert re.search(r"2 failed or unfinished; the same command with hydra.sweep.dir=\S+ tries them again:", output)
@@ -315,20 +311,28 @@ def test_a_sweep_with_a_job_that_failed_or_was_not_done_ends_so(config, tmp_path
     make_run(tmp_path / "done", config("algo=zero"), accuracy=[0.2, 0.5])
     make_run(tmp_path / "twin", config("algo=fomaml", "+zeroing=true"), error="Slurm job 3: CANCELLED\n")
     make_run(tmp_path / "begun", config("seed=1"))
+    make_run(tmp_path / "limited", config("seed=2"), accuracy=[0.2, 0.3])
+    results = json.loads((tmp_path / "limited" / "results.json").read_text())
+    (tmp_path / "limited" / "results.json").write_text(json.dumps({**results, "iterations": 3}))  # by trainer.max_time
     with pytest.raises(SystemExit) as ended:
         sweep.conclude(tmp_path, [])
     assert ended.value.code == 1
-    for line in ("2 failed or unfinished", "twin: Slurm job 3: CANCELLED", "begun: unfinished; is another process"):
+    for line in (
+        "limited: unfinished",
+        "3 failed or unfinished",
+        "twin: Slurm job 3: CANCELLED",
+        "begun: unfinished; is another process",
+    ):
         assert line in caplog.text
 
 
 def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, tmp_path):
     process = program("-m", "seed=0,1", "+zerong=true,false", f"hydra.sweep.dir={tmp_path}")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors == "+zerong=true,false: a + is for +zeroing alone, a ~ for nothing; did you mean zeroing?\n"
     process = program("-m", "seed=0,1", "inner_step=1,3", f"hydra.sweep.dir={tmp_path}")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "inner_step" in errors and "Traceback" not in errors
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
@@ -336,7 +340,7 @@ def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, t
 def test_without_slurm_its_launcher_is_refused_in_one_line(program, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     process = program("-m", "hydra/launcher=slurm", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1
     assert errors == "hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted\n"
 
@@ -348,12 +352,12 @@ def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp
         *("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "inner_lr=0.4,1e30", "seed=3"),
         f"hydra.sweep.dir='{folder}'",
     )
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "Traceback" not in output + errors, output + errors
     said = {}
     for file in folder.glob("*/wandb/offline-run-*/run-*.wandb"):
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
-        text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+        text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
         records = [json.loads(line) for line in text.splitlines()]
         (begun,) = (each["run"] for each in records if each["type"] == "run")
         assert begun["run_group"] == "a sweep" and begun["config"]["update"]["inner_steps"] == 2
@@ -375,7 +379,7 @@ def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(program, tmp
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     knobs = ("hydra.sweeper.n_trials=3", "inner_steps=1", "outer_lr=choice(0.001,0.01,1e30)", "iterations=2")
     process = program("experiment=search", *knobs, "logger=none", f"hydra.sweep.dir={tmp_path}")
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     found = OmegaConf.load(tmp_path / "optimization_results.yaml")
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
     failed = len(list(tmp_path.glob("*/error.txt")))

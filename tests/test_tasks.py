@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kornia import augmentation
 from torch import nn
 
-from fewshot.config import TASKS
+from fewshot.schema import TASKS
 from fewshot.tasks import SPLITS, Split, TaskSampler
 
 every_case = settings(deadline=None, derandomize=True, max_examples=60)

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
-from conftest import SMALL, outcome, rows
+from conftest import HANG, SMALL, outcome, rows
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -51,7 +51,7 @@ def reported(folder, *, zeroing):
 
 def test_train_py_trains_tests_and_reports(program, tmp_path):
     process = program("algo=somaml", "+zeroing=true", "engine=batched", "test_every=3", f"hydra.run.dir={tmp_path}")
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors
     logged = reported(tmp_path, zeroing=True)
     assert [int(row["iteration"]) for row in logged] == [0, 2, 3, 4, 6]
@@ -61,7 +61,7 @@ def test_train_py_trains_tests_and_reports(program, tmp_path):
     sync = re.search(r"wandb sync (\S+)", output)
     (offline,) = Path(sync[1]).glob("run-*.wandb")  # with no key and no prompt
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", offline]
-    said = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+    said = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
     for name in ("iteration", "train/loss", "val_zeroed/query_accuracy/step_3", "test/query_accuracy/step_0"):
         assert re.search(rf'"type":"history".*"{name}":', said), name
     assert re.search(r'"type":"summary".*"final_test/query_accuracy/step_3":', said)
@@ -77,7 +77,7 @@ def test_the_other_algorithms_report_the_same(run, tmp_path, overrides):
 def test_two_processes_cannot_write_one_run(program, tmp_path):
     with ranks.locked(tmp_path):
         process = program(f"hydra.run.dir={tmp_path}")
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1
     assert errors == (
         f"hydra.run.dir={tmp_path}: process {os.getpid()} on {platform.node()} is at work on this run; "
@@ -95,7 +95,7 @@ def test_the_last_offline_folder_of_a_continued_run_has_all_that_it_logged(tmp_p
     wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-abcdefgh.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
-    text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout
+    text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
     told = [json.loads(line)["history"]["item"] for line in text.splitlines() if json.loads(line)["type"] == "history"]
     assert [(each["iteration"], each["val/query_accuracy/step_1"]) for each in told] == [(0, 0), (2, 0.2), (4, 0.4)]
 
@@ -148,12 +148,12 @@ def test_checkpoint_continues_in_its_own_folder_with_more_iterations(run, config
     assert outcome(folder)["metrics"] == whole["metrics"]
 
 
-def test_a_finished_run_is_shown_again_and_not_touched(run, tmp_path, capsys):
+def test_a_finished_run_is_shown_again_and_not_touched(run, tmp_path, caplog):
     folder = run(tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    capsys.readouterr()
+    caplog.set_level("INFO")
     run(folder)
-    assert "inner step" in capsys.readouterr().out
+    assert "inner step" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -228,8 +228,8 @@ def foreign(trained: Path, folder: Path, overrides: list[str]) -> tuple[str, str
     "brought, key",
     [
         (["model=module", "model.module={_target_: os.mkdir, path: MARK}"], "model.module"),
-        (["model.network.channels={_target_: os.mkdir, path: MARK}"], "model.network.channels"),
-        (["model.network.channels=[{_target_: os.mkdir, path: MARK}]"], "model.network.channels.0"),
+        (["augment=standard", "augment.crop.padding={_target_: os.mkdir, path: MARK}"], "augment.crop.padding"),
+        (["augment=standard", "augment.crop.size=[{_target_: os.mkdir, path: MARK}]"], "augment.crop.size.0"),
         (["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"], "callbacks.progress"),
     ],
 )
@@ -241,7 +241,7 @@ def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(
     with pytest.raises(UserError, match=rf"foreign\.ckpt: its call sets {key}\._target_=os\.mkdir, which") as error:
         run(tmp_path / "test", *test)
     assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
-    with suppress(Exception):  # no callback, no network, no number of channels
+    with suppress(Exception):  # no callback, no network, no number of pixels
         run(tmp_path / "trusted", *test, *brought)
     assert (tmp_path / "MARK").is_dir()
 
@@ -268,11 +268,7 @@ def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tm
 
 
 @pytest.mark.parametrize(
-    "brought",
-    [
-        ["trainer=ddp", "trainer.devices=12", "dataset.trust=true", "dataset.other_split=true"],
-        ["trainer={devices: 12, num_nodes: 3}"],
-    ],
+    "brought", [["trainer=ddp", "trainer.devices=12", "dataset.trust=true", "dataset.other_split=true"]]
 )
 def test_where_a_test_runs_and_whom_it_trusts_is_for_the_call_alone_to_say(config, trained, tmp_path, brought):
     test = foreign(trained, tmp_path, brought)
@@ -280,7 +276,7 @@ def test_where_a_test_runs_and_whom_it_trusts_is_for_the_call_alone_to_say(confi
     assert cfg.trainer.devices == 1 and not {"strategy", "num_nodes"} & set(cfg.trainer)
     assert cfg.model.width == 32 and cfg.dataset.other_split is False and not cfg.dataset.get("trust")
     test = foreign(trained, tmp_path, ["dataset={other_split: true}"])
-    with pytest.raises(UserError, match=r"its call sets dataset\.other_split=true, which is for this call alone"):
+    with pytest.raises(UserError, match=r"its call has dataset=\{other_split: true\}"):
         checkpoint.find_start(config(*test), list(test), tmp_path / "test")
 
 
@@ -387,7 +383,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, t
         ("inner_lr=1e6", "val at iteration 0: .* not finite numbers after inner step [12]; lower inner_lr"),
         ("inner_lr=1e30", "val at iteration 0: .* not finite numbers after inner step [12]; lower inner_lr"),
         ("dataset.mean=[1e38]", "val at iteration 0: .* not finite numbers after inner step 0; .*dataset.mean"),
-        ("init_scale=1e39", "the weights are not finite after iteration 0: lower init_scale"),
+        ("init_scale=3e38", "the weights are not finite after iteration 0: lower init_scale"),
     ],
 )
 def test_what_is_not_finite_from_the_start_names_its_knob_and_is_never_the_best_model(run, tmp_path, knob, line):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import HANG, ROOT, SMALL
 
 KEY = "local" + 40 * "0"  # what the server makes for its first user
 OPENWANDB = os.environ.get("OPENWANDB") or shutil.which("openwandb")
@@ -43,12 +43,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     environment = {**os.environ, "HOME": str(folder), "PYTHONWARNINGS": "ignore"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + HANG
     try:
         while True:
             assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             try:
-                urllib.request.urlopen(f"{address}/login", timeout=5).close()
+                urllib.request.urlopen(f"{address}/login", timeout=HANG).close()
                 break
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
@@ -64,7 +64,7 @@ def ask(server: str) -> Callable[[str], Any]:
 
     def ask(path: str) -> Any:
         request = urllib.request.Request(f"{server}/{path}", headers={"X-WANDB-API-KEY": KEY})
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=HANG) as answer:
             text = answer.read().decode()
         return [json.loads(line) for line in text.splitlines()] if path.endswith(".jsonl") else json.loads(text)
 
@@ -75,7 +75,7 @@ def train(server: str, cache: Path, *overrides: str) -> subprocess.CompletedProc
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "HYDRA"))}
     environment |= {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
     command = [sys.executable, ROOT / "train.py", *SMALL, f"dataset.cache={cache}", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cache, timeout=HANG)
 
 
 def test_what_a_run_tells_arrives(server, ask, cache, tmp_path):

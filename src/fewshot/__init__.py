@@ -1,11 +1,17 @@
 """MAML with and without the zeroing trick."""
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from fewshot.surroundings import settle
 
 if TYPE_CHECKING:
     from fewshot.pretrained import load
 
 __all__ = ["load"]
+
+if sys.argv[:1] == ["-m"]:  # Python is still on its way to the module of python -m fewshot.X
+    settle()
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from fewshot.evidence.similarity import class_similarities
 from fewshot.files import write_atomically
 from fewshot.models import zero_head
 from fewshot.module import diverged
+from fewshot.paths import in_shell
 from fewshot.report import write_metrics
 from fewshot.signals import Signals
 
@@ -234,6 +235,15 @@ class Stop(pl.Callback):
         self.signals.training = False
         if noted := max_over_ranks(self.signals.noted or 0, module.device):  # after the last update
             self.signals.obey(noted)
+        if trainer.global_step < trainer.max_steps and not any(
+            isinstance(callback, Record) and callback.stopped for callback in trainer.callbacks
+        ):
+            last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(last)
+            log.info(
+                f"iteration {trainer.global_step}/{trainer.max_steps}  trainer.max_time is over; "
+                f"python train.py {in_shell('checkpoint', last)} goes on"
+            )
 
 
 def _side_by_side() -> bool:

@@ -4,6 +4,7 @@ A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of 
 the classes and images that it used.
 """
 
+import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,9 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from fewshot.checkpoint_file import read, refuse_unresumable
-from fewshot.config import GROUPS, check_overrides, settings
+from fewshot.config import GROUPS, check_overrides, leaves, settings
 from fewshot.errors import UserError, shown, some
-from fewshot.files import expanded, write_atomically
+from fewshot.files import write_atomically
+from fewshot.paths import checkpoint_file
 from fewshot.tasks import SPLITS
 
 # Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.
@@ -32,19 +34,25 @@ OF_THIS_CALL = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("dataset.trust", "dataset.other_split"),
 )
-# May differ between a run and its continuation: where things lie and where they are reported to.
+# May differ between a run and its continuation: where things lie, where they are reported to, and when it stops.
 FREE = (
     "checkpoint",
     "fit",
     "logger",
     "dataset.root",
     "dataset.cache",
+    "dataset.labels",
+    "dataset.largest_image",
     "dataset.source",
     "dataset.device",
     "dataset.origin",
     "dataset.other_split",
     "dataset.trust",
     "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.profiler",
+    "stop_at_accuracy",
+    "callbacks.record.stop_at_accuracy",
     "iterations",
 )
 # Numbers that the YAML files gave otherwise at commit a43819a: a run that neither call names one for keeps its own.
@@ -58,7 +66,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
+        content = read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
+        content["callbacks"].pop("Timer", None)  # trainer.max_time is of each call
+        return content
 
 
 class Describe(pl.Callback):
@@ -94,10 +104,11 @@ class Start:
 
     @property
     def trained(self) -> bool:
-        """Nothing is left to train: killed after the last update, or stopped at its accuracy."""
+        """Nothing is left to train: killed after the last update, or at the accuracy where this call would stop."""
         if self.content is None:
             return False
-        return self.iteration >= self.cfg.iterations or self.content["callbacks"]["Record"]["stopped"]
+        target, reached = self.cfg.stop_at_accuracy, self.content["callbacks"]["Record"]["best_accuracy"]
+        return self.iteration >= self.cfg.iterations or (target is not None and reached >= target)
 
     @property
     def engine(self) -> str:
@@ -183,9 +194,9 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
             return Start(cfg, overrides)
         content = read(path)
     else:
-        path = expanded("checkpoint", str(cfg.checkpoint)).absolute()
+        path = Path(os.path.abspath(checkpoint_file(cfg.checkpoint, "last" if cfg.fit else "best")))
         content = read(path)
-        if cfg.fit and path.parent != folder.absolute() / "checkpoints":
+        if cfg.fit and path.parent != Path(os.path.abspath(folder)) / "checkpoints":
             raise UserError(
                 f"checkpoint={path}: training goes on only in the folder of its run, RUN/checkpoints/last.ckpt, not in "
                 f"{folder}; drop hydra.run.dir, or add fit=false to test it"
@@ -243,7 +254,7 @@ def _check_call(stored: list[str], path: Path) -> None:
     try:
         check_overrides(stored)
     except UserError as error:
-        raise UserError(f"checkpoint={path}: its call has {error}") from None
+        raise UserError(f"checkpoint={path}: its call has {str(error)[:300]}") from None
     if own := [each for each in stored if each.lstrip("+~").startswith("hydra")]:
         raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
 
@@ -304,17 +315,6 @@ def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> N
             f"iterations={asked['iterations']}: {path} was trained with iterations={trained['iterations']}; "
             "continue with as many or more"
         )
-
-
-def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as (dotted.key, value)."""
-    found = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found += leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value))
-    return found
 
 
 def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,15 +1,16 @@
 """What all commands share: how they read their words, and the one line in which they end."""
 
+import argparse
 import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -17,9 +18,9 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import ranks
-from fewshot.config import check_integer
 from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
 from fewshot.files import write_atomically
+from fewshot.paths import in_shell
 
 
 @contextmanager
@@ -68,9 +69,16 @@ def how_to_go_on() -> str:
     """After a signal, for whoever reads the line that says so: the call that continues this training or sweep."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        return f"; the same command with hydra.sweep.dir={shlex.quote(hydra.sweep.dir)} goes on"
+        return f"; the same command with {in_shell('hydra.sweep.dir', hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
-    return f"; python train.py checkpoint={shlex.quote(str(last))} goes on" if last.exists() else ""
+    return f"; python train.py {in_shell('checkpoint', last)} goes on" if last.exists() else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command's options; what it cannot read is one line too, with the status of any other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
 def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:
@@ -104,6 +112,6 @@ def flag(knob: str, value: str) -> bool:
 
 def integer(knob: str, value: str, smallest: int) -> int:
     """A word as an integer of at least `smallest`."""
-    number: int | str = int(value) if re.fullmatch(r"[+-]?[0-9]{1,9}", value) else value
-    check_integer(knob, number, smallest)
-    return int(number)
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", value) or int(value) < smallest:
+        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
+    return int(value)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,14 @@ class TasksOverRanks(DDPStrategy):
 
     def configure_ddp(self) -> None:
         pass
+
+    def barrier(self, *given: Any, **named: Any) -> None:  # Lightning waits in it too, after a checkpoint for example
+        with _others_there():
+            super().barrier(*given, **named)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        with _others_there():
+            return super().broadcast(obj, src)
 
     def _configure_launcher(self) -> None:
         pass  # ranks.start, torchrun or srun have started the processes

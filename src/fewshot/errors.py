@@ -30,8 +30,18 @@ class Stopped(BaseException):
 
 
 def shown(value: Any) -> str:
-    """A value as YAML and the command line write it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    """A value as YAML and the command line write it, cut short where it is very long."""
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{key}: {shown(each)}' for key, each in value.items())}}}"
+    else:
+        text = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def printable(text: str) -> str:

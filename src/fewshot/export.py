@@ -1,7 +1,10 @@
-"""A checkpoint to share: python -m fewshot.export checkpoint=RUN/checkpoints/best.ckpt out=FOLDER
+"""A model to share: python -m fewshot.export checkpoint=RUN out=FOLDER
 
-Writes model.safetensors, config.yaml and a model card, README.md, into FOLDER; fewshot.load(FOLDER) reads them. No
-pickle, no optimiser state, no paths of the machine that trained.
+checkpoint=PATH       the folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt
+out=FOLDER            for model.safetensors, config.yaml and a model card, README.md; made if it is not there
+
+fewshot.load(FOLDER) and python -m fewshot.predict read the folder. There is no pickle in it, no optimiser state and no
+path of the machine that trained.
 """
 
 import os
@@ -12,7 +15,8 @@ from typing import Any
 from fewshot.command import one_line_errors, words
 from fewshot.config import MODES
 from fewshot.errors import UserError, shown
-from fewshot.files import check_place, expanded, write_atomically
+from fewshot.files import check_place, write_atomically
+from fewshot.paths import checkpoint_file, user_path
 
 CARD = "README.md"
 
@@ -177,9 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(__doc__)
         return
     with one_line_errors():
-        needed = {"checkpoint": "RUN/checkpoints/best.ckpt", "out": "FOLDER"}
+        needed = {"checkpoint": "RUN, the folder of a run", "out": "FOLDER"}
         given = words(arguments, needed, needed)
-        export(*(expanded(knob, given[knob]) for knob in ("checkpoint", "out")))
+        export(checkpoint_file(given["checkpoint"], "best"), user_path("out", given["out"]))
         print(f"Written to {given['out']}; fewshot.load reads it")
 
 

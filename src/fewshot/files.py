@@ -18,18 +18,6 @@ OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", ".l
 _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, and their descriptors
 
 
-def expanded(knob: str, path: str | Path) -> Path:
-    """The path with ~ and ~user as the home folders that they stand for.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{knob}={path}: there is no such home folder; write the whole path") from None
-
-
 def check_place(knob: str, folder: Path) -> None:
     """Raises UserError where a folder that may not be there yet would lie in a file."""
     there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), Path("/"))

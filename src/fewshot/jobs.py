@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot import stored
-from fewshot.checkpoint import leaves
+from fewshot.config import leaves
 from fewshot.config import settings as resolved
 from fewshot.errors import UserError, printable, shown
-from fewshot.report import read_metrics
+from fewshot.report import over, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def read_job(folder: Path) -> Job | None:
         results = stored.read_results(result_file) if result_file else None
         config = results["config"] if results else _begun(begun)
         curves = read_metrics(metrics) if metrics else {}
+        results = results if results and over(results) else None
     except UserError as problem:
         return Job(folder, {}, None, {}, error or f"cannot be read as a run ({problem})")
     return Job(folder, config, results, curves, error)

@@ -1,51 +1,100 @@
 """What Hydra calls before and after a run or a sweep."""
 
+import copy
+import os
 import shutil
 import subprocess
 import time
 import traceback
-from os.path import exists
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from fewshot import files, ranks
 from fewshot.command import one_line_errors
-from fewshot.config import check_overrides, job_folder
-from fewshot.errors import UserError
+from fewshot.config import given_overrides, job_folder
+from fewshot.errors import UserError, shown
+from fewshot.paths import claimed, escaped, override, user_path
+from fewshot.refusals import refuse, refuse_sweep
+
+RECORD = ("config", "hydra", "overrides")  # files of .hydra/
 
 
 class OutputFolder(Callback):
-    """Says in one line that the checkpoint is missing or the output folder cannot be written, before Hydra makes it."""
+    """Ends a call that cannot be done in one line, before Hydra makes its folder."""
+
+    made: ClassVar[list[Path]] = []  # folders that were not there before this call, the run's first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with one_line_errors():
-            if config.checkpoint is not None and not exists(files.expanded("checkpoint", str(config.checkpoint))):
-                raise UserError(f"checkpoint={config.checkpoint}: no such file")
-            named = any(each.startswith("hydra.run.dir=") for each in config.hydra.overrides.hydra)
-            if ranks.launcher() and not named and not (config.checkpoint and config.fit):
-                raise UserError(f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder")
-            files.refuse_links(Path(config.hydra.run.dir))
-            files.check_writable("hydra.run.dir", Path(config.hydra.run.dir))
+            if config.checkpoint is not None:
+                user_path("checkpoint", config.checkpoint)  # before a folder is named after it
+            refuse(_job(config, config.hydra.run.dir), given_overrides(config.hydra))
+            new = _by_the_clock(config, "run") and not (config.checkpoint and config.fit)
+            if ranks.launcher() and new:
+                several = f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder"
+                raise UserError(several + ranks.only_process())
+            _settle_folder(config, "run", new)
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A knob that does not exist ends a sweep before its first job; Hydra sees to those without a +."""
+    def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
+        """Every job is looked at before the first one starts."""
         with one_line_errors():
             if ranks.launcher():
                 raise UserError(
                     f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use python train.py -m "
-                    "trainer=ddp trainer.devices=N"
+                    f"trainer=ddp trainer.devices=N{ranks.only_process()}"
                 )
-            check_overrides([*config.hydra.overrides.task, *(f"{key}=" for key in config.hydra.sweeper.params or ())])
-            files.refuse_links_of_jobs(Path(config.hydra.sweep.dir))
-            files.check_writable("hydra.sweep.dir", Path(config.hydra.sweep.dir))
-            if config.hydra.launcher._target_.endswith("SlurmLauncher"):
-                if not (shutil.which("sbatch") and shutil.which("srun")):
-                    raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
+            _job(config, config.hydra.sweep.dir)
+            refuse_sweep(config, config_name)
+            slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
+            if slurm and not (shutil.which("sbatch") and shutil.which("srun")):
+                raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
+            _settle_folder(config, "sweep", _by_the_clock(config, "sweep"))
+            if slurm:
                 _adapt_submitit(Path(config.hydra.sweep.dir))
+
+
+def _job(config: DictConfig, folder: str) -> DictConfig:
+    """What a run gets of the whole configuration, where ${hydra:...} means what it will mean there."""
+    job = copy.deepcopy(config)
+    with open_dict(job), read_write(job):
+        job.hydra.runtime.output_dir = os.path.abspath(folder)
+        HydraConfig.instance().set_config(job)
+        del job["hydra"]
+    return job
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Removes the folder that was made for this call, if it is refused before there is anything in it."""
+    try:
+        yield
+    except (UserError, InstantiationException):
+        names = (".lock", ranks.RANKS_LOCK, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
+        files = {path for path in folder.rglob("*") if not path.is_dir()}
+        if not ranks.rank() and folder in OutputFolder.made and files <= {folder / name for name in names}:
+            for path in files:
+                path.unlink()
+            for place in (folder / ".hydra", *OutputFolder.made):
+                with suppress(OSError):
+                    place.rmdir()
+        raise
+
+
+def record(folder: Path, cfg: DictConfig) -> None:
+    """Writes the call that starts a run into its .hydra/; one that continues the run leaves that alone."""
+    if ranks.rank() or ranks.PARENT in os.environ or (folder / "checkpoints" / "last.ckpt").exists():
+        return
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, content in zip(RECORD, (cfg, HydraConfig.instance().cfg, HydraConfig.get().overrides.task), strict=True):
+        OmegaConf.save(content, folder / ".hydra" / f"{name}.yaml")
 
 
 class Summary(Callback):
@@ -110,3 +159,25 @@ def _adapt_submitit(sweep: Path) -> None:
 
     slurm.SlurmExecutor._submit_command = submit_or_end
     slurm.SlurmJob = slurm.SlurmExecutor.job_class = Job  # of arrays, of single jobs
+
+
+def _by_the_clock(config: DictConfig, kind: str) -> bool:
+    """Whether the folder of the run or sweep is named after the time, which others may have been started at."""
+    return "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)["dir"])
+
+
+def _settle_folder(config: DictConfig, kind: str, new: bool) -> None:
+    """From here on a name and nothing else, for the jobs of a sweep too; a new one is nobody else's."""
+    knob, given = f"hydra.{kind}.dir", config.hydra[kind].dir
+    if not given:
+        raise UserError(f"{knob}={shown(given)}: must be a folder")
+    folder = Path(os.path.abspath(user_path(knob, given)))
+    fresh, missing = new or not folder.exists(), [place for place in folder.parents if not place.exists()]
+    with suppress(OSError):  # the next line but one says why
+        folder = claimed(folder) if new else folder
+    OutputFolder.made = [folder] * fresh + missing
+    (files.refuse_links if kind == "run" else files.refuse_links_of_jobs)(folder)
+    files.check_writable(knob, folder)
+    with read_write(config.hydra):
+        config.hydra[kind].dir = escaped(folder)
+        config.hydra.overrides.hydra.append(override(knob, folder))

@@ -1,4 +1,4 @@
-"""The Weights & Biases run: offline unless an API key says otherwise, never a prompt."""
+"""The Weights & Biases run: offline unless an API key says otherwise, less where W&B is told so, never a prompt."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot import ranks
 from fewshot.config import MODES
-from fewshot.errors import Stopped, UserError
+from fewshot.errors import Stopped, UserError, shown
 
 log = logging.getLogger(__name__)
 
@@ -52,24 +52,19 @@ def wandb_logger(
     None on other ranks than the first.
 
     Raises:
-        UserError: mode="online" without an API key.
+        UserError: mode="online" without an API key, or against a wish of the user's that nothing be uploaded.
     """
     if ranks.rank():
         return None
     import wandb  # only here: a run with logger=none does without the package
 
     if sweep := _sweep():
-        by_time = re.fullmatch(r"\d\d-\d\d-\d\d", sweep.name)  # multirun/DATE/TIME
+        by_time = re.fullmatch(r"\d\d-\d\d-\d\d(-\d+)?", sweep.name)  # multirun/DATE/TIME
         group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
         name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
-    mode = mode or os.environ.get("WANDB_MODE")
     try:
         wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
-        if mode in (None, "online"):
-            has_key = wandb.login(prompt=False, verify=False)
-            if mode == "online" and not has_key:
-                raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
-            mode = "online" if has_key else "offline"
+        mode = _mode(mode)
         run = wandb.init(
             project=project,
             group=group,
@@ -89,7 +84,8 @@ def wandb_logger(
             reinit="finish_previous",
         )
     except (wandb.errors.Error, ValueError) as error:
-        raise UserError(f"logger.mode={mode}: {error}; use logger.mode=offline") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"logger.mode={shown(mode)}: {reason}; use logger.mode=offline, or logger=none") from error
     logger = EachOnce(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
     for pattern in METRICS:
@@ -101,6 +97,34 @@ def wandb_logger(
     if run.url:
         log.info(f"W&B: {run.url}")
     return logger
+
+
+def _mode(asked: str | None) -> str:
+    """What W&B is to do: what was asked for, unless the user has told W&B itself to do less.
+
+    WANDB_DISABLED, WANDB_MODE and W&B's settings files (`wandb offline`, `wandb disabled`) speak for all programs: what
+    they keep back is not uploaded here either. Without them and without logger.mode: online where there is an API key.
+    """
+    import wandb
+
+    told = wandb.setup().settings.mode  # by the variable or a file, else "online"
+    wish = {"dryrun": "offline", "run": "online"}.get(told, told)
+    whose = f"WANDB_MODE={told}" if "WANDB_MODE" in os.environ else "a settings file of W&B's"
+    if (disabled := os.environ.get("WANDB_DISABLED", "")).lower() not in ("", "0", "false", "no", "off"):
+        wish, whose = "disabled", f"WANDB_DISABLED={disabled}"
+    if wish in ("offline", "disabled"):
+        if asked == "online":
+            remedy = "take that back, or leave logger.mode out"
+            raise UserError(f"logger.mode=online: {whose} asks W&B to upload nothing; {remedy}")
+        if wish == "disabled" and asked != "disabled":
+            log.info(f"W&B records nothing: {whose}; without it, wandb sync could upload the run later")
+        return "disabled" if "disabled" in (wish, asked) else "offline"
+    if asked in ("offline", "disabled"):
+        return asked
+    has_key = wandb.login(prompt=False, verify=False)
+    if asked == "online" and not has_key:
+        raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+    return "online" if has_key else "offline"
 
 
 def _sweep() -> Path | None:

@@ -1,6 +1,6 @@
 """Images of one's own, after training: python -m fewshot.predict checkpoint=PATH support=FOLDER query=FOLDER
 
-checkpoint=PATH       RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote
+checkpoint=PATH       the folder of a run, RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote
 support=FOLDER        one folder of images for each class; a zip of that will do
 query=FOLDER          the images to classify, however deep; or a zip
 steps=N               inner steps; as many as in training if it is left out
@@ -17,7 +17,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,12 +28,13 @@ import numpy as np
 
 from fewshot.command import flag, integer, one_line_errors, words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, expanded, write_atomically
+from fewshot.files import check_place, write_atomically
+from fewshot.paths import claimed, model_path, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fewshot.data.images import Source
+    from fewshot.data.folder_or_zip import Source
     from fewshot.module import MetaLearner
     from fewshot.pretrained import Picture, Preprocess, Pretrained
 
@@ -145,33 +145,40 @@ def _with_ways(learner: "MetaLearner", ways: int, zeroing: bool) -> "MetaLearner
 
 
 def run(
-    checkpoint: str, support: str, query: str, folder: Path, *, trust: bool = False, **how: int | bool | None
+    checkpoint: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **how: int | bool | None
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
 
+    folder: None: a new one in outputs/, named after the time.
     how: steps and test_zeroing, as predict has them.
 
     Raises:
         UserError: nothing to read, or what predict does not take.
     """
-    check_place("out", folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder is not None:
+        check_place("out", folder)
+    if folder is not None and os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"out={folder}: is not empty; name another folder")
     for knob, path in {"checkpoint": checkpoint, "support": support, "query": query}.items():
-        if not os.path.exists(expanded(knob, path)):
+        if not os.path.exists(user_path(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
+    model_path(checkpoint)
+    from fewshot.data.images import tell_left_out
+
+    classes = _classes(f"support={support}", support_source := _open("support", support))
+    asked = _images(query_source := _open("query", query))
+    tell_left_out(f"support={support}", support_source, {name for files in classes.values() for name in files})
+    tell_left_out(f"query={query}", query_source, set(asked))
+    if not asked:
+        raise UserError(f"query={query}: no images in it")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot import figures
     from fewshot.pretrained import load
     from fewshot.report import write_png
 
-    classes = _classes(f"support={support}", support_source := _open("support", support))
-    asked = _images(query_source := _open("query", query))
-    if not asked:
-        raise UserError(f"query={query}: no images in it")
     model = load(checkpoint, trust=trust)
     skipped: list[tuple[str, str, str]] = []
-    read = partial(_read, preprocess=model.preprocess, skipped=skipped)
+    read = partial(_read, preprocess=model.preprocess, skipped=skipped, told=set())
     given = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
     if lost := [name for name, images in given.items() if not images]:
         raise UserError(f"support={support}: no image of {lost[0]!r} can be read; replace them or remove the class")
@@ -180,6 +187,7 @@ def run(
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
     found = predict(model, given, list(queries.values()), **how)
     rows = list(zip(queries, found.labels, found.probabilities, strict=True))
+    folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
         _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
     header = ["file", "class", *(f"probability of {name}" for name in found.classes)]
@@ -199,10 +207,10 @@ def run(
 
 def _open(knob: str, given: str) -> "Source":
     """The files of a folder or zip, named relative to it."""
-    from fewshot.data.images import open_source
+    from fewshot.data.folder_or_zip import open_source
 
     try:
-        return open_source(expanded(knob, given))
+        return open_source(user_path(knob, given))
     except UserError as error:
         raise UserError(str(error).replace("dataset.root=", f"{knob}=", 1)) from None
 
@@ -243,23 +251,19 @@ def _read(
     *,
     preprocess: "Preprocess",
     skipped: list[tuple[str, str, str]],
+    told: set[str],
 ) -> dict[str, "Tensor"]:
     """{file: (C, H, W) uint8} of those that can be read; the others are warned of and added to `skipped`."""
-    from PIL import Image, UnidentifiedImageError
+    from fewshot.data.images import try_image
 
     images = {}
     for name in names:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                images[name] = preprocess.pixels(source.read(name))
-            continue
-        except UnidentifiedImageError:  # its own text names a memory address
-            reason = "not an image in a format that Pillow knows"
-        except Exception as error:  # Pillow's and zipfile's decoders raise nearly every kind on broken data
-            reason = " ".join(str(error).split()) or type(error).__name__
-        log.warning("%s: %s is skipped, it cannot be read: %s", knob, printable(name), printable(reason))
-        skipped.append((knob, name, reason))
+        made = try_image(source, name, preprocess.pixels, told)
+        if isinstance(made, str):
+            log.warning("%s: %s is skipped, it cannot be read: %s", knob, printable(name), printable(made))
+            skipped.append((knob, name, made))
+        else:
+            images[name] = made
     return images
 
 
@@ -281,11 +285,11 @@ READ: dict[str, Callable[[str], Any]] = {
     "query": str,
     "steps": lambda value: integer("steps", value, 1),
     "test_zeroing": lambda value: flag("test_zeroing", value),
-    "out": lambda value: expanded("out", value),
+    "out": lambda value: user_path("out", value),
     "trust": lambda value: flag("trust", value),
 }
 NEEDED = {
-    "checkpoint": "RUN/checkpoints/best.ckpt or a folder that was exported",
+    "checkpoint": "RUN, the folder of a run, or a folder that was exported",
     "support": "FOLDER with a folder of images for each class",
     "query": "FOLDER of images to classify",
 }
@@ -299,8 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with one_line_errors():
         given = {key: READ[key](value) for key, value in words(arguments, READ, NEEDED).items()}
-        new = Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-        run(given.pop("checkpoint"), given.pop("support"), given.pop("query"), given.pop("out", new), **given)
+        run(given.pop("checkpoint"), given.pop("support"), given.pop("query"), given.pop("out", None), **given)
 
 
 if __name__ == "__main__":

@@ -22,17 +22,18 @@ from fewshot import checkpoint, stored
 from fewshot.checkpoint_file import check_weights, read
 from fewshot.data.images import decode, square
 from fewshot.errors import UserError
-from fewshot.files import expanded, is_regular
+from fewshot.files import is_regular
 from fewshot.module import MetaLearner
+from fewshot.paths import EXPORTED, model_path
 
 Picture = Image.Image | np.ndarray | Tensor | bytes
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"  # of a shared folder
+WEIGHTS, CONFIG = EXPORTED, "config.yaml"  # of a shared folder
 
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 LEFT_OUT = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit", "augment"),
-    *("dataset.root", "dataset.cache", "dataset.source", "dataset.device", "dataset.trust"),
+    *("dataset.root", "dataset.labels", "dataset.cache", "dataset.source", "dataset.device", "dataset.trust"),
 )
 
 
@@ -119,7 +120,7 @@ class Pretrained:
 
 
 def load(path: str | Path, *, trust: bool = False) -> Pretrained:
-    """The model of a checkpoint, RUN/checkpoints/best.ckpt, or of a folder that `python -m fewshot.export` wrote.
+    """The model of a run, RUN or RUN/checkpoints/best.ckpt, or of a folder that `python -m fewshot.export` wrote.
 
     Nothing is unpickled but tensors and plain data. The configuration found there names what makes the network; that is
     called only if it is this program's own.
@@ -130,7 +131,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     Raises:
         UserError: nothing there that can be read, weights that do not fit, or a network from elsewhere without trust.
     """
-    path = expanded("checkpoint", path)
+    path = model_path(path)
     if path.is_dir():
         config, weights = _read_folder(path)
     else:

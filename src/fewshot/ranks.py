@@ -21,6 +21,7 @@ from hydra.types import RunMode
 
 from fewshot import files
 from fewshot.errors import Stopped, UserError
+from fewshot.paths import override
 
 PARENT = "FEWSHOT_PARENT"  # in the environment of the processes that start() starts: its own process number
 RANKS_LOCK = ".lock-ranks"
@@ -31,6 +32,11 @@ def launcher() -> str | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
+
+
+def only_process() -> str:
+    """For messages: how a shell that srun started, as with srun --pty, starts one process that is the only one."""
+    return "; in a shell inside srun: unset SLURM_STEP_NUM_TASKS" if launcher() == "srun" else ""
 
 
 def rank() -> int:
@@ -88,7 +94,7 @@ def _hydra_arguments() -> list[str]:
         if source.provider == "command-line":
             arguments += ["--config-dir", source.path]
     if hydra.mode == RunMode.MULTIRUN:
-        arguments += [f"hydra.job.num={hydra.job.num}", f"hydra.sweep.dir={_quoted(Path(hydra.sweep.dir).resolve())}"]
+        arguments += [f"hydra.job.num={hydra.job.num}", override("hydra.sweep.dir", Path(hydra.sweep.dir).resolve())]
     return [*arguments, "hydra.mode=RUN"]
 
 
@@ -110,10 +116,6 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
     )
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"
-
-
 def start(script: str, overrides: list[str], folder: Path, processes: int) -> None:
     """Runs `script` in `processes` processes of this machine until all have ended, or one has failed.
 
@@ -128,7 +130,7 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    call = [script, *_hydra_arguments(), *overrides, f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
+    call = [script, *_hydra_arguments(), *overrides, override("hydra.run.dir", folder)]
     with locked(folder, RANKS_LOCK):
         pass  # those of an earlier call have ended; raised here and not in a rank it is no failure of the run
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}

@@ -3,27 +3,31 @@
 import csv
 import io
 import json
+import logging
 import platform
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import rich
+import rich.console
 import rich.table
-from matplotlib.figure import Figure
-from omegaconf import DictConfig
-from pytorch_lightning.loggers import Logger
 
-from fewshot import figures, ranks, stored
-from fewshot.checkpoint import refuse_difference
+from fewshot import ranks, stored
 from fewshot.config import MODES, settings
 from fewshot.errors import UserError
 from fewshot.files import write_atomically
-from fewshot.logger import summarise
-from fewshot.module import Scores
 from fewshot.stored import read_text
+
+if TYPE_CHECKING:  # python -m fewshot.sweep reads metrics.csv, and does not need torch for that
+    from matplotlib.figure import Figure
+    from pytorch_lightning.loggers import Logger
+
+    from fewshot.checkpoint import Start
+    from fewshot.module import Scores
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "fewshot",
@@ -97,41 +101,57 @@ def read(folder: Path) -> dict[str, Any]:
     return results
 
 
-def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+def over(results: dict[str, Any]) -> bool:
+    """Whether a run went to its last iteration or to its accuracy; not if trainer.max_time ended it before."""
+    config = results["config"]
+    target, at_the_end = config.get("stop_at_accuracy"), results.get("iterations", config["iterations"])
+    reached = target is not None and validation_accuracy(results) >= target
+    return not config["fit"] or at_the_end >= config["iterations"] or reached
+
+
+def finished(folder: Path, start: "Start") -> dict[str, Any] | None:
     """The results of this very configuration that the folder holds, shown again; None where there are none.
+
+    Those of a run that a limit ended before its last iteration are none either: it goes on.
 
     Raises:
         UserError: they are of another configuration.
     """
+    from fewshot.checkpoint import refuse_difference
+
     path = folder / "results.json"
     if not path.exists():
         return None
-    results, asked = read(folder), settings(cfg)
+    results, asked = read(folder), settings(start.cfg)
     if results["config"]["fit"] and asked["fit"]:
-        refuse_difference(cfg, results["config"], path)
-        if results["config"]["iterations"] < asked["iterations"]:
-            return None  # to be continued
+        refuse_difference(start.cfg, results["config"], path)
+        reached = results["iterations"] if start.content else results["config"]["iterations"]
+        if reached < asked["iterations"] and not start.trained:
+            return None
     elif results["config"] != asked:
         raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
-    print_table(results, folder)
+    show(results, folder)
     return results
 
 
 def write(
     folder: Path,
-    results: dict[str, dict[str, Scores]],
+    results: dict[str, dict[str, "Scores"]],
     *,
     iterations: int,
     best_iteration: int,
     seconds: dict[str, float],
     config: dict[str, Any],
     splits: dict[str, Any],
-    loggers: list[Logger],
+    loggers: list["Logger"],
 ) -> dict[str, Any]:
-    """results.json, which is returned, the figures, the logger's summary and the table on the terminal.
+    """results.json, which is returned, the figures, the logger's summary; then the table on the terminal.
 
     Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates. Rank 0 writes.
     """
+    from fewshot import figures
+    from fewshot.logger import summarise
+
     content = {
         **{split: _scores(results[split]) for split in ("test", "val")},
         "iterations": iterations,
@@ -154,14 +174,15 @@ def write(
     text = json.dumps({**content, "splits": None}, indent=2)
     text = text.replace('"splits": null', f'"splits": {_line_by_line(splits)}')
     write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
-    print_table(content, folder)
     for logger in loggers:
         summarise(logger, content)
+    show(content, folder)
     return content
 
 
 def write_splits(folder: Path, splits: dict[str, Any]) -> None:
     """splits.json: which classes the run uses for what."""
+
     if not ranks.rank():
         write_atomically(folder / "splits.json", lambda file: file.write(_line_by_line(splits).encode()))
 
@@ -177,21 +198,21 @@ def validation_accuracy(results: dict[str, Any]) -> float:
     return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
 
 
-def write_png(figure: Figure, file: BinaryIO) -> None:
+def write_png(figure: "Figure", file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
-def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
+def _scores(modes: dict[str, "Scores"]) -> dict[str, Any]:
     tasks = next(iter(modes.values())).tasks
     return {"tasks": tasks, **{mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}}
 
 
-def print_table(results: dict[str, Any], folder: Path) -> None:
-    """Query accuracy per inner step with its confidence interval, both test-time zeroing modes."""
+def show(results: dict[str, Any], folder: Path) -> None:
+    """Query accuracy per inner step with its confidence interval, both test-time zeroing modes; in train.log too."""
     if ranks.rank():
         return
     test, config = results["test"], results["config"]
-    print(
+    title = (
         f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "
         f"{test['tasks']} test tasks, model of iteration {results['best_iteration']}"
     )
@@ -202,5 +223,7 @@ def print_table(results: dict[str, Any], folder: Path) -> None:
     for step in range(len(test["zeroing_off"]["accuracy"])):
         cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
         table.add_row(str(step), *cells)
-    rich.print(table)
-    print(f"Written to {folder}")  # rich would break the path
+    console = rich.console.Console(color_system=None, width=80)
+    with console.capture() as drawn:
+        console.print(table)
+    log.info("%s\n%sWritten to %s", title, drawn.get(), folder)

@@ -15,10 +15,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config import ADAPTED, HEADS, MODES
+from fewshot.config import MODES
 from fewshot.errors import UserError, shown
 from fewshot.files import is_regular
 
+ADAPTED, HEADS = ("all", "head", "encoder"), ("learned", "shared", "prototypes")
 MEBIBYTE = 2**20
 
 

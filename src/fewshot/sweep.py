@@ -3,28 +3,28 @@
 Runs that differ in their seed alone are one setting; what is said of a setting is a mean over its seeds.
 """
 
-import argparse
 import csv
 import io
 import json
 import logging
-import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from fewshot import figures, labels, stored
-from fewshot.checkpoint import leaves
-from fewshot.command import one_line_errors
-from fewshot.config import MODES
+from fewshot import labels, stored
+from fewshot.command import Parser, one_line_errors
+from fewshot.config import MODES, leaves
 from fewshot.errors import UserError, shown
 from fewshot.files import write_atomically
 from fewshot.jobs import Job, identity, read_job, read_jobs, read_similarities
+from fewshot.paths import in_shell
 from fewshot.report import write_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def conclude(folder: Path, panels: list[str]) -> None:
     except UserError as error:
         complaint = str(error)
     if missing:
-        again = f"the same command with hydra.sweep.dir={shlex.quote(str(folder))} tries them again"
+        again = f"the same command with {in_shell('hydra.sweep.dir', folder)} tries them again"
         unfinished = "unfinished; is another process at work on it?"
         lines = "".join(f"\n{job.folder.name}: {job.error or unfinished}" for job in missing)
         log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
@@ -106,6 +106,8 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     jobs = read_jobs(folders)
     if not any(job.results for job in jobs):
         raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
+    from fewshot import figures  # matplotlib takes seconds to import, and a mistake should not have to wait for it
+
     settings = group([job for job in jobs if job.results or job.curves])
     text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
     _write_text(into / "summary.csv", as_csv(settings))
@@ -153,6 +155,8 @@ def _order(knob: str, value: Any) -> tuple[bool, float, str]:
 
 def as_csv(settings: list[Setting]) -> str:
     """Long: one row per setting, zeroing mode and step."""
+    from fewshot import figures
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["setting", *settings[0].knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
@@ -172,6 +176,8 @@ def as_csv(settings: list[Setting]) -> str:
 
 def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without (new) results."""
+    from fewshot import figures
+
     parts = []
     finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
     for mode in MODES if finished else ():
@@ -238,18 +244,18 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _write_figure(path: Path, figure: Figure) -> None:
+def _write_figure(path: Path, figure: "Figure") -> None:
     write_atomically(path, partial(write_png, figure))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m fewshot.sweep", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("python -m fewshot.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep, or of a run")
     parser.add_argument("--into", type=Path, help="where to write; default: FOLDER, with several the current folder")
     parser.add_argument("--panels", default=None, help="knobs, with commas; panels.png has axes for each value")
-    asked = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
+        asked = parser.parse_args(arguments)
         into = asked.into or (asked.folders[0] if len(asked.folders) == 1 else Path.cwd())
         panels = asked.panels.split(",") if asked.panels is not None else _panels_of(asked.folders[0])
         summarise(asked.folders, into, panels)

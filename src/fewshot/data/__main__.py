@@ -7,29 +7,32 @@ python -m fewshot.data show dataset=omniglot dataset.rotations=true out=omniglot
 On a cluster whose nodes have no network `prepare` is for the machine that has one.
 """
 
-import argparse
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.command import one_line_errors
-from fewshot.config import CONF, check, check_overrides
+from fewshot.command import Parser, one_line_errors
+from fewshot.config import CONF, check_overrides
 from fewshot.errors import UserError
+from fewshot.paths import at_home, user_path
+from fewshot.refusals import not_composed, refuse
 
 
 def configuration(overrides: list[str]) -> DictConfig:
     check_overrides(overrides)
-    try:
+
+    def composed(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", overrides)
-    except HydraException as error:
-        raise UserError(str(error)) from None
+
+    try:
+        return composed(overrides)
+    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+        raise not_composed(error, overrides, composed) from None
 
 
 def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -38,8 +41,7 @@ def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     Raises:
         UserError: as a run with these overrides would.
     """
-    cfg = configuration(overrides)
-    check(cfg)
+    refuse(cfg := configuration(overrides), overrides)
     splits = instantiate(cfg.dataset.source)
     for name, split in splits.items():
         print(f"{cfg.dataset.name} {name}: {len(split.names)} classes, {len(split.images)} images")
@@ -56,7 +58,7 @@ def prepare(overrides: list[str]) -> None:
 
 def show(overrides: list[str]) -> None:
     """Writes a contact sheet to the PNG file that out= names."""
-    out = [Path(override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
+    out = [user_path("out", override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
     if len(out) != 1 or out[0].suffix.lower() != ".png":
         raise UserError(f"out={', '.join(map(str, out)) or 'null'}: give out=FILE.png, the contact sheet to be written")
     _, splits = read_images([override for override in overrides if not override.startswith("out=")])
@@ -68,16 +70,17 @@ def show(overrides: list[str]) -> None:
 
 
 def list_datasets(overrides: list[str]) -> None:
-    """A line for every dataset=NAME."""
+    """A line for every dataset=NAME, or only for those that are named."""
     rows = [("dataset", "train/val/test classes", "images", "size", "images from", "on this machine")]
-    for path in sorted((CONF / "dataset").glob("*.yaml")):
-        cfg = configuration([f"dataset={path.stem}", *overrides])
-        data = cfg.dataset
+    named = [override for override in overrides if override.startswith("dataset=")]
+    overrides = [override for override in overrides if override not in named]
+    for choice in named or sorted(f"dataset={path.stem}" for path in (CONF / "dataset").glob("*.yaml")):
+        data = configuration([choice, *overrides]).dataset
         classes = [data.classes[split] for split in ("train", "val", "test")]
         numbers = "as found" if None in classes else "/".join(map(str, classes))
         images = f"{sum(classes) * data.images_per_class:,}" if data.images_per_class else "as found"
         size = f"{data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}"
-        rows.append((path.stem, numbers, images, size, data.get("origin", ""), _here(data)))
+        rows.append((choice.removeprefix("dataset="), numbers, images, size, data.get("origin", ""), _here(data)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -103,16 +106,16 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     for name, (function, does) in COMMANDS.items():
         command = commands.add_parser(name, help=does, description=does)
         command.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="and its knobs, as for train.py")
         command.set_defaults(function=function)
-    asked = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
-        asked.function(asked.overrides)
+        asked = parser.parse_args(arguments)
+        asked.function(at_home(asked.overrides))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ the pixels, about a second for each gigabyte, and then maps the file: the system
 Shapes: M images of a split, N its classes, C x H x W one image.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +28,13 @@ from torch import Tensor
 
 from fewshot.data.lock import alone
 from fewshot.files import replacing
+from fewshot.paths import user_path
 from fewshot.tasks import Split
 
 log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it whenever the same files would give other pixels than before.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 LENGTH, DIGEST = 8, 32  # bytes of the last two parts
 
 
@@ -54,7 +57,7 @@ class Unread:
 def cache_folder(cache: str | None) -> Path:
     """`dataset.cache`, or the user's cache folder."""
     if cache is not None:
-        return Path(str(cache)).expanduser()
+        return user_path("dataset.cache", cache)
     shared = os.environ.get("XDG_CACHE_HOME", "")
     # A relative XDG_CACHE_HOME is to be ignored, says its specification.
     return (Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()) / "fewshot"
@@ -143,22 +146,32 @@ def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
         first = last
     if first != begin or described["key"] != key:
         return None
-    if number := described["twins"]:
-        shown = ", ".join(described["first_twins"])
-        rest = " ..." if number > len(described["first_twins"]) else ""
-        log.warning("the same pixels in two splits, %d time%s: %s%s", number, "s" * (number > 1), shown, rest)
+    for where, (number, first_few) in described["twins"].items():
+        if number:
+            rest = " ..." if number > len(first_few) else ""
+            shown = ", ".join(first_few) + rest
+            log.warning("the same pixels %s, %d time%s: %s", where, number, "s" * (number > 1), shown)
     return splits
 
 
 def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]]) -> bool:
     """Whether the file could be written."""
     try:
+        _remove_abandoned(path.parent)
         with replacing(path) as file:
             _write(file, key, build())
         return True
     except OSError as error:
         log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
         return False
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed left half written, of whichever images."""
+    for part in folder.glob(".*-v*.bin.*.part"):
+        with contextlib.suppress(OSError), open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> None:
@@ -175,21 +188,28 @@ def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> No
             described["shape"] = list(pixels.shape)
         counts = [int(count) for count in split.counts]
         described["splits"][name] = {"names": list(split.names), "counts": counts, "sha256": digest.hexdigest()}
-    text = json.dumps(described | _twins(splits, marks)).encode()
+    text = json.dumps(described | {"twins": _twins(splits, marks)}).encode()
     file.write(text + len(text).to_bytes(LENGTH, "little") + hashlib.sha256(text).digest())
 
 
 def _twins(splits: Mapping[str, Unread | Split], marks: dict[str, list[int]], shown: int = 3) -> dict[str, Any]:
-    """How many images of one split are in another too, and the first few of them."""
-    found, number = [], 0
-    arrays = {name: np.array(each, dtype=np.uint64) for name, each in marks.items()}
-    for one, other in combinations(arrays, 2):
-        places = np.flatnonzero(np.isin(arrays[other], arrays[one]))
-        number += len(places)
-        for place in places[: shown - len(found)]:
-            twin = int((arrays[one] == arrays[other][place]).argmax())
-            found.append(f"{_called(splits[other], other, place)} = {_called(splits[one], one, twin)}")
-    return {"twins": number, "first_twins": found}
+    """How many images are in another split too, or in their own once more, and the first few of each kind.
+
+    Those of one split can be support and query of one task.
+    """
+    arrays = {name: np.array(each, dtype=np.uint64) for name, each in marks.items() if each}
+    told: dict[str, Any] = {"in two splits": [0, []], "twice in one split": [0, []]}
+    for one, other in combinations_with_replacement(arrays, 2):
+        known, firsts = np.unique(arrays[one], return_index=True)
+        nearest = np.searchsorted(known, arrays[other]).clip(max=len(known) - 1)
+        twins = firsts[nearest]  # the first image of `one` with these pixels, where there is one
+        itself = (one == other) & (twins == np.arange(len(twins)))
+        places = np.flatnonzero((known[nearest] == arrays[other]) & ~itself)
+        kind = told["twice in one split" if one == other else "in two splits"]
+        kind[0] += len(places)
+        for place in places[: shown - len(kind[1])]:
+            kind[1].append(f"{_called(splits[other], other, place)} = {_called(splits[one], one, twins[place])}")
+    return told
 
 
 def _called(split: Unread | Split, name: str, place: int) -> str:

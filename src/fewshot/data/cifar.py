@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torchvision.datasets import CIFAR100
@@ -24,8 +24,10 @@ from torchvision.datasets import CIFAR100
 from fewshot.data import folder
 from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5
+from fewshot.data.folder_or_zip import read_file
 from fewshot.data.pickles import fit, gather, identity, unpickle
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}
@@ -51,11 +53,11 @@ def load(*, name: str, root: str | None, size: int, channels: int, cache: str | 
         title, source = f"CIFAR-100 for {TITLES[name]}", {CIFAR100.filename: (CIFAR100.url, CIFAR100.tgz_md5)}
         place = download(title, list(source), lambda: source, folder="cifar100", cache=cache, holds=HOLDS)
     else:
-        place = Path(str(root)).expanduser()
+        place = user_path("dataset.root", root)
     classes = class_split(name)
     found = _cifar100(place)
     if found is None:
-        splits = folder.load(root=str(place), size=size, channels=channels, cache=cache)
+        splits = folder.load(root=str(place), name=name, size=size, channels=channels, cache=cache)
         _check_classes(name, place, splits, classes)
         return splits
     read, version = found
@@ -99,7 +101,7 @@ def _cifar100(place: Path) -> tuple[Callable[[str], bytes], list[Any]] | None:
     """What reads CIFAR-100's files by name, and what changes when they do; None where it is something else."""
     for path in (place, place / CIFAR100.filename):
         if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            return functools.partial(_member, path), identity([path])
+            return _from_archive(path), identity([path])
     for base in (place, place / CIFAR100.base_folder):
         paths = [base / name for name in _checksums()]
         if all(path.is_file() for path in paths):
@@ -113,15 +115,26 @@ def _checksums() -> dict[str, str]:
 
 
 def _bytes(base: Path, name: str) -> bytes:
-    return (base / name).read_bytes()
+    return read_file(base / name)
 
 
-def _member(path: Path, name: str) -> bytes:
-    with tarfile.open(path) as archive:
-        member = archive.getmember(f"{CIFAR100.base_folder}/{name}")
-        if not member.isfile() or member.size > 2**28:  # the largest is 155 million bytes
-            raise ValueError(f"{name} is no file, or too large")
-        return archive.extractfile(member).read()
+def _from_archive(path: Path) -> Callable[[str], bytes]:
+    @functools.cache
+    def checked() -> None:
+        with open(path, "rb") as file:
+            _check_md5(path.name, file, CIFAR100.tgz_md5)
+
+    def read(name: str) -> bytes:
+        checked()  # first: tarfile believes whatever size a header says
+        with tarfile.open(path) as archive:
+            return archive.extractfile(f"{CIFAR100.base_folder}/{name}").read()
+
+    return read
+
+
+def _check_md5(name: str, file: BinaryIO, expected: str) -> None:
+    if (actual := md5(file)) != expected:
+        raise ValueError(f"{name} has the MD5 {actual} instead of {expected}")
 
 
 def _read(place: Path, read: Callable[[str], bytes]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -130,8 +143,7 @@ def _read(place: Path, read: Callable[[str], bytes]) -> tuple[np.ndarray, np.nda
     for name, expected in _checksums().items():
         try:
             file = io.BytesIO(read(name))
-            if (found := md5(file)) != expected:
-                raise ValueError(f"{name} has the MD5 {found} instead of {expected}")
+            _check_md5(name, file, expected)
             contents[name] = unpickle(file)
         except (OSError, EOFError, LookupError, ValueError, tarfile.TarError, zlib.error) as error:
             raise UserError(

@@ -4,10 +4,8 @@ Both are photos of ImageNet (ILSVRC-12), for non-commercial research only, and a
 84 pixels. A pickle can run any program, so none is opened whose MD5 is not known, unless dataset.trust says so.
 """
 
-import csv
 import functools
 import hashlib
-import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +17,12 @@ from PIL import Image
 
 from fewshot.data.cache import Unread, cached
 from fewshot.data.download import download, md5, zenodo
-from fewshot.data.images import decode, open_source, read_splits
+from fewshot.data.folder_or_zip import open_source, plain_text
+from fewshot.data.images import decode, read_splits
+from fewshot.data.lists import read_classes
 from fewshot.data.pickles import fit, gather, identity, unpickle
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
@@ -101,22 +102,22 @@ def _mini_photos(
     place: Path, classes: Mapping[str, int], *, size: int, channels: int, cache: str | None
 ) -> dict[str, Split]:
     source = open_source(place, ["images"])
-    found = {PurePosixPath(name).name: name for name in source.names}
+    images = {PurePosixPath(name).name: name for name in source.names}
     tables, members = {}, {}
     for split in SPLITS:
         try:
             tables[split] = source.read(f"{split}.csv")
-            rows = list(csv.DictReader(io.StringIO(tables[split].decode())))
-            files = [(row["label"], row["filename"]) for row in rows]
+            labels, absent = read_classes(tables[split], lambda file: images.get(plain_text(file)))
         except (OSError, LookupError, ValueError) as error:
+            reason = "" if isinstance(error, OSError | LookupError) else f" ({error})"
             raise UserError(
-                f"dataset.root={place}: no {split}.csv with filename,label in it; give {MINI_HOLDS}"
+                f"dataset.root={place}: no {split}.csv with filename,label in it{reason}; give {MINI_HOLDS}"
             ) from error
-        if absent := [file for _, file in files if file not in found]:
+        if absent:
             raise UserError(f"dataset.root={place}: images/ lacks {some(absent)} of {split}.csv; add them")
         members[split] = {
-            label: [(source, found[file]) for each, file in files if each == label]
-            for label in sorted({label for label, _ in files})
+            label: [(source, name) for name in names]
+            for label, names in sorted((label, names) for part in labels.values() for label, names in part.items())
         }
     _check_classes(place, {split: tuple(labels) for split, labels in members.items()}, classes)
     version = [source.identity, [hashlib.sha256(table).hexdigest() for table in tables.values()]]
@@ -257,7 +258,7 @@ def _untrusted(what: str, found: str) -> UserError:
 def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
     """`root`, or the folder of the download."""
     if root is not None:
-        return Path(str(root)).expanduser()
+        return user_path("dataset.root", root)
     folder, names = title.lower(), [each[0] for each in files.values()]
 
     def find() -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Image files in a folder or zip, and what becomes of their pixels.
+"""What becomes of the pixels of image files.
 
 Shapes: C x H x W one image.
 """
@@ -8,156 +8,119 @@ import io
 import logging
 import os
 import re
+import threading
 import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
-from fewshot.data.cache import Unread
+from fewshot.data.folder_or_zip import Source
+from fewshot.data.side_information import upright, without_side_information
 from fewshot.errors import UserError, some
+
+if TYPE_CHECKING:
+    from fewshot.data.cache import Unread
 
 log = logging.getLogger(__name__)
 
-# A file that is larger, or unpacks to more, is no photo (a zip bomb is one line, not a full memory).
-LARGEST_FILE = 256 * 2**20
+# Megapixels: as many as phones take. conf/dataset/folder.yaml has it as dataset.largest_image.
+LARGEST_IMAGE = 200
+# Pixels: a JPEG of more is reduced while it is decoded. Fewer never are, which would change them.
+REDUCED_ABOVE = 89_478_485
 # Pillow opens these by starting another program, or only recognises them.
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+HEIC = (".heic", ".heif", ".hif")
+_DECODING = threading.Lock()  # Pillow's limit and Python's warnings are the whole process's
 
-
-@dataclass(frozen=True)
-class Source:
-    """The files of a folder or a zip.
-
-    root: as the user gave it, for messages
-    names: sorted paths relative to the folder that holds the wanted top folders; a folder's own name ends with "/"
-    identity: changes whenever a file does
-    read: a name's bytes
-    """
-
-    root: Path
-    names: tuple[str, ...]
-    identity: Any
-    read: Callable[[str], bytes]
-
-
-def open_source(root: Path, tops: Iterable[str] = ()) -> Source:
-    """What lies under the folders `tops` of a folder or zip, which may wrap them in one enclosing folder.
-
-    Without tops: all that it holds, as it lies there.
-
-    Raises:
-        UserError: `root` does not exist, cannot be read, or is a file but not a sound zip.
-    """
-    tops = frozenset(tops)
-    try:
-        if root.is_dir():
-            return _open_folder(root, tops)
-        if root.exists():
-            return _open_zip(root, tops)
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            f"dataset.root={root}: not a whole zip file ({error}); copy or download it again, or give a folder"
-        ) from error
-    except OSError as error:
-        raise UserError(f"dataset.root={root}: cannot be read: {error}") from error
-    raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")
-
-
-def _open_folder(root: Path, tops: frozenset[str]) -> Source:
-    def holds_tops(folder: Path) -> bool:
-        return any((folder / top).is_dir() for top in tops)
-
-    base = root
-    if tops and not holds_tops(root):
-        wrappers = [path for path in root.iterdir() if path.is_dir() and not _hidden(path.name) and holds_tops(path)]
-        base = wrappers[0] if len(wrappers) == 1 else root
-    entries = [["", str(base.resolve())]]
-    for top in tops or ["."]:
-        for folder, folders, files in os.walk(base / top, followlinks=True, onerror=_raise_unless_absent):
-            folders[:] = [name for name in folders if not _hidden(name)]
-            inside = Path(folder).relative_to(base)
-            if inside.parts:
-                entries.append([f"{inside.as_posix()}/"])
-            for name in files:
-                if not _hidden(name):
-                    status = os.stat(os.path.join(folder, name))
-                    entries.append([(inside / name).as_posix(), status.st_size, status.st_mtime_ns])
-    entries.sort(key=lambda entry: entry[0])
-    names = tuple(entry[0] for entry in entries[1:])
-
-    def read(name: str) -> bytes:
-        if (length := os.path.getsize(base / name)) > LARGEST_FILE:
-            raise ValueError(f"it has {length:,} bytes")
-        return (base / name).read_bytes()
-
-    return Source(root, names, entries, read)
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # an absent top folder is for the caller to judge
-        raise error
-
-
-def _open_zip(root: Path, tops: frozenset[str]) -> Source:
-    archive = zipfile.ZipFile(root)
-    status = root.stat()
-    members = {}
-    for info in archive.infolist():
-        parts = info.filename.split("/")
-        # Nothing is ever extracted; but a zip with such names is not what it says it is.
-        if parts[0] == "" or ".." in parts or "\\" in info.filename or re.match("[A-Za-z]:", info.filename):
-            raise UserError(f"dataset.root={root}: unsafe path {info.filename!r} in the zip; make the zip anew")
-        if not any(_hidden(part) for part in parts):
-            members[info.filename] = info
-    base = ""
-    if tops and not any(name.split("/")[0] in tops for name in members):
-        wrappers = {name.split("/")[0] for name in members if name.split("/")[1:2] and name.split("/")[1] in tops}
-        base = f"{wrappers.pop()}/" if len(wrappers) == 1 else ""
-    names = [name.removeprefix(base) for name in members if name.startswith(base)]
-    if tops:
-        names = [name for name in names if name.split("/")[0] in tops]
-
-    def read(name: str) -> bytes:
-        info = members[base + name]
-        if info.file_size > LARGEST_FILE:
-            raise ValueError(f"it unpacks to {info.file_size:,} bytes")
-        return archive.read(info)
-
-    identity = [str(root.resolve()), status.st_size, status.st_mtime_ns]
-    return Source(root, tuple(sorted(names)), identity, read)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+Made = TypeVar("Made")
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """The picture formats that Pillow itself decodes."""
+    """The picture formats that Pillow itself decodes, and HEIC where pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_PICTURES)
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
+    decoded = formats()
     known = Image.registered_extensions()
-    return not name.endswith("/") and known.get(os.path.splitext(name)[1].lower()) in formats()
+    return not name.endswith("/") and known.get(os.path.splitext(name)[1].lower()) in decoded
 
 
-def decode(data: bytes, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
-    """(C, size, size) uint8: an image file the right way up, the middle square of it, resized."""
-    with Image.open(io.BytesIO(data), formats=formats()) as opened:
-        return square(opened, size=size, channels=channels, resample=resample)
+def tell_left_out(where: str, source: Source, used: Collection[str]) -> None:
+    """One line on the files of a source that are not among the `used`; none where there are none."""
+    rest = [name for name in source.names if name not in used and not name.endswith("/")]
+    if not rest:
+        return
+    endings = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in rest)
+    counts = [f"{number} {ending}" for ending, number in endings.most_common()]
+    known = not any(ending in HEIC for ending in endings) or is_image(HEIC[0])
+    remedy = "" if known else "; with pillow-heif installed (fewshot[heic]) HEIC is read"
+    log.warning(
+        "%s: %d file%s left out, no images by their names or in no class: %s%s",
+        *(where, len(rest), "s are" if len(rest) > 1 else " is", some(counts, 5), remedy),
+    )
+
+
+def decode(
+    data: bytes, *, size: int, channels: int, resample: Image.Resampling, largest_image: int | None = None
+) -> np.ndarray:
+    """(C, size, size) uint8: an image file the right way up, the middle square of it, resized.
+
+    largest_image: megapixels; None: LARGEST_IMAGE.
+    """
+    shape = {"size": size, "channels": channels, "resample": resample}
+    try:
+        with _opened(data, size, largest_image) as image:
+            return square(image, **shape)
+    except Exception as error:
+        bare = without_side_information(data)
+        if bare == data:
+            raise
+        try:
+            with _opened(bare, size, largest_image) as image:
+                return square(image, **shape)
+        except Exception:
+            raise error from None  # it was not the side information
+
+
+@contextmanager
+def _opened(data: bytes, size: int, largest_image: int | None) -> Iterator[Image.Image]:
+    """An image file, decoded at a lower resolution if it is a very large JPEG."""
+    limit = (largest_image or LARGEST_IMAGE) * 10**6
+    with _DECODING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, limit // 2  # Pillow refuses what is twice as large
+        try:
+            with Image.open(io.BytesIO(data), formats=formats()) as image:
+                if image.width * image.height > REDUCED_ABOVE:
+                    image.draft(None, (2 * size, 2 * size))  # only JPEG can
+                yield image
+        except Image.DecompressionBombError as error:
+            pixels = re.search(r"\d+", str(error))
+            knob = f"dataset.largest_image={largest_image}" if largest_image else LARGEST_IMAGE
+            raise ValueError(f"its {int(pixels[0]) if pixels else 0:,} pixels are more than {knob} million") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resampling) -> np.ndarray:
     """`decode` of an image that is open already."""
-    image = _eight_bits(ImageOps.exif_transpose(image))
+    black_and_white = _black_and_white(image)
+    image = upright(image)
+    if black_and_white:
+        image = _eight_bits(image, *black_and_white)
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black: show paper
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB" if channels == 3 else "L")
@@ -167,14 +130,26 @@ def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resa
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion cuts 16-bit grey off at 255 instead of scaling it."""
+def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
+    """Which numbers of a grey image of more than 8 bits are black and white, as its file says; None: one of 8 bits.
+
+    Raises:
+        ValueError: the file does not say.
+    """
     if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("pixels of more than 16 bits, or fractions, have no agreed white: save it with 8 or 16 bits")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+        return None
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 65535
+        raise ValueError("grey of 32 bits, below 0 or in fractions has no agreed white: save it with 8 or 16 bits")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    ends = (0, 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1)
+    return ends[::-1] if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else ends  # 0: zero is white
+
+
+def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
+    """Pillow's own conversion cuts 16-bit grey off at 255 instead of scaling it."""
+    span = abs(white - black)
+    values = np.minimum(np.abs(np.asarray(image).astype(np.int32) - black), span)
+    return Image.fromarray(((values * 255 + span // 2) // span).astype(np.uint8))
 
 
 def read_splits(
@@ -183,33 +158,38 @@ def read_splits(
     size: int,
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> dict[str, Unread]:
+    largest_image: int | None = None,
+) -> "dict[str, Unread]":
     """The splits whose classes are given as lists of files, each read when its turn comes.
 
     Raises:
         UserError: images cannot be read; then, when they are asked for.
     """
-    how = {"size": size, "channels": channels, "resample": resample}
+    from fewshot.data.cache import Unread  # imports torch, and a folder can be looked at without it
+
+    make = functools.partial(decode, size=size, channels=channels, resample=resample, largest_image=largest_image)
     files = [file for split in classes.values() for images in split.values() for file in images]
     log.info("reading %d images", len(files))
-    splits, first = {}, 0
+    splits, first, told = {}, 0, set()
     for split, members in classes.items():
         counts = [len(images) for images in members.values()]
         last = first + sum(counts)
         names = [name for _, name in files[first:last]]
-        splits[split] = Unread(_read_images(files, first, last, how), counts, tuple(members), names)
+        splits[split] = Unread(_read_images(files, first, last, make, told), counts, tuple(members), names)
         first = last
     return splits
 
 
-def _read_images(files: list[tuple[Source, str]], first: int, last: int, how: dict[str, Any]) -> Iterator[np.ndarray]:
+def _read_images(
+    files: list[tuple[Source, str]], first: int, last: int, make: Callable[[bytes], np.ndarray], told: set[str]
+) -> Iterator[np.ndarray]:
     """The images of files[first:last]; if one cannot be read, all after it are tried, so that all are told at once."""
     for place in range(first, last):
-        image = _read_image(*files[place], how)
+        image = try_image(*files[place], make, told)
         if isinstance(image, str):
             broken = [f"{files[place][1]!r}: {image}"]
             for source, name in files[place + 1 :]:
-                if isinstance(reason := _read_image(source, name, how), str):
+                if isinstance(reason := try_image(source, name, make, told), str):
                     broken.append(f"{name!r}: {reason}")
             number = f"{len(broken)} images: " if len(broken) > 1 else "image "
             remedy = "them" if len(broken) > 1 else "it"
@@ -219,13 +199,22 @@ def _read_images(files: list[tuple[Source, str]], first: int, last: int, how: di
         yield image
 
 
-def _read_image(source: Source, name: str, how: dict[str, Any]) -> np.ndarray | str:
-    """(C, size, size) uint8, or why not."""
+def try_image(source: Source, name: str, make: Callable[[bytes], Made], told: set[str]) -> Made | str:
+    """What is made of a file's bytes, or why it cannot be read.
+
+    What Pillow warns of is logged with the file's name, and not again for others: told has what was.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return decode(source.read(name), **how)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = make(source.read(name))
     except UnidentifiedImageError:  # its own text names a memory address
         return "not an image in a format that Pillow knows"
-    except Exception as error:  # Pillow's and zipfile's decoders raise nearly every kind on broken data
+    except Exception as error:  # Pillow's decoders raise nearly every kind on broken data
         return " ".join(str(error).split()) or type(error).__name__
+    texts = [str(warning.message) for warning in caught if not issubclass(warning.category, DeprecationWarning)]
+    for text in dict.fromkeys(" ".join(text.split()) for text in texts):
+        if (kind := re.sub(r"\d+", "0", text)) not in told:
+            told.add(kind)
+            log.warning("%s: is read, but Pillow warns: %s (not told again of other images)", name, text)
+    return made

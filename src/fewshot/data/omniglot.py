@@ -25,8 +25,10 @@ from PIL import Image
 from fewshot.data.cache import cached
 from fewshot.data.download import download
 from fewshot.data.folder import in_seeded_order
-from fewshot.data.images import Source, open_source, read_splits
+from fewshot.data.folder_or_zip import Source, open_source
+from fewshot.data.images import read_splits
 from fewshot.errors import UserError, some
+from fewshot.paths import user_path
 from fewshot.tasks import SPLITS, Split
 
 PARTS = ("images_background", "images_evaluation")
@@ -58,7 +60,7 @@ def load(
     Raises:
         UserError: the images are not there, not all there or not readable, or cannot be downloaded.
     """
-    folder = _download(cache) if root is None else Path(str(root)).expanduser()
+    folder = _download(cache) if root is None else user_path("dataset.root", root)
     sources = {part: _open_part(folder, part) for part in PARTS}
     classes = find_classes(sources, folder, split, split_seed)
     splits = cached(

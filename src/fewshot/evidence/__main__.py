@@ -1,22 +1,33 @@
-"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN/checkpoints/best.ckpt
+"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN
 
-Composes, checks, measures, draws, writes RUN/evidence/ (with hydra.run.dir=FOLDER: FOLDER/evidence/); trains nothing.
+checkpoint=PATH       the folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt
+hydra.run.dir=FOLDER  writes FOLDER/evidence/ instead of RUN/evidence/: report.html, evidence.json and the pictures
+test_tasks=N          tasks of the test; the first 32 of them are measured; as in training if it is left out
+test_steps=N          inner steps of the test; as in training if it is left out
+dataset=NAME          another dataset of the same image size, with dataset.other_split=true; so all of its knobs
+threads=N             CPU threads
+trainer=cpu           not on the GPU
+
+It trains nothing, and takes every knob of train.py but fit; those that the model was trained with hold if left out.
 """
 
+import argparse
 import copy
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot.command import one_line_errors
-from fewshot.config import CONF, check, check_overrides, processes, settings
+from fewshot.config import check, given_overrides, processes, settings
 from fewshot.errors import UserError
+from fewshot.paths import at_home
+from fewshot.refusals import hydra_command
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +35,23 @@ FEATURE_TASKS = 32  # the first of the test tasks, on which features and predict
 GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, again and again
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _refuse(asked: argparse.Namespace) -> None:
+    if asked.multirun:
+        raise UserError("-m: one model is measured at a time; call it once for each checkpoint")
+    if fit := [each for each in asked.overrides if each.startswith("fit=")]:
+        raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
+    if not [each for each in asked.overrides if each.startswith("checkpoint=") and each != "checkpoint=null"]:
+        raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
+
+
+@partial(hydra_command, first=_refuse)
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
-        overrides = list(HydraConfig.get().overrides.task)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise UserError("-m: one model is measured at a time; call it once for each checkpoint")
-        check_overrides(overrides)
-        for override in overrides:
-            if override.startswith("fit="):
-                raise UserError(f"{override}: nothing is trained here; leave it out")
-        if cfg.checkpoint is None:
-            raise UserError("checkpoint=null: which model? Give checkpoint=RUN/checkpoints/best.ckpt")
+            raise UserError("hydra.mode=MULTIRUN: one model is measured at a time; call it once for each checkpoint")
         cfg.fit = False
-        run(cfg, [*overrides, "fit=false"], Path(HydraConfig.get().runtime.output_dir) / "evidence")
+        overrides = [*given_overrides(HydraConfig.get()), "fit=false"]
+        run(cfg, overrides, Path(HydraConfig.get().runtime.output_dir) / "evidence")
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
@@ -104,8 +118,12 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra is to leave no record of this call in the folder of the run that is measured. It takes overrides in one row.
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        raise SystemExit
+    sys.argv[1:] = at_home(sys.argv[1:])
+    # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
     overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
     first = next(overrides, len(sys.argv))
-    sys.argv[first:first] = ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+    sys.argv[first:first] = ["hydra/job_logging=stdout"]
     main()

@@ -1,0 +1,351 @@
+"""Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in config.py."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from fewshot.errors import nearest, shown
+
+LARGEST = 3.4e38  # of 32-bit floating-point numbers
+TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
+
+
+class Unresolved(str):
+    """The text of an interpolation whose value cannot be found: as a rule another mistake is the cause."""
+
+    __slots__ = ()
+
+
+# Types that say what a value must be
+
+
+def must_be(
+    words: str, kind: Any, limit: tuple[float, str] | None = None, refused: Callable[[Any], bool] = lambda value: False
+) -> Any:
+    """`kind` but for what is refused; of any other value the words are said, of a number from `limit` on its own."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        with suppress(ValidationError):
+            if not refused(valid := validate(value)):
+                return valid
+        large = limit is not None and type(value) in (int, float) and limit[0] <= value < float("inf")
+        raise PydanticCustomError("knob", f"must be {limit[1] if large else words}")
+
+    return Annotated[kind, WrapValidator(check)]
+
+
+def optional(kind: Any) -> Any:
+    """`kind` or null, which is said too."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return None if value is None else validate(value)
+        except ValidationError as error:
+            if [each for each in error.errors() if each["loc"]]:
+                raise
+            raise PydanticCustomError("knob", f"{error.errors()[0]['msg']}, or null") from None
+
+    return Annotated[kind, WrapValidator(check)]
+
+
+def integer(least: int, most: int = 10**9) -> Any:
+    kind = Annotated[int, Field(ge=least, le=most)]
+    return must_be(f"an integer of at least {least}", kind, (most, f"at most {most}"))
+
+
+def above_zero(most: float = LARGEST) -> Any:
+    words = "a fraction, at most 1" if most == 1 else f"at most {most:g}"
+    return must_be("a number above 0", Annotated[float, Field(gt=0, le=most, allow_inf_nan=False)], (most, words))
+
+
+def from_zero(below: float = LARGEST) -> Any:
+    words = "a fraction, below 1" if below == 1 else f"below {below:g}"
+    return must_be(
+        "a number of at least 0", Annotated[float, Field(ge=0, lt=below, allow_inf_nan=False)], (below, words)
+    )
+
+
+def numbers(words: str, **limits: float) -> Any:
+    return must_be(f"a list of {words}", list[Annotated[float, Field(**limits, allow_inf_nan=False)]])
+
+
+def one_of(*names: str) -> Any:
+    return must_be(f"one of {', '.join(names)}", Literal[names])
+
+
+def only(value: Any, why: str) -> Any:
+    return must_be(f"{shown(value)}; {why}", Literal[value])
+
+
+def text(words: str, pattern: str = r".+") -> Any:
+    return must_be(words, Annotated[str, Field(pattern=rf"(?s)^(?:{pattern})$")])
+
+
+Flag = must_be("true or false", bool)
+Name = text("a name of letters, digits and ._-", r"[\w.-]+")
+Path = text("a path, with ./ before a number")
+Target = text("the dotted name of a class or function", r"\w+(\.\w+)+")
+Channels = must_be("1 (grey) or 3 (colour)", Annotated[int, Field(ge=1, le=3)], refused=lambda value: value == 2)
+WandbName = text(r"a name of at most 128 characters, none of them / \ # ? % :", r"[^/\\#?%:]{1,128}")
+
+
+class Part(BaseModel):
+    """Some knobs, and no others; instead: for others that one may look for, where to find what they would do."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    instead: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def knobs(cls) -> list[str]:
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            wanted = [f"{key}: ..." for key in cls.knobs()[:3]] + ["..."] * (len(cls.knobs()) > 3)
+            raise PydanticCustomError("knob", f"must be {{{', '.join(wanted)}}}")
+        if cls.model_config["extra"] == "forbid" and (unknown := [key for key in values if key not in cls.knobs()]):
+            words = f"no such knob; {nearest(str(unknown[0]), {*cls.knobs()} - {'_target_'})}"
+            if unknown[0] in cls.instead:
+                words = f"does not do here what Lightning says; use {cls.instead[unknown[0]]}"
+            complaint = PydanticCustomError("knob", words)
+            details = InitErrorDetails(type=complaint, loc=(unknown[0],), input=values[unknown[0]])
+            raise ValidationError.from_exception_data(cls.__name__, [details])
+        return values
+
+
+class Made(Part):
+    """What Hydra makes by a call, with arguments of its own."""
+
+    model_config = ConfigDict(extra="allow")
+    target: Target = Field(alias="_target_")
+
+
+def part(ours: type[Part], own: type[Part] = Made, maker: str | None = None) -> Any:
+    """`ours`, or, where what it makes (what the knob `maker` makes) is not of this program, `own`."""
+
+    def check(values: Any) -> Part:
+        made = values.get(maker) if maker and isinstance(values, dict) else values
+        target = made.get("_target_") if isinstance(made, dict) else None
+        return (own if isinstance(target, str) and not target.startswith("fewshot.") else ours).model_validate(values)
+
+    return Annotated[Any, PlainValidator(check)]
+
+
+# The configuration. What is not in every YAML of its group has a default here, which nothing reads.
+
+
+class Algo(Part):
+    first_order: Flag
+    adapted: one_of("all", "head", "encoder")
+    head: one_of("learned", "shared", "prototypes")
+    step_losses: optional(integer(1))
+    learned_inner_lr: Flag
+    zeroing: Flag
+    noise: Flag = True
+    interference: Flag = True
+
+
+class OwnModel(Part):
+    model_config = ConfigDict(extra="allow")
+    name: Name
+    smallest_image: integer(1)
+    network: Made
+
+
+class Model(OwnModel):
+    model_config = ConfigDict(extra="forbid")
+    head_bias: Flag
+    width: integer(1) = 1
+    drop_block: from_zero(below=1) = 0
+    module: must_be("{_target_: torchvision.models.resnet18} or another torch.nn.Module, with its arguments", Made) = (
+        None
+    )
+    head: must_be("the name of a linear layer, or null to find it", str | None) = None
+
+
+class Classes(Part):
+    train: optional(integer(1))
+    val: optional(integer(1))
+    test: optional(integer(1))
+
+
+class Fractions(Part):
+    train: above_zero(most=1)
+    val: above_zero(most=1)
+    test: above_zero(most=1)
+
+
+class Splits(Part):
+    vinyals: Classes
+    random1200: Classes
+    lake: Classes
+
+
+class OwnDataset(Part):
+    model_config = ConfigDict(extra="allow")
+    tasks: one_of(*TASKS)
+    device: one_of("auto", "cpu", "cuda")
+    other_split: Flag
+    name: Name
+    classes: Classes
+    images_per_class: optional(integer(2))
+    size: integer(1, 4096)
+    channels: Channels
+    mean: numbers("numbers", ge=-LARGEST, le=LARGEST)
+    std: numbers("numbers above 0, at least 1e-6", ge=1e-6, le=LARGEST)
+    source: Made
+
+
+class Dataset(OwnDataset):
+    model_config = ConfigDict(extra="forbid")
+    origin: must_be("a text", str)
+    cache: optional(Path)
+    root: optional(Path) = None
+    labels: optional(Path) = None
+    largest_image: integer(1, 1000) = 1
+    trust: Flag = False
+    fractions: Fractions = None
+    split: one_of(*Splits.model_fields) = ""
+    split_seed: integer(0, 2**32 - 1) = 0
+    splits: Splits = None
+    rotations: Flag = False
+
+
+def _of_torchvision(transform: Made) -> bool:  # one set of random numbers for all images of a call
+    return transform.target.startswith("torchvision.")
+
+
+Transform = must_be("{_target_: kornia.augmentation.NAME}", Made, refused=_of_torchvision)
+
+
+_duration = must_be(
+    "DAYS:HOURS:MINUTES:SECONDS, not all zero", text("", r"\d\d(:\d\d){3}"), refused=lambda time: not time.strip("0:")
+)
+
+
+class Trainer(Part):
+    """Training here is one epoch of outer updates: what Lightning does by its own loops is not among these."""
+
+    instead: ClassVar = {
+        **dict.fromkeys(("min_epochs", "min_steps", "limit_train_batches", "fast_dev_run"), "iterations"),
+        **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "val_every"),
+        "limit_val_batches": "val_tasks",
+        "limit_test_batches": "test_tasks",
+        "accumulate_grad_batches": "meta_batch_size, and tasks_at_once for less memory",
+        "overfit_batches": "dataset.tasks=one_task",
+        "default_root_dir": "hydra.run.dir",
+        "logger": "logger",
+        "callbacks": "callbacks",
+    }
+    target: Target = Field(alias="_target_")
+    accelerator: one_of("auto", "cpu", "gpu", "cuda")
+    devices: integer(1)
+    num_nodes: integer(1) = 1
+    strategy: part(Made) = None
+    use_distributed_sampler: only(False, "tasks are shared out by their positions") = False
+    # float16 would need its gradients scaled, task by task
+    precision: one_of("32-true", "tf32", "64-true", "bf16-mixed")
+    max_steps: integer(1)
+    max_epochs: only(-1, "use iterations")
+    log_every_n_steps: integer(1)
+    max_time: optional(_duration) = None
+    inference_mode: only(False, "the inner loop of the test needs gradients")
+    enable_checkpointing: only(False, "use val_every")
+    enable_model_summary: Flag
+    enable_progress_bar: only(False, "use callbacks")
+    num_sanity_val_steps: only(0, "use val_tasks")
+    deterministic: must_be("true, false or warn", bool | Literal["warn"]) = False
+    benchmark: Flag = False
+    detect_anomaly: Flag = False
+    profiler: optional(one_of("simple", "advanced", "pytorch")) = None
+
+
+class Logger(Made):
+    model_config = ConfigDict(extra="forbid")
+    project: WandbName
+    mode: optional(one_of("online", "offline", "disabled"))
+    group: optional(WandbName)
+    name: optional(WandbName)
+
+
+class ZeroHead(Made):
+    model_config = ConfigDict(extra="forbid")
+    enabled: Flag
+
+
+class Record(Made):
+    model_config = ConfigDict(extra="forbid")
+    val_every: integer(1)
+    val_tasks: integer(2)
+    test_every: optional(integer(1))
+    test_curve_tasks: integer(2)
+    stop_at_accuracy: optional(above_zero(most=1))
+    probes: Flag
+
+
+class CosineSimilarity(Made):
+    model_config = ConfigDict(extra="forbid")
+    every: integer(1)
+
+
+class Callbacks(Part):
+    """And any of the user's own."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Made]
+    zero_head: part(ZeroHead)
+    record: part(Record)
+    cosine_similarity: part(CosineSimilarity) = None
+
+
+class Config(Part):
+    ways: integer(2)
+    shots: integer(1)
+    queries: integer(1)
+    inner_steps: integer(1)
+    test_steps: integer(1)
+    inner_lr: above_zero()
+    outer_lr: above_zero()
+    meta_batch_size: integer(1)
+    iterations: integer(1)
+    init_scale: from_zero()
+    seed: integer(0, 2**32 - 1)
+    val_every: integer(1)
+    val_tasks: integer(2)
+    test_every: optional(integer(1))
+    test_tasks: integer(2)
+    probes: Flag
+    stop_at_accuracy: optional(above_zero(most=1))
+    engine: one_of("auto", "sequential", "batched")
+    tasks_at_once: optional(integer(1))
+    threads: optional(integer(1, 1024))
+    checkpoint: optional(Path)
+    fit: Flag
+    zeroing: Flag = False
+    algo: Algo
+    dataset: part(Dataset, OwnDataset, maker="source")
+    model: part(Model, OwnModel, maker="network")
+    augment: dict[str, Transform]
+    trainer: Trainer
+    logger: optional(part(Logger))
+    callbacks: Callbacks
+
+
+def mistakes(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """(dotted knob, its value, what would be right) of each, in the order of the knobs above.
+
+    values: a configuration as plain data.
+    """
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return [
+            (".".join(map(str, each["loc"])), each["input"], "is missing" if each["type"] == "missing" else each["msg"])
+            for each in error.errors()
+        ]
+    return []

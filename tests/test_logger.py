@@ -1,0 +1,75 @@
+"""W&B is never told to upload what the user has told it to keep back."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import wandb
+from conftest import rows
+
+from fewshot import logger, report
+from fewshot.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "variables", "expected"),
+    [
+        (None, "online", {}, "online"),
+        ("offline", "online", {}, "offline"),
+        ("disabled", "online", {}, "disabled"),
+        (None, "online", {"WANDB_DISABLED": "false"}, "online"),
+        (None, "online", {"WANDB_DISABLED": "true"}, "disabled"),
+        ("offline", "online", {"WANDB_DISABLED": "1"}, "disabled"),
+        (
+            "online",
+            "online",
+            {"WANDB_DISABLED": "true"},
+            "logger.mode=online: WANDB_DISABLED=true asks W&B to",
+        ),
+        (None, "offline", {"WANDB_MODE": "offline"}, "offline"),
+        (None, "dryrun", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("disabled", "offline", {"WANDB_MODE": "offline"}, "disabled"),
+        ("online", "offline", {"WANDB_MODE": "offline"}, "logger.mode=online: WANDB_MODE=offline asks W&B to"),
+        ("online", "offline", {}, "logger.mode=online: a settings file of W&B's asks W&B to upload nothing"),
+        (None, "disabled", {}, "disabled"),
+        ("offline", "online", {"WANDB_MODE": "online"}, "offline"),
+    ],
+)
+def test_the_users_own_switches_of_wandb_come_first(asked, told, variables, expected, monkeypatch):
+    """There is a key. told: what W&B makes of its settings files and WANDB_MODE."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode=told)))
+    monkeypatch.setattr(wandb, "login", lambda **how: True)
+    try:
+        found = logger._mode(asked)
+    except UserError as error:
+        found = str(error)
+    assert found.startswith(expected) and "\n" not in found
+
+
+def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
+    monkeypatch.setattr(wandb, "login", lambda **how: False)
+    assert logger._mode(None) == "offline"
+    with pytest.raises(UserError, match=r"logger\.mode=online: no API key"):
+        logger._mode("online")
+
+
+class Shown(BaseException):
+    """Stands for a terminal that cannot show the table."""
+
+
+def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(run, tmp_path, monkeypatch):
+    def show(*given):
+        raise Shown
+
+    handed = []
+    monkeypatch.setattr(report, "show", show)
+    monkeypatch.setattr(logger, "summarise", lambda logger, content: handed.append(content))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(Shown):
+        run(tmp_path, "logger=wandb")
+    assert handed[0]["test"] == json.loads((tmp_path / "results.json").read_text())["test"] and rows(tmp_path)

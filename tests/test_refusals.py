@@ -1,0 +1,236 @@
+"""Calls that are refused: in one line, before torch is imported, with nothing written, whatever is mistyped."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HANG, composed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import train
+from fewshot import ranks, refusals, schema
+from fewshot.config import CONF, GROUPS, check_overrides
+from fewshot.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+# Runs calls one after the other in a process where torch cannot be imported; tells how each ended and what it wrote.
+PROGRAM = """
+import contextlib, importlib, io, json, sys
+from pathlib import Path
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "pytorch_lightning", "learn2learn", "wandb", "matplotlib"):
+            raise SystemExit(f"{name} was imported")
+
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, sys.argv[1])
+COMMANDS = {"train": "train", "evidence": "fewshot.evidence.__main__", "data": "fewshot.data.__main__"}
+
+for command, *arguments in json.loads(sys.argv[2]):
+    module = importlib.import_module(COMMANDS.get(command, f"fewshot.{command}"))
+    sys.argv, written = [command, *arguments], set(Path().rglob("*"))
+    said, ended = io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            module.main()
+        except SystemExit as end:
+            ended = end.code
+    print(json.dumps([ended, said.getvalue(), sorted(map(str, set(Path().rglob("*")) - written))]))
+"""
+CALLS = {  # the line in which it ends
+    "train": "pytorch_lightning was imported",  # a valid call gets that far
+    "train inner_lrr=0.1": "inner_lrr=0.1: no such knob; did you mean inner_lr?",
+    "train width=8": "width=8: no such knob; did you mean model.width?",
+    "train zeroing=true": "zeroing=true: this one takes a plus, +zeroing=true",
+    "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean max_epochs?",
+    "train ways=1": "ways=1: must be an integer of at least 2",
+    "train trainer.accelerator=cuuda": "trainer.accelerator=cuuda: must be one of auto, cpu, gpu, cuda",
+    "train dataset=omniglott": "dataset=omniglott: no such file of the group; did you mean omniglot?",
+    "train dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
+    "train checkpoint=nowhere.ckpt": "checkpoint=nowhere.ckpt: no such file",
+    "train checkpoint=nowhere.ckpt fit=false test_tasks=1": "test_tasks=1: must be an integer of at least 2",
+    "train hydra.run.dir=": "hydra.run.dir=: must be a folder",
+    "train ways=1,2": "ways=1,2: several values are a sweep, with -m;",
+    "train hydra.verbose=7": "hydra.verbose=7: cannot be composed (",
+    "train dataset.mean={a:1}": "dataset.mean={a:1}: is of another kind",
+    "train --nope": "unrecognized arguments: --nope; --help",
+    "train algo=zero -m seed=0,1": "seed=0,1: give all KNOB=VALUE in one row",
+    "train -m --cfg job": "-m --cfg job: ",
+    "train -m ways=5,99 seed=0,1": "ways=99: dataset glyphs has 30 val classes; at most 30 ways",
+    "train -m seed=0,1 inner_lrr=1,2": "inner_lrr=1: no such knob; did you mean inner_lr?",
+    "train -m ways=range(2,9,0)": "ways=range(2,9,0): is no sweep (",
+    "evidence checkpoint=nowhere.ckpt fit=true": "fit=true: nothing is trained here",
+    "evidence ways=3": "checkpoint=null: which model?",
+    "sweep": "the following arguments are required: FOLDER; ",
+    "sweep nowhere": "nowhere: no run in it; give the folder of a sweep",
+    "sweep empty": "empty: no run in it; give the folder of a sweep",
+    "data": "the following arguments are required: list|prepare|show; ",
+    "data prepare dataset=omniglott": "dataset=omniglott: no such file of the group; did you mean omniglot?",
+    "data prepare dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
+    "data list inner_lrr=3": "inner_lrr=3: no such knob; did you mean inner_lr?",
+    "predict checkpoint=model.ckpt support=empty query=empty": "support=empty: 0 folders with images in it; give",
+}
+
+
+def test_a_refused_call_is_one_line_without_torch_and_leaves_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.ckpt").touch()
+    calls = json.dumps([call.split() for call in CALLS])
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    command = [sys.executable, "-c", PROGRAM, ROOT, calls]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    for (call, line), result in zip(CALLS.items(), done.stdout.splitlines(), strict=True):
+        ended, said, written = json.loads(result)
+        assert isinstance(ended, str) and ended.startswith(line) and "\n" not in ended, (call, ended)
+        assert said == "" and (written == [] or call == "train"), (call, said, written)
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """run_main(*arguments): what train.py ends with, in this process, whose logging Hydra would leave another."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+
+    def run_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+        return ended.value.code
+
+    yield run_main
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def test_a_call_that_is_refused_after_its_folder_was_made_removes_it(run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.ckpt").write_bytes(b"broken")
+    (tmp_path / "mine").mkdir()
+    for folder in ("outputs/new", "mine"):
+        line = run_main("checkpoint=broken.ckpt", "fit=false", f"hydra.run.dir={folder}")
+        assert line.startswith("checkpoint=") and "cannot be read" in line
+    assert not (tmp_path / "outputs").exists() and (tmp_path / "mine").is_dir()
+
+
+def test_a_call_that_is_refused_leaves_the_record_of_the_run_that_is_going_on(run_main, tmp_path):
+    record = tmp_path / ".hydra" / "overrides.yaml"
+    record.parent.mkdir()
+    record.write_text("- seed=1\n")
+    with ranks.locked(tmp_path):
+        assert "is at work on this run" in run_main("seed=2", f"hydra.run.dir={tmp_path}")
+    assert record.read_text() == "- seed=1\n" and [path.name for path in record.parent.iterdir()] == [record.name]
+
+
+# The schema and the YAML
+
+
+PARTS = {
+    "algo": schema.Algo,
+    "dataset": schema.Dataset,
+    "model": schema.Model,
+    "trainer": schema.Trainer,
+    "logger": schema.Logger,
+    "callbacks": schema.Callbacks,
+    "callbacks.zero_head": schema.ZeroHead,
+    "callbacks.record": schema.Record,
+    "callbacks.cosine_similarity": schema.CosineSimilarity,
+    "dataset.classes": schema.Classes,
+    "dataset.fractions": schema.Fractions,
+    "dataset.splits": schema.Splits,
+}
+
+
+def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
+    """No YAML file sets what the schema does not know, and the schema knows nothing that no YAML file sets."""
+    found = {place: set() for place in ("", *PARTS)}
+    for path in [CONF / "config.yaml", *(path for group in GROUPS for path in (CONF / group).rglob("*.yaml"))]:
+        content = OmegaConf.load(path)
+        group = path.relative_to(CONF).parts[0]
+        if group in GROUPS and not path.read_text().startswith("# @package _global_"):
+            content = OmegaConf.create({group: content})
+        for place, names in found.items():
+            part = OmegaConf.select(content, place) if place else content
+            names |= set() if part is None else {*part} - {"defaults", "hydra"}
+    assert found.pop("") | {*GROUPS, "zeroing"} == {*schema.Config.knobs()}
+    found["trainer"] |= {
+        "deterministic",
+        "benchmark",
+        "detect_anomaly",
+        "max_time",
+        "profiler",
+    }  # with a plus: +trainer.profiler=simple
+    assert found.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more
+    for place, names in found.items():
+        assert names == {*PARTS[place].knobs()}, place
+
+
+def test_knobs_of_ones_own_networks_sources_loggers_and_callbacks_are_free():
+    cfg = composed()
+    OmegaConf.set_struct(cfg, False)
+    cfg.model = {"name": "mine", "smallest_image": 1, "depth": [1, 2], "network": {"_target_": "mine.Net", "size": 7}}
+    cfg.dataset.source = {"_target_": "mine.load", "size": 7}
+    cfg.dataset.licence = "mine"
+    cfg.logger = {"_target_": "mine.logger", "token": 3}
+    cfg.callbacks.mine = {"_target_": "mine.Callback", "every": "hour"}
+    refusals.refuse(cfg, [])
+    del cfg.dataset["size"]
+    with pytest.raises(UserError, match=r"^dataset=null: lacks dataset\.size; must be one of cifarfs, "):
+        refusals.refuse(cfg, [])
+
+
+# Whatever is mistyped
+
+
+def refusal(call):
+    """The line in which train.py would end before it imports torch; None if it would not."""
+    try:
+        check_overrides(call)
+        try:
+            cfg = composed(*call)
+        except Exception as error:
+            raise refusals.not_composed(error, call, lambda groups: composed(*groups)) from error
+        refusals.refuse(cfg, call)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+KNOBS = sorted(refusals.names(OmegaConf.to_container(composed("dataset=omniglot", "algo=contrastive"))))
+CHOICES = ("dataset=omniglot", "dataset=folder", "algo=contrastive", "model=module", "trainer=ddp")
+ODD = """null true false 0 1 2 -1 1.5 -0.0 nan inf 1e400 1e-400 0x10 1_000 100000000000000000000 auto cpu ??? ''
+"" a=b ~/x [] [1] [null] [nan,x] {a:1} {_target_:a.B} {_target_:3} 1,2 range(3) interval(1,2) int(x)
+${ways} ${nope} ${ways.x} ${oc.env:NOPE} ${share_of:a,b} ${at_least:3,x}"""
+VALUES = st.one_of(
+    st.sampled_from(ODD.split()),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text("az09_.,:=+-~/\\[]{}()'\"$ \u00e9\n\t", max_size=8),
+)
+
+
+@st.composite
+def calls(draw):
+    """A choice, then one or two overrides, of which most are wrong in one way or another."""
+    call = draw(st.lists(st.sampled_from(CHOICES), max_size=1))
+    for _ in range(draw(st.integers(1, 2))):
+        knob = draw(st.sampled_from(KNOBS))
+        place = draw(st.integers(0, len(knob)))
+        typo = draw(st.sampled_from([""] * 20 + ["x", ".", "@", "/", "="]))
+        sign = draw(st.sampled_from([""] * 20 + ["+", "++", "~"]))
+        call.append(f"{sign}{knob[:place]}{typo}{knob[place:]}={draw(VALUES)}")
+    return call
+
+
+@given(calls())
+@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+def test_any_call_is_valid_or_refused_in_one_line(call):
+    line = refusal(call)
+    assert line is None or (line.splitlines() == [line] and len(line) < 1000)

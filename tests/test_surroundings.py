@@ -1,0 +1,63 @@
+"""What notebooks, IDEs and clusters export, and who reads the output, do not decide whether a command succeeds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL
+
+OTHERS = {  # for other programs
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONIOENCODING": "ascii",
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "1"},
+    **{"PL_TRAINER_FAST_DEV_RUN": "1", "PL_TRAINER_LIMIT_TEST_BATCHES": "0"},
+    **{"COLUMNS": "10", "TERM": "dumb", "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"},
+    "HYDRA_MAIN_MODULE": "somebody.elses",
+}
+COMMANDS = (["train.py"], *(["-m", f"fewshot.{name}"] for name in ("sweep", "predict", "export", "data", "evidence")))
+
+
+def start(words, folder, **variables):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HYDRA_"))}
+    words = [ROOT / word if word == "train.py" else word for word in words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment | variables, **pipes)
+
+
+def test_a_run_succeeds_in_an_environment_made_for_others_though_nobody_reads_it_to_the_end(tmp_path, cache):
+    """And uploads nothing, with a key at hand: the user has told W&B not to."""
+    folder = tmp_path / "a run, zoé's"
+    quoted = str(folder).replace("'", "\\'")
+    call = [*SMALL, f"dataset.cache={cache}", f"hydra.run.dir='{quoted}'"]
+    process = start(["train.py", *call], tmp_path, **OTHERS, WANDB_DISABLED="true", WANDB_API_KEY="k" * 40)
+    first = process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == 0, errors
+    assert first and "ignored; torchrun, srun or trainer=ddp start several processes" in errors
+    assert errors.count("\n") == 1
+    results = json.loads((folder / "results.json").read_text())
+    assert results["iterations"] == 6 and results["test"]["tasks"] == 6
+    said = (folder / "train.log").read_text(encoding="utf-8")
+    assert said.splitlines()[-1] == f"Written to {folder}" and "±" in said and "WANDB_DISABLED=true" in said
+
+
+def test_help_of_every_command_may_be_cut_short_by_its_reader(tmp_path):
+    started = [start([*words, "--help"], tmp_path, **OTHERS) for words in COMMANDS]
+    for words, process in zip(COMMANDS, started, strict=True):
+        process.stdout.close()  # before anything is said
+        errors = process.stderr.read().decode()
+        assert process.wait() == 0 and errors.count("\n") == 1, (words, errors)
+        assert "ignored; torchrun" in errors
+
+
+@pytest.mark.parametrize("command", ["export", "evidence"])
+def test_help_tells_of_every_parameter(tmp_path, command):
+    process = start(["-m", f"fewshot.{command}", "--help"], tmp_path)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0 and "powered by Hydra" not in said
+    for knob in ("checkpoint=PATH", "out=FOLDER" if command == "export" else "hydra.run.dir=FOLDER"):
+        (line,) = (line for line in said.splitlines() if line.startswith(knob))
+        assert len(line.removeprefix(knob).split()) > 3
