@@ -132,6 +132,9 @@ def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, ca
     prepare.main(["prepare", f"dataset.cache={tmp_path}"])
     assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 1
-    for mistake, line in (("dataset=glyph", "Could not find 'dataset/glyph'"), ("+dataset.roto=1", "a + is for")):
+    for mistake, line in (
+        ("dataset=glyph", "dataset=glyph: no such choice; did you mean glyphs?"),
+        ("+dataset.roto=1", "a + is for"),
+    ):
         with pytest.raises(SystemExit, match=re.escape(line)):
             prepare.main(["prepare", mistake])

@@ -89,7 +89,7 @@ def not_composed(error: Exception, overrides: list[str], composed: Callable[[lis
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return UserError(f"{group}={name}: no such file of the group; {nearest(name, set(error.options))}")
+        return UserError(f"{group}={name}: no such choice; {nearest(name, set(error.options))}")
     if unknown := re.match(r"Could not override '(.+)'", text):
         call = next((each for each in overrides if each.lstrip("+").split("=")[0] == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]

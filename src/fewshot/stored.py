@@ -207,6 +207,9 @@ def read_results(path: Path) -> dict[str, Any]:
     curves = [results["test"][mode][name] for mode in MODES for name in ("accuracy", "ci95")]
     if not curves[0] or len({len(curve) for curve in curves}) > 1:
         raise UserError(f"{path}: test must have as many accuracies as intervals in both modes, one for each step")
+    steps = results["config"]["inner_steps"]
+    if "val" in results and len(results["val"]["zeroing_off"]["accuracy"]) <= steps:
+        raise UserError(f"{path}: val has no accuracy after inner_steps={steps}")
     return results
 
 
