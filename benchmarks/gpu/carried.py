@@ -20,7 +20,7 @@ LIMIT = 64  # MiB, of the checkout and what is carried together
 PYTHON = {"python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux", "extra": ""}
 # Where the module of a package in machine.txt has another name than the package.
 MODULES = {"pillow": ["PIL"], "pyyaml": ["yaml"], "pytorch-lightning": ["pytorch_lightning", "lightning_fabric"]}
-OPTIONAL = {"wandb", "submitit"}  # imported only under logger=wandb and hydra/launcher=slurm
+OPTIONAL = {"wandb", "submitit", "pillow_heif"}  # imported only under a logger, a launcher and for HEIC images
 # Needs of carried packages that nothing here imports (pyproject.toml leaves them out too).
 UNUSED = {("gym", "gym-notices"), ("gym", "gym_notices"), ("learn2learn", "gsutil"), ("learn2learn", "qpth")}
 
