@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 import train
 from fewshot.config import CONF, GROUPS
 from fewshot.signals import Signals
+from fewshot.surroundings import keep_memory
 
 ROOT = Path(__file__).parents[1]
 HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine
@@ -63,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(config.cache.mkdir("bytecode"))
         sys.dont_write_bytecode = False
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_memory()
     os.environ["MPLBACKEND"] = "agg"  # whatever the notebook or IDE that started the tests draws with
 
 

@@ -1,6 +1,8 @@
 """W&B is never told to upload what the user has told it to keep back."""
 
+import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -73,3 +75,10 @@ def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(r
     with pytest.raises(Shown):
         run(tmp_path, "logger=wandb")
     assert handed[0]["test"] == json.loads((tmp_path / "results.json").read_text())["test"] and rows(tmp_path)
+
+
+def test_a_run_without_a_logger_does_without_wandb(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    spec = importlib.util.find_spec("fewshot.logger")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert (run(tmp_path, "logger=none") / "results.json").exists()

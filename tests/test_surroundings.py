@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -42,6 +43,27 @@ def test_a_run_succeeds_in_an_environment_made_for_others_though_nobody_reads_it
     assert results["iterations"] == 6 and results["test"]["tasks"] == 6
     said = (folder / "train.log").read_text(encoding="utf-8")
     assert said.splitlines()[-1] == f"Written to {folder}" and "±" in said and "WANDB_DISABLED=true" in said
+
+
+def said(program, **variables):
+    """What a fresh process prints that has called settle()."""
+    words = [sys.executable, "-c", f"from fewshot.surroundings import settle; settle(); {program}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "MALLOC"))}
+    return subprocess.run(words, env=environment | variables, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise():
+    assert said("import os; print(os.environ['OMP_WAIT_POLICY'])") == "PASSIVE"
+    assert said("import os; print(os.environ['OMP_WAIT_POLICY'])", OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+    assert said("import os; print(os.environ.get('OMP_WAIT_POLICY'))", GOMP_SPINCOUNT="7") == "None"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc's mallopt")
+def test_memory_that_is_asked_for_again_and_again_is_faulted_in_once():
+    """Eight megabytes, forty times: 2,048 pages each. A user's own setting of the allocator is left alone."""
+    loop = "import resource\nfor _ in range(40): bytearray(b'x' * 2**23)\n"
+    count = f"exec({loop + 'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)'!r})"
+    assert int(said(count)) < 30_000 < int(said(count, MALLOC_ARENA_MAX="8"))
 
 
 def test_help_of_every_command_may_be_cut_short_by_its_reader(tmp_path):
