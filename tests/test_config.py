@@ -379,6 +379,9 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     ),
     "outer_lr=4e38": ("outer_lr=4e+38: ", "at most 3.4e+38"),
     "threads=1000000": ("threads=1000000: ", "at most 1024"),
+    "dataset.size=2048": ("dataset.size=2048: ", "at most 1024"),  # as whoever reads such a run later has it
+    "inner_steps=1001": ("inner_steps=1001: ", "at most 1000"),
+    "queries=20000": ("queries=20000: ", "at most 10000"),
     "checkpoint=''": ("checkpoint=: ", "a path"),
     "checkpoint=7": ("checkpoint=7: ", "a path, with ./ before a number"),
     "logger.project=a/b": ("logger.project=a/b: ", "none of them /"),
@@ -469,7 +472,10 @@ def test_the_traps_catch_a_program_that_imports_torch(train):
     ("arguments", "line"),
     [
         (["ways=1"], "ways=1: must be an integer of at least 2"),
-        (["+zerong=true"], "+zerong=true: a + is for +zeroing alone, a ~ for nothing; did you mean zeroing?"),
+        (
+            ["+zerong=true"],
+            "+zerong=true: a + is for +zeroing and +trainer.X, a ~ for nothing; did you mean zeroing?",
+        ),
         (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
     ],
 )

@@ -209,6 +209,8 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
     calls = (
         ["dataset=folder", "dataset.root=birds"],
         ["dataset=folder", "dataset.root=cars"],
+        ["dataset=folder", "dataset.name=mine", "dataset.root=birds"],
+        ["dataset=folder", "dataset.name=mine", "dataset.root=cars"],
         ["trainer.precision=64-true"],
         ["augment=standard"],
         ["augment=standard", "augment.crop.padding=8"],
@@ -330,7 +332,7 @@ def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, t
     process = program("-m", "seed=0,1", "+zerong=true,false", f"hydra.sweep.dir={tmp_path}")
     _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert errors == "+zerong=true,false: a + is for +zeroing alone, a ~ for nothing; did you mean zeroing?\n"
+    assert errors == "+zerong=true,false: a + is for +zeroing and +trainer.X, a ~ for nothing; did you mean zeroing?\n"
     process = program("-m", "seed=0,1", "inner_step=1,3", f"hydra.sweep.dir={tmp_path}")
     _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1 and "inner_step" in errors and "Traceback" not in errors

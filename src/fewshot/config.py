@@ -54,7 +54,7 @@ RESOLVERS = {
     "job_number": _job_number,
 }
 for _name, _resolver in RESOLVERS.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True, use_cache=_name == "first_call")
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
 GROUPS = ("algo", "model", "dataset", "augment", "trainer", "logger", "callbacks")
@@ -88,7 +88,7 @@ def check_overrides(overrides: list[str]) -> None:
             continue
         if override.is_delete() or (plus and key != "zeroing" and not key.startswith("trainer.")):
             raise UserError(
-                f"{text}: a + is for +zeroing alone, a ~ for nothing; {nearest(key, knobs() | {'zeroing'})}"
+                f"{text}: a + is for +zeroing and +trainer.X, a ~ for nothing; {nearest(key, knobs() | {'zeroing'})}"
             )
         if key == "zeroing" and not plus:
             raise UserError(f"{text}: this one takes a plus, +{text}")
@@ -97,7 +97,7 @@ def check_overrides(overrides: list[str]) -> None:
         value = "" if override.is_sweep_override() else override.value()
         if value == {}:
             raise UserError(f"{text}: an empty mapping changes nothing; leave it out")
-        if key in (*GROUPS, "experiment") and not isinstance(value, str | list):
+        if (key in GROUPS or (key == "experiment" and value is not None)) and not isinstance(value, str | list):
             raise UserError(f"{text}: must be {_files(key)}")
 
 

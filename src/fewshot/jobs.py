@@ -23,6 +23,7 @@ ELSEWHERE = (
     *("model.network", "callbacks.zero_head"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
+    *("trainer.max_time", "trainer.profiler"),
 )
 
 
@@ -106,7 +107,7 @@ def identity(config: dict[str, Any]) -> str:
     kept = {}
     for key, value in leaves(config):
         again = key.startswith("callbacks.") and key.split(".")[-1] in config
-        moved = (key == "dataset.root" and config["dataset"]["name"] != "folder") or (
+        moved = (key == "dataset.root" and "fractions" not in config["dataset"]) or (
             key == "checkpoint" and config["fit"]
         )
         elsewhere = any(key == part or key.startswith(f"{part}.") for part in (*ELSEWHERE, "augment"))

@@ -51,7 +51,8 @@ def hydra_command(
             asked = _arguments(sys.argv[1:])
             if not (asked.help or asked.hydra_help or asked.shell_completion):
                 check_overrides(asked.overrides)
-                first(asked)
+                if not (asked.cfg or asked.info):
+                    first(asked)
         Hydra.compose_config = composed
         try:
             command()
@@ -80,7 +81,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _refuse(message: str) -> None:
     if apart := re.match("unrecognized arguments: ([^-]+=.*)", message):
-        raise UserError(f"{apart[1]}: give all KNOB=VALUE in one row")
+        raise UserError(f"{apart[1]}: give all KNOB=VALUE in one row, with -m and other flags before or after them")
     raise UserError(f"{message}; --help names what there is")
 
 
@@ -122,7 +123,7 @@ def _nearest_knob(key: str, cfg: DictConfig) -> str:
     place, _, name = key.rpartition(".")
     there = [each.rpartition(".") for each in names(OmegaConf.to_container(cfg))]
     own = [each for each in there if each[0].startswith("hydra") == key.startswith("hydra")]
-    if same := sorted(("".join(each) for each in own if each[2] == name), key=len):
+    if same := sorted(("".join(each) for each in own if each[2] == name != "_target_"), key=len):
         return f"did you mean {same[0]}?"
     return nearest(name, {each[2] for each in own if each[0] == place} or knobs())
 
@@ -146,7 +147,10 @@ def refuse(cfg: DictConfig, overrides: list[str]) -> None:
         return
     keys = {each.lstrip("+").split("=")[0] for each in overrides} - {*GROUPS, "experiment"}
     check_knobs(cfg, keys)
-    checkpoint_file(cfg.checkpoint, "best")
+    try:
+        checkpoint_file(cfg.checkpoint, "last")
+    except UserError:
+        checkpoint_file(cfg.checkpoint, "best")  # which of the two is needed is known later
     if "dataset.root" in keys:
         check_files(cfg)
 

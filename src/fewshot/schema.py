@@ -194,7 +194,7 @@ class OwnDataset(Part):
     name: Name
     classes: Classes
     images_per_class: optional(integer(2))
-    size: integer(1, 4096)
+    size: integer(1, 1024)
     channels: Channels
     mean: numbers("numbers", ge=-LARGEST, le=LARGEST)
     std: numbers("numbers above 0, at least 1e-6", ge=1e-6, le=LARGEST)
@@ -304,11 +304,11 @@ class Callbacks(Part):
 
 
 class Config(Part):
-    ways: integer(2)
-    shots: integer(1)
-    queries: integer(1)
-    inner_steps: integer(1)
-    test_steps: integer(1)
+    ways: integer(2, 10_000)
+    shots: integer(1, 10_000)
+    queries: integer(1, 10_000)
+    inner_steps: integer(1, 1000)
+    test_steps: integer(1, 1000)
     inner_lr: above_zero()
     outer_lr: above_zero()
     meta_batch_size: integer(1)

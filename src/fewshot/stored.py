@@ -73,7 +73,8 @@ NAME = text(r"[^\x00-\x1f]{1,200}", "a line of text")
 CONFIG: Form = {
     **{knob: integer(2 if knob == "ways" else 1, 10_000) for knob in ("ways", "shots", "queries")},
     "inner_steps": integer(1, 1000),
-    **{knob: integer(1) for knob in ("test_steps", "meta_batch_size", "iterations")},
+    "test_steps": integer(1, 1000),
+    **{knob: integer(1) for knob in ("meta_batch_size", "iterations")},
     "seed": integer(0, 2**32 - 1),
     "inner_lr": ABOVE_ZERO,
     "outer_lr": ABOVE_ZERO,
