@@ -111,6 +111,8 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
 
     def run(folder: Path, *overrides: str) -> Path:
         base = () if any(override.startswith("checkpoint=") for override in overrides) else SMALL
+        if "model=module" in overrides:  # which has no width
+            base = tuple(override for override in base if not override.startswith("model.width="))
         overrides = tuple(
             {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
         )

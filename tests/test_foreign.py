@@ -283,3 +283,23 @@ def test_dropout_is_left_out_and_a_line_says_so(caplog):
     assert [r.message for r in caplog.records] == [
         "model=module: the dropout of MobileNetV2 (classifier.0) is left out"
     ]
+
+
+class Ordered(nn.Module):
+    """With a buffer of whole numbers, and weights whose memory is in another order than their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(12).flip(0))
+        self.first, self.fc = nn.Linear(12, 6), nn.Linear(6, 5)
+        self.first.weight = nn.Parameter(self.first.weight.detach().T.contiguous().T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.first(x.flatten(1)[:, self.order]))
+
+
+def test_a_network_with_whole_numbers_in_it_is_tested_and_goes_on(run, tmp_path):
+    call = ("model=module", "model.module={_target_: test_foreign.Ordered}")
+    run(tmp_path, *call)
+    (tmp_path / "results.json").unlink()
+    assert (run(tmp_path, *call, "iterations=8") / "results.json").exists()

@@ -166,7 +166,7 @@ def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Pat
     """
     ours = module.state_dict()
     for name in sorted({*weights, *ours}, key=lambda name: ("head" not in name, name)):
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, ours)]
+        shapes = [_kind(state[name]) if name in state else "absent" for state in (weights, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"checkpoint={path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
@@ -175,6 +175,11 @@ def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Pat
             )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"checkpoint={path}: has weights that are not finite numbers, with which nothing can be done")
+
+
+def _kind(tensor: Tensor) -> str:
+    """Its shape, and where it has no fractions its type; float32 and float64 are of one kind."""
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
 
 
 def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:

@@ -1,5 +1,6 @@
 """A checkpoint as a file that others may have made: what form it has, read without running anything of it."""
 
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -14,15 +15,22 @@ from fewshot.errors import UserError
 from fewshot.files import is_regular
 from fewshot.tasks import SPLITS
 
+FLOATS = (torch.float32, torch.float64)
+COUNTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers
+# All that a checkpoint of this program names in its pickle. Torch allows more, a bytearray of any length among others.
+NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+NAMED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
+AROUND = 512  # bytes of a zip around an entry's own: torch's have less than 300
 
-def _dense(value: Any) -> bool:
+
+def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
     """Not sparse, not on a device that does not exist, not a few numbers that are repeated."""
     return (
         type(value) is Tensor
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        and value.is_contiguous()
-        and value.dtype in (torch.float32, torch.float64)
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+        and value.dtype in dtypes
     )
 
 
@@ -32,14 +40,17 @@ def _is_row(value: Any) -> bool:
 
 
 def check_weights(where: str, weights: Any) -> None:
-    """Raises UserError where they are not {name: tensor}, the numbers of all in the one precision of 32 or 64 bits."""
+    """Raises UserError where they are not {name: tensor}, all weights in the one precision of 32 or 64 bits.
+
+    A network of one's own may have buffers of whole numbers.
+    """
     stored.check(where, weights, stored.Each(WEIGHTS, keys=True), "state_dict")
-    if len({tensor.dtype for tensor in weights.values()}) != 1:
+    if len({tensor.dtype for tensor in weights.values()} - {*COUNTS}) != 1:
         raise UserError(f"{where}: state_dict must have tensors of one type, float32 or float64")
 
 
 ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]+(/step_[0-9]{1,4})?")  # a column's name
-WEIGHTS = stored.Is("a dense tensor of float32 or float64", _dense)
+WEIGHTS = stored.Is("a dense tensor of float32, float64 or whole numbers", lambda value: _dense(value, FLOATS + COUNTS))
 SCALAR = stored.Is("one number in a tensor", lambda value: _dense(value) and value.dim() == 0)
 # What this program and Lightning read of a checkpoint
 FORM: stored.Form = {
@@ -51,7 +62,7 @@ FORM: stored.Form = {
     },
     "state_dict": stored.ANY,  # see check_weights
     "global_step": stored.integer(0),
-    "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+\w{0,20}", "a version of Lightning"),
+    "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}", "a version of Lightning"),
     "engine?": stored.one_of("sequential", "batched"),
     "callbacks": {
         "Record": {
@@ -74,8 +85,10 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     is_regular("checkpoint", path)
     try:
-        refuse_compressed(path)
+        refuse_bombs(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
         raise UserError(
             f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
@@ -88,14 +101,24 @@ def read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def refuse_compressed(path: Path) -> None:
-    """Raises an error where the file is no zip of uncompressed entries, as torch's are: little could become much."""
+def refuse_bombs(path: Path) -> None:
+    """Raises UserError where little could become much.
+
+    The file must be a zip of uncompressed entries, as torch's are, and of nothing beside them (another directory of
+    entries, for example, that torch would read); its pickle may name what this program's checkpoints name.
+    """
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("compressed")
-    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > path.stat().st_size:
-        raise ValueError("more in it than it is large")
+        entries, size = archive.infolist(), path.stat().st_size
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError(f"checkpoint={path}: is compressed, as no checkpoint of this program")
+        inside = sum(max(entry.file_size, entry.compress_size) for entry in entries)
+        if not inside <= size <= inside + AROUND * (len(entries) + 2):
+            raise UserError(f"checkpoint={path}: has other bytes than those of its entries")
+        (pickle,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+        for operation, argument, _ in pickletools.genops(archive.read(pickle)):
+            if operation.name in ("STACK_GLOBAL", "INST") or (operation.name == "GLOBAL" and argument not in NAMED):
+                name = argument or operation.name
+                raise UserError(f"checkpoint={path}: names {name}, as no checkpoint of this program")
 
 
 def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -89,7 +89,8 @@ Name = text("a name of letters, digits and ._-", r"[\w.-]+")
 Path = text("a path, with ./ before a number")
 Target = text("the dotted name of a class or function", r"\w+(\.\w+)+")
 Channels = must_be("1 (grey) or 3 (colour)", Annotated[int, Field(ge=1, le=3)], refused=lambda value: value == 2)
-WandbName = text(r"a name of at most 128 characters, none of them / \ # ? % :", r"[^/\\#?%:]{1,128}")
+Project = text(r"a name of at most 128 characters, none of them / \ # ? % :", r"[^/\\#?%:]{1,128}")
+WandbName = text("a text of at most 128 characters, in quotes if it is a number", r".{1,128}")
 
 
 class Part(BaseModel):
@@ -267,7 +268,7 @@ class Trainer(Part):
 
 class Logger(Made):
     model_config = ConfigDict(extra="forbid")
-    project: WandbName
+    project: Project
     mode: optional(one_of("online", "offline", "disabled"))
     group: optional(WandbName)
     name: optional(WandbName)
