@@ -119,13 +119,14 @@ def test_nothing_but_pixels_stops_an_image(recwarn):
             assert np.array_equal(np.sort(decode(bytes(broken), **HOW).ravel()), expected), bytes(broken)
 
 
+@pytest.mark.parametrize("tail", [b"", b"\n", b"\0\0", b"\xff" * 100])  # after the end
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_a_text_that_unpacks_to_a_flood_does_not_stop_an_image(where):
+def test_a_text_that_unpacks_to_a_flood_does_not_stop_an_image(where, tail):
     data = save(noise(), "PNG")
     body = b"zTXt" + b"key\0\0" + zlib.compress(bytes(2 * 10**6))
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     place = 33 if where == "before" else len(data) - 12
-    assert np.array_equal(decode(data[:place] + chunk + data[place:], **HOW), decode(data, **HOW))
+    assert np.array_equal(decode(data[:place] + chunk + data[place:] + tail, **HOW), decode(data, **HOW))
 
 
 @pytest.mark.parametrize("tag", [270, 271, 282, 305])

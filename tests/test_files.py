@@ -15,6 +15,8 @@ import torch
 from fewshot import files, ranks
 from fewshot.command import one_line_errors
 from fewshot.data import cache
+from fewshot.data.download import download
+from fewshot.data.lock import alone
 from fewshot.errors import UserError
 
 
@@ -54,6 +56,32 @@ def test_a_lock_file_that_is_a_link_or_a_pipe_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"\.lock: .*remove it$"), ranks.locked(tmp_path / name):
             pass
     assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".lock", ".photos.tar.part", ".photos.bin.lock", ".photos-v3.bin.1.part"])
+@pytest.mark.parametrize("kind", ["dangling", "link", "pipe"])
+def test_what_stands_in_the_place_of_a_lock_or_a_part_in_the_cache_is_neither_written_nor_waited_for(
+    tmp_path, name, kind
+):
+    (tmp_path / "photos").mkdir()
+    place, victim = tmp_path / "photos" / name, tmp_path / "victim"
+    if kind == "link":
+        victim.write_text("mine")
+    os.mkfifo(place) if kind == "pipe" else place.symlink_to(victim)
+    line = rf"^{re.escape(str(place))}: is (a link to {re.escape(str(victim))}|no regular file); remove it$"
+    if name.startswith(".photos-"):
+        assert cache._save(tmp_path / "photos" / "photos.bin", "key", dict)
+        assert os.path.lexists(place)
+    else:
+        with pytest.raises(UserError, match=line):
+            if name == ".photos.bin.lock":
+                with alone(place, "makes photos"):
+                    pass
+            else:
+                sources = {"photos.tar": ("file:///nowhere", "0")}
+                how = {"folder": "photos", "cache": str(tmp_path), "holds": "the photos"}
+                download("photos", ["photos.tar"], lambda: sources, **how)
+    assert (victim.read_text() == "mine") if kind == "link" else not victim.exists()
 
 
 def test_two_writers_at_once_never_give_a_torn_file(tmp_path):

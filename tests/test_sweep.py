@@ -156,6 +156,31 @@ def test_a_name_is_no_formula(config, tmp_path):
         figure.draw_without_rendering()
 
 
+def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_is_named(
+    config, tmp_path, capsys, caplog
+):
+    wild = "\x1b]0;owned\x07|\u202e"
+    configs = []
+    for seed in range(2):
+        configs.append(config("dataset=folder", "dataset.root=/plain", f"seed={seed}"))
+        configs[-1].dataset.name = f"\x9b31m|{seed}"
+        OmegaConf.update(configs[-1], "of_another_version", f"{seed}{wild}", force_add=True)
+    for number, each in enumerate((*configs, configs[0])):
+        make_run(tmp_path / f"{wild}{number}", each, accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
+    make_run(tmp_path / f"{wild}failed", config("seed=2"), error=f"ValueError: {wild}")
+    with pytest.raises(SystemExit):
+        sweep.conclude(tmp_path, ["dataset.name"])
+    said = [capsys.readouterr().out, caplog.text, (tmp_path / "summary.md").read_text()]
+    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    drawn = figures.sweep(settings_[:2]), figures.panels(settings_[:2], ["dataset.name"])
+    for figure in drawn:
+        said += [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
+    assert all(line.isprintable() for text in said for line in text.split("\n"))
+    assert sum("owned" in text for text in said) > 5 and "left out, the same setting" in caplog.text
+    rows = [line for line in said[2].split("\n") if "owned" in line]
+    assert rows and all(r"\x07\|\u202e" in row for row in rows)
+
+
 def test_a_band_ends_where_accuracies_do(config, tmp_path):
     for seed, accuracy in enumerate((0.1, 0.9)):
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])

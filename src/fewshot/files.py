@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, by one process at a time and never through a link."""
 
+import errno
 import fcntl
 import os
 import platform
@@ -61,6 +62,29 @@ def create(path: Path, flags: int = os.O_WRONLY) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
+def open_own(path: Path, flags: int = os.O_RDWR) -> int:
+    """A descriptor of a regular file; no link is followed and no pipe waited for.
+
+    Raises:
+        UserError: something else stands there.
+        OSError: it cannot be opened for another reason.
+    """
+    descriptor = None
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+            raise
+        regular = False
+    if not regular:
+        if descriptor is not None:
+            os.close(descriptor)
+        what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"
+        raise UserError(f"{path}: is {what}; remove it")
+    return descriptor
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path` to write into, which takes its place at the end: a reader sees all of it or nothing.
@@ -75,7 +99,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if path.absolute().is_relative_to(lock.parent) and not _is_still(lock, descriptor):
             raise UserError(f"hydra.run.dir={lock.parent}: was removed or replaced during the run, which ends here")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent, f".{escape(path.name)}.*.part")
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         with open(create(temporary), "wb") as file:
@@ -112,9 +136,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ) from error
 
 
-def _remove_leftovers(path: Path) -> None:
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.part"):
-        with suppress(OSError), open(os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes what processes that were killed left half written."""
+    for leftover in folder.glob(pattern):
+        with suppress(OSError, UserError), open(open_own(leftover)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer is gone
             leftover.unlink()
 
@@ -149,12 +174,10 @@ def locked(lock: Path) -> Iterator[None]:
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            descriptor = open_own(lock, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"{lock}: cannot be opened as a lock file ({error.strerror}); remove it") from None
         with open(descriptor, "r+b", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{lock}: is no regular file; remove it")
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

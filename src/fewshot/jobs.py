@@ -60,7 +60,8 @@ def read_jobs(folders: list[Path]) -> list[Job]:
             if job.results and not first.results:
                 jobs[key] = job
             elif first is not job and first.results and job.results:
-                log.warning(f"{job.folder}: left out, the same setting and seed as {first.folder}")
+                line = f"{job.folder}: left out, the same setting and seed as {first.folder}"
+                log.warning(printable(line))
     return list(jobs.values())
 
 

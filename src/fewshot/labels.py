@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from fewshot.errors import shown
+from fewshot.errors import printable, shown
 
 HEADS = {  # the poster's three: (zeroing, init_scale)
     (False, 1): "random head",
@@ -16,7 +16,7 @@ ORDERS = {True: "first order", False: "second order"}
 def title(config: dict[str, Any], algorithm: bool = True) -> str:
     """E.g. "FOMAML + zeroing, glyphs 5-way 1-shot"."""
     task = f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
-    return f"{algorithm_name(config['algo'])}, {task}" if algorithm else task
+    return printable(f"{algorithm_name(config['algo'])}, {task}" if algorithm else task)
 
 
 def algorithm_name(algo: dict[str, Any]) -> str:
@@ -37,7 +37,7 @@ def setting_label(knobs: dict[str, Any], algo: dict[str, Any], without: Iterable
         maml = "MAML" if "algo.first_order" in without else "FOMAML" if algo["first_order"] else "SOMAML"
         parts.append(_name(algo, maml, order="algo.first_order" in kept))
     elsewhere = algo.get("head", "learned") != "learned"  # the head begins elsewhere, as its name says
-    return ", ".join([*parts, *_others(kept, without=("random head",) if elsewhere else ())])
+    return printable(", ".join([*parts, *_others(kept, without=("random head",) if elsewhere else ())]))
 
 
 def panel_title(knobs: dict[str, Any], maml: bool) -> str:
@@ -46,7 +46,7 @@ def panel_title(knobs: dict[str, Any], maml: bool) -> str:
     order = [] if first is None else ["FOMAML" if first else "SOMAML"] if maml else [ORDERS[first]]
     named = ("algo.first_order", "algo.zeroing")
     algo = [f"{key}={shown(value)}" for key, value in knobs.items() if key.startswith("algo.") and key not in named]
-    return ", ".join([*order, *algo, *_others(knobs)])
+    return printable(", ".join([*order, *algo, *_others(knobs)]))
 
 
 def is_maml(algo: dict[str, Any]) -> bool:

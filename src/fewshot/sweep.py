@@ -17,7 +17,7 @@ import numpy as np
 from fewshot import labels, stored
 from fewshot.command import Parser, one_line_errors
 from fewshot.config import MODES, leaves
-from fewshot.errors import UserError, shown
+from fewshot.errors import UserError, printable, shown
 from fewshot.files import write_atomically
 from fewshot.jobs import Job, identity, read_job, read_jobs, read_similarities
 from fewshot.paths import in_shell
@@ -87,7 +87,7 @@ def conclude(folder: Path, panels: list[str]) -> None:
     if missing:
         again = f"the same command with {in_shell('hydra.sweep.dir', folder)} tries them again"
         unfinished = "unfinished; is another process at work on it?"
-        lines = "".join(f"\n{job.folder.name}: {job.error or unfinished}" for job in missing)
+        lines = "".join(f"\n{printable(f'{job.folder.name}: {job.error or unfinished}')}" for job in missing)
         log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
     if missing or complaint:
         raise SystemExit(complaint or 1)
@@ -196,7 +196,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
         parts.append(_table(heading, columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]))
     if without:
-        rows = [[job.folder.name, job.state, (job.error or "").replace("|", "\\|")] for job in without]
+        rows = [[job.folder.name, job.state, job.error or ""] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
     return "\n".join([*parts, figures.OVER_SEEDS])
 
@@ -220,6 +220,7 @@ def _percent(mean: float, ci95: float) -> str:
 
 
 def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
+    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
 
     def line(cells: list[str]) -> str:

@@ -7,8 +7,6 @@ the pixels, about a second for each gigabyte, and then maps the file: the system
 Shapes: M images of a split, N its classes, C x H x W one image.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fewshot.data.lock import alone
-from fewshot.files import replacing
+from fewshot.files import remove_leftovers, replacing
 from fewshot.paths import user_path
 from fewshot.tasks import Split
 
@@ -157,21 +155,13 @@ def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
 def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]]) -> bool:
     """Whether the file could be written."""
     try:
-        _remove_abandoned(path.parent)
+        remove_leftovers(path.parent, ".*-v*.bin.*.part")  # of whichever images
         with replacing(path) as file:
             _write(file, key, build())
         return True
     except OSError as error:
         log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
         return False
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what processes that were killed left half written, of whichever images."""
-    for part in folder.glob(".*-v*.bin.*.part"):
-        with contextlib.suppress(OSError), open(part, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
 
 
 def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> None:

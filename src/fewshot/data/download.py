@@ -21,6 +21,7 @@ from rich import progress
 from fewshot.data.cache import cache_folder
 from fewshot.data.lock import alone
 from fewshot.errors import UserError
+from fewshot.files import open_own
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def md5(file: BinaryIO) -> str:
 
 def _fetch(url: str, expected: str, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
-    part.touch()
+    os.close(open_own(part, os.O_RDWR | os.O_CREAT))
     log.info("downloading %s", url)
     while True:
         before = part.stat().st_size
@@ -130,7 +131,7 @@ def _transfer(url: str, part: Path) -> None:
         if error.code == 416:  # there is nothing beyond what is here; the checksum will tell
             return
         raise
-    with response, open(part, "ab") as file, _bar() as bar:
+    with response, open(open_own(part, os.O_RDWR | os.O_APPEND), "ab") as file, _bar() as bar:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             file.truncate(0)
             size = 0

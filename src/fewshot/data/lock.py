@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from fewshot.files import open_own
+
 log = logging.getLogger(__name__)
 
 
@@ -15,12 +17,18 @@ def alone(path: Path, doing: str) -> Iterator[None]:
     """Waits while another process is in here with the same lock file, and says that it is `doing` something.
 
     The lock goes with the process that holds it, however it ends. Where no file can be written or locked, all go on.
+
+    Raises:
+        UserError: the lock file is a link or no file.
     """
     with ExitStack() as held:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                file = held.enter_context(open(path, "ab"))  # over NFS only what is open for writing can be locked
+                descriptor = open_own(
+                    path, os.O_RDWR | os.O_CREAT
+                )  # over NFS only what is open for writing can be locked
+                file = held.enter_context(open(descriptor, "ab"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

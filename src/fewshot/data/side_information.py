@@ -55,6 +55,8 @@ def _bare_png(data: bytes) -> bytes:
             kept.append(data[place : end - 4] + struct.pack(">I", zlib.crc32(data[place + 4 : end - 4])))
         elif kind in PNG_CHUNKS:
             kept.append(data[place:end])
+        if kind == b"IEND":  # whatever follows is no chunk
+            break
         place = end
     return b"".join(kept)
 
