@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from hydra import compose
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import fewshot
 from fewshot import checkpoint, report, stored
+from fewshot.config import CONF
 from fewshot.errors import UserError
 from fewshot.jobs import read_job
 from fewshot.launch import OutputFolder
@@ -194,6 +196,51 @@ def test_what_a_sweep_cannot_read_is_a_line_of_its_table(tmp_path):
     assert all(line.isprintable() for line in lines.values())
     assert "cannot be read as JSON" in lines["results.json-0"] and "cannot be read as YAML" in lines["config.yaml-0"]
     assert lines["error.txt-1"] == "\\x1b[2J"
+
+
+TWICE = {
+    "text": "${{augment.{0}}}${{augment.{0}}}",
+    "time": "${{at_least:${{augment.{0}}},${{augment.{0}}}}}",
+    "tree": {"x": "${{augment.{0}}}", "y": "${{augment.{0}}}"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        *(
+            ({"origin": text}, "cannot be resolved .* is none of this program's forms")
+            for text in ("${oc.env:HOME}", "${at_least:1,${oc.env:HOME}}", "${oc.select:${ways},1}", "${.name}")
+        ),
+        ({"origin": "${dataset.nothing}"}, "cannot be resolved"),
+        ({"origin": "${dataset.name}", "name": "${dataset.origin}"}, "cannot be resolved .more would be made"),
+        *((kind, "cannot be resolved .*(is none of|more would be made)") for kind in TWICE),
+    ],
+    ids=str,
+)
+def test_what_a_run_began_with_is_resolved_only_where_little_is_made_of_it(tmp_path, changes, line):
+    """Bombs of 25 levels, of letters, of time and of nested values, would take hours."""
+    run = Path(shutil.copytree(MADE / "run", tmp_path / "run"))
+    (run / "results.json").unlink()
+    config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text())
+    if isinstance(changes, dict):
+        config["dataset"].update(changes)
+    else:
+        levels = {f"a{n}": twice(TWICE[changes], f"a{n - 1}") for n in range(25, 0, -1)}
+        config["augment"] = {**levels, "a0": "x"}
+    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert re.search(line, read_job(run).error)
+
+
+def twice(form, name):
+    return {key: twice(each, name) for key, each in form.items()} if isinstance(form, dict) else form.format(name)
+
+
+def test_every_configuration_of_this_program_is_one_that_is_resolved(config):
+    for group in ("algo", "dataset", "experiment", "callbacks", "model", "augment"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            cfg = OmegaConf.to_container(config(f"{group}={path.stem}"))
+            stored.check_interpolations(f"{group}={path.stem}", {k: v for k, v in cfg.items() if k != "hydra"})
 
 
 def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it(config, tmp_path):

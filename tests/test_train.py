@@ -225,20 +225,29 @@ def foreign(trained: Path, folder: Path, overrides: list[str]) -> tuple[str, str
 
 
 @pytest.mark.parametrize(
-    "brought, key",
+    "brought, said",
     [
-        (["model=module", "model.module={_target_: os.mkdir, path: MARK}"], "model.module"),
-        (["augment=standard", "augment.crop.padding={_target_: os.mkdir, path: MARK}"], "augment.crop.padding"),
-        (["augment=standard", "augment.crop.size=[{_target_: os.mkdir, path: MARK}]"], "augment.crop.size.0"),
-        (["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"], "callbacks.progress"),
+        (["model=module", "model.module={_target_: os.mkdir, path: MARK}"], "sets model.module._target_=os.mkdir, "),
+        (
+            ["augment=standard", "augment.crop.padding={_target_: os.mkdir, path: MARK}"],
+            "sets augment.crop.padding._target_=os.mkdir, which",
+        ),
+        (
+            ["augment=standard", "augment.crop.size=[{_target_: os.mkdir, path: MARK}]"],
+            "sets augment.crop.size.0._target_=os.mkdir, which",
+        ),
+        (
+            ["callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'"],
+            "has callbacks.progress='${oc.create:{_target_: os.mkdir, path: MARK}}'; a test",
+        ),
     ],
 )
 def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(
-    run, trained, tmp_path, monkeypatch, brought, key
+    run, trained, tmp_path, monkeypatch, brought, said
 ):
     monkeypatch.chdir(tmp_path)
     test = foreign(trained, tmp_path, brought)
-    with pytest.raises(UserError, match=rf"foreign\.ckpt: its call sets {key}\._target_=os\.mkdir, which") as error:
+    with pytest.raises(UserError, match=re.escape(f"foreign.ckpt: its call {said}")) as error:
         run(tmp_path / "test", *test)
     assert "\n" not in str(error.value) and not (tmp_path / "MARK").exists()
     with suppress(Exception):  # no callback, no network, no number of pixels
@@ -246,14 +255,14 @@ def test_what_a_checkpoint_would_call_is_refused_unless_this_call_names_it(
     assert (tmp_path / "MARK").is_dir()
 
 
-def test_what_was_checked_in_a_checkpoint_is_what_is_called(run, trained, tmp_path, monkeypatch):
-    """The environment changes between the two: seeding sets this variable."""
+def test_a_checkpoint_that_would_call_what_the_environment_says_is_refused(run, trained, tmp_path, monkeypatch):
+    """It changes between the check and the call: seeding sets this variable."""
     monkeypatch.chdir(tmp_path)
     made = "{_target_: ${oc.select:trainer.p${oc.env:PL_GLOBAL_SEED,9}}, path: MARK}"
     picks = ["+trainer.p9=fewshot.callbacks.Progress", "+trainer.p0=os.mkdir"]
     test = foreign(trained, tmp_path, [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    with pytest.raises(Exception, match="Progress"):
+    with pytest.raises(UserError, match=r"its call has callbacks\.progress=.*; name callbacks\.progress in this call"):
         run(tmp_path / "test", *test)
     assert not (tmp_path / "MARK").exists()
 
@@ -278,6 +287,36 @@ def test_where_a_test_runs_and_whom_it_trusts_is_for_the_call_alone_to_say(confi
     test = foreign(trained, tmp_path, ["dataset={other_split: true}"])
     with pytest.raises(UserError, match=r"its call has dataset=\{other_split: true\}"):
         checkpoint.find_start(config(*test), list(test), tmp_path / "test")
+
+
+LEVELS = ", ".join(f"a{n}: ${{model.module.a{n - 1}}}${{model.module.a{n - 1}}}" for n in range(1, 26))
+TREE = [f"+trainer.b{n}.{side}=${{trainer.b{n - 1}}}" for n in range(1, 26) for side in "xy"]
+
+
+@pytest.mark.parametrize(
+    "brought, key",
+    [
+        (["dataset.origin=${oc.env:HOME}"], "dataset.origin"),
+        (["dataset.origin=$\\{oc.env\\:HOME\\}"], "dataset.origin"),
+        (["dataset.origin=${dataset.name}${dataset.name}"], "dataset.origin"),
+        (["model=module", f"model.module={{a0: aaaa, {LEVELS}}}"], "model.module"),
+        (["+trainer.b0=1", *TREE], "+trainer.b2.y"),
+    ],
+)
+def test_what_a_checkpoint_would_make_of_other_values_is_refused_unless_it_is_one_knob(
+    config, trained, tmp_path, brought, key
+):
+    """Before anything is resolved, which would take these bombs of 25 levels hours."""
+    test = foreign(trained, tmp_path, ["val_every=7", "test_every=${val_every}", *brought])
+    with pytest.raises(
+        UserError, match=r"its call has {0}=.*; name {0} in this call too$".format(re.escape(key))
+    ) as error:
+        checkpoint.find_start(config(*test), list(test), tmp_path / "test")
+    assert "\n" not in str(error.value)
+    if key == "dataset.origin":
+        asked = [*test, "dataset.origin=mine"]
+        cfg = checkpoint.find_start(config(*asked), asked, tmp_path / "test").cfg
+        assert cfg.test_every == 7 and cfg.dataset.origin == "mine"
 
 
 def test_a_model_that_was_trained_without_a_logger_is_tested_with_one(config, trained, tmp_path):

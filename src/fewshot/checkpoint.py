@@ -27,6 +27,7 @@ from fewshot.config import GROUPS, check_overrides, leaves, settings
 from fewshot.errors import UserError, shown, some
 from fewshot.files import write_atomically
 from fewshot.paths import checkpoint_file
+from fewshot.stored import is_simple
 from fewshot.tasks import SPLITS
 
 # Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.
@@ -213,6 +214,8 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         own = ("dataset.trust",) if cfg.fit else OF_THIS_CALL
         stored = [each for each in stored if not _is_of(own, _key(each)) and (cfg.fit or _key(each) != "trainer")]
         overrides = _merged(stored, asked)
+        if not cfg.fit:
+            _refuse_interpolations([each for each in overrides if each not in asked], path)
         cfg = _composed(overrides, path)
         if not cfg.fit:
             _refuse_unnamed(cfg, stored, asked, path)
@@ -262,6 +265,17 @@ def _check_call(stored: list[str], path: Path) -> None:
         raise UserError(f"checkpoint={path}: its call has {str(error)[:300]}") from None
     if own := [each for each in stored if each.lstrip("+~").startswith("hydra")]:
         raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
+
+
+def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None:
+    """Raises UserError where what is left of a checkpoint's call could make much of little, or read the environment."""
+    made = [each for each in stored if "${" in each.replace("\\", "")]  # Hydra takes the one out of $\{
+    refused = [each for each in made if not is_simple(each)] or made[most:]
+    if refused:
+        raise UserError(
+            f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {most} knobs from there that "
+            f"refer to another, each to one; name {shown(refused[0].split('=')[0])} in this call too"
+        )
 
 
 def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: Path) -> None:

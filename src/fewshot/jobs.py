@@ -95,9 +95,10 @@ def _begun(path: Path) -> dict[str, Any]:
     """The settings that Hydra wrote when a run began."""
     config = stored.read_yaml(path)
     stored.check(str(path), config, {"algo": {"zeroing": stored.ANY}, "fit": stored.FLAG})
+    stored.check_interpolations(str(path), config)
     try:
         config = resolved(OmegaConf.create(config))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be resolved ({' '.join(str(error).split())[:200]})") from None
     stored.check_config(str(path), config)
     return config

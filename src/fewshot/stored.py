@@ -109,6 +109,12 @@ RESULTS: Form = {  # results.json; what is optional here not all its readers nee
     "config": {"fit": FLAG},
     "versions?": Each(NAME, keys=True),
 }
+# The forms of ${...} in this program's own YAML files; no ${oc.env:...}, nor any other that is not of the values alone.
+KEY = r"[\w-]+(?:\.[\w-]+)*"
+SIMPLE = rf"\$\{{{KEY}\}}"
+NESTED = rf"\$\{{{KEY}\.{SIMPLE}(?:\.{KEY})?\}}"
+ARGUMENT = rf"(?:{SIMPLE}|{NESTED}|[^${{}},]*)"
+FORMS = rf"{NESTED}|\$\{{(?:(?:at_least|rotated):{ARGUMENT}|oc\.select:{KEY})(?:,{ARGUMENT})*\}}"
 MATRIX = Is("a square of numbers", lambda value: _is_square(value))
 SIMILARITIES: Form = {"updates": Each(integer(0)), "query_support": Each(MATRIX), "query_query": Each(MATRIX)}
 
@@ -176,6 +182,56 @@ def check_plain(where: str, content: Any, most: int = 20_000, deepest: int = 20)
             waiting += [(each, depth + 1) for each in value]
         elif not (value is None or type(value) in (str, bool, float) or (type(value) is int and abs(value) < 2**63)):
             raise UserError(f"{where}: holds a {type(value).__name__}, which is no plain value")
+
+
+def is_simple(value: str) -> bool:
+    """Whether a text, be its ${ escaped or not, has at most one interpolation, and that one of a key alone."""
+    value = value.replace("\\", "")
+    return "${" not in value or (value.count("${") == 1 and re.search(SIMPLE, value) is not None)
+
+
+def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000) -> None:
+    """Raises UserError where a text has another form of ${...} than this program's YAML files, or makes much of little.
+
+    Nothing is resolved here: counted are the values, and hundreds of letters, that would be read.
+    """
+    sizes: dict[str | int, float] = {}
+
+    def size(node: Any) -> float:
+        if isinstance(node, str) and "${" not in node:
+            return 1 + len(node) // 100
+        if not isinstance(node, str | dict | list):
+            return 1
+        mark = node if isinstance(node, str) else id(node)
+        if mark not in sizes:
+            sizes[mark] = math.inf  # where it leads to itself
+            inner, length = node.values() if isinstance(node, dict) else node, 1
+            if isinstance(node, str):
+                if not (is_simple(node) or re.fullmatch(FORMS, node)):
+                    raise UserError(f"{where}: cannot be resolved ({brief(node)} is none of this program's forms)")
+                keys = re.findall(rf"(?:(?<=\$\{{)|(?<=oc\.select:)){KEY}", node)
+                inner, length = [_at(config, key) for key in keys], 1 + len(node) // 100
+            sizes[mark] = length + sum(map(size, inner))
+        return sizes[mark]
+
+    try:
+        large = size(config) > most
+    except RecursionError:
+        large = True
+    if large:
+        raise UserError(f"{where}: cannot be resolved (more would be made of it than any run of this program writes)")
+
+
+def _at(node: Any, key: str) -> Any:
+    """What is at a dotted key, or on the way there an interpolation that leads to it; None where nothing is."""
+    for part in key.split("."):
+        if isinstance(node, str):
+            break
+        try:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return node
 
 
 def brief(value: Any) -> str:
