@@ -2,7 +2,7 @@
 # usage: eval "$(up.sh DIR)"  starts munged, slurmctld and slurmd on this host with all state under DIR, two fake GPUs included.
 # needs: apt-get install -y --no-install-recommends slurm-wlm munge
 set -euo pipefail
-D=$1; H=$(hostname -s); C=$(nproc); M=$(awk '/MemTotal/{print int($2/1024*0.8)}' /proc/meminfo)
+D=$1; H=$(hostname -s); C=$(nproc --all); M=$(awk '/MemTotal/{print int($2/1024*0.8)}' /proc/meminfo)
 mkdir -p "$D"/{state,spool,log,run,munge}; chmod 700 "$D/munge"; chmod 755 "$D" "$D/run"
 dd if=/dev/urandom of="$D/munge/key" bs=1024 count=1 status=none; chmod 600 "$D/munge/key"
 cat > "$D/slurm.conf" <<CONF
