@@ -73,7 +73,7 @@ def main() -> None:
                 f"{name}: {each['kernels']} kernels in {each['span_ms']:.2f} ms, at work {each['busy_share']:.0%} of it"
             )
         lines += [
-            f"    {one['share']:5.1%} {one['ms']:7.3f} ms {one['times']:4} x {one['name'][:80]}"
+            f"    {one['share']:5.1%} {one['ms']:7.3f} ms {one['times']:4} x {one['name'][:60]}"
             for one in each["longest"]
         ]
         write("kernels", {"device": DEVICE, "profiles": found, "lines": lines})

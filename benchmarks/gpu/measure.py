@@ -1,7 +1,8 @@
 """The steps of measure.sh, in their order, each in processes of its own and under a time limit of its own.
 
-Every step writes OUT/NAME.json as soon as it has something, so a call that is cut off loses the step at hand alone; a
-step that fails says why in one line and the next one begins. The last lines are a table of all steps.
+Every step writes OUT/NAME.json as soon as it has something; once it is over that goes into OUT/steps.json. So there are
+few files, and a call that is cut off loses the step at hand alone. A step that fails says why in one line and the next
+one begins. The last lines are a table of all steps, which is OUT/table.txt too.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 SECONDS = 525  # of all steps together; the command has nine minutes
@@ -86,11 +88,8 @@ def run(command: list[str], limit: float, log: Path) -> str:
     return f"failed ({code}): {lines[-1][:200] if lines else 'it said nothing'}"
 
 
-def lines(file: Path) -> list[str]:
-    """What a step's file says, one line for each result; nothing where there is no file."""
-    if not file.exists():
-        return []
-    found = json.loads(file.read_text())
+def lines(found: dict[str, Any]) -> list[str]:
+    """What a step has found, one line for each result."""
     if isinstance(found.get("lines"), list):
         return found["lines"]
     told = []
@@ -116,7 +115,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OUT": str(out), "REHEARSE": "1" if arguments.rehearse else ""}
     end = time.monotonic() + (REHEARSAL if arguments.rehearse else SECONDS)
-    log, table = out / "log.txt", []
+    log, table, results = out / "log.txt", [], {}
     for place, step in enumerate(chosen):
         began = time.monotonic()
         limit = max(5, end - began - sum(later.seconds for later in chosen[place + 1 :]))
@@ -127,10 +126,13 @@ def main() -> None:
         outcome = next((each for each in outcomes if each != "ok"), "ok")
         table.append(f"== {step.name}: {outcome} ({time.monotonic() - began:.0f} s)")
         for file in (out / f"{step.name}.json", out / f"{step.name}_jax.json"):
-            table += lines(file)
-        print(
-            "\n".join(table[next(n for n in reversed(range(len(table))) if table[n].startswith("== ")) :]), flush=True
-        )
+            if file.exists():
+                results[file.stem] = json.loads(file.read_text())
+                (out / "steps.json").write_text(json.dumps(results, indent=1) + "\n")
+                file.unlink()
+                table += lines(results[file.stem])
+        (out / "table.txt").write_text("\n".join(table) + "\n")
+        print(f"{step.name}: {outcome}", flush=True)
     print("\n".join(["", "All steps", *table]))
 
 
