@@ -88,9 +88,8 @@ def computed(engine, inner_lr, *, first_order, zeroed_head, shots):
             torch.stack([F.cross_entropy(network(x), y) for x, y in zip(*half, strict=True)]).mean().item()
             for half in (tasks[:2], tasks[2:])
         ]
-    modes = {"zeroing_off": False, "zeroing_on": True}
-    knobs = {"inner_lr": inner_lr, "steps": 3}
-    test = {mode: exact(engine.step_accuracies(network, tasks, zeroing=on, **knobs)) for mode, on in modes.items()}
+    off, on = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=3, zeroing=(False, True))
+    test = {"zeroing_off": exact(off), "zeroing_on": exact(on)}
     losses, results = [before[1]], {}
     for steps in (1, 2, 3):
         theta = copy.deepcopy(network)

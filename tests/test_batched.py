@@ -246,7 +246,8 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     network = convolutional(build, tasks)
     knobs = {"first_order": first_order, **KNOBS}
     expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
-    evaluated = learner.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=False)
+    evaluation = {"inner_lr": 0.1, "steps": 3, "zeroing": (False, True)}
+    evaluated = learner.step_accuracies(network, tasks, **evaluation)
     torch.set_num_threads(3)
     several = partial(meta_gradient, batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
     found, (loss, accuracy) = several()
@@ -255,8 +256,7 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     assert torch.equal(accuracy, accuracies)
     again, _ = several()
     assert torch.equal(vector(again), vector(found))  # bit by bit: the order of the sum does not depend on who is first
-    knobs = {"inner_lr": 0.1, "steps": 3, "zeroing": False, "tasks_at_once": tasks_at_once}
-    assert torch.equal(batched.step_accuracies(network, tasks, **knobs), evaluated)
+    assert torch.equal(batched.step_accuracies(network, tasks, tasks_at_once=tasks_at_once, **evaluation), evaluated)
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
@@ -409,7 +409,7 @@ def assert_recorded_is_direct(build, execute, first_order, device, tensors=False
         assert_same(found, expected)
         torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
         assert torch.equal(accuracy, accuracies)
-        for zeroing in (True, False):
+        for zeroing in ((True,), (False, True)):
             evaluation = {"inner_lr": etas or 0.1, "steps": 2, "zeroing": zeroing, "tasks_at_once": 2}
             plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
             assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)

@@ -231,9 +231,9 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     found, (losses, accuracies) = meta_gradient(engine, network, tasks, adapted="head", **knobs)
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(losses, closed.loss, rtol=1e-10, atol=0)
-    evaluated = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=inner_steps, zeroing=False, adapted="head")
+    evaluation = {"inner_lr": 0.4, "steps": inner_steps, "zeroing": (False, True), "adapted": "head"}
+    evaluated, zeroed = engine.step_accuracies(network, tasks, **evaluation)
     assert torch.equal(evaluated[:, -1], accuracies)
-    zeroed = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=1, zeroing=True, adapted="head")
     torch.testing.assert_close(zeroed[:, 0], torch.full((3,), 1 / 3))
 
 
@@ -410,18 +410,20 @@ def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, firs
 
 
 @each_way
-@pytest.mark.parametrize("zeroing", [False, True])
 @each_member
-def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, zeroing, member):
+def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, member):
     """A zeroed head takes the place of the prototypes, too."""
     network, tasks = tiny(), draw(tasks=4, shots=2, queries=25, spread=1.5)
     knobs = {name: value for name, value in member_knobs(network, member).items() if name != "step_losses"}
-    theta, (etas, _) = np_theta(tiny(zeroed=zeroing)), np_etas(network, knobs["inner_lr"], knobs.get("adapted", "all"))
+    etas, _ = np_etas(network, knobs["inner_lr"], knobs.get("adapted", "all"))
     expected = []
-    for task in np_tasks(tasks):
-        passed, _ = np_steps(theta, etas, task, 4, knobs.get("prototypes", False) and not zeroing)
-        expected.append([np_accuracy(at, *task[2:]) for at in passed])
-    found = engine.step_accuracies(network, tasks, steps=4, zeroing=zeroing, **knobs)
+    for zeroing in (False, True):
+        theta, prototypes = np_theta(tiny(zeroed=zeroing)), knobs.get("prototypes", False) and not zeroing
+        each = (np_steps(theta, etas, task, 4, prototypes)[0] for task in np_tasks(tasks))
+        expected.append(
+            [[np_accuracy(at, *task[2:]) for at in passed] for passed, task in zip(each, np_tasks(tasks), strict=True)]
+        )
+    found = engine.step_accuracies(network, tasks, steps=4, zeroing=(False, True), **knobs)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
@@ -488,11 +490,61 @@ def test_with_a_zeroed_head_step_one_is_the_inner_product_prototype_classifier(e
             expected.append((predicted == query_labels).double().mean().item())
     assert 0.2 < np.mean(expected) < 1  # neither all wrong nor all right
     for inner_lr in (0.01, 0.4, 3.0):
-        found = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=1, zeroing=True)
+        (found,) = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=1, zeroing=(True,))
         np.testing.assert_allclose(found[:, 1].numpy(), expected, rtol=1e-6)
 
 
+@each_way
+@each_order
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_zeroing_is_the_arithmetic_from_a_zeroed_head(engine, first_order, inner_steps, bias):
+    """Whatever the network's own head is, which the loss then does not depend on."""
+    network, tasks = tiny(), draw(tasks=3, shots=2, queries=4)
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+    expected, losses, accuracies = np_meta_gradient(tiny(zeroed=True), tasks, **knobs)
+    found, (loss, accuracy) = meta_gradient(engine, network, tasks, zeroing=True, **knobs)
+    for name in ("head.weight", "head.bias"):
+        assert not found.pop(name).any() and np.any(expected.pop(name))
+    assert_close(found, expected, 1e-10)
+    np.testing.assert_allclose(loss.numpy(), losses, rtol=1e-12)
+    np.testing.assert_allclose(accuracy.numpy(), accuracies, rtol=1e-6)
+
+
+@each_way
+@each_network
+@each_order
+@pytest.mark.parametrize("inner_steps, shots", [(1, 1), (2, 5), (5, 1)])
+def test_zeroing_leaves_out_what_is_zero(engine, build, first_order, inner_steps, shots):
+    """The encoder's outer gradient is that of all of it computed; so is that of learned rates, and with all losses."""
+    tasks = images_for(build, shots=shots)
+    network = convolutional(build, tasks, zeroed=True)
+    losses = {"step_losses": torch.linspace(0.1, 0.5, inner_steps, dtype=torch.float64)}
+    for more in ({"inner_lr": 0.1}, member_knobs(network, {"rates": True}) | losses):
+        knobs, found = {"inner_steps": inner_steps, "first_order": first_order, **more}, []
+        for zeroing in (True, False):
+            rates = more["inner_lr"] if "step_losses" in more else []
+            for eta in rates:
+                eta.grad = None
+            gradient, (loss, accuracy) = meta_gradient(engine, network, tasks, zeroing=zeroing, **knobs)
+            encoder = [value for name, value in gradient.items() if name.startswith("encoder.")]
+            found.append(
+                torch.cat([each.flatten() for each in (*encoder, *(eta.grad for eta in rates), loss, accuracy)])
+            )
+        assert (found[0] - found[1]).norm() < 1e-10 * found[1].norm()
+
+
 # Evaluation
+
+
+@each_way
+@pytest.mark.parametrize("zeroing, support, query", [((False, True), 6, 6), ((False,), 3, 4), ((True,), 3, 3)])
+def test_how_often_an_evaluation_of_three_steps_encodes_the_images(engine, zeroing, support, query):
+    """Both modes begin with theta's features; from w = 0 the first step moves the head alone."""
+    network, tasks, sizes = tiny(), draw(tasks=1, queries=4), []
+    network.encoder.register_forward_hook(lambda encoder, images, features: sizes.append(len(features)))
+    engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=zeroing)
+    assert {size: sizes.count(size) for size in (3, 12)} == {3: support, 12: query}
 
 
 @each_engine
@@ -504,7 +556,7 @@ def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
         [np_accuracy(np_adapted(theta, x, labels, 0.4, step), query, query_labels) for step in range(6)]
         for x, labels, query, query_labels in np_tasks(tasks)
     ]
-    found = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=5, zeroing=zeroing)
+    (found,) = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=5, zeroing=(zeroing,))
     assert found.shape == (4, 6)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert len(set(found.flatten().tolist())) > 5  # they move from step to step and task to task
@@ -512,15 +564,18 @@ def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
 
 @each_network
 @pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("zeroing", [False, True])
-def test_the_engines_give_the_same_step_accuracies(build, shots, zeroing):
+def test_the_engines_give_the_same_step_accuracies(build, shots):
     tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
     network = convolutional(build, tasks)
-    knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": zeroing}
+    knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": (False, True)}
     found = all_at_once.step_accuracies(network, tasks, **knobs)
     assert torch.equal(found, learner.step_accuracies(network, tasks, **knobs))
-    if zeroing:  # step 0: all logits are zero, so all queries get one label
-        torch.testing.assert_close(found[:, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
+    # After step 0 with zeroing all logits are zero, so all queries get one label.
+    torch.testing.assert_close(found[1, :, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
+    for mode, zeroing in enumerate((False, True)):  # what the modes share changes neither
+        assert torch.equal(
+            all_at_once.step_accuracies(network, tasks, **knobs | {"zeroing": (zeroing,)})[0], found[mode]
+        )
 
 
 @each_engine
@@ -530,7 +585,7 @@ def test_training_and_evaluation_adapt_alike(engine, build, first_order):
     """Step N of the evaluation, always first order, is where the training of either order arrives after N steps."""
     tasks = images_for(build, tasks=3, ways=5, shots=2, queries=6, spread=2.0)
     network = convolutional(build, tasks)
-    evaluated = engine.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=False)
+    (evaluated,) = engine.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=(False,))
     for steps in (1, 3):
         _, (_, accuracy) = meta_gradient(
             engine, network, tasks, inner_lr=0.1, inner_steps=steps, first_order=first_order
@@ -540,8 +595,7 @@ def test_training_and_evaluation_adapt_alike(engine, build, first_order):
 
 @each_way
 @each_network
-@pytest.mark.parametrize("zeroing", [False, True])
-def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine, build, zeroing):
+def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine, build):
     tasks = images_for(build)
     network = convolutional(build, tasks)
     engine.meta_gradient(network, tasks, inner_lr=0.1, inner_steps=1, first_order=True)
@@ -549,7 +603,7 @@ def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     mode = network.training
 
-    accuracies = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=zeroing)
+    accuracies = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=(False, True))
 
     assert not accuracies.requires_grad
     assert network.training == mode and torch.is_grad_enabled()

@@ -4,8 +4,8 @@ Shapes: B tasks, K ways, S support and Q query images per task, I images of C ch
 steps of an evaluation; the parameters of adapted networks have a leading B.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def meta_gradient(
     inner_lr: float | Sequence[Tensor],
     inner_steps: int,
     first_order: bool,
+    zeroing: bool = False,
     adapted: str = "all",
     prototypes: bool = False,
     step_losses: Tensor | None = None,
@@ -38,14 +39,15 @@ def meta_gradient(
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
-        inner_lr, adapted, prototypes, step_losses: as in learner.py.
+        inner_lr, zeroing, adapted, prototypes, step_losses: as in learner.py.
         tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
-    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "adapted": adapted}
-    function = partial(_outer_gradient, **knobs, prototypes=prototypes, step_losses=step_losses)
+    knobs = {"inner_lr": inner_lr, "steps": inner_steps, "first_order": first_order, "zeroing": zeroing}
+    knobs |= {"adapted": adapted, "prototypes": prototypes}
+    function = partial(_outer_gradient, step_losses=step_losses, **knobs)
     gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
     parameters = [*network.parameters(), *_rates(inner_lr)]
@@ -59,22 +61,15 @@ def step_accuracies(
     network: nn.Module,
     tasks: Task,
     *,
-    inner_lr: float | Sequence[Tensor],
-    steps: int,
-    zeroing: bool,
-    adapted: str = "all",
-    prototypes: bool = False,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
+    **knobs: Any,
 ) -> Tensor:
-    """Query accuracy after every inner step 0 .. T, (B, T + 1); with zeroing, adapted from a zeroed head.
-
-    First-order adaptation (the adapted parameters are the same); the network is left as it is.
-    """
-    knobs = {"inner_lr": inner_lr, "steps": steps, "zeroing": zeroing, "adapted": adapted, "prototypes": prototypes}
+    """Query accuracy after every inner step 0 .. T, (modes, B, T + 1); knobs: as in learner.py."""
     chunks = _run(partial(_step_logits, **knobs), network, tasks, tasks_at_once, execute)
-    each_step = [torch.cat(logits) for logits in zip(*chunks, strict=True)]
-    return torch.stack([query_accuracy(logits, tasks.query_labels) for logits in each_step], dim=1)
+    logits = torch.cat([torch.stack(each).unflatten(0, (len(knobs["zeroing"]), -1)) for each in chunks], dim=2)
+    labels = tasks.query_labels.expand(*logits.shape[:2], -1, -1)
+    return query_accuracy(logits.flatten(0, 2), labels.flatten(0, 2)).view(labels.shape[:3]).transpose(1, 2)
 
 
 def _run(
@@ -92,80 +87,89 @@ def _run(
 
 
 def _outer_gradient(
-    network: nn.Module,
-    tasks: Task,
-    *,
-    inner_lr: float | Sequence[Tensor],
-    inner_steps: int,
-    first_order: bool,
-    adapted: str,
-    prototypes: bool,
-    step_losses: Tensor | None,
+    network: nn.Module, tasks: Task, *, steps: int, step_losses: Tensor | None, **knobs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K)."""
-    initial = _copies(network, len(tasks.support))  # theta_n <- theta
-    module, theta, names, tasks = _start(network, initial, tasks, adapted, prototypes)
+    theta = _copies(network, len(tasks.support))
     outer = 0.0
-    for step in range(inner_steps):
-        theta = theta | _step(module, theta, names, tasks, inner_lr, first_order)
-        if step_losses is not None or step == inner_steps - 1:
-            logits = _outputs(module, theta, tasks.query)
+    encode = cache(partial(_features, network, theta))
+    for step, query_logits in enumerate(_adapt(network, theta, tasks, encode, steps=steps, **knobs)):
+        if step == steps or (step > 0 and step_losses is not None):
+            logits = query_logits()
             losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
-            outer = losses if step_losses is None else outer + step_losses[step] * losses
-    leaves, rates = list(initial.values()), _rates(inner_lr)
+            outer = losses if step_losses is None else outer + step_losses[step - 1] * losses
+    leaves, rates = list(theta.values()), _rates(knobs["inner_lr"])
     gradients = torch.autograd.grad(outer.sum(), [*leaves, *rates], materialize_grads=True)
     summed = [*(each.sum(0) for each in gradients[: len(leaves)]), *gradients[len(leaves) :]]
     return torch.cat([each.flatten() for each in summed]), losses.detach(), logits.detach()
 
 
-def _step_logits(
-    network: nn.Module,
-    tasks: Task,
-    *,
-    inner_lr: float | Sequence[Tensor],
-    steps: int,
-    zeroing: bool,
-    adapted: str,
-    prototypes: bool,
-) -> tuple[Tensor, ...]:
-    """The query logits after every inner step, T + 1 times (B, Q, K)."""
-    initial = _copies(network, len(tasks.support))
-    with torch.no_grad():
-        if zeroing:
-            for name in initial:
-                if name.startswith("head."):
-                    initial[name].zero_()
-        module, theta, names, tasks = _start(network, initial, tasks, adapted, prototypes and not zeroing)
-    logits = []
-    for step in range(steps + 1):
-        if step > 0:
-            theta = theta | _step(module, theta, names, tasks, inner_lr, first_order=True)
-        theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
-        with torch.no_grad():
-            logits.append(_outputs(module, theta, tasks.query))
+def _step_logits(network: nn.Module, tasks: Task, *, zeroing: Sequence[bool], **knobs: Any) -> tuple[Tensor, ...]:
+    """The query logits of one mode after every inner step, then of the next: T + 1 times (B, Q, K) each.
+
+    First-order adaptation (the adapted parameters are the same); the network is left as it is.
+    """
+    theta, logits = _copies(network, len(tasks.support)), []
+    encode = cache(torch.no_grad()(partial(_features, network, theta)))
+    for zero in zeroing:
+        for query_logits in _adapt(network, theta, tasks, encode, first_order=True, zeroing=zero, **knobs):
+            with torch.no_grad():
+                logits.append(query_logits())
     return tuple(logits)
 
 
-def _start(
-    network: nn.Module, theta: Parameters, tasks: Task, adapted: str, prototypes: bool
-) -> tuple[nn.Module, Parameters, list[str], Task]:
-    """A module, its parameters and which of them adapt, and its tasks: images, or features (B, I, d) for the head."""
-    encoder, head = (
-        {name.removeprefix(part): p for name, p in theta.items() if name.startswith(part)}
-        for part in ("encoder.", "head.")
-    )
-    if prototypes:
-        support = _outputs(network.encoder, encoder, tasks.support)
-        start = prototype_head(support, tasks.support_labels, network.head.out_features)
-        head = {name: start[name] for name in head}
-    if adapted == "head":
-        support, query = (_outputs(network.encoder, encoder, images) for images in (tasks.support, tasks.query))
-        return network.head, head, list(head), tasks._replace(support=support, query=query)
-    if prototypes:  # of theta, of which theta_n is a copy: no inner gradient goes through them
-        theta = {name: p.view_as(p) for name, p in theta.items()}
-        theta |= {f"head.{name}": p for name, p in head.items()}
-    names = [name for name in theta if adapted == "all" or name.startswith("encoder.")]
-    return network, theta, names, tasks
+def _features(network: nn.Module, theta: Parameters, images: Tensor) -> Tensor:
+    """(B, I, C, H, W) -> (B, I, d)"""
+    encoder = {name.removeprefix("encoder."): p for name, p in theta.items() if name.startswith("encoder.")}
+    return _outputs(network.encoder, encoder, images)
+
+
+def _adapt(
+    network: nn.Module,
+    initial: Parameters,
+    tasks: Task,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    inner_lr: float | Sequence[Tensor],
+    steps: int,
+    first_order: bool,
+    zeroing: bool,
+    adapted: str = "all",
+    prototypes: bool = False,
+) -> Iterator[Callable[[], Tensor]]:
+    """After inner step 0, 1, .. N: what computes the logits of the queries, (B, Q, K).
+
+    encode: images (B, I, C, H, W) to their features at theta (B, I, d); each set of images passes it once.
+    """
+    # As a view, so that no inner gradient goes through the features of theta that the head was made of.
+    theta = {name: p.view_as(p) for name, p in initial.items()}  # theta_n <- theta
+    heads = [name for name in theta if name.startswith("head.")]
+    if zeroing:
+        theta |= {name: torch.zeros_like(theta[name]).requires_grad_() for name in heads}  # w <- 0
+    elif prototypes:
+        start = prototype_head(encode(tasks.support), tasks.support_labels, network.head.out_features)
+        theta |= {name: start[name.removeprefix("head.")].requires_grad_() for name in heads}
+    names = [name for name in theta if adapted == "all" or name.startswith(f"{adapted}.")]
+    eta = dict(zip(names, _rates(inner_lr) or [inner_lr] * len(names), strict=True))
+
+    def logits(images: Tensor) -> Tensor:
+        return _outputs(network, theta, images)
+
+    def at_theta(images: Tensor) -> Tensor:
+        head = {name.removeprefix("head."): theta[name] for name in heads}
+        return _outputs(network.head, head, encode(images))
+
+    yield partial(at_theta, tasks.query)
+    for step in range(1, steps + 1):
+        head_alone = adapted == "head" or (
+            adapted == "all" and zeroing and step == 1
+        )  # (P - T) w = 0: the encoder stays
+        outputs, names = (at_theta, heads) if head_alone else (logits, list(eta))
+        loss = _losses(outputs(tasks.support), tasks.support_labels).sum()
+        gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not first_order)
+        moved = {name: theta[name] - eta[name] * g for name, g in zip(names, gradients, strict=True)}
+        theta = theta | moved  # theta_n <- theta_n - eta grad L(theta_n, S_n)
+        yield partial(outputs, tasks.query)
 
 
 def _copies(network: nn.Module, tasks: int) -> Parameters:
@@ -178,23 +182,6 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
 def _rates(inner_lr: float | Sequence[Tensor]) -> list[Tensor]:
     """The inner_lr that are learned."""
     return [] if isinstance(inner_lr, float | int) else list(inner_lr)
-
-
-def _step(
-    module: nn.Module,
-    theta: Parameters,
-    names: list[str],
-    tasks: Task,
-    inner_lr: float | Sequence[Tensor],
-    first_order: bool,
-) -> Parameters:
-    """What adapts, moved. First order: the inner gradient is a constant, so that d theta_n / d theta is 1."""
-    losses = _losses(_outputs(module, theta, tasks.support), tasks.support_labels)
-    before = [theta[name] for name in names]
-    gradients = torch.autograd.grad(losses.sum(), before, create_graph=not first_order)
-    etas = _rates(inner_lr) or [inner_lr] * len(names)
-    moved = (p - eta * g for p, eta, g in zip(before, etas, gradients, strict=True))
-    return dict(zip(names, moved, strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

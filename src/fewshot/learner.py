@@ -3,7 +3,8 @@
 Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T steps of an evaluation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from learn2learn import clone_module
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor, nn
 
-from fewshot.models import prototype_head, zero_head
+from fewshot.models import prototype_head
 from fewshot.tasks import Task, query_accuracy
+
+OfImages = Callable[[Tensor], Tensor]
 
 
 def meta_gradient(
@@ -23,6 +26,7 @@ def meta_gradient(
     inner_lr: float | Sequence[Tensor],
     inner_steps: int,
     first_order: bool,
+    zeroing: bool = False,
     adapted: str = "all",
     prototypes: bool = False,
     step_losses: Tensor | None = None,
@@ -31,93 +35,114 @@ def meta_gradient(
 
     Args:
         inner_lr: eta, or one tensor for each parameter that adapts, whose .grad is added to as well (Meta-SGD).
+        zeroing: each task begins with w = 0, a constant, so the network's own head gets a gradient of zero; the first
+            inner step takes one forward pass of the support, since it moves the head alone (method.md 2.6).
         adapted: what the inner loop does: "all", the "head" (EFIL, method.md section 1) or the "encoder" alone (BOIL).
         prototypes: each task begins with the head of models.prototype_head, in place of the network's.
         step_losses: v_1 .. v_N, by which the query losses after each inner step count (MAML++); None: the last alone.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
+    knobs = {"inner_lr": inner_lr, "first_order": first_order, "adapted": adapted, "prototypes": prototypes}
     losses, logits = [], []
     for task in _each(tasks):
-        learner, theta_n, task = _start(network, task, inner_lr, first_order, adapted, prototypes)  # theta_n <- theta
         outer = 0.0
-        for step in range(inner_steps):
-            learner.adapt(_support_loss(theta_n, task))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-            if step_losses is not None or step == inner_steps - 1:
-                prediction = theta_n(task.query)
+        steps = _adapt(network, task, cache(network.encoder), steps=inner_steps, zeroing=zeroing, **knobs)
+        for step, query_logits in enumerate(steps):
+            if step == inner_steps or (step > 0 and step_losses is not None):
+                prediction = query_logits()
                 loss = F.cross_entropy(prediction, task.query_labels)
-                outer = loss if step_losses is None else outer + step_losses[step] * loss
+                outer = loss if step_losses is None else outer + step_losses[step - 1] * loss
         (outer / len(tasks.support)).backward()  # grad_theta L(theta_n, Q_n); one task's graph at a time
         losses.append(loss.detach())
         logits.append(prediction.detach())
-    for parameter in network.parameters():  # a head that prototypes stand in for has no part in the loss
+    learned = [] if isinstance(inner_lr, float | int) else inner_lr
+    for parameter in (*network.parameters(), *learned):  # a head that another stands in for has no part in the loss
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)
 
 
-def step_accuracies(network: nn.Module, tasks: Task, **knobs: Any) -> Tensor:
-    """Query accuracy after every inner step 0 .. T, (B, T + 1); knobs: of step_logits."""
-    logits = step_logits(network, tasks, **knobs)
-    return torch.stack([query_accuracy(each, tasks.query_labels) for each in logits.unbind(1)], dim=1)
+def step_accuracies(network: nn.Module, tasks: Task, *, zeroing: Sequence[bool], **knobs: Any) -> Tensor:
+    """Query accuracy after every inner step 0 .. T, (modes, B, T + 1).
+
+    zeroing: for each mode whether tasks begin with w = 0; together they cost less, for they share theta's features.
+    knobs: of step_logits.
+    """
+    accuracies = []
+    for task in _each(tasks):
+        encode = cache(torch.no_grad()(network.encoder))
+        logits = torch.stack([_step_logits(network, task, encode, zeroing=zero, **knobs) for zero in zeroing])
+        labels = task.query_labels.expand(*logits.shape[:2], -1)
+        accuracies.append(query_accuracy(logits.flatten(0, 1), labels.flatten(0, 1)).view(labels.shape[:2]))
+    return torch.stack(accuracies, dim=1)
 
 
-def step_logits(
-    network: nn.Module,
-    tasks: Task,
-    *,
-    inner_lr: float | Sequence[Tensor],
-    steps: int,
-    zeroing: bool,
-    adapted: str = "all",
-    prototypes: bool = False,
-    first: int = 0,
-) -> Tensor:
+def step_logits(network: nn.Module, tasks: Task, *, first: int = 0, **knobs: Any) -> Tensor:
     """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K).
 
-    With zeroing, adapted from a zeroed head. First-order adaptation (the adapted parameters are the same); the network
-    is left as it is.
+    First-order adaptation (the adapted parameters are the same); the network is left as it is.
+
+    knobs: steps (T); inner_lr, zeroing, adapted and prototypes as meta_gradient has them.
     """
     logits = []
     for task in _each(tasks):
-        learner, theta_n, task = _start(network, task, inner_lr, True, adapted, prototypes, zeroing)
-        for step in range(steps + 1):
-            if step > 0:
-                learner.adapt(_support_loss(theta_n, task))
-            if step >= first:
-                with torch.no_grad():
-                    logits.append(theta_n(task.query))
-    return torch.stack(logits).unflatten(0, (-1, steps + 1 - first))
+        logits.append(_step_logits(network, task, cache(torch.no_grad()(network.encoder)), first=first, **knobs))
+    return torch.stack(logits)
 
 
-def _start(
+def _step_logits(network: nn.Module, task: Task, encode: OfImages, *, first: int = 0, **knobs: Any) -> Tensor:
+    """(T + 1 - first, Q, K)"""
+    logits = []
+    for step, query_logits in enumerate(_adapt(network, task, encode, first_order=True, **knobs)):
+        if step >= first:
+            with torch.no_grad():
+                logits.append(query_logits())
+    return torch.stack(logits)
+
+
+def _adapt(
     network: nn.Module,
     task: Task,
+    encode: OfImages,
+    *,
     inner_lr: float | Sequence[Tensor],
+    steps: int,
     first_order: bool,
-    adapted: str,
-    prototypes: bool,
-    zeroing: bool = False,
-) -> tuple[MAML | MetaSGD, nn.Module, Task]:
-    """What adapts, what it is a part of, and the latter's task: images, or features where the head alone adapts."""
-    initial, network = network, clone_module(network)
+    zeroing: bool,
+    adapted: str = "all",
+    prototypes: bool = False,
+) -> Iterator[Callable[[], Tensor]]:
+    """After inner step 0, 1, .. N: what computes the logits of the queries, (Q, K).
+
+    encode: images to their features at theta; each set of images passes it once.
+    """
+    theta_n = clone_module(network)  # theta_n <- theta
+    start = {}
     if zeroing:
-        zero_head(network.head)
+        start = {name: torch.zeros_like(w) for name, w in network.head.named_parameters()}  # w <- 0
     elif prototypes:  # of theta, of which theta_n is a copy: no inner gradient goes through them
-        start = prototype_head(initial.encoder(task.support), task.support_labels, network.head.out_features)
-        network.head._parameters.update({name: start[name] for name, _ in network.head.named_parameters()})
-    if adapted == "head":
-        task = task._replace(support=network.encoder(task.support), query=network.encoder(task.query))
-        network = network.head
-    part = network.encoder if adapted == "encoder" else network
-    if isinstance(inner_lr, float | int):
-        # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
-        return MAML(part, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False), network, task
-    return MetaSGD(part, lrs=inner_lr, first_order=first_order), network, task
+        start = prototype_head(encode(task.support), task.support_labels, network.head.out_features)
+    for name, _ in network.head.named_parameters() if start else ():
+        theta_n.head._parameters[name] = start[name].requires_grad_()
+
+    def at_theta(images: Tensor) -> Tensor:
+        return theta_n.head(encode(images))
+
+    yield partial(at_theta, task.query)
+    for step in range(1, steps + 1):
+        part = "head" if adapted == "all" and zeroing and step == 1 else adapted  # (P - T) w = 0: the encoder stays
+        logits, moving = at_theta if part == "head" else theta_n, theta_n if part == "all" else getattr(theta_n, part)
+        if isinstance(inner_lr, float | int):
+            # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
+            learner = MAML(moving, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False)
+        else:
+            names = [name for name, _ in network.named_parameters() if adapted == "all" or name.startswith(adapted)]
+            etas = [eta for name, eta in zip(names, inner_lr, strict=True) if part == "all" or name.startswith(part)]
+            learner = MetaSGD(moving, lrs=etas, first_order=first_order)
+        loss = F.cross_entropy(logits(task.support), task.support_labels)
+        learner.adapt(loss)  # theta_n <- theta_n - eta grad L(theta_n, S_n)
+        yield partial(logits, task.query)
 
 
 def _each(tasks: Task) -> list[Task]:
     return [Task(*fields) for fields in zip(*tasks, strict=True)]
-
-
-def _support_loss(network: nn.Module, task: Task) -> Tensor:
-    return F.cross_entropy(network(task.support), task.support_labels)

@@ -80,6 +80,8 @@ class MetaLearner(pl.LightningModule):
         inner_steps: N.
         test_steps: T >= N, steps of the evaluation.
         first_order: FOMAML; else SOMAML.
+        zeroing: the head is zero whenever the inner loop begins, as callbacks.ZeroHead sees to; saves the first inner
+            step's backward pass, and the head needs no outer gradient.
         adapted: what the inner loop adapts, "all", the "head" or the "encoder" alone.
         head: where it starts, "learned", "shared" (one learned row for all classes) or "prototypes".
         step_losses: outer updates until the last query loss alone counts, see `step_weights`; None: always.
@@ -98,6 +100,7 @@ class MetaLearner(pl.LightningModule):
         inner_steps: int,
         test_steps: int,
         first_order: bool,
+        zeroing: bool,
         adapted: str,
         head: str,
         step_losses: int | None,
@@ -112,8 +115,8 @@ class MetaLearner(pl.LightningModule):
         self.network = network
         self.engine, self.tasks_at_once = engine, tasks_at_once
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
-        self.first_order, self.adapted, self.head, self.outer_lr = first_order, adapted, head, outer_lr
-        self.step_losses = step_losses
+        self.first_order, self.zeroing, self.step_losses = first_order, zeroing, step_losses
+        self.adapted, self.head, self.outer_lr = adapted, head, outer_lr
         if head == "shared":
             share_rows(network.head)
         adapts = network if adapted == "all" else getattr(network, adapted)
@@ -138,6 +141,7 @@ class MetaLearner(pl.LightningModule):
             inner_steps=cfg.inner_steps,
             test_steps=cfg.test_steps,
             first_order=cfg.algo.first_order,
+            zeroing=cfg.get("zeroing", cfg.algo.zeroing),
             adapted=cfg.algo.adapted,
             head=cfg.algo.head,
             step_losses=cfg.algo.step_losses,
@@ -165,7 +169,7 @@ class MetaLearner(pl.LightningModule):
         self._step_accuracies = partial(engine.step_accuracies, **how)
         if engine is batched and device == "cpu" and drops(self.network):
             how["execute"] = one_by_one  # threads would draw from the one generator in any order
-        self._meta_gradient = partial(engine.meta_gradient, **how)
+        self._meta_gradient = partial(engine.meta_gradient, zeroing=self.zeroing, **how)
         self._step_weights = torch.zeros(self.inner_steps, device=self.trainer.strategy.root_device)
         if self.noise is not None:
             terms = {"noise": self.noise, "interference": self.interference}
@@ -269,8 +273,8 @@ class MetaLearner(pl.LightningModule):
         zero = self.head != "prototypes" and not any(parameter.any() for parameter in self.network.head.parameters())
         accuracies = partial(self._step_accuracies, self.network, tasks, inner_lr=self._inner_lr, steps=self.test_steps)
         with self._one_line_out_of_memory(tasks):
-            on = accuracies(zeroing=True).cpu()
-            return {"zeroing_off": on if zero else accuracies(zeroing=False).cpu(), "zeroing_on": on}
+            modes = accuracies(zeroing=(True,) if zero else (False, True)).cpu()
+        return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}
 
     @contextmanager
     def _one_line_out_of_memory(self, tasks: Task) -> Iterator[None]:
