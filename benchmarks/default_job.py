@@ -86,8 +86,7 @@ def evaluation(network: torch.nn.Module, tasks: Task, knobs: dict, test_steps: i
             began = time.perf_counter()
             engine.meta_gradient(network, tasks, **knobs)
             trained = time.perf_counter()
-            evaluation = {"inner_lr": knobs["inner_lr"], "steps": test_steps, "zeroing": (False, True)}
-            engine.step_accuracies(network, tasks, **evaluation)
+            engine.step_accuracies(network, tasks, inner_lr=knobs["inner_lr"], steps=test_steps, zeroing=(False, True))
             seconds.setdefault(f"{name} training", []).append(trained - began)
             seconds.setdefault(f"{name} evaluation", []).append(time.perf_counter() - trained)
     for what, each in seconds.items():
