@@ -19,8 +19,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from fewshot.surroundings import settle
+
+if __name__ == "__main__":
+    settle()  # as train.py does, before torch is there
+
 import peers
 import torch
+from apart import Apart
 from instruments import MIB, Machine, Traffic, launches, relative_error
 from rich.console import Console
 from rich.table import Table
@@ -41,10 +47,11 @@ ENGINES: dict[str, Callable] = {
     "higher": peers.higher_loop,
     "torchopt": peers.torchopt_loop,
 }
-CONTESTANTS = (*ENGINES, "jax")
+AS_IS = "learn2learn as it is"  # on a CPU: without the kept memory and sleeping threads that all others have here
+CONTESTANTS = (*ENGINES, AS_IS, "jax")
 OURS = ("sequential", "batched", "eager", "im2col")
-ON_GPU_ONLY = ("eager", "im2col")
-BASELINE = "learn2learn"
+ON_GPU_ONLY, ON_CPU_ONLY = ("eager", "im2col"), (AS_IS,)
+BASELINE = "learn2learn"  # on a CPU as it is, if that takes part
 # Of the others: colours of Okabe and Ito, told apart by the colour-blind, and marks.
 LOOKS = (
     ("#0072B2", "o"),
@@ -54,6 +61,7 @@ LOOKS = (
     ("#E69F00", "s"),
     ("#56B4E9", "P"),
     ("#999999", "X"),
+    ("#000000", "|"),
 )
 QUERIES = 15  # per class
 TURN = 0.2  # seconds; a contestant repeats a shorter step until its turn is as long
@@ -166,29 +174,37 @@ def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int
             if name in OURS:
                 raise
             print(f"{name} is left out of {setting.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    seconds = {name: [] for name in entered}
+    seconds, processor = {name: [] for name in entered}, {name: [] for name in entered}
     began = time.perf_counter()
     for turn in range(rounds):
         order = list(entered)[turn % len(entered) :] + list(entered)[: turn % len(entered)]
         for name in order:
-            seconds[name].append(machine.seconds(entered[name], times[name]))
+            apart = isinstance(entered[name], Apart)
+            wall, busy = (entered[name].timed if apart else partial(machine.timed, entered[name]))(times[name])
+            seconds[name].append(wall)
+            processor[name].append(busy)
         if turn >= 2 and time.perf_counter() - began > cap:
             break
+    baseline = AS_IS if AS_IS in entered else BASELINE
     for name, row in rows.items():
         median = statistics.median(seconds[name])
-        ratios = [theirs / own for theirs, own in zip(seconds.get(BASELINE, []), seconds[name], strict=False)]
+        ratios = [theirs / own for theirs, own in zip(seconds.get(baseline, []), seconds[name], strict=False)]
         row |= {
             "setting": setting.name,
             "contestant": name,
             "milliseconds": 1000 * median,
             "tasks_per_second": setting.tasks / median,
+            "processor_milliseconds": 1000 * statistics.median(processor[name]),
             "speedup": statistics.median(ratios) if ratios else None,
-            "relative_error": relative_error(entered[name].gradients(), exact),
+            "relative_error": None if name == AS_IS else relative_error(entered[name].gradients(), exact),
             "times_floor": median / floor,
             "round_milliseconds": [1000 * each for each in seconds[name]],
+            "round_processor_milliseconds": [1000 * each for each in processor[name]],
             "gflop": flops / 1e9,
             "mib_moved": traffic / MIB,
         }
+        if name == AS_IS:
+            entered[name].close()
     return list(rows.values())
 
 
@@ -197,6 +213,10 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
 
     On a GPU memory is the peak of the warm-up, in which a CUDA graph is captured: replaying one allocates nothing.
     """
+    if name == AS_IS:
+        contestant = Apart(setting.name, setting.tasks, torch.get_num_threads())
+        contestant.timed(1)
+        return contestant, max(1, round(TURN / contestant.timed(1)[0])), {"kernels": None, "peak_mib": None}
     network, tasks = setting.start(machine.device)
     if name == "jax":
         contestant = peers.Jax(network, tasks, **setting.knobs, tf32=machine.tf32)
@@ -231,18 +251,19 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
 
 def table(title: str, rows: list[dict]) -> Table:
     table = Table(title=title, title_justify="left")
-    headings = ("", "ms", "tasks/s", "speed-up", "peak MiB", "kernels", "rel. error", "x floor", "rounds")
+    headings = ("", "ms", "CPU ms", "tasks/s", "speed-up", "peak MiB", "kernels", "rel. error", "x floor", "rounds")
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         table.add_row(
             row["contestant"],
             f"{row['milliseconds']:.1f}",
+            f"{row['processor_milliseconds']:.1f}",
             f"{row['tasks_per_second']:.1f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}",
-            f"{row['peak_mib']:.1f}",
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
             "" if row["kernels"] is None else str(row["kernels"]),
-            f"{row['relative_error']:.1e}",
+            "" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
             f"{row['times_floor']:.1f}",
             str(len(row["round_milliseconds"])),
         )
@@ -266,6 +287,7 @@ def draw(files: list[Path], png: Path) -> None:
         others = [name for name in CONTESTANTS if name != BASELINE]
         for place, (contestant, (colour, marker)) in enumerate(zip(others, LOOKS, strict=True)):
             rows = [row for row in each["rows"] if row["contestant"] == contestant and row["speedup"]]
+            rows = [] if contestant == AS_IS else rows  # one, as what all are held against
             if not rows:
                 continue
             heights = [names.index(row["setting"]) + 0.12 * (place - 2) for row in rows]  # side by side where equal
@@ -306,10 +328,11 @@ def main() -> None:
         draw(arguments.draw, arguments.png)
         return
     asked = (arguments.contestants or ",".join(CONTESTANTS)).split(",")
-    if not arguments.contestants and arguments.device == "cpu":
-        asked = [name for name in asked if name not in ON_GPU_ONLY]
+    elsewhere = ON_GPU_ONLY if arguments.device == "cpu" else ON_CPU_ONLY
+    if not arguments.contestants:
+        asked = [name for name in asked if name not in elsewhere]
     names = [name for name in CONTESTANTS if name in asked]
-    for absent in [name for name in names if name not in OURS and not importlib.util.find_spec(name)]:
+    for absent in [name for name in names if name not in OURS and not importlib.util.find_spec(name.split()[0])]:
         print(f"{absent} is skipped: not installed here; pip install {absent}")
         names.remove(absent)
     machine = Machine(arguments.device, arguments.threads, tf32=arguments.precision == "tf32")
