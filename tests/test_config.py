@@ -24,11 +24,6 @@ PHOTOS = ("cifarfs", "fc100", "miniimagenet", "tieredimagenet", "folder")
 ROOT = "dataset.root=photos"  # one's own photos have no default place; whether it exists is not for the YAML to say
 
 
-def compose(*overrides):
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose("config", overrides=list(overrides))
-
-
 def valid(override):
     """The overrides that make a valid configuration with that file."""
     if override == "model=module":
@@ -50,7 +45,7 @@ def complaint(cfg):
 
 @pytest.mark.parametrize("override", CONFIGS)
 def test_every_file_composes_and_is_valid(override):
-    cfg = compose(*valid(override))
+    cfg = composed(*valid(override))
     check(cfg)
     settings(cfg)  # every interpolation resolves
 
@@ -64,7 +59,7 @@ def test_the_promised_files_are_there():
 
 @pytest.mark.parametrize("override", [each for each in CONFIGS if each.startswith("dataset=")])
 def test_a_dataset_file_says_what_the_checks_need(override):
-    data = compose(override).dataset
+    data = composed(override).dataset
     assert data.name == override.removeprefix("dataset=")
     assert list(data.classes) == ["train", "val", "test"]
     assert len(data.mean) == len(data.std) == data.channels
@@ -83,29 +78,29 @@ def test_later_groups_win_over_earlier_ones(tmp_path):
         (tmp_path / group / "own.yaml").write_text(f"# @package _global_\n{below}shots: {value}\n")
 
     def shots(*groups, last=()):
-        return compose(f"hydra.searchpath=[file://{tmp_path}]", *(f"{group}=own" for group in groups), *last).shots
+        return composed(f"hydra.searchpath=[file://{tmp_path}]", *(f"{group}=own" for group in groups), *last).shots
 
-    assert compose().shots == 1
+    assert composed().shots == 1
     for n in range(1, len(order) + 1):
         assert shots(*order[:n]) == n + 1
     assert shots(*order, last=["shots=5"]) == 5
 
 
 def test_the_shipped_files_win_in_that_order_too():
-    assert compose("algo=zero_init").init_scale == 0  # algo over base
-    assert compose("algo=zero_init", "init_scale=0.5").init_scale == 0.5  # command line over algo
-    assert compose("dataset=cifarfs").inner_lr == 0.01  # dataset over base
-    assert compose("dataset=cifarfs").model.name == "conv4_pooled"  # dataset over model's default
-    assert compose("dataset=cifarfs", "model=conv4_strided").model.name == "conv4_strided"
-    assert compose("dataset=omniglot").val_every == 100
-    paper = compose("experiment=paper_omniglot_5w1s")  # experiment over dataset
+    assert composed("algo=zero_init").init_scale == 0  # algo over base
+    assert composed("algo=zero_init", "init_scale=0.5").init_scale == 0.5  # command line over algo
+    assert composed("dataset=cifarfs").inner_lr == 0.01  # dataset over base
+    assert composed("dataset=cifarfs").model.name == "conv4_pooled"  # dataset over model's default
+    assert composed("dataset=cifarfs", "model=conv4_strided").model.name == "conv4_strided"
+    assert composed("dataset=omniglot").val_every == 100
+    paper = composed("experiment=paper_omniglot_5w1s")  # experiment over dataset
     assert (paper.dataset.name, paper.val_every, paper.test_every) == ("omniglot", 30, 30)
-    assert compose("experiment=paper_omniglot_5w1s", "val_every=50").val_every == 50
-    assert compose("experiment=paper_omniglot_5w1s", "dataset=glyphs").dataset.name == "glyphs"
+    assert composed("experiment=paper_omniglot_5w1s", "val_every=50").val_every == 50
+    assert composed("experiment=paper_omniglot_5w1s", "dataset=glyphs").dataset.name == "glyphs"
 
 
 def test_the_paper_experiment_has_the_papers_settings():
-    cfg = compose("experiment=paper_omniglot_5w1s")
+    cfg = composed("experiment=paper_omniglot_5w1s")
     expected = {
         "ways": 5, "shots": 1, "queries": 15, "inner_steps": 2, "test_steps": 3, "inner_lr": 0.4, "outer_lr": 0.001,
         "meta_batch_size": 32, "iterations": 3000, "test_every": 30, "init_scale": 1,
@@ -115,11 +110,11 @@ def test_the_paper_experiment_has_the_papers_settings():
 
 
 def test_the_cosine_similarity_experiment_is_a_sweep_of_one_task():
-    cfg = compose("experiment=cosine_similarity")
+    cfg = composed("experiment=cosine_similarity")
     expected = {"ways": 5, "shots": 10, "queries": 10, "meta_batch_size": 1, "iterations": 101, "inner_steps": 2}
     assert {knob: cfg[knob] for knob in expected} == expected
     assert (cfg.dataset.name, cfg.dataset.tasks) == ("omniglot", "one_task")
-    photos = compose("experiment=cosine_similarity", "dataset=cifarfs")
+    photos = composed("experiment=cosine_similarity", "dataset=cifarfs")
     assert (photos.dataset.tasks, photos.inner_lr, photos.meta_batch_size) == ("one_task", 0.01, 1)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         whole = hydra.compose("config", overrides=["experiment=cosine_similarity"], return_hydra_config=True)
@@ -129,7 +124,7 @@ def test_the_cosine_similarity_experiment_is_a_sweep_of_one_task():
 
 @pytest.mark.parametrize("dataset", PHOTOS)
 def test_photo_datasets_have_the_papers_settings(dataset):
-    cfg = compose(f"dataset={dataset}")
+    cfg = composed(f"dataset={dataset}")
     assert (cfg.model.name, cfg.inner_lr, cfg.inner_steps, cfg.test_steps) == ("conv4_pooled", 0.01, 5, 10)
     assert cfg.meta_batch_size == 4
 
@@ -142,13 +137,13 @@ def test_photo_datasets_have_the_papers_settings(dataset):
     [("glyphs", 1, 3), ("glyphs", 3, 3), ("glyphs", 7, 7), ("cifarfs", 1, 10), ("folder", 5, 10), ("folder", 12, 12)],
 )
 def test_test_steps_follow_inner_steps(dataset, inner_steps, test_steps):
-    cfg = compose(*valid(f"dataset={dataset}"), f"inner_steps={inner_steps}")
+    cfg = composed(*valid(f"dataset={dataset}"), f"inner_steps={inner_steps}")
     check(cfg)
     assert cfg.test_steps == test_steps
 
 
 def test_explicit_test_steps_stand():
-    cfg = compose("inner_steps=1", "test_steps=1")
+    cfg = composed("inner_steps=1", "test_steps=1")
     check(cfg)
     assert cfg.test_steps == 1
 
@@ -184,16 +179,16 @@ def test_algorithm_and_zeroing_in_every_pairing(overrides, first_order, zeroing)
 
 
 def test_settings_do_not_tell_how_zeroing_was_asked_for():
-    assert settings(compose("algo=zero")) == settings(compose("algo=fomaml", "+zeroing=true"))
-    assert settings(compose("algo=zero")) != settings(compose("algo=fomaml"))
+    assert settings(composed("algo=zero")) == settings(composed("algo=fomaml", "+zeroing=true"))
+    assert settings(composed("algo=zero")) != settings(composed("algo=fomaml"))
 
 
 @pytest.mark.parametrize("override", ["algo=fomaml", *(each for each in CONFIGS if "experiment=" in each)])
 def test_nothing_takes_the_place_of_plus_zeroing(override):
     """Hydra refuses `+zeroing=true` where there is a top-level key or a config group of that name."""
-    assert "zeroing" not in compose(override)
+    assert "zeroing" not in composed(override)
     assert not (CONF / "zeroing").exists()
-    assert compose(override, "+zeroing=true").callbacks.zero_head.enabled is True
+    assert composed(override, "+zeroing=true").callbacks.zero_head.enabled is True
 
 
 # Mistakes
@@ -425,13 +420,13 @@ def test_what_is_just_right_passes(command):
 )
 def test_hydra_refuses_an_unknown_key(override, said):
     with pytest.raises(ConfigCompositionException, match=said):
-        compose(override)
+        composed(override)
 
 
 @pytest.mark.parametrize("group", ["algo", "dataset", "model", "trainer", "logger", "experiment"])
 def test_hydra_names_the_choices_of_a_group(group):
     with pytest.raises(MissingConfigException) as error:
-        compose(f"{group}=nope")
+        composed(f"{group}=nope")
     for path in (CONF / group).glob("*.yaml"):
         assert path.stem in str(error.value)
 

@@ -405,8 +405,8 @@ def test_channels_that_no_image_has(root, load):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared CIFAR-FS is not here")
-def test_real_cifarfs(load):
-    splits = load(SHARED / "cifarfs.zip", size=32)
+def test_real_cifarfs(cache):
+    splits = folder.load(root=str(SHARED / "cifarfs.zip"), size=32, channels=3, cache=str(cache))
     assert {name: len(split.names) for name, split in splits.items()} == {"train": 64, "val": 16, "test": 20}
     assert splits["train"].images.shape == (12800, 3, 32, 32)
     assert (splits["test"].counts == 200).all()

@@ -18,8 +18,8 @@ CONF = Path(__file__).parents[1] / "conf" / "dataset" / "glyphs.yaml"
 
 
 @pytest.fixture(scope="module")
-def splits():
-    return glyphs._build(28)
+def splits(cache):
+    return glyphs.load(size=28, cache=str(cache))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,8 @@ def test_no_two_letters_are_near_twins(drawings):
     assert np.nanpercentile(pairs, 75, axis=0).max() < 0.94 + slack
 
 
-def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, capsys):
+def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(glyphs, "_build", lambda size: splits)
     prepare.main(["prepare", f"dataset.cache={tmp_path}"])
     assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 1

@@ -398,11 +398,11 @@ def test_random1200_is_drawn_by_its_own_seed():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared Omniglot is not here")
-def test_real_omniglot(load):
-    splits = load(SHARED)
+def test_real_omniglot(load, cache):
+    splits = load(SHARED, cache=cache)
     assert {name: len(split.names) for name, split in splits.items()} == {"train": 1028, "val": 172, "test": 423}
     assert all((split.counts == 20).all() for split in splits.values())
     assert len({name for split in splits.values() for name in split.names}) == 1623
     ink = 1 - splits["train"].images.float().mean() / 255
     assert 0.05 < ink < 0.12
-    assert same(load(SHARED), splits)
+    assert same(load(SHARED, cache=cache), splits)

@@ -101,7 +101,7 @@ def test_a_head_of_one_vector_is_no_head_and_a_bias_that_differs_is_one():
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_a_run_records_and_draws_them_and_is_otherwise_the_same(run, tmp_path, precision):
     knobs = ("iterations=4", f"trainer.precision={precision}")
-    with_probes = rows(run(tmp_path / "with", "probes=true", *knobs))
+    with_probes = rows(run(tmp_path / "with", "probes=true", *knobs, pictures=True))
     without = rows(run(tmp_path / "without", *knobs))
     names = {f"probe/{name}" for name in NAMES}
     assert names <= set(with_probes[0]) and not names & set(without[0])

@@ -18,12 +18,15 @@ from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
 import train
+from fewshot import callbacks, distributed, figures, report, runtime  # noqa: F401  what train.py imports late
 from fewshot.checkpoint import read
 from fewshot.config import CONF, check
+from fewshot.data import module as data_module  # noqa: F401
 from fewshot.errors import UserError
 from fewshot.module import MetaLearner
 from fewshot.signals import Signals
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what they share is computed once
 DDP = ("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iterations=20", "val_every=5", "val_tasks=7")
 
 
@@ -86,6 +89,7 @@ def runs(cache, tmp_path_factory):
 
     small: with rates that are learned too and images that are augmented, which a plain run has less of.
     fomaml, zero: the default job's network.
+    undisturbed: what a run that was killed is to end as.
     """
     wide = "model.width=64 val_every=20 val_tasks=2 test_tasks=2 test_steps=2"
     calls = {"small": "algo=metasgd augment=standard", "fomaml": wide, "zero": f"{wide} algo=zero"}
@@ -95,7 +99,7 @@ def runs(cache, tmp_path_factory):
         for name in calls
         for world in WORLDS[name]
     )
-    fork(folder, cache, *every)
+    fork(folder, cache, *every, ("undisturbed", 2, "seed=3"))
     return folder
 
 
@@ -140,7 +144,7 @@ def test_ranks_and_one_process_part_without_zeroing_and_stay_together_with_it(ru
     assert parted["zero"][19] <= 1e-8 < 1e-3 < parted["fomaml"][19]
 
 
-def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(program, cache, tmp_path):
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(runs, program, main, capfd, tmp_path):
     """Two processes for the job of a sweep; one of them gets a real SIGKILL; one folder and one W&B run come of it."""
     sweep = tmp_path / "sweep"
     call = ("-m", *DDP, "trainer.devices=2", "seed=3", f"hydra.sweep.dir={sweep}")
@@ -158,12 +162,12 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     assert re.search(line, errors) and re.search(line, output)  # at once, and at the end of the sweep
     for pid in ranks:
         assert not Path(f"/proc/{pid}").exists()
-    process = program(*call)
-    output, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 0, output + errors
+    capfd.readouterr()
+    status = main(*call, small=True)
+    output, errors = capfd.readouterr()
+    assert status == 0, output + errors
     (folder,) = (path for path in sweep.iterdir() if path.is_dir())
-    fork(tmp_path / "forked", cache, ("undisturbed", 2, "seed=3"))
-    ended, undisturbed = outcome(folder), outcome(tmp_path / "forked" / "undisturbed")
+    ended, undisturbed = outcome(folder), outcome(runs / "undisturbed")
     for content in (ended, undisturbed):
         del content["results"]["config"]
     assert ended == undisturbed

@@ -1,7 +1,6 @@
 """Calls that are refused: in one line, before torch is imported, with nothing written, whatever is mistyped."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-import train
 from fewshot import ranks, refusals, schema
 from fewshot.config import CONF, GROUPS, check_overrides
 from fewshot.errors import UserError
@@ -93,39 +91,22 @@ def test_a_refused_call_is_one_line_without_torch_and_leaves_nothing(tmp_path):
         assert said == "" and (written == [] or call == "train"), (call, said, written)
 
 
-@pytest.fixture
-def run_main(monkeypatch):
-    """run_main(*arguments): what train.py ends with, in this process, whose logging Hydra would leave another."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-
-    def run_main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            train.main()
-        return ended.value.code
-
-    yield run_main
-    root.setLevel(level)
-    root.handlers[:] = handlers
-
-
-def test_a_call_that_is_refused_after_its_folder_was_made_removes_it(run_main, tmp_path, monkeypatch):
+def test_a_call_that_is_refused_after_its_folder_was_made_removes_it(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.ckpt").write_bytes(b"broken")
     (tmp_path / "mine").mkdir()
     for folder in ("outputs/new", "mine"):
-        line = run_main("checkpoint=broken.ckpt", "fit=false", f"hydra.run.dir={folder}")
+        line = main("checkpoint=broken.ckpt", "fit=false", f"hydra.run.dir={folder}")
         assert line.startswith("checkpoint=") and "cannot be read" in line
     assert not (tmp_path / "outputs").exists() and (tmp_path / "mine").is_dir()
 
 
-def test_a_call_that_is_refused_leaves_the_record_of_the_run_that_is_going_on(run_main, tmp_path):
+def test_a_call_that_is_refused_leaves_the_record_of_the_run_that_is_going_on(main, tmp_path):
     record = tmp_path / ".hydra" / "overrides.yaml"
     record.parent.mkdir()
     record.write_text("- seed=1\n")
     with ranks.locked(tmp_path):
-        assert "is at work on this run" in run_main("seed=2", f"hydra.run.dir={tmp_path}")
+        assert "is at work on this run" in main("seed=2", f"hydra.run.dir={tmp_path}")
     assert record.read_text() == "- seed=1\n" and [path.name for path in record.parent.iterdir()] == [record.name]
 
 

@@ -10,7 +10,7 @@ import sys
 
 import hydra
 import pytest
-from conftest import HANG, halt_when, outcome
+from conftest import HANG, composed, halt_when, outcome
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -283,15 +283,14 @@ SWEEPS = [name for name, text in EXPERIMENTS.items() if "MULTIRUN" in text and "
 def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
     jobs, seen = jobs_of(experiment), set()
     assert len(jobs) > 1
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        for job in jobs:
-            cfg = hydra.compose("config", job)
-            check(cfg)
-            seen.add(identity(settings(cfg)))
+    for job in jobs:
+        cfg = composed(*job)
+        check(cfg)
+        seen.add(identity(settings(cfg)))
     assert len(seen) == len(jobs)
 
 
-def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run, tmp_path, capsys):
+def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, main, run, tmp_path, capsys):
     folder = tmp_path / "sweep"
     knobs = ("iterations=30", "val_every=10")
     call = ("-m", "inner_lr=1e30,0.4", "seed=0,1", *knobs, "logger=none")
@@ -312,9 +311,10 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, run
     written = first.stat().st_mtime_ns
     assert not (job(1)[0] / "results.json").exists() and not (folder / "summary.csv").exists()
 
-    process = program(*call, f"hydra.sweep.dir={folder}")  # the same again
-    output, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 1, output + errors
+    capsys.readouterr()
+    status = main(*call, f"hydra.sweep.dir={folder}", small=True)  # the same again
+    output, errors = capsys.readouterr()
+    assert status == 1, output + errors
     assert "Traceback" not in errors
     assert re.search(r"2 failed or unfinished; the same command with hydra.sweep.dir=\S+ tries them again:", output)
     assert len(list(folder.glob("*/error.txt"))) == 2  # 1e30, both seeds
@@ -402,15 +402,15 @@ def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp
     assert all(re.search(f"^#{number} engine=auto: ", output, re.MULTILINE) for number in (0, 1))
 
 
-def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(program, tmp_path):
+def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(main, tmp_path, capsys):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     knobs = ("hydra.sweeper.n_trials=3", "inner_steps=1", "outer_lr=choice(0.001,0.01,1e30)", "iterations=2")
-    process = program("experiment=search", *knobs, "logger=none", f"hydra.sweep.dir={tmp_path}")
-    output, errors = process.communicate(timeout=HANG)
+    status = main("experiment=search", *knobs, "logger=none", f"hydra.sweep.dir={tmp_path}", small=True)
+    said = capsys.readouterr()
     found = OmegaConf.load(tmp_path / "optimization_results.yaml")
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
     failed = len(list(tmp_path.glob("*/error.txt")))
-    assert failed >= 1 and failed + len(results) == 3 and process.returncode == min(failed, 1), output + errors
+    assert failed >= 1 and failed + len(results) == 3 and status == min(failed, 1), said
     best = max(results, key=lambda each: each["val"]["zeroing_off"]["accuracy"][1])
     assert found.best_value == best["val"]["zeroing_off"]["accuracy"][1]
     assert found.best_params.inner_lr == best["config"]["inner_lr"]
