@@ -41,17 +41,19 @@ def halting(source, target):
             time.sleep(0.02)
 os.replace = halting
 """
+# Whose tests run in one process: they share runs of several ranks, and the one Slurm of a machine.
+TOGETHER = ("test_ranks.py", "test_slurm.py")
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (
     "queries=3",
     "meta_batch_size=2",
     "iterations=6",
     "val_every=2",
-    "val_tasks=4",
-    "test_tasks=6",
+    "val_tasks=2",
+    "test_tasks=3",
     "threads=1",
     "model.width=8",
-    "callbacks.record.test_curve_tasks=4",
+    "callbacks.record.test_curve_tasks=2",
     "trainer=cpu",
 )
 
@@ -81,6 +83,19 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries look at what is left over at the end
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process gets test after test, but for those TOGETHER; xdist's own groups do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return path if path.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @functools.cache
@@ -129,13 +144,7 @@ def config() -> Iterator[Callable[..., DictConfig]]:
         yield composed
 
 
-@pytest.fixture
-def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
-    """run(folder, *overrides) does what train.py does, in this process, without W&B.
-
-    pictures: whether its figures are drawn into their files too, which takes a quarter of a small run's time.
-    """
-
+def _runner(cache: Path) -> Callable[..., Path]:
     def run(folder: Path, *overrides: str, pictures: bool = False) -> Path:
         base = () if any(override.startswith("checkpoint=") for override in overrides) else SMALL
         if "model=module" in overrides:  # which has no width
@@ -144,12 +153,28 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
             {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
         )
         with Signals() as signals, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fewshot.checkpoint.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
                 patch.setattr("fewshot.report.write_png", lambda figure, file: file.write(b"no picture"))
-            train.run(config(*overrides), list(overrides), folder, signals)
+            train.run(composed(*overrides), list(overrides), folder, signals)
         return folder
 
     return run
+
+
+@pytest.fixture
+def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
+    """run(folder, *overrides) does what train.py does, in this process, without W&B.
+
+    pictures: whether its figures are drawn into their files too, which takes a quarter of a small run's time.
+    """
+    return _runner(cache)
+
+
+@pytest.fixture(scope="session")
+def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run, to be read or copied; nothing may be written to it."""
+    return _runner(cache)(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture
@@ -239,13 +264,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "shots=5",
         "inner_lr=0.1",
     )
-    overrides = {o.split("=")[0]: o for o in (*SMALL, *knobs, f"dataset.cache={cache}", "logger=none")}.values()
-    import torch
-
-    torch.set_num_threads(1)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
-        train.run(compose("config", list(overrides)), list(overrides), folder, signals)
-    return folder
+    return _runner(cache)(folder, *knobs)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fewshot import callbacks, module, report  # noqa: E402, F401  what train.py
 from fewshot.data import module as data_module  # noqa: E402, F401
 
 KNOBS = (
-    *("queries=3", "meta_batch_size=2", "iterations=100", "val_every=4", "val_tasks=4", "test_tasks=6", "threads=1"),
+    *("queries=3", "meta_batch_size=2", "iterations=100", "val_every=4", "val_tasks=2", "test_tasks=3", "threads=1"),
     *("model.width=8", "trainer=cpu", "logger=none"),
 )
 KINDS = {

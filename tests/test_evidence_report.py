@@ -520,7 +520,7 @@ def trained(cache, tmp_path_factory):
     """The folder of a small run."""
     folder = tmp_path_factory.mktemp("run")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        overrides = [*SMALL, f"dataset.cache={cache}", "logger=none"]
+        overrides = [*SMALL, "val_tasks=4", "test_tasks=6", f"dataset.cache={cache}", "logger=none"]
         train.run(compose("config", overrides), overrides, folder, Signals())
     return folder
 

@@ -26,8 +26,10 @@ from fewshot.errors import UserError
 from fewshot.module import MetaLearner
 from fewshot.signals import Signals
 
-pytestmark = pytest.mark.xdist_group("ranks")  # what they share is computed once
-DDP = ("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iterations=20", "val_every=5", "val_tasks=7")
+DDP = (
+    *("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iterations=20"),
+    *("val_every=5", "val_tasks=7", "test_tasks=6"),
+)
 
 
 def one_rank(rank, world, port, folder, overrides):

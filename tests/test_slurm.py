@@ -20,13 +20,10 @@ from conftest import HANG, ROOT, SMALL, outcome
 from fewshot.checkpoint import read
 
 pytest.importorskip("submitit")
-pytestmark = [
-    pytest.mark.xdist_group("slurm"),  # of which there is one
-    pytest.mark.skipif(
-        not (shutil.which("slurmctld") and shutil.which("munged") and os.geteuid() == 0),
-        reason="no Slurm to start here: needs slurm-wlm, munge and root",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("slurmctld") and shutil.which("munged") and os.geteuid() == 0),
+    reason="no Slurm to start here: needs slurm-wlm, munge and root",
+)
 LAUNCHER = (
     "hydra/launcher=slurm",
     "hydra.launcher.cpus_per_task=1",
