@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot import batched
+from fewshot import batched, side_by_side
 from fewshot.tasks import Task
 
 
@@ -57,7 +57,7 @@ def im2col(network: nn.Module, tasks: Task, **knobs: Any):
         height = (x.shape[2] + 2 * padding[0] - dilation[0] * (weight.shape[-2] - 1) - 1) // stride[0] + 1
         return y.flatten(1, 2).unflatten(2, (height, -1))
 
-    with mock.patch.dict(batched.OWN, {F.conv2d: convolution}):
+    with mock.patch.dict(side_by_side.OWN, {F.conv2d: convolution}):
         return batched.meta_gradient(network, tasks, **knobs)
 
 

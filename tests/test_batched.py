@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fewshot import batched, learner
 from fewshot.execution import CaptureFailed, CudaGraphs, on_threads, one_by_one
 from fewshot.models import Network, conv4_pooled, conv4_strided
+from fewshot.side_by_side import Convolution, SideBySide
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
@@ -48,7 +49,7 @@ def test_the_projects_networks_lie_side_by_side(build):
     network = convolutional(build, tasks)
     images = tasks.query.transpose(0, 1).flatten(1, 2)
     theta = batched._copies(network, 3)
-    with batched.SideBySide(3):
+    with SideBySide(3):
         logits = functional_call(network, theta, images)
     expected = torch.cat([network(each) for each in tasks.query], dim=1)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
@@ -173,11 +174,9 @@ def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differen
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
     w = torch.randn(6, 3 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
     b = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
-    assert torch.equal(batched.Convolution.apply(x, w, b, geometry), F.conv2d(x, w, b, *geometry))
-    assert torch.autograd.gradcheck(batched.Convolution.apply, (x, w, b, geometry))
-    assert torch.autograd.gradgradcheck(
-        batched.Convolution.apply, (x, w, b, geometry), gen_non_contig_grad_outputs=True
-    )
+    assert torch.equal(Convolution.apply(x, w, b, geometry), F.conv2d(x, w, b, *geometry))
+    assert torch.autograd.gradcheck(Convolution.apply, (x, w, b, geometry))
+    assert torch.autograd.gradgradcheck(Convolution.apply, (x, w, b, geometry), gen_non_contig_grad_outputs=True)
 
 
 # How much is launched, and how much memory it takes

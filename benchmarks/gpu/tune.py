@@ -22,10 +22,11 @@ if REHEARSE:
 import torch.nn.functional as F
 from engines import draw
 from instruments import Machine, relative_error
-from relu_norm import fused, relu_norm, side_by_side
+from relu_norm import fused, relu_norm
+from relu_norm import side_by_side as relu_norm_side_by_side
 from torch import Tensor, nn
 
-from fewshot import batched, learner
+from fewshot import batched, learner, side_by_side
 from fewshot.execution import CudaGraphs, one_by_one
 from fewshot.models import conv4_pooled, conv4_strided, zero_head
 from fewshot.tasks import Task
@@ -60,18 +61,18 @@ def precision(tf32: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def channels_last() -> Iterator[None]:
     """Convolutions on images and weights whose channels lie together in memory."""
-    plain = batched._conv2d
+    plain = side_by_side._conv2d
 
     def convolution(tasks: int, x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
         return plain(tasks, x.contiguous(memory_format=torch.channels_last), weight, *rest, **options)
 
-    with mock.patch.dict(batched.OWN, {F.conv2d: convolution}):
+    with mock.patch.dict(side_by_side.OWN, {F.conv2d: convolution}):
         yield
 
 
 @contextlib.contextmanager
 def own_relu_norm() -> Iterator[None]:
-    with mock.patch.dict(batched.OWN, {relu_norm: side_by_side}):
+    with mock.patch.dict(side_by_side.OWN, {relu_norm: relu_norm_side_by_side}):
         yield
 
 
