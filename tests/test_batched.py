@@ -179,6 +179,38 @@ def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differen
     assert torch.autograd.gradgradcheck(Convolution.apply, (x, w, b, geometry), gen_non_contig_grad_outputs=True)
 
 
+@pytest.mark.parametrize("stride", [(2, 1), (4, 2)])
+def test_the_convolution_by_columns_has_them_too(stride):
+    """Also where strides leave pixels out, and where the kernel's places lie side by side."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(1, 3, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+
+    def convolution(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with SideBySide(1):
+            return F.conv2d(x, w, b, stride)
+
+    y = convolution(x, w, b)
+    torch.testing.assert_close(y, F.conv2d(x, w[0], b[0], stride), rtol=1e-10, atol=1e-12)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.gradgradcheck(convolution, (x, w, b), gen_non_contig_grad_outputs=True)
+
+
+def test_batch_norm_has_the_second_derivatives_of_finite_differences():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    gamma, beta = (torch.randn(1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        with SideBySide(1):
+            return F.batch_norm(x, None, None, gamma, beta, training=True)
+
+    expected = F.batch_norm(x, None, None, gamma[0], beta[0], training=True)
+    torch.testing.assert_close(norm(x, gamma, beta), expected, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradgradcheck(norm, (x, gamma, beta), gen_non_contig_grad_outputs=True)
+
+
 # How much is launched, and how much memory it takes
 
 
