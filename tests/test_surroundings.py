@@ -5,9 +5,12 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SMALL
+
+from fewshot.surroundings import keep_memory
 
 OTHERS = {  # for other programs
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -64,6 +67,21 @@ def test_memory_that_is_asked_for_again_and_again_is_faulted_in_once():
     loop = "import resource\nfor _ in range(40): bytearray(b'x' * 2**23)\n"
     count = f"exec({loop + 'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)'!r})"
     assert int(said(count)) < 30_000 < int(said(count, MALLOC_ARENA_MAX="8"))
+
+
+@pytest.mark.parametrize("libc", ["glibc", "musl", ""])  # Linux, Alpine, macOS
+@pytest.mark.parametrize(
+    "name, value", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0"), ("A", "")]
+)
+def test_the_allocator_is_told_on_glibc_alone_and_only_what_the_user_has_not_said(monkeypatch, libc, name, value):
+    told = []
+    monkeypatch.setattr("platform.libc_ver", lambda: (libc, "2"))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=lambda *setting: told.append(setting) or 1))
+    for other in [other for other in os.environ if other.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    keep_memory()
+    assert bool(told) == (libc == "glibc" and name == "A")
 
 
 def test_help_of_every_command_may_be_cut_short_by_its_reader(tmp_path):

@@ -69,7 +69,8 @@ def keep_memory() -> None:
 
     By default glibc gives large blocks back at once, and the system then clears every page of the next one.
     """
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    told = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.getenv("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] == "glibc" and not told:  # what the user has set stays
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 64 * 2**20)  # bytes that the heap grows by beyond what is asked for
