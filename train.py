@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from fewshot import ranks
 from fewshot.command import how_to_go_on, one_line_errors
 from fewshot.config import check, given_overrides, processes, settings
-from fewshot.launch import nothing_left, record
+from fewshot.launch import announce, nothing_left, record
 from fewshot.paths import at_home
 from fewshot.refusals import hydra_command, refuse
 from fewshot.signals import Signals
@@ -30,6 +30,7 @@ def main(cfg: DictConfig) -> float:
         overrides = given_overrides(HydraConfig.get())
         refuse(cfg, overrides)
         record(folder, cfg)
+        announce(folder, cfg)
         return run(cfg, overrides, folder, signals)
     return 0.0  # a job of a sweep that failed: to a search, the worst there is
 
@@ -43,13 +44,16 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     # Torch and Lightning take seconds to import, and a mistake in the configuration should not have to wait for them.
     from hydra.utils import instantiate
 
+    from fewshot.runtime import check_device, import_lightning, prepare
+
+    check_device(cfg.trainer.accelerator, cfg.trainer.precision)
+    import_lightning(cfg)
     from fewshot import checkpoint, report
     from fewshot.callbacks import Listen, Stop
     from fewshot.data.module import MetaData
     from fewshot.distributed import cluster
     from fewshot.logger import finished_run
     from fewshot.module import MetaLearner
-    from fewshot.runtime import prepare
 
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from fewshot.config import CONF, check, settings
 from fewshot.errors import UserError, shown
+from fewshot.launch import announce
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 CONFIGS = [
@@ -457,10 +458,31 @@ def train(tmp_path):
     return run
 
 
-def test_the_traps_catch_a_program_that_imports_torch(train):
-    """Else the tests below would show nothing."""
-    done = train()
-    assert done.returncode == 99 and "was imported" in done.stderr
+def test_what_is_done_and_where_is_said_before_torch_is_imported(train, tmp_path):
+    """That the traps catch a program which imports torch is shown here too, for the tests below."""
+    done = train("algo=somaml", "+zeroing=true", "ways=20", "hydra.run.dir=run")
+    assert done.returncode == 99 and "torch was imported" in done.stderr
+    line = "Training SOMAML + zeroing, glyphs 20-way 1-shot, 400 iterations; the results go to"
+    assert done.stdout == f"{line} {tmp_path}/work/run\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "before", "line"),
+    [
+        (["checkpoint=model.ckpt", "fit=false"], None, "Testing model.ckpt; the results go to {}"),
+        ([], "checkpoints/last.ckpt", "Going on with the run in {}, unless it is finished; the results go there too"),
+        ([], "results.json", "Going on with the run in {}, unless it is finished; the results go there too"),
+    ],
+)
+def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    if before:
+        (tmp_path / before).parent.mkdir(exist_ok=True)
+        (tmp_path / before).touch()
+    announce(tmp_path, composed(*overrides))
+    monkeypatch.setenv("FEWSHOT_PARENT", "1")  # as in a process that trainer=ddp starts
+    announce(tmp_path, composed(*overrides))
+    assert caplog.messages == [line.format(tmp_path)]
 
 
 @pytest.mark.parametrize(

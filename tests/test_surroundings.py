@@ -31,11 +31,13 @@ def start(words, folder, **variables):
 
 
 def test_a_run_succeeds_in_an_environment_made_for_others_though_nobody_reads_it_to_the_end(tmp_path, cache):
-    """And uploads nothing, with a key at hand: the user has told W&B not to."""
+    """And uploads nothing, with a key at hand: the user has told W&B not to; and does without learn2learn."""
     folder = tmp_path / "a run, zoé's"
     quoted = str(folder).replace("'", "\\'")
-    call = [*SMALL, f"dataset.cache={cache}", f"hydra.run.dir='{quoted}'"]
-    process = start(["train.py", *call], tmp_path, **OTHERS, WANDB_DISABLED="true", WANDB_API_KEY="k" * 40)
+    call = [*SMALL, "engine=batched", f"dataset.cache={cache}", f"hydra.run.dir='{quoted}'"]
+    (tmp_path / "learn2learn.py").write_text("raise ImportError('it is only for engine=sequential')")
+    variables = OTHERS | {"WANDB_DISABLED": "true", "WANDB_API_KEY": "k" * 40, "PYTHONPATH": str(tmp_path)}
+    process = start(["train.py", *call], tmp_path, **variables)
     first = process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read().decode()

@@ -89,6 +89,20 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_summary_and_the_list_of_datasets_need_no_torch(config, tmp_path):
+    make_run(tmp_path / "run", config("algo=zero"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
+    program = f"""
+import sys
+from fewshot import sweep
+from fewshot.data import __main__ as data
+sweep.main([{str(tmp_path)!r}])
+data.main(["list", "dataset=glyphs", "dataset=folder"])
+print([name for name in ("torch", "pytorch_lightning", "scipy.stats") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANG)
+    assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "summary.png").exists()
+
+
 def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
     for number, overrides in enumerate((["inner_steps=1"], ["inner_steps=5"], ["dataset=cifarfs", "inner_steps=1"])):
         make_run(tmp_path / str(number), config(*overrides), accuracy=[0.5] * 6)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
-from scipy.stats import t as student
+from scipy.special import stdtrit  # scipy.stats takes seconds to import
 
 from fewshot.config import MODES
 from fewshot.labels import is_maml, panel_title, title
@@ -240,7 +240,7 @@ def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(values)
     if n < 2:
         return values.mean(axis=0), np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), student.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
+    return values.mean(axis=0), stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / n**0.5
 
 
 def _mean_and_interval(

@@ -1,6 +1,7 @@
 """What Hydra calls before and after a run or a sweep."""
 
 import copy
+import logging
 import os
 import shutil
 import subprocess
@@ -19,10 +20,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from fewshot import files, ranks
 from fewshot.command import one_line_errors
-from fewshot.config import given_overrides, job_folder
-from fewshot.errors import UserError, shown
+from fewshot.config import given_overrides, job_folder, settings
+from fewshot.errors import UserError, printable, shown
+from fewshot.labels import title
 from fewshot.paths import claimed, escaped, override, user_path
 from fewshot.refusals import refuse, refuse_sweep
+
+log = logging.getLogger(__name__)
 
 RECORD = ("config", "hydra", "overrides")  # files of .hydra/
 
@@ -95,6 +99,20 @@ def record(folder: Path, cfg: DictConfig) -> None:
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, content in zip(RECORD, (cfg, HydraConfig.instance().cfg, HydraConfig.get().overrides.task), strict=True):
         OmegaConf.save(content, folder / ".hydra" / f"{name}.yaml")
+
+
+def announce(folder: Path, cfg: DictConfig) -> None:
+    """The first line of a run, before torch is imported: what is done, with what, and where its results go."""
+    if ranks.rank() or ranks.PARENT in os.environ:
+        return
+    there = any((folder / name).exists() for name in ("results.json", "checkpoints/last.ckpt"))
+    if not cfg.fit:
+        line = f"Testing {cfg.checkpoint}; the results go to {folder}"
+    elif there:
+        line = f"Going on with the run in {folder}, unless it is finished; the results go there too"
+    else:
+        line = f"Training {title(settings(cfg))}, {cfg.iterations} iterations; the results go to {folder}"
+    log.info(printable(line))
 
 
 class Summary(Callback):

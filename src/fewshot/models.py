@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
-from torchvision.ops import drop_block2d
 
 
 class Network(nn.Module):
@@ -186,6 +185,8 @@ def drop_squares(x: Tensor, share: float) -> Tensor:
     """(B, C, H, W) of one task: this share becomes zero, in squares of 5 x 5 where they fit, and the rest larger."""
     if has_torch_function((x,)):  # the batched engine has several tasks in x
         return handle_torch_function(drop_squares, (x,), x, share)
+    from torchvision.ops import drop_block2d  # torchvision takes seconds to import
+
     side = min(5, *x.shape[2:])
     return drop_block2d(x, share, side - (side + 1) % 2)  # it takes odd sides alone
 

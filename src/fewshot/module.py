@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fewshot import batched, contrastive, learner
+from fewshot import batched, contrastive
 from fewshot.config import MODES
 from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.errors import UserError
@@ -161,6 +161,8 @@ class MetaLearner(pl.LightningModule):
             self.engine, reason = ("batched", device) if device != "cpu" else self._engine_on_a_cpu()
             log.info(f"engine=auto: {self.engine} ({reason})")
         if self.engine == "sequential":
+            from fewshot import learner  # learn2learn takes its time to import
+
             how, engine = {}, learner
         else:
             how = {"tasks_at_once": self.tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
@@ -242,6 +244,8 @@ class MetaLearner(pl.LightningModule):
         zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
         """
         knobs = {"inner_lr": self._inner_lr, "adapted": self.adapted, "prototypes": self.head == "prototypes"}
+        from fewshot import learner
+
         with self._one_line_out_of_memory(tasks):
             return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, first=steps, **knobs)[:, 0]
 

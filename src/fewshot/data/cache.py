@@ -18,16 +18,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fewshot.data.lock import alone
 from fewshot.files import remove_leftovers, replacing
 from fewshot.paths import user_path
-from fewshot.tasks import Split
+
+if TYPE_CHECKING:  # to look for a cache file needs no torch
+    from torch import Tensor
+
+    from fewshot.tasks import Split
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Unread:
     files: what each of the M images is called in messages; may be left out
     """
 
-    images: Iterable[np.ndarray | Tensor]
+    images: "Iterable[np.ndarray | Tensor]"
     counts: Sequence[int]
     names: tuple[str, ...]
     files: Sequence[str] = ()
@@ -73,8 +75,8 @@ def cached(
     size: int,
     channels: int,
     cache: str | None,
-    build: Callable[[], Mapping[str, Unread | Split]],
-) -> dict[str, Split]:
+    build: "Callable[[], Mapping[str, Unread | Split]]",
+) -> "dict[str, Split]":
     """The splits that `build` makes, from the cache where it holds just those. Nobody may write to their images.
 
     Other processes wait for the one that makes the cache file.
@@ -106,7 +108,7 @@ def cached(
     return splits
 
 
-def _load(path: Path, key: str, quietly: bool = False) -> dict[str, Split] | None:
+def _load(path: Path, key: str, quietly: bool = False) -> "dict[str, Split] | None":
     try:
         content = np.memmap(path, np.uint8, mode="r")
     except (FileNotFoundError, NotADirectoryError):
@@ -123,8 +125,12 @@ def _load(path: Path, key: str, quietly: bool = False) -> dict[str, Split] | Non
     return splits
 
 
-def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
+def _splits(content: np.ndarray, key: str) -> "dict[str, Split] | None":
     """What a cache file with this content holds; None where a sum is not right."""
+    import torch
+
+    from fewshot.tasks import Split
+
     end = len(content) - DIGEST - LENGTH
     begin = end - int.from_bytes(content[max(0, end) : -DIGEST].tobytes(), "little")
     if begin < 0 or hashlib.sha256(content[begin:end]).digest() != content[-DIGEST:].tobytes():
@@ -152,7 +158,7 @@ def _splits(content: np.ndarray, key: str) -> dict[str, Split] | None:
     return splits
 
 
-def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]]) -> bool:
+def _save(path: Path, key: str, build: "Callable[[], Mapping[str, Unread | Split]]") -> bool:
     """Whether the file could be written."""
     try:
         remove_leftovers(path.parent, ".*-v*.bin.*.part")  # of whichever images
@@ -164,7 +170,7 @@ def _save(path: Path, key: str, build: Callable[[], Mapping[str, Unread | Split]
         return False
 
 
-def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> None:
+def _write(file: BinaryIO, key: str, splits: "Mapping[str, Unread | Split]") -> None:
     """A cache file's content; holds one image at a time, and eight bytes of every other."""
     described = {"key": key, "shape": [], "splits": {}}
     marks = {}
@@ -182,7 +188,7 @@ def _write(file: BinaryIO, key: str, splits: Mapping[str, Unread | Split]) -> No
     file.write(text + len(text).to_bytes(LENGTH, "little") + hashlib.sha256(text).digest())
 
 
-def _twins(splits: Mapping[str, Unread | Split], marks: dict[str, list[int]], shown: int = 3) -> dict[str, Any]:
+def _twins(splits: "Mapping[str, Unread | Split]", marks: dict[str, list[int]], shown: int = 3) -> dict[str, Any]:
     """How many images are in another split too, or in their own once more, and the first few of each kind.
 
     Those of one split can be support and query of one task.
@@ -202,7 +208,7 @@ def _twins(splits: Mapping[str, Unread | Split], marks: dict[str, list[int]], sh
     return told
 
 
-def _called(split: Unread | Split, name: str, place: int) -> str:
+def _called(split: "Unread | Split", name: str, place: int) -> str:
     """An image's name for messages."""
     if files := getattr(split, "files", ()):
         return files[place]

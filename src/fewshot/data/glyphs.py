@@ -9,13 +9,12 @@ Shapes: M images of a split, N its classes, C x H x W one image.
 import json
 import math
 import unicodedata
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
@@ -43,7 +42,7 @@ def load(*, size: int, cache: str | None) -> dict[str, Split]:
         size: of the images.
         cache: folder, None for the user's own.
     """
-    versions = [VERSION, LETTERS, matplotlib.__version__, pillow_version, features.version("freetype2")]
+    versions = [VERSION, LETTERS, version("matplotlib"), pillow_version, features.version("freetype2")]
     return cached("glyphs", versions, size=size, channels=1, cache=cache, build=lambda: _build(size))
 
 
@@ -60,6 +59,9 @@ def _build(size: int) -> dict[str, Split]:
 
 def _fonts(pixels: int) -> list[tuple[ImageFont.FreeTypeFont, frozenset[str]]]:
     """Each face at so many pixels per em, and the letters that it has."""
+    import matplotlib  # only here: images from the cache do without it
+    from matplotlib.ft2font import FT2Font
+
     fonts = []
     for face in FACES:
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
