@@ -105,7 +105,9 @@ def announce(folder: Path, cfg: DictConfig) -> None:
     """The first line of a run, before torch is imported: what is done, with what, and where its results go."""
     if ranks.rank() or ranks.PARENT in os.environ:
         return
-    there = any((folder / name).exists() for name in ("results.json", "checkpoints/last.ckpt"))
+    there = cfg.checkpoint is not None or any(
+        (folder / name).exists() for name in ("results.json", "checkpoints/last.ckpt")
+    )
     if not cfg.fit:
         line = f"Testing {cfg.checkpoint}; the results go to {folder}"
     elif there:
