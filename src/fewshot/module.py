@@ -243,9 +243,9 @@ class MetaLearner(pl.LightningModule):
 
         zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
         """
-        knobs = {"inner_lr": self._inner_lr, "adapted": self.adapted, "prototypes": self.head == "prototypes"}
         from fewshot import learner
 
+        knobs = {"inner_lr": self._inner_lr, "adapted": self.adapted, "prototypes": self.head == "prototypes"}
         with self._one_line_out_of_memory(tasks):
             return learner.step_logits(self.network, tasks, steps=steps, zeroing=zeroing, first=steps, **knobs)[:, 0]
 

@@ -36,12 +36,12 @@ def import_lightning(cfg: DictConfig) -> None:
 @contextmanager
 def not_found(*packages: str) -> Iterator[None]:
     """Inside, these packages are as if they were not installed, except for those that were imported before."""
-    hidden, before = [name for name in packages if name not in sys.modules], sys.meta_path[:]
-    sys.meta_path[:] = [_Without(finder, hidden) for finder in before]
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.meta_path[:] = [_Without(finder, hidden) for finder in sys.meta_path]
     try:
         yield
     finally:
-        sys.meta_path[:] = before
+        sys.meta_path[:] = [each.finder if isinstance(each, _Without) else each for each in sys.meta_path]
 
 
 class _Without:
