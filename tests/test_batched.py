@@ -418,7 +418,7 @@ def graphs(monkeypatch):
 def assert_recorded_is_direct(build, execute, first_order, device, tensors=False):
     """On other tasks and other weights than those it was recorded with; evaluation likewise.
 
-    tensors: learned rates and weights of the step losses, too, changed where they lie.
+    tensors: learned rates and weights of the step losses, too, changed where they lie; and with recompute_steps.
     """
     drawn = [images_for(build, tasks=5, seed=seed) for seed in range(3)]
     drawn = [type(tasks)(*(field.to(device) for field in tasks)) for tasks in drawn]
@@ -428,6 +428,7 @@ def assert_recorded_is_direct(build, execute, first_order, device, tensors=False
     knobs = {"first_order": first_order, "tasks_at_once": 2, **KNOBS, "inner_lr": etas or 0.1}
     if tensors:
         knobs["step_losses"] = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
+        knobs["recompute_steps"] = True
     for number, tasks in enumerate(drawn):
         if tensors:
             knobs["step_losses"].copy_(torch.tensor([0.1, 0.2], dtype=torch.float64) * (number + 1))

@@ -243,6 +243,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset=miniimagenet dataset.trust=yes_please": ("dataset.trust=yes_please: ", "true or false"),
     "dataset=cifarfs test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
     "inner_lr=0": ("inner_lr=0: ", "above 0"),
+    "recompute_steps=1": ("recompute_steps=1: ", "true or false"),
     "inner_lr=fast": ("inner_lr=fast: ", REAL),
     "inner_lr=true": ("inner_lr=true: ", REAL),
     "inner_lr=null": ("inner_lr=null: ", REAL),

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fewshot.execution import Execute, Function, on_threads, one_by_one
-from fewshot.models import prototype_head
+from fewshot.models import drops, prototype_head
+from fewshot.recompute import recomputed
 from fewshot.side_by_side import NotSideBySide, SideBySide
 from fewshot.tasks import Task, query_accuracy
 
 Parameters = dict[str, Tensor]
+OfImages = Callable[[Parameters, Tensor], Tensor]
 
 
 def meta_gradient(
@@ -32,20 +34,21 @@ def meta_gradient(
     adapted: str = "all",
     prototypes: bool = False,
     step_losses: Tensor | None = None,
+    recompute_steps: bool = False,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
-        inner_lr, zeroing, adapted, prototypes, step_losses: as in learner.py.
+        inner_lr, zeroing, adapted, prototypes, step_losses, recompute_steps: as in learner.py.
         tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     knobs = {"inner_lr": inner_lr, "steps": inner_steps, "first_order": first_order, "zeroing": zeroing}
-    knobs |= {"adapted": adapted, "prototypes": prototypes}
+    knobs |= {"adapted": adapted, "prototypes": prototypes, "recompute_steps": recompute_steps}
     function = partial(_outer_gradient, step_losses=step_losses, **knobs)
     gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
@@ -135,6 +138,7 @@ def _adapt(
     zeroing: bool,
     adapted: str = "all",
     prototypes: bool = False,
+    recompute_steps: bool = False,
 ) -> Iterator[Callable[[], Tensor]]:
     """After inner step 0, 1, .. N: what computes the logits of the queries, (B, Q, K).
 
@@ -148,27 +152,40 @@ def _adapt(
     elif prototypes:
         start = prototype_head(encode(tasks.support), tasks.support_labels, network.head.out_features)
         theta |= {name: start[name.removeprefix("head.")].requires_grad_() for name in heads}
-    names = [name for name in theta if adapted == "all" or name.startswith(f"{adapted}.")]
-    eta = dict(zip(names, _rates(inner_lr) or [inner_lr] * len(names), strict=True))
+    adapts = [name for name in theta if adapted == "all" or name.startswith(f"{adapted}.")]
+    rates, again = _rates(inner_lr), partial(recomputed, draws=drops(network))
 
-    def logits(images: Tensor) -> Tensor:
+    def logits(theta: Parameters, images: Tensor) -> Tensor:
         return _outputs(network, theta, images)
 
-    def at_theta(images: Tensor) -> Tensor:
+    def at_theta(theta: Parameters, images: Tensor) -> Tensor:
         head = {name.removeprefix("head."): theta[name] for name in heads}
         return _outputs(network.head, head, encode(images))
 
-    yield partial(at_theta, tasks.query)
-    for step in range(1, steps + 1):
-        head_alone = adapted == "head" or (
-            adapted == "all" and zeroing and step == 1
-        )  # (P - T) w = 0: the encoder stays
-        outputs, names = (at_theta, heads) if head_alone else (logits, list(eta))
-        loss = _losses(outputs(tasks.support), tasks.support_labels).sum()
+    def moved(outputs: OfImages, names: list[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned inner_lr."""
+        theta = dict(zip(initial, inputs, strict=False))
+        eta = dict(zip(adapts, inputs[len(theta) :] or [inner_lr] * len(adapts), strict=True))
+        loss = _losses(outputs(theta, tasks.support), tasks.support_labels).sum()
         gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not first_order)
-        moved = {name: theta[name] - eta[name] * g for name, g in zip(names, gradients, strict=True)}
-        theta = theta | moved  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-        yield partial(outputs, tasks.query)
+        return [theta[name] - eta[name] * g for name, g in zip(names, gradients, strict=True)]
+
+    def query_logits_from(inputs: Sequence[Tensor]) -> Tensor:
+        return logits(dict(zip(initial, inputs, strict=True)), tasks.query)
+
+    yield partial(at_theta, theta, tasks.query)
+    for step in range(1, steps + 1):
+        by_zero = adapted == "all" and zeroing and step == 1  # (P - T) w = 0: the encoder stays
+        head_alone = by_zero or adapted == "head"
+        outputs, names = (at_theta, heads) if head_alone else (logits, adapts)
+        inputs, move = [*theta.values(), *rates], partial(moved, outputs, names)
+        if recompute_steps and not first_order and not head_alone:  # the graph of the head alone is small
+            theta = theta | dict(zip(names, again(move, inputs), strict=True))
+            before_the_last = partial(again, query_logits_from, list(theta.values()))
+            yield before_the_last if step < steps else partial(outputs, theta, tasks.query)
+        else:
+            theta = theta | dict(zip(names, move(inputs), strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
+            yield partial(outputs, theta, tasks.query)
 
 
 def _copies(network: nn.Module, tasks: int) -> Parameters:

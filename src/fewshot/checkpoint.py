@@ -35,11 +35,13 @@ OF_THIS_CALL = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("dataset.trust", "dataset.other_split"),
 )
-# May differ between a run and its continuation: where things lie, where they are reported to, and when it stops.
+# May differ between a run and its continuation: where things lie, where they are reported to, when it stops, what
+# memory it takes.
 FREE = (
     "checkpoint",
     "fit",
     "logger",
+    "recompute_steps",
     "dataset.root",
     "dataset.cache",
     "dataset.labels",

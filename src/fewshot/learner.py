@@ -13,7 +13,8 @@ from learn2learn import clone_module
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor, nn
 
-from fewshot.models import prototype_head
+from fewshot.models import drops, prototype_head
+from fewshot.recompute import recomputed
 from fewshot.tasks import Task, query_accuracy
 
 OfImages = Callable[[Tensor], Tensor]
@@ -30,6 +31,7 @@ def meta_gradient(
     adapted: str = "all",
     prototypes: bool = False,
     step_losses: Tensor | None = None,
+    recompute_steps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
@@ -40,10 +42,12 @@ def meta_gradient(
         adapted: what the inner loop does: "all", the "head" (EFIL, method.md section 1) or the "encoder" alone (BOIL).
         prototypes: each task begins with the head of models.prototype_head, in place of the network's.
         step_losses: v_1 .. v_N, by which the query losses after each inner step count (MAML++); None: the last alone.
+        recompute_steps: in second order, keep no inner step's graph but make it in the backward pass (recompute.py).
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     knobs = {"inner_lr": inner_lr, "first_order": first_order, "adapted": adapted, "prototypes": prototypes}
+    knobs["recompute_steps"] = recompute_steps
     losses, logits = [], []
     for task in _each(tasks):
         outer = 0.0
@@ -111,6 +115,7 @@ def _adapt(
     zeroing: bool,
     adapted: str = "all",
     prototypes: bool = False,
+    recompute_steps: bool = False,
 ) -> Iterator[Callable[[], Tensor]]:
     """After inner step 0, 1, .. N: what computes the logits of the queries, (Q, K).
 
@@ -128,20 +133,46 @@ def _adapt(
     def at_theta(images: Tensor) -> Tensor:
         return theta_n.head(encode(images))
 
-    yield partial(at_theta, task.query)
-    for step in range(1, steps + 1):
-        part = "head" if adapted == "all" and zeroing and step == 1 else adapted  # (P - T) w = 0: the encoder stays
+    def adapt(theta_n: nn.Module, part: str, etas: Sequence[Tensor]) -> None:
+        """An inner step of this part of theta_n; etas: those that are learned, of all that adapts."""
         logits, moving = at_theta if part == "head" else theta_n, theta_n if part == "all" else getattr(theta_n, part)
-        if isinstance(inner_lr, float | int):
+        if etas:
+            names = [name for name, _ in network.named_parameters() if adapted == "all" or name.startswith(adapted)]
+            etas = [eta for name, eta in zip(names, etas, strict=True) if part == "all" or name.startswith(part)]
+            learner = MetaSGD(moving, lrs=etas, first_order=first_order)
+        else:
             # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
             learner = MAML(moving, lr=inner_lr, first_order=first_order, allow_nograd=True, allow_unused=False)
-        else:
-            names = [name for name, _ in network.named_parameters() if adapted == "all" or name.startswith(adapted)]
-            etas = [eta for name, eta in zip(names, inner_lr, strict=True) if part == "all" or name.startswith(part)]
-            learner = MetaSGD(moving, lrs=etas, first_order=first_order)
         loss = F.cross_entropy(logits(task.support), task.support_labels)
         learner.adapt(loss)  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-        yield partial(logits, task.query)
+
+    def adapted_from(inputs: Sequence[Tensor]) -> list[Tensor]:
+        """theta_{n+1}; inputs: theta_n, then learned inner_lr."""
+        copy = _with(inputs, theta_n)
+        adapt(copy, adapted, inputs[len(list(copy.parameters())) :])
+        return list(copy.parameters())
+
+    def query_logits_from(inputs: Sequence[Tensor]) -> Tensor:
+        return _with(inputs, theta_n)(task.query)
+
+    yield partial(at_theta, task.query)
+    again = partial(recomputed, draws=drops(network))
+    etas = [] if isinstance(inner_lr, float | int) else list(inner_lr)
+    for step in range(1, steps + 1):
+        part = "head" if adapted == "all" and zeroing and step == 1 else adapted  # (P - T) w = 0: the encoder stays
+        if recompute_steps and not first_order and part != "head":  # the graph of the head alone is small
+            theta_n = _with(again(adapted_from, [*theta_n.parameters(), *etas]), theta_n)
+            before_the_last = partial(again, query_logits_from, list(theta_n.parameters()))
+            yield before_the_last if step < steps else partial(theta_n, task.query)
+        else:
+            adapt(theta_n, part, etas)
+            yield partial(at_theta if part == "head" else theta_n, task.query)
+
+
+def _with(parameters: Sequence[Tensor], network: nn.Module) -> nn.Module:
+    """The network with these parameters, of which there may be more than it has, in place of its own."""
+    places = (parameter.data_ptr for parameter in network.parameters())  # by which learn2learn knows them
+    return clone_module(network, memo=dict(zip(places, parameters, strict=False)))
 
 
 def _each(tasks: Task) -> list[Task]:

@@ -88,6 +88,7 @@ class MetaLearner(pl.LightningModule):
         learned_inner_lr: each number that adapts has its own eta, learned in the outer loop.
         outer_lr: rho.
         noise, interference: the terms of the explicit contrastive loss, which then takes MAML's place; None: MAML.
+        recompute_steps: of second order, in the memory of one inner step (recompute.py).
         tasks_at_once: of the batched engine; None: as many as there are CPU threads, or all on a GPU.
     """
 
@@ -106,6 +107,7 @@ class MetaLearner(pl.LightningModule):
         step_losses: int | None,
         learned_inner_lr: bool,
         outer_lr: float,
+        recompute_steps: bool = False,
         tasks_at_once: int | None = None,
         noise: bool | None = None,
         interference: bool | None = None,
@@ -113,7 +115,7 @@ class MetaLearner(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
         self.network = network
-        self.engine, self.tasks_at_once = engine, tasks_at_once
+        self.engine, self.tasks_at_once, self.recompute_steps = engine, tasks_at_once, recompute_steps
         self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.first_order, self.zeroing, self.step_losses = first_order, zeroing, step_losses
         self.adapted, self.head, self.outer_lr = adapted, head, outer_lr
@@ -149,6 +151,7 @@ class MetaLearner(pl.LightningModule):
             noise=cfg.algo.get("noise"),
             interference=cfg.algo.get("interference"),
             outer_lr=cfg.outer_lr,
+            recompute_steps=cfg.get("recompute_steps", False),  # older runs have none
             tasks_at_once=cfg.tasks_at_once,
         )
 
@@ -169,9 +172,12 @@ class MetaLearner(pl.LightningModule):
             engine = batched
         how |= {"adapted": self.adapted, "prototypes": self.head == "prototypes"}
         self._step_accuracies = partial(engine.step_accuracies, **how)
-        if engine is batched and device == "cpu" and drops(self.network):
-            how["execute"] = one_by_one  # threads would draw from the one generator in any order
-        self._meta_gradient = partial(engine.meta_gradient, zeroing=self.zeroing, **how)
+        recomputes = self.recompute_steps and not self.first_order
+        if engine is batched and drops(self.network) and (device == "cpu" or recomputes):
+            # Threads would draw from the one generator in any order; in a CUDA graph nothing can be drawn once more.
+            how["execute"] = one_by_one
+        how |= {"zeroing": self.zeroing, "recompute_steps": self.recompute_steps}
+        self._meta_gradient = partial(engine.meta_gradient, **how)
         self._step_weights = torch.zeros(self.inner_steps, device=self.trainer.strategy.root_device)
         if self.noise is not None:
             terms = {"noise": self.noise, "interference": self.interference}
@@ -217,7 +223,9 @@ class MetaLearner(pl.LightningModule):
             # The same tensor every time: a CUDA graph reads it where it lay when it was recorded.
             knobs["step_losses"] = self._step_weights.copy_(torch.tensor(weights))
         position = self.global_step * self.trainer.world_size + self.global_rank
-        with self._one_line_out_of_memory(tasks), dropping(self.network, position):
+        remember = not self.first_order and not self.recompute_steps and self.inner_steps > 1
+        remedy = "use recompute_steps=true, or " * (remember and self.adapted != "head")
+        with self._one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
             loss, accuracy = self._meta_gradient(self.network, tasks, **knobs)
         means = loss.mean(), accuracy.mean()
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
@@ -281,7 +289,8 @@ class MetaLearner(pl.LightningModule):
         return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}
 
     @contextmanager
-    def _one_line_out_of_memory(self, tasks: Task) -> Iterator[None]:
+    def _one_line_out_of_memory(self, tasks: Task, remedy: str = "") -> Iterator[None]:
+        """remedy: what may help besides, first."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -292,4 +301,5 @@ class MetaLearner(pl.LightningModule):
             default = torch.get_num_threads() if tasks.support.device.type == "cpu" else sys.maxsize
             together = 1 if self.engine == "sequential" else min(len(tasks.support), self.tasks_at_once or default)
             lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
-            raise UserError(f"engine={self.engine}: out of memory on {tasks.support.device}; lower {lower}") from error
+            where = f"out of memory on {tasks.support.device}"
+            raise UserError(f"engine={self.engine}: {where}; {remedy}lower {lower}") from error

@@ -311,6 +311,7 @@ class Config(Part):
     inner_steps: integer(1, 1000)
     test_steps: integer(1, 1000)
     inner_lr: above_zero()
+    recompute_steps: Flag
     outer_lr: above_zero()
     meta_batch_size: integer(1)
     iterations: integer(1)

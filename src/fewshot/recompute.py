@@ -1,0 +1,78 @@
+"""Second order in memory that does not grow with the inner steps: no step's graph is kept, each is made once more.
+
+Of an inner step theta_n alone is kept. The backward pass computes the step from it again, now with the graph of its own
+gradient, hands back the vector-Jacobian product and lets that graph go before it comes to the step before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Outputs = Tensor | list[Tensor]
+Function = Callable[[Sequence[Tensor]], Outputs]
+
+
+def recomputed(function: Function, inputs: Sequence[Tensor], *, draws: bool) -> Outputs:
+    """function(inputs), of which only the inputs are kept.
+
+    Args:
+        function: an inner step of second order, or query logits.
+        inputs: theta_n, learned inner_lr: all that it depends on and that is to have a gradient.
+        draws: whether it draws random numbers, which are the same ones the second time.
+    """
+    outputs = Recomputed.apply(function, draws, *inputs)
+    return outputs if isinstance(outputs, Tensor) else list(outputs)
+
+
+class Recomputed(torch.autograd.Function):
+    """The graph is made, and let go at once, in the forward pass too: so both compute bitwise the same numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Function, draws: bool, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        ctx.function, device = function, inputs[0].device
+        ctx.state = _random_state(device) if draws else None
+        # A GPU's backward pass has a thread of its own, where autocast is off; cached casts would outlive the step.
+        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        ctx.autocast = {"device_type": device.type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            outputs = function(_leaves(inputs, ctx.needs_input_grad[2:]))
+        return outputs.detach() if isinstance(outputs, Tensor) else tuple(each.detach() for each in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = _leaves(ctx.saved_tensors, needed)
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _drawing_from(ctx.state, inputs[0].device):
+            outputs = ctx.function(inputs)
+        wanted = [each for each, need in zip(inputs, needed, strict=True) if need]
+        products = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return (None, None, *(next(products) if need else None for need in needed))
+
+
+def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return [each.detach().requires_grad_(need) for each, need in zip(inputs, needed, strict=True)]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
+@contextmanager
+def _drawing_from(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are those after this state; outside, as if none had been drawn. None: changes nothing."""
+    if state is None:
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        if on_gpu:
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+        yield
