@@ -1,0 +1,74 @@
+"""What the zeroing trick saves: a task of Omniglot 5-way with and without it, in both orders, and an evaluation.
+
+    python benchmarks/zeroing.py --rounds 12 [--json FILE]
+
+Processor milliseconds of one task, one thread, medians; all take turns in one process. Without zeroing everything is
+computed; learn2learn's loop knows of no zeroing. The evaluation is of three steps, its two modes together and alone.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import peers
+import torch
+
+from fewshot import batched, learner
+from fewshot.models import conv4_strided
+from fewshot.surroundings import keep_memory
+from fewshot.tasks import Task
+
+WAYS, QUERIES, TASKS = 5, 15, 8
+
+
+def tasks(shots: int) -> Task:
+    generator = torch.Generator().manual_seed(1)
+    images = (torch.rand(TASKS, WAYS * each, 1, 28, 28, generator=generator) for each in (shots, QUERIES))
+    labels = (torch.arange(WAYS).repeat_interleave(each).expand(TASKS, -1) for each in (shots, QUERIES))
+    support, query = zip(images, labels, strict=True)
+    return Task(*support, *query)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    keep_memory()  # as every command of this project does
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = conv4_strided(channels=1, size=28, ways=WAYS)
+    engines = {"sequential": learner.meta_gradient, "batched": batched.meta_gradient}
+    entered, found = {}, {}
+    for shots, steps in ((1, 1), (1, 2), (1, 5), (5, 1), (5, 2), (5, 5)):
+        for order in ("first", "second"):
+            knobs = {"inner_lr": 0.4, "inner_steps": steps, "first_order": order == "first"}
+            for name, engine in engines.items():
+                for zeroing in (False, True):
+                    call = partial(engine, network, tasks(shots), zeroing=zeroing, **knobs)
+                    entered[name, shots, steps, order, "zeroing" if zeroing else "none"] = call
+            call = partial(peers.learn2learn_loop, network, tasks(shots), **knobs)
+            entered["learn2learn", shots, steps, order, "none"] = call
+        for name, engine in {"sequential": learner, "batched": batched}.items() if steps == 1 else ():
+            for modes in ((False,), (True,), (False, True)):
+                call = partial(engine.step_accuracies, network, tasks(shots), inner_lr=0.4, steps=3, zeroing=modes)
+                entered[name, shots, 3, "evaluation", modes] = call
+    for _ in range(args.rounds + 1):
+        for key, call in entered.items():
+            began = time.process_time()
+            call()
+            found.setdefault(key, []).append(1000 * (time.process_time() - began) / TASKS)
+    medians = {key: statistics.median(each[1:]) for key, each in found.items()}  # the first round warms up
+    for key, median in medians.items():
+        first = medians.get((*key[:3], "first", "none"))
+        print(*key, f"{median:.2f} ms", f"{median / first:.2f} of first order without zeroing" if first else "")
+    if args.json:
+        rows = [{"contestant": list(map(str, key)), "milliseconds": each} for key, each in found.items()]
+        args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
