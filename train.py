@@ -46,7 +46,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
 
     from fewshot.runtime import check_device, import_lightning, prepare
 
-    check_device(cfg.trainer.accelerator, cfg.trainer.precision)
+    if not (folder / "results.json").exists():  # which a machine without a GPU can show again
+        check_device(cfg.trainer.accelerator, cfg.trainer.precision)
     import_lightning(cfg)
     from fewshot import checkpoint, report
     from fewshot.callbacks import Listen, Stop

@@ -179,12 +179,12 @@ def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differen
     assert torch.autograd.gradgradcheck(Convolution.apply, (x, w, b, geometry), gen_non_contig_grad_outputs=True)
 
 
-@pytest.mark.parametrize("stride", [(2, 1), (4, 2)])
-def test_the_convolution_by_columns_has_them_too(stride):
-    """Also where strides leave pixels out, and where the kernel's places lie side by side."""
+@pytest.mark.parametrize("stride, channels", [((2, 1), 2), ((4, 2), 2), ((2, 1), 8)])
+def test_the_convolution_by_columns_has_them_too(stride, channels):
+    """Also where strides leave pixels out and where the kernel's places are side by side; with few channels or more."""
     torch.manual_seed(0)
-    x = torch.randn(2, 2, 6, 5, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(1, 3, 2, 3, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, channels, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(1, 3, channels, 3, 2, dtype=torch.float64, requires_grad=True)
     b = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
 
     def convolution(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -206,9 +206,22 @@ def test_batch_norm_has_the_second_derivatives_of_finite_differences():
         with SideBySide(1):
             return F.batch_norm(x, None, None, gamma, beta, training=True)
 
+    with SideBySide(1):  # a scale alone is left to torch
+        scaled = F.batch_norm(x, None, None, gamma, None, training=True)
+    assert torch.autograd.grad(scaled.sum(), gamma)[0].abs().max() < 1e-12
     expected = F.batch_norm(x, None, None, gamma[0], beta[0], training=True)
     torch.testing.assert_close(norm(x, gamma, beta), expected, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradgradcheck(norm, (x, gamma, beta), gen_non_contig_grad_outputs=True)
+
+
+def test_batch_norm_is_as_exact_where_channels_lie_together():
+    torch.manual_seed(0)
+    x = torch.randn(75, 8, 13, 13).relu().contiguous(memory_format=torch.channels_last)
+    gamma, beta = torch.rand(2, 1, 8)
+    with SideBySide(1):
+        found = F.batch_norm(x, None, None, gamma, beta, training=True)
+    expected = F.batch_norm(x.double(), None, None, gamma[0].double(), beta[0].double(), training=True)
+    assert (found - expected).norm() < 5e-7 * expected.norm()
 
 
 # How much is launched, and how much memory it takes

@@ -471,9 +471,9 @@ def test_what_is_done_and_where_is_said_before_torch_is_imported(train, tmp_path
     ("overrides", "before", "line"),
     [
         (["checkpoint=model.ckpt", "fit=false"], None, "Testing model.ckpt; the results go to {}"),
-        (["checkpoint=c.ckpt"], None, "Going on with the run in {}, unless it is finished; the results go there too"),
-        ([], "checkpoints/last.ckpt", "Going on with the run in {}, unless it is finished; the results go there too"),
-        ([], "results.json", "Going on with the run in {}, unless it is finished; the results go there too"),
+        (["checkpoint=c.ckpt"], None, "Going on with the run in {}; if it is finished, its results are shown"),
+        ([], "checkpoints/last.ckpt", "Going on with the run in {}; if it is finished, its results are shown"),
+        ([], "results.json", "Going on with the run in {}; if it is finished, its results are shown"),
     ],
 )
 def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_path, caplog, monkeypatch):

@@ -251,3 +251,21 @@ def test_tf32_is_asked_for_or_off(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda precision=precision: precision == "tf32")
         assert prepare(seed=0, threads=None, accelerator="auto", precision=precision) == lightning
         assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+class Scaled(Network):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+def test_a_network_that_does_more_than_its_encoder_and_head_is_refused(config):
+    """Its features would be taken for what the head is given."""
+    cfg = config("model.width=8")
+    cfg.model.network = {"_target_": "test_module.scaled"}
+    with pytest.raises(UserError, match=r"^model.network=test_module.scaled: its forward is not head\(encoder"):
+        module.MetaLearner.from_config(cfg, "sequential")
+
+
+def scaled():
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, 3))
+    return Scaled(encoder, 3, 5)

@@ -304,6 +304,12 @@ def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
     assert len(seen) == len(jobs)
 
 
+def test_memory_is_no_setting():
+    """Runs that are older than recompute_steps are runs of the same setting."""
+    today = settings(composed())
+    assert identity({name: value for name, value in today.items() if name != "recompute_steps"}) == identity(today)
+
+
 def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, main, run, tmp_path, capsys):
     folder = tmp_path / "sweep"
     knobs = ("iterations=30", "val_every=10")

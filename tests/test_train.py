@@ -153,8 +153,10 @@ def test_a_finished_run_is_shown_again_and_not_touched(run, finished, tmp_path, 
     folder = shutil.copytree(finished, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     caplog.set_level("INFO")
-    run(folder)
-    assert "inner step" in caplog.text
+    for trainer in ("trainer=cpu", "trainer=gpu"):  # where there is no GPU too
+        caplog.clear()
+        run(folder, trainer)
+        assert "inner step" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 

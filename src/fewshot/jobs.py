@@ -17,13 +17,13 @@ from fewshot.report import over, read_metrics
 
 log = logging.getLogger(__name__)
 
-# No part of a setting: the seed, where and on what it ran, and knobs that are others again.
+# No part of a setting: the seed, where and on what it ran, in what memory, and knobs that are others again.
 ELSEWHERE = (
     *("seed", "fit", "logger", "dataset.cache", "dataset.source", "dataset.device", "dataset.origin", "dataset.trust"),
     *("model.network", "callbacks.zero_head"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
-    *("trainer.max_time", "trainer.profiler"),
+    *("trainer.max_time", "trainer.profiler", "recompute_steps"),
 )
 
 

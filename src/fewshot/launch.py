@@ -111,7 +111,7 @@ def announce(folder: Path, cfg: DictConfig) -> None:
     if not cfg.fit:
         line = f"Testing {cfg.checkpoint}; the results go to {folder}"
     elif there:
-        line = f"Going on with the run in {folder}, unless it is finished; the results go there too"
+        line = f"Going on with the run in {folder}; if it is finished, its results are shown"
     else:
         line = f"Training {title(settings(cfg))}, {cfg.iterations} iterations; the results go to {folder}"
     log.info(printable(line))

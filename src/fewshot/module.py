@@ -23,7 +23,7 @@ from fewshot.distributed import mean_over_ranks, of_all_ranks
 from fewshot.errors import UserError
 from fewshot.evidence import probes
 from fewshot.execution import CudaGraphs, one_by_one
-from fewshot.models import dropping, drops, share_gradient, share_rows
+from fewshot.models import Network, dropping, drops, share_gradient, share_rows
 from fewshot.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MetaLearner(pl.LightningModule):
     """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (method.md section 0).
 
     Args:
-        network: has .encoder and .head.
+        network: has .encoder and .head, a linear layer; its forward is head(encoder(images)).
         engine: "sequential" (learn2learn, task after task), "batched" (all at once) or "auto"; the same gradients.
         inner_lr: eta.
         inner_steps: N.
@@ -136,6 +136,15 @@ class MetaLearner(pl.LightningModule):
         encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
         if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
             raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
+        if type(network).forward is not Network.forward:
+            images = torch.linspace(-1, 1, 2 * cfg.dataset.channels * cfg.dataset.size**2)
+            images = images.view(2, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
+            with torch.no_grad():
+                if not torch.allclose(network(images), head(encoder(images))):
+                    raise UserError(
+                        f"model.network={cfg.model.network._target_}: its forward is not head(encoder(images)); "
+                        "put what it does besides into the encoder"
+                    )
         return cls(
             network,
             engine=engine,
@@ -174,7 +183,7 @@ class MetaLearner(pl.LightningModule):
         self._step_accuracies = partial(engine.step_accuracies, **how)
         recomputes = self.recompute_steps and not self.first_order
         if engine is batched and drops(self.network) and (device == "cpu" or recomputes):
-            # Threads would draw from the one generator in any order; in a CUDA graph nothing can be drawn once more.
+            # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
             how["execute"] = one_by_one
         how |= {"zeroing": self.zeroing, "recompute_steps": self.recompute_steps}
         self._meta_gradient = partial(engine.meta_gradient, **how)

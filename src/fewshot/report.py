@@ -126,7 +126,7 @@ def finished(folder: Path, start: "Start") -> dict[str, Any] | None:
         reached = results["iterations"] if start.content else results["config"]["iterations"]
         if reached < asked["iterations"] and not start.trained:
             return None
-    elif results["config"] != asked:
+    elif results["config"] | {"recompute_steps": asked["recompute_steps"]} != asked:  # older results have none
         raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
     show(results, folder)
     return results

@@ -22,10 +22,10 @@ OURS = ("fewshot.", "pytorch_lightning.", "kornia.", "torch.", "torchvision.")
 
 
 def import_lightning(cfg: DictConfig) -> None:
-    """Imports Lightning, which takes half as long where torchmetrics does not find FOR_OTHER_METRICS.
+    """Imports Lightning without FOR_OTHER_METRICS, which torchmetrics would import, too: that halves the time.
 
-    It does where the configuration calls a class of somebody else's, or may, as with a checkpoint: that class may
-    compute one of these metrics.
+    Nothing is hidden where the configuration names a class of the user's own, or where a checkpoint may, for that class
+    may compute one of these metrics. In a sweep the first job decides for all that follow in its process.
     """
     called = re.findall(r"_target_: (\S+)", OmegaConf.to_yaml(cfg))
     own = cfg.checkpoint is not None or not all(name.startswith(OURS) for name in called)

@@ -106,7 +106,8 @@ def _batch_norm(
         raise NotSideBySide(F.batch_norm)
     weight, bias = (None if each is None else each.flatten() for each in (weight, bias))
     several = input.dim() == 4 and input.numel() > input.shape[1]  # numbers of a channel
-    if several and weight is not None and options.get("training") and _one_on_a_cpu(tasks, input, weight):
+    affine = weight is not None and bias is not None
+    if several and affine and options.get("training") and _one_on_a_cpu(tasks, input, weight):
         return Norm.apply(input, weight, bias, options.get("eps", 1e-5))
     return F.batch_norm(input, None, None, weight, bias, **options)
 
@@ -282,7 +283,14 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+        if x.is_contiguous():
+            y, mean, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+        else:  # channels lie together: there torch adds up one number after the other, and errs by 1e-5 in float32
+            rows = x.permute(0, 2, 3, 1)
+            mean = rows.mean((0, 1, 2))
+            centred = rows - mean
+            rstd = (centred.square().mean((0, 1, 2)) + eps).rsqrt()
+            y = torch.addcmul(beta, centred, gamma * rstd).permute(0, 3, 1, 2)
         ctx.save_for_backward(x, gamma, mean, rstd)
         return y
 
