@@ -75,6 +75,7 @@ def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(r
     with pytest.raises(Shown):
         run(tmp_path, "logger=wandb")
     assert handed[0]["test"] == json.loads((tmp_path / "results.json").read_text())["test"] and rows(tmp_path)
+    wandb.teardown()  # it would keep the mode for the tests to come
 
 
 def test_a_run_without_a_logger_does_without_wandb(run, tmp_path, monkeypatch):

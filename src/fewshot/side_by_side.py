@@ -290,7 +290,8 @@ class Norm(torch.autograd.Function):
             mean = rows.mean((0, 1, 2))
             centred = rows - mean
             rstd = (centred.square().mean((0, 1, 2)) + eps).rsqrt()
-            y = torch.addcmul(beta, centred, gamma * rstd).permute(0, 3, 1, 2)
+            y = torch.empty_like(x)  # no view, which nothing could change in place
+            torch.addcmul(beta, centred, gamma * rstd, out=y.permute(0, 2, 3, 1))
         ctx.save_for_backward(x, gamma, mean, rstd)
         return y
 
