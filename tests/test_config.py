@@ -464,7 +464,7 @@ def test_what_is_done_and_where_is_said_before_torch_is_imported(train, tmp_path
     done = train("algo=somaml", "+zeroing=true", "ways=20", "hydra.run.dir=run")
     assert done.returncode == 99 and "torch was imported" in done.stderr
     line = "Training SOMAML + zeroing, glyphs 20-way 1-shot, 400 iterations; the results go to"
-    assert done.stdout == f"{line} {tmp_path}/work/run\n"
+    assert done.stdout == f"{line} {tmp_path / 'work' / 'run'}\n"
 
 
 @pytest.mark.parametrize(
