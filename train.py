@@ -11,14 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot import ranks
-from fewshot.command import how_to_go_on, one_line_errors
-from fewshot.config import check, given_overrides, processes, settings
-from fewshot.launch import announce, nothing_left, record
+from fewshot.config.check import check, processes
+from fewshot.config.command import how_to_go_on, one_line_errors
+from fewshot.config.refusals import hydra_command, refuse
+from fewshot.config.tree import given_overrides, settings
 from fewshot.paths import at_home
-from fewshot.refusals import hydra_command, refuse
-from fewshot.signals import Signals
-from fewshot.surroundings import lenient, settle
+from fewshot.processes import ranks
+from fewshot.processes.signals import Signals
+from fewshot.processes.surroundings import lenient, settle
+from fewshot.sweep.hydra_callbacks import announce, nothing_left, record
 
 
 @hydra_command
@@ -44,26 +45,27 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     # Torch and Lightning take seconds to import, and a mistake in the configuration should not have to wait for them.
     from hydra.utils import instantiate
 
-    from fewshot.runtime import check_device, import_lightning, prepare
+    from fewshot.training.runtime import check_device, import_lightning, prepare
 
     if not (folder / "results.json").exists():  # which a machine without a GPU can show again
         check_device(cfg.trainer.accelerator, cfg.trainer.precision)
     import_lightning(cfg)
-    from fewshot import checkpoint, report
-    from fewshot.callbacks import Listen, Stop
-    from fewshot.data.module import MetaData
-    from fewshot.distributed import cluster
-    from fewshot.logger import finished_run
-    from fewshot.module import MetaLearner
+    from fewshot.data.meta_batches import MetaData
+    from fewshot.results import record_files
+    from fewshot.training import checkpoint
+    from fewshot.training.ddp import cluster
+    from fewshot.training.meta_learner import MetaLearner
+    from fewshot.training.stop import Listen, Stop
+    from fewshot.training.wandb_run import finished_run
 
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
-    if results := report.finished(folder, start):
-        return report.validation_accuracy(results)
+    if results := record_files.finished(folder, start):
+        return record_files.validation_accuracy(results)
     if processes(cfg) > 1 and not ranks.launcher():
         ranks.start(__file__, overrides, folder, processes(cfg))
-        return report.validation_accuracy(report.read(folder))
+        return record_files.validation_accuracy(record_files.read(folder))
     precision = prepare(
         seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
     )
@@ -71,7 +73,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     start.check_fits(module)
     data = MetaData.from_config(cfg)
     start.check_split(data.manifest)
-    report.write_splits(folder, data.manifest)
+    record_files.write_splits(folder, data.manifest)
     describe = start.describe(data.manifest)
     with finished_run():
         start_logger = instantiate(cfg.logger, _partial_=True) if cfg.logger else lambda **_: False
@@ -89,7 +91,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
         trained = time.monotonic()
         tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
         trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
-        results = report.write(
+        results = record_files.write(
             folder,
             module.results,
             iterations=trainer.global_step or start.iteration,
@@ -99,7 +101,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
             splits=data.manifest,
             loggers=trainer.loggers,
         )
-    return report.validation_accuracy(results)
+    return record_files.validation_accuracy(results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what fewshot.surroundings.settle sets
+OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what fewshot.processes.surroundings.settle sets
 
 
 class Apart:

@@ -17,11 +17,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from fewshot import batched, learner
-from fewshot.config import CONF
-from fewshot.data.module import MetaData
-from fewshot.module import MetaLearner
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.config.resolvers import CONF
+from fewshot.data.meta_batches import MetaData
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.training.meta_learner import MetaLearner
 
 TURN = 10  # meta-iterations
 
@@ -58,7 +59,7 @@ def main(rounds: int) -> None:
 
     def bare() -> None:
         optimizer.zero_grad()
-        learner.meta_gradient(network, tasks, **knobs)
+        sequential.meta_gradient(network, tasks, **knobs)
         optimizer.step()
 
     turns = TakeTurns(bare, rounds)
@@ -81,8 +82,8 @@ def evaluation(network: torch.nn.Module, tasks: Task, knobs: dict, test_steps: i
     """Milliseconds per task of training and of evaluation (every step, both zeroing modes), engines in turn."""
     seconds = {}
     for _ in range(rounds):
-        for engine in (learner, batched):
-            name = {learner: "sequential", batched: "batched"}[engine]
+        for engine in (sequential, batched):
+            name = {sequential: "sequential", batched: "batched"}[engine]
             began = time.perf_counter()
             engine.meta_gradient(network, tasks, **knobs)
             trained = time.perf_counter()

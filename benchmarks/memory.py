@@ -26,15 +26,17 @@ from instruments import Machine
 from rich.console import Console
 from rich.table import Table
 
-from fewshot import batched, learner
-from fewshot.models import conv4_pooled, resnet12
-from fewshot.surroundings import keep_memory
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models import resnet12
+from fewshot.models.conv4 import conv4_pooled
+from fewshot.processes.surroundings import keep_memory
 
 NETWORKS = {"conv4_64": partial(conv4_pooled, width=64, norm_first=True), "resnet12": resnet12}
 CONTESTANTS: dict[str, Callable] = {
-    "sequential": learner.meta_gradient,
-    "sequential+recompute": partial(learner.meta_gradient, recompute_steps=True),
+    "sequential": sequential.meta_gradient,
+    "sequential+recompute": partial(sequential.meta_gradient, recompute_steps=True),
     "batched": batched.meta_gradient,
     "batched+recompute": partial(batched.meta_gradient, recompute_steps=True),
     "learn2learn": peers.learn2learn_loop,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fewshot.surroundings import settle
+from fewshot.processes.surroundings import settle
 
 if __name__ == "__main__":
     settle()  # as train.py does, before torch is there
@@ -33,13 +33,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewshot import batched, learner
-from fewshot.execution import CudaGraphs, one_by_one
-from fewshot.models import conv4_pooled, conv4_strided
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
 
 ENGINES: dict[str, Callable] = {
-    "sequential": learner.meta_gradient,
+    "sequential": sequential.meta_gradient,
     "batched": batched.meta_gradient,
     "eager": batched.meta_gradient,  # without CUDA graphs
     "im2col": peers.im2col,
@@ -147,7 +148,7 @@ def count(setting: Setting, machine: Machine) -> tuple[int, int]:
     """
     network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
-        learner.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
+        sequential.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
     with Traffic() as traffic:
         batched.meta_gradient(network, tasks, **setting.knobs, execute=one_by_one)
     return flops.get_total_flops() * setting.tasks, traffic.bytes
@@ -157,7 +158,7 @@ def exact_gradients(setting: Setting, machine: Machine) -> dict[str, Tensor]:
     """The outer gradient in float64, one task after the other: what every contestant is held against."""
     network, tasks = setting.start(machine.device)
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
-    exact = Torch(learner.meta_gradient, network.double(), tasks, **setting.knobs)
+    exact = Torch(sequential.meta_gradient, network.double(), tasks, **setting.knobs)
     exact()
     return {name: gradient.cpu() for name, gradient in exact.gradients().items()}
 

@@ -1,8 +1,9 @@
 """What others offer for the same meta-step, each written as its own public MAML example writes it.
 
-The torch ones have the signature of fewshot.learner.meta_gradient: they add the mean outer gradient over the tasks to
-the .grad of the network's parameters. They differ from their examples only where the work would differ: tasks come
-from a Task, and where an example has no first-order switch its gradients are detached in the way its library offers.
+The torch ones have the signature of fewshot.maml.sequential.meta_gradient: they add the mean outer gradient over the
+tasks to the .grad of the network's parameters. They differ from their examples only where the work would differ: tasks
+come from a Task, and where an example has no first-order switch its gradients are detached in the way its library
+offers.
 """
 
 import os
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot import batched, side_by_side
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.batched import side_by_side
+from fewshot.data.task import Task
 
 
 def learn2learn_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool):

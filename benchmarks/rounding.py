@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from fewshot import contrastive, learner
-from fewshot.config import CONF
-from fewshot.data.module import MetaData
-from fewshot.models import zero_head
+from fewshot.config.resolvers import CONF
+from fewshot.data.meta_batches import MetaData
+from fewshot.maml import explicit_loss, sequential
+from fewshot.models.head import zero_head
 
 SHOWN = (1, 2, 4, 8, 16)  # outer updates
 ONE_STEP = {"inner_lr": 0.1, "inner_steps": 1}
@@ -42,10 +42,10 @@ def main(overrides: list[str]) -> None:
 def difference(network: nn.Module, data: MetaData, first_order: bool) -> list[float]:
     """Of the two encoders' weights, relative to their size, after the updates SHOWN."""
     ways = (
-        lambda network, tasks: learner.meta_gradient(
+        lambda network, tasks: sequential.meta_gradient(
             network, tasks, **ONE_STEP, first_order=first_order, adapted="head"
         ),
-        lambda network, tasks: contrastive.meta_gradient(
+        lambda network, tasks: explicit_loss.meta_gradient(
             network, tasks, **ONE_STEP, first_order=first_order, noise=False, interference=False
         ),
     )

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fewshot.surroundings import settle
+from fewshot.processes.surroundings import settle
 
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=2147483647:glibc.malloc.top_pad=67108864"
@@ -86,14 +86,14 @@ def work(name: str, steps: int | None) -> None:
     import torch
 
     from fewshot import models
-    from fewshot.tasks import Task
+    from fewshot.data.task import Task
 
     job, engine, *at_once = name.split("/")
     job = JOBS[job]
     if engine == "sequential":
-        from fewshot.learner import meta_gradient
+        from fewshot.maml.sequential import meta_gradient
     else:
-        from fewshot.batched import meta_gradient
+        from fewshot.batched.engine import meta_gradient
 
         meta_gradient = functools.partial(meta_gradient, tasks_at_once=int(at_once[0]) if at_once else None)
     torch.set_num_threads(2)

@@ -16,10 +16,11 @@ from pathlib import Path
 import peers
 import torch
 
-from fewshot import batched, learner
-from fewshot.models import conv4_strided
-from fewshot.surroundings import keep_memory
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_strided
+from fewshot.processes.surroundings import keep_memory
 
 WAYS, QUERIES, TASKS = 5, 15, 8
 
@@ -41,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = conv4_strided(channels=1, size=28, ways=WAYS)
-    engines = {"sequential": learner.meta_gradient, "batched": batched.meta_gradient}
+    engines = {"sequential": sequential.meta_gradient, "batched": batched.meta_gradient}
     entered, found = {}, {}
     for shots, steps in ((1, 1), (1, 2), (1, 5), (5, 1), (5, 2), (5, 5)):
         for order in ("first", "second"):
@@ -52,7 +53,7 @@ def main() -> None:
                     entered[name, shots, steps, order, "zeroing" if zeroing else "none"] = call
             call = partial(peers.learn2learn_loop, network, tasks(shots), **knobs)
             entered["learn2learn", shots, steps, order, "none"] = call
-        for name, engine in {"sequential": learner, "batched": batched}.items() if steps == 1 else ():
+        for name, engine in {"sequential": sequential, "batched": batched}.items() if steps == 1 else ():
             for modes in ((False,), (True,), (False, True)):
                 call = partial(engine.step_accuracies, network, tasks(shots), inner_lr=0.4, steps=3, zeroing=modes)
                 entered[name, shots, 3, "evaluation", modes] = call

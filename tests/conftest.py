@@ -23,9 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 import train
-from fewshot.config import CONF, GROUPS
-from fewshot.signals import Signals
-from fewshot.surroundings import keep_memory
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import GROUPS
+from fewshot.processes.signals import Signals
+from fewshot.processes.surroundings import keep_memory
 
 ROOT = Path(__file__).parents[1]
 HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine
@@ -156,9 +157,9 @@ def _runner(cache: Path) -> Callable[..., Path]:
             {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
         )
         with Signals() as signals, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fewshot.checkpoint.compose", lambda name, overrides: composed(*overrides))
+            patch.setattr("fewshot.training.checkpoint.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
-                patch.setattr("fewshot.report.write_png", lambda figure, file: file.write(b"no picture"))
+                patch.setattr("fewshot.results.record_files.write_png", lambda figure, file: file.write(b"no picture"))
             train.run(composed(*overrides), list(overrides), folder, signals)
         return folder
 

@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from fewshot import callbacks, module, report  # noqa: E402, F401  what train.py imports late
-from fewshot.data import module as data_module  # noqa: E402, F401
+from fewshot.data import meta_batches as data_module  # noqa: E402, F401
+from fewshot.results import record_files  # noqa: E402, F401  what train.py imports late
 
 KNOBS = (
     *("queries=3", "meta_batch_size=2", "iterations=100", "val_every=4", "val_tasks=2", "test_tasks=3", "threads=1"),

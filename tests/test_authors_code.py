@@ -15,17 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewshot import batched, learner
-from fewshot.models import conv4_strided
-from fewshot.module import MetaLearner
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_strided
+from fewshot.training.meta_learner import MetaLearner
 
 FIGURES = json.loads((Path(__file__).parent / "authors_code.json").read_text())
 WAYS, TASKS, QUERIES, INNER_LR = 5, 2, 3, FIGURES["inner_lr"]
 # All parameters: four blocks of convolution (weight, bias) and BatchNorm (weight, bias), then the head.
 SHAPES = [(64, 1, 3, 3), (64,), (64,), (64,)] + 2 * [(64, 64, 3, 3), (64,), (64,), (64,)]
 SHAPES += [(64, 64, 2, 2), (64,), (64,), (64,), (WAYS, 64), (WAYS,)]
-each_engine = pytest.mark.parametrize("engine", [learner, batched], ids=["sequential", "batched"])
+each_engine = pytest.mark.parametrize("engine", [sequential, batched], ids=["sequential", "batched"])
 
 
 @cache

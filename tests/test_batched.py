@@ -19,10 +19,12 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewshot import batched, learner
-from fewshot.execution import CaptureFailed, CudaGraphs, on_threads, one_by_one
-from fewshot.models import Network, conv4_pooled, conv4_strided
-from fewshot.side_by_side import Convolution, SideBySide
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import CaptureFailed, CudaGraphs, on_threads, one_by_one
+from fewshot.batched.side_by_side import Convolution, SideBySide
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.network import Network
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
@@ -155,7 +157,7 @@ def test_any_network_has_the_gradient_of_the_loop(name, first_order, monkeypatch
     torch.manual_seed(0)
     encoder = nn.Sequential(*(SIDE_BY_SIDE | BY_VMAP)[name]())
     network, tasks = prepared(Network(encoder, 6, 3), False), draw(tasks=3, shape=(2, 7, 7), queries=3)
-    expected, (_, accuracies) = meta_gradient(learner, network, tasks, first_order=first_order, **KNOBS)
+    expected, (_, accuracies) = meta_gradient(sequential, network, tasks, first_order=first_order, **KNOBS)
     used = []
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
@@ -248,7 +250,7 @@ def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, firs
     drawn = draw(tasks=tasks, shape=(1, size, size))
     drawn = drawn._replace(support=drawn.support.float(), query=drawn.query.float())
     numbers = []
-    for engine in (learner.meta_gradient, partial(batched.meta_gradient, tasks_at_once=tasks)):
+    for engine in (sequential.meta_gradient, partial(batched.meta_gradient, tasks_at_once=tasks)):
         with Count() as count:
             engine(network, drawn, inner_lr=0.01, inner_steps=inner_steps, first_order=first_order)
         numbers.append(count.number)
@@ -266,7 +268,7 @@ def peak_bytes(function) -> int:
     return peak
 
 
-@pytest.mark.parametrize("engine", [learner.meta_gradient, partial(batched.meta_gradient, tasks_at_once=4)])
+@pytest.mark.parametrize("engine", [sequential.meta_gradient, partial(batched.meta_gradient, tasks_at_once=4)])
 def test_the_memory_of_fomaml_does_not_grow_with_the_inner_steps(engine):
     network = conv4_strided(channels=1, size=28, ways=5, width=16)
     tasks = draw(tasks=4, ways=5, queries=8, shape=(1, 28, 28))
@@ -289,9 +291,9 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     tasks = images_for(build, tasks=5)
     network = convolutional(build, tasks)
     knobs = {"first_order": first_order, **KNOBS}
-    expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
+    expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, **knobs)
     evaluation = {"inner_lr": 0.1, "steps": 3, "zeroing": (False, True)}
-    evaluated = learner.step_accuracies(network, tasks, **evaluation)
+    evaluated = sequential.step_accuracies(network, tasks, **evaluation)
     torch.set_num_threads(3)
     several = partial(meta_gradient, batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
     found, (loss, accuracy) = several()

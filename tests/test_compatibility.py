@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import rows
 
-from fewshot import sweep
-from fewshot.checkpoint import read
 from fewshot.predict import predict
+from fewshot.sweep import tables
+from fewshot.training.checkpoint import read
 
 MADE = Path(__file__).parent / "fixtures" / "a43819a"
 EXPECTED = json.loads((MADE / "expected.json").read_text())  # as that commit computed it
@@ -46,7 +46,7 @@ def test_an_old_run_is_tested_and_goes_on(run, made, tmp_path):
     assert [pytest.approx(row, rel=1e-4, abs=0.02) for row in expected] == numbers(rows(made))
     norms = {name: weight.double().norm().item() for name, weight in read(last)["state_dict"].items()}
     assert norms == pytest.approx(EXPECTED["continued_to_6"]["norms"], rel=1e-3, abs=1e-6)
-    sweep.summarise([made], tmp_path / "summary", [])
+    tables.summarise([made], tmp_path / "summary", [])
     assert (tmp_path / "summary" / "summary.csv").exists()
 
 

@@ -11,9 +11,11 @@ from conftest import HANG, composed
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from fewshot.config import CONF, check, settings
+from fewshot.config.check import check
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import settings
 from fewshot.errors import UserError, shown
-from fewshot.launch import announce
+from fewshot.sweep.hydra_callbacks import announce
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 CONFIGS = [

@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from test_learner import prepared
 from torch import Tensor
 
-from fewshot import learner
-from fewshot.contrast import Gradients, adapted_head, centred, closed_form_gradients, contrastive_coefficients
-from fewshot.models import conv4_strided
-from fewshot.tasks import Task
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_strided
+from fewshot.theory.closed_forms import (
+    Gradients,
+    adapted_head,
+    centred,
+    closed_form_gradients,
+    contrastive_coefficients,
+)
 
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
 each_loss = pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
@@ -440,7 +446,7 @@ def test_from_a_zero_head_one_step_of_full_maml_is_head_only_maml(first_order):
         net = network(zeroed=zeroed)
         knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
         found, closed = through_the_closed_form(net, tasks, **knobs)
-        losses, _ = learner.meta_gradient(net, tasks, **knobs)
+        losses, _ = sequential.meta_gradient(net, tasks, **knobs)
         full = {name: p.grad for name, p in net.encoder.named_parameters()}
         if zeroed and inner_steps == 1:
             assert worst(found, full) < 1e-10

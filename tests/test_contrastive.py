@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_learner import NETWORKS, assert_close, convolutional, images_for, meta_gradient
 
-from fewshot import contrastive, learner
-from fewshot.contrast import closed_form_gradients, explicit_loss
-from fewshot.models import zero_head
+from fewshot.maml import explicit_loss as explicit
+from fewshot.maml import sequential
+from fewshot.models.head import zero_head
+from fewshot.theory.closed_forms import closed_form_gradients, explicit_loss
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["first", "second"])
@@ -64,8 +65,8 @@ def test_first_order_is_head_only_maml_from_any_head(build, bias, shots):
     tasks = images_for(build, tasks=3, shots=shots)
     network = convolutional(partial(build, head_bias=bias), tasks)
     knobs = {"inner_lr": 0.4, "inner_steps": 1, "first_order": True}
-    expected, (losses, accuracies) = meta_gradient(learner, network, tasks, adapted="head", **knobs)
-    found, (loss, accuracy) = meta_gradient(contrastive, network, tasks, **EXPLICIT, **knobs)
+    expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, adapted="head", **knobs)
+    found, (loss, accuracy) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
@@ -79,8 +80,8 @@ def test_second_order_is_head_only_maml_from_a_zero_head_alone(zeroed):
     if zeroed:
         zero_head(network.head)
     knobs = {"inner_lr": 0.4, "inner_steps": 1, "first_order": False}
-    expected, _ = meta_gradient(learner, network, tasks, adapted="head", **knobs)
-    found, _ = meta_gradient(contrastive, network, tasks, **EXPLICIT, **knobs)
+    expected, _ = meta_gradient(sequential, network, tasks, adapted="head", **knobs)
+    found, _ = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
     found, expected = ({k: g for k, g in each.items() if k.startswith("encoder.")} for each in (found, expected))
     if zeroed:
         assert_close(found, expected, 1e-10)
@@ -127,7 +128,7 @@ def test_the_ablations_train_otherwise(run, tmp_path):
 def test_more_than_one_inner_step_is_refused():
     build = NETWORKS["conv4_strided"]
     with pytest.raises(ValueError, match="inner_steps=2"):
-        contrastive.meta_gradient(
+        explicit.meta_gradient(
             convolutional(build, images_for(build)),
             images_for(build),
             inner_lr=0.1,

@@ -15,8 +15,8 @@ from PIL import Image
 from test_data_download import serving
 from torchvision.datasets import CIFAR100
 
-from fewshot.data import cifar
 from fewshot.data.__main__ import main
+from fewshot.data.sources import cifar
 from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

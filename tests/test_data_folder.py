@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewshot.data import folder
+from fewshot.data.sources import folder
 from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

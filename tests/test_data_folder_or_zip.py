@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewshot.data import folder, imagenet
 from fewshot.data.folder_or_zip import canonical, open_source
+from fewshot.data.sources import folder, imagenet
 from fewshot.errors import UserError
 from fewshot.predict import main
 

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFilter
 
 from fewshot.data import __main__ as prepare
-from fewshot.data import glyphs
+from fewshot.data.sources import glyphs
 
 CONF = Path(__file__).parents[1] / "conf" / "dataset" / "glyphs.yaml"
 

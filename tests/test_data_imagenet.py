@@ -17,7 +17,7 @@ from PIL import Image
 from test_data_download import serving
 
 from fewshot.data import download as downloads
-from fewshot.data import imagenet
+from fewshot.data.sources import imagenet
 from fewshot.errors import UserError
 
 MINI = {"train": 3, "val": 1, "test": 2}

@@ -11,11 +11,13 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image, ImageCms, PngImagePlugin
 
-from fewshot.checkpoint import refuse_difference
-from fewshot.config import check, settings
-from fewshot.data import folder, images
+from fewshot.config.check import check
+from fewshot.config.tree import settings
+from fewshot.data import images
 from fewshot.data.images import decode
+from fewshot.data.sources import folder
 from fewshot.errors import UserError, shown
+from fewshot.training.checkpoint import refuse_difference
 
 HOW = {"size": 16, "channels": 3, "resample": Image.Resampling.BILINEAR}
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

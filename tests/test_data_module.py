@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from fewshot.data.__main__ import main
-from fewshot.data.module import images_device, manifest
+from fewshot.data.meta_batches import images_device, manifest
+from fewshot.data.sampler import TaskSampler
+from fewshot.data.task import Split
 from fewshot.errors import UserError
-from fewshot.tasks import Split, TaskSampler
 
 CPU, CUDA, GB = torch.device("cpu"), torch.device("cuda", 1), 10**9
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torchvision.datasets.omniglot import Omniglot
 
 from fewshot.data import cache as cache_module
-from fewshot.data import omniglot
+from fewshot.data.sources import omniglot
 from fewshot.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"

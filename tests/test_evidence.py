@@ -6,9 +6,9 @@ import torch
 from conftest import rows
 from test_learner import NETWORKS, convolutional, images_for, softmax
 
-from fewshot.evidence.probes import probes
-from fewshot.models import zero_head
-from fewshot.tasks import Task
+from fewshot.data.task import Task
+from fewshot.models.head import zero_head
+from fewshot.theory.probes import probes
 
 NAMES = {
     *("interference_norm", "contrastive_norm", "wrong_sign", "head_norm", "cross_task"),

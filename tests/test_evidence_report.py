@@ -20,18 +20,19 @@ from test_evidence import by_hand, cosine
 from test_learner import NETWORKS, convolutional, images_for, softmax
 
 import train
-from fewshot import contrast
-from fewshot.config import CONF
+from fewshot.config.resolvers import CONF
+from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.evidence import claims, figures, identities, measures, write
 from fewshot.evidence.__main__ import run
-from fewshot.evidence.features import agreement
-from fewshot.evidence.features import features as encoded
 from fewshot.evidence.page import page
 from fewshot.evidence.sections import sections
-from fewshot.models import Network, zero_head
-from fewshot.signals import Signals
-from fewshot.tasks import Task
+from fewshot.models.head import zero_head
+from fewshot.models.network import Network
+from fewshot.processes.signals import Signals
+from fewshot.theory import closed_forms
+from fewshot.theory.features import agreement
+from fewshot.theory.features import features as encoded
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KNOBS = {"inner_lr": 0.4, "inner_steps": 2}
@@ -144,19 +145,19 @@ def test_an_unbalanced_support_is_found_out():
 
 def test_a_wrong_formula_is_found_out(monkeypatch):
     network, tasks = model()
-    step = contrast._back_through_inner_loop
+    step = closed_forms._back_through_inner_loop
 
     def wrong(task, D, G, loss):
         D, G = step(task, D, G, loss)
         return D * 1.001, G
 
-    monkeypatch.setattr(contrast, "_back_through_inner_loop", wrong)
+    monkeypatch.setattr(closed_forms, "_back_through_inner_loop", wrong)
     assert failing(network, tasks) == {"somaml_split_with_this_head"}
 
     def stronger(task):
         return torch.stack([-(task.Q - task.T_Q) @ (1.01 * task.T_S - P).mT for P in task.P])
 
-    monkeypatch.setattr(contrast, "_coefficients", stronger)
+    monkeypatch.setattr(closed_forms, "_coefficients", stronger)
     zero = identities.zeroed(network)
     assert not identities._coefficients(zero, tasks, encoded(zero, tasks), 0.4)["coefficient_is_free_of_noise"].passed
 

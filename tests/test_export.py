@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 import fewshot
-from fewshot import models
-from fewshot.config import settings
+from fewshot.config.tree import settings
 from fewshot.errors import UserError
 from fewshot.export import export, main
+from fewshot.models import network
 from fewshot.predict import predict
 
 
@@ -148,16 +148,16 @@ CALLED = []
 
 def foreign(**knobs):
     CALLED.append(knobs)
-    return models.conv4_strided(**knobs)
+    return network.conv4_strided(**knobs)
 
 
 @pytest.mark.parametrize(
     "knobs",
     [
         {"model.network": {"_target_": "os.system", "command": "touch MARK"}},
-        {"model.network": {"_target_": "fewshot.command.os.system", "command": "touch MARK"}},
+        {"model.network": {"_target_": "fewshot.config.command.os.system", "command": "touch MARK"}},
         {"model.network": {"_target_": "fewshot.models.torch.os.system", "command": "touch MARK"}},
-        {"model.network": {"_target_": "fewshot.ranks.start", "program": "MARK"}},
+        {"model.network": {"_target_": "fewshot.processes.ranks.start", "program": "MARK"}},
         {"model.network": {"_target_": "fewshot.models.nothing"}},
         {"model.network": {"_target_": "fewshot.models.__builtins__.exec", "_args_": ["open('MARK', 'w')"]}},
         {"model.network.channels": [{"_target_": "os.system", "command": "touch MARK"}]},

@@ -12,12 +12,13 @@ import threading
 import pytest
 import torch
 
-from fewshot import files, ranks
-from fewshot.command import one_line_errors
+from fewshot import files
+from fewshot.config.command import one_line_errors
 from fewshot.data import cache
 from fewshot.data.download import download
 from fewshot.data.lock import alone
 from fewshot.errors import UserError
+from fewshot.processes import ranks
 
 
 def test_a_link_beside_a_file_is_not_written_through(tmp_path):

@@ -10,11 +10,14 @@ from test_batched import KNOBS, assert_same
 from test_learner import draw, meta_gradient, prepared
 from torch import Tensor, nn
 
-from fewshot import batched, learner
-from fewshot.contrast import closed_form_gradients
+from fewshot.batched import engine as batched
 from fewshot.errors import UserError
-from fewshot.foreign import wrapped
-from fewshot.models import conv4_pooled, dropping, resnet12
+from fewshot.maml import sequential
+from fewshot.models import resnet12
+from fewshot.models.any_module import network_from_module
+from fewshot.models.conv4 import conv4_pooled
+from fewshot.models.resnet12 import dropping
+from fewshot.theory.closed_forms import closed_form_gradients
 
 
 class Small(nn.Module):
@@ -70,7 +73,7 @@ def test_the_head_is_found_and_made_anew_and_the_encoder_keeps_its_weights(name)
         layer.training = isinstance(layer, nn.BatchNorm2d)
     expected = module(images)
 
-    network = wrapped(module, channels=channels, size=16, ways=5, head=head)
+    network = network_from_module(module, channels=channels, size=16, ways=5, head=head)
     assert network.head.out_features == 5 and network.head is not last
     torch.testing.assert_close(last(network.encoder(images)), expected)
     for key, value in network.encoder.state_dict().items():
@@ -81,7 +84,7 @@ def test_the_head_is_found_and_made_anew_and_the_encoder_keeps_its_weights(name)
     assert list(network.buffers()) == []
     assert torch.equal(network.train()(images), network.eval()(images))
 
-    found = wrapped(build(), channels=channels, size=16, ways=5, init_scale=0, head_bias=False)
+    found = network_from_module(build(), channels=channels, size=16, ways=5, init_scale=0, head_bias=False)
     assert found.head.in_features == last.in_features
     assert found.head.bias is None and found.head.weight.count_nonzero() == 0
     assert found.encoder.get_submodule(head).__class__ is nn.Identity
@@ -89,7 +92,7 @@ def test_the_head_is_found_and_made_anew_and_the_encoder_keeps_its_weights(name)
 
 def test_the_new_head_begins_as_the_projects_does():
     torch.manual_seed(0)
-    head = wrapped(Small(), channels=2, size=16, ways=500).head
+    head = network_from_module(Small(), channels=2, size=16, ways=500).head
     assert head.weight.std().item() == pytest.approx((2 / 8) ** 0.5, rel=0.05)
     assert head.bias.count_nonzero() == 0
 
@@ -105,10 +108,10 @@ OURS = {
 def test_both_engines_give_the_same_gradient(name, first_order, monkeypatch):
     torch.manual_seed(0)
     build, channels, _, side_by_side = FOREIGN.get(name, (None, 2, None, True))
-    network = OURS[name]() if name in OURS else wrapped(build(), channels=channels, size=17, ways=3)
+    network = OURS[name]() if name in OURS else network_from_module(build(), channels=channels, size=17, ways=3)
     network, tasks = prepared(network, False), draw(shape=(channels, 17, 17))
     before = [field.clone() for field in tasks]
-    expected, (_, accuracies) = meta_gradient(learner, network, tasks, first_order=first_order, **KNOBS)
+    expected, (_, accuracies) = meta_gradient(sequential, network, tasks, first_order=first_order, **KNOBS)
     used = []
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     for together in (1, 2):
@@ -125,7 +128,7 @@ def test_both_engines_give_the_same_gradient(name, first_order, monkeypatch):
 def test_the_outer_gradient_is_that_of_the_loop_written_out(name):
     """Second order, by autograd through plain SGD on the functional network: neither engine has a part in it."""
     torch.manual_seed(0)
-    network = OURS[name]() if name in OURS else wrapped(Small(), channels=2, size=17, ways=3)
+    network = OURS[name]() if name in OURS else network_from_module(Small(), channels=2, size=17, ways=3)
     network, tasks = prepared(network, False), draw(tasks=1, shape=(2, 17, 17))
     theta = adapted = dict(network.named_parameters())
     for _ in range(KNOBS["inner_steps"]):
@@ -134,7 +137,7 @@ def test_the_outer_gradient_is_that_of_the_loop_written_out(name):
         adapted = {key: p - KNOBS["inner_lr"] * step for (key, p), step in zip(adapted.items(), steps, strict=True)}
     loss = F.cross_entropy(torch.func.functional_call(network, adapted, tasks.query[0]), tasks.query_labels[0])
     expected = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
-    for engine in (learner, batched):
+    for engine in (sequential, batched):
         found, _ = meta_gradient(engine, network, tasks, first_order=False, **KNOBS)
         assert_same(found, expected)
 
@@ -159,8 +162,11 @@ def test_dropblock_in_the_batched_engine_treats_each_task_alone():
 def test_the_closed_forms_hold_for_a_foreign_encoder():
     """docs/method.md 2.5, which knows of .encoder and .head alone."""
     torch.manual_seed(0)
-    network, tasks = prepared(wrapped(resnet18(), channels=3, size=16, ways=3), False), draw(tasks=1, shape=(3, 16, 16))
-    expected, _ = meta_gradient(learner, network, tasks, first_order=False, adapted="head", **KNOBS)
+    network, tasks = (
+        prepared(network_from_module(resnet18(), channels=3, size=16, ways=3), False),
+        draw(tasks=1, shape=(3, 16, 16)),
+    )
+    expected, _ = meta_gradient(sequential, network, tasks, first_order=False, adapted="head", **KNOBS)
     phi_s, phi_q = network.encoder(tasks.support[0]), network.encoder(tasks.query[0])
     labels = tasks.support_labels[0], tasks.query_labels[0]
     given = (
@@ -264,7 +270,7 @@ REFUSED = {  # what makes it, model.head, how the line begins, what it says
 def test_what_is_no_encoder_and_head_is_refused_in_one_line(name):
     build, head, begin, remedy = REFUSED[name]
     with pytest.raises(UserError) as error:
-        wrapped(
+        network_from_module(
             build(), channels=3 if build is not Small and name != "softmax after it" else 2, size=16, ways=5, head=head
         )
     message = str(error.value)
@@ -274,12 +280,12 @@ def test_what_is_no_encoder_and_head_is_refused_in_one_line(name):
 
 def test_grey_images_for_a_network_of_colour_ones_are_refused():
     with pytest.raises(UserError, match=r"^dataset.channels=1 dataset.size=28: ResNet .* 3 channels.*; use a dataset"):
-        wrapped(resnet18(), channels=1, size=28, ways=5)
+        network_from_module(resnet18(), channels=1, size=28, ways=5)
 
 
 def test_dropout_is_left_out_and_a_line_says_so(caplog):
     with caplog.at_level(logging.INFO):
-        wrapped(mobilenet_v2(), channels=3, size=16, ways=5)
+        network_from_module(mobilenet_v2(), channels=3, size=16, ways=5)
     assert [r.message for r in caplog.records] == [
         "model=module: the dropout of MobileNetV2 (classifier.0) is left out"
     ]

@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from test_data_cifar import make_cifar100
 from test_data_imagenet import make_mini, make_tiered
 
-from fewshot.config import CONF
-from fewshot.tasks import SPLITS
+from fewshot.config.resolvers import CONF
+from fewshot.data.task import SPLITS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ROOTS = {"omniglot": SHARED / "omniglot", "cifarfs": SHARED / "cifarfs.zip", "folder": SHARED / "tinyimagenet100.zip"}
@@ -86,7 +86,7 @@ def test_logger_without_a_key_is_offline_and_says_so(config, tmp_path, monkeypat
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr(sys.stdin, "read", lambda: pytest.fail("a prompt"))
-    from fewshot.logger import finished_run
+    from fewshot.training.wandb_run import finished_run
 
     with finished_run():
         start = instantiate(config().logger, _partial_=True)

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fewshot import batched, learner
-from fewshot.contrast import closed_form_gradients
-from fewshot.models import Network, conv4_pooled, conv4_strided, zero_head
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.head import zero_head
+from fewshot.models.network import Network
+from fewshot.theory.closed_forms import closed_form_gradients
 
 NETWORKS = {
     "conv4_strided": partial(conv4_strided, channels=1, size=37, width=12),
@@ -29,9 +32,9 @@ all_at_once, one_at_a_time = (
     )
     for number in (99, 1)
 )
-each_engine = pytest.mark.parametrize("engine", [learner, all_at_once], ids=["sequential", "batched"])
+each_engine = pytest.mark.parametrize("engine", [sequential, all_at_once], ids=["sequential", "batched"])
 each_way = pytest.mark.parametrize(
-    "engine", [learner, all_at_once, one_at_a_time], ids=["sequential", "batched", "batched one at a time"]
+    "engine", [sequential, all_at_once, one_at_a_time], ids=["sequential", "batched", "batched one at a time"]
 )
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
@@ -246,7 +249,7 @@ def test_the_engines_give_the_same_gradient(build, first_order, inner_steps, sho
     tasks = images_for(build, shots=shots)
     network = convolutional(build, tasks, zeroed=zeroed)
     knobs = {"inner_lr": 0.1, "inner_steps": inner_steps, "first_order": first_order}
-    expected, (losses, accuracies) = meta_gradient(learner, network, tasks, **knobs)
+    expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, **knobs)
     found, (loss, accuracy) = meta_gradient(all_at_once, network, tasks, **knobs)
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
@@ -434,7 +437,7 @@ def test_the_engines_agree_on_the_family(build, first_order, member):
     tasks = images_for(build, shots=2)
     network = convolutional(build, tasks)
     knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
-    expected, (losses, _) = meta_gradient(learner, network, tasks, **knobs)
+    expected, (losses, _) = meta_gradient(sequential, network, tasks, **knobs)
     found, (loss, _) = meta_gradient(all_at_once, network, tasks, **knobs)
     found, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (found, expected))
     assert (found - expected).norm() < 1e-10 * expected.norm()
@@ -569,7 +572,7 @@ def test_the_engines_give_the_same_step_accuracies(build, shots):
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": (False, True)}
     found = all_at_once.step_accuracies(network, tasks, **knobs)
-    assert torch.equal(found, learner.step_accuracies(network, tasks, **knobs))
+    assert torch.equal(found, sequential.step_accuracies(network, tasks, **knobs))
     # After step 0 with zeroing all logits are zero, so all queries get one label.
     torch.testing.assert_close(found[1, :, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
     for mode, zeroing in enumerate((False, True)):  # what the modes share changes neither

@@ -9,8 +9,9 @@ import pytest
 import wandb
 from conftest import rows
 
-from fewshot import logger, report
 from fewshot.errors import UserError
+from fewshot.results import record_files
+from fewshot.training import wandb_run
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_the_users_own_switches_of_wandb_come_first(asked, told, variables, expe
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode=told)))
     monkeypatch.setattr(wandb, "login", lambda **how: True)
     try:
-        found = logger._mode(asked)
+        found = wandb_run._mode(asked)
     except UserError as error:
         found = str(error)
     assert found.startswith(expected) and "\n" not in found
@@ -55,9 +56,9 @@ def test_the_users_own_switches_of_wandb_come_first(asked, told, variables, expe
 def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
     monkeypatch.setattr(wandb, "login", lambda **how: False)
-    assert logger._mode(None) == "offline"
+    assert wandb_run._mode(None) == "offline"
     with pytest.raises(UserError, match=r"logger\.mode=online: no API key"):
-        logger._mode("online")
+        wandb_run._mode("online")
 
 
 class Shown(BaseException):
@@ -69,8 +70,8 @@ def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(r
         raise Shown
 
     handed = []
-    monkeypatch.setattr(report, "show", show)
-    monkeypatch.setattr(logger, "summarise", lambda logger, content: handed.append(content))
+    monkeypatch.setattr(record_files, "show", show)
+    monkeypatch.setattr(wandb_run, "summarise", lambda logger, content: handed.append(content))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(Shown):
         run(tmp_path, "logger=wandb")
@@ -80,6 +81,6 @@ def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(r
 
 def test_a_run_without_a_logger_does_without_wandb(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
-    spec = importlib.util.find_spec("fewshot.logger")
+    spec = importlib.util.find_spec("fewshot.training.wandb_run")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert (run(tmp_path, "logger=none") / "results.json").exists()

@@ -9,17 +9,11 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fewshot.config import CONF
-from fewshot.models import (
-    conv4_pooled,
-    conv4_strided,
-    drop_squares,
-    dropping,
-    drops,
-    prototype_head,
-    resnet12,
-    zero_head,
-)
+from fewshot.config.resolvers import CONF
+from fewshot.models import resnet12
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.head import prototype_head, zero_head
+from fewshot.models.resnet12 import drop_squares, dropping, drops
 
 conv4_64 = partial(conv4_pooled, norm_first=True)
 NETWORKS = {"conv4_strided": conv4_strided, "conv4_pooled": conv4_pooled, "conv4_64": conv4_64}

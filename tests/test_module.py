@@ -11,11 +11,13 @@ from test_learner import draw
 from torch import nn
 from torch.func import functional_call
 
-from fewshot import batched, learner, module
-from fewshot.data.module import MetaData
+from fewshot.batched import engine as batched
+from fewshot.data.meta_batches import MetaData
 from fewshot.errors import UserError
-from fewshot.models import Network
-from fewshot.runtime import prepare
+from fewshot.maml import sequential
+from fewshot.models.network import Network
+from fewshot.training import meta_learner
+from fewshot.training.runtime import prepare
 
 BEGAN = ("iterations=2", "val_every=1")
 
@@ -36,7 +38,7 @@ def engine_of(folder):
 def test_engine_auto_is_a_rule_and_says_why(
     run, tmp_path, caplog, monkeypatch, threads, meta_batch_size, large, engine
 ):
-    monkeypatch.setattr(module, "LARGE", large)
+    monkeypatch.setattr(meta_learner, "LARGE", large)
     with caplog.at_level(logging.INFO):
         run(tmp_path, *BEGAN, f"threads={threads}", f"meta_batch_size={meta_batch_size}")
     said = [record.message for record in caplog.records if "engine=" in record.message]
@@ -92,14 +94,14 @@ def test_what_is_random_is_the_same_in_a_run_that_goes_on_and_absent_from_evalua
 @pytest.mark.parametrize("algo", ["fomaml", "zero"])
 def test_whole_runs_of_two_engines_part_without_zeroing_and_stay_together_with_it(run, tmp_path, monkeypatch, algo):
     """The default job's network. Every update is the same but for rounding; without zeroing training is chaotic."""
-    step, weights = module.MetaLearner.training_step, {"sequential": [], "batched": []}
+    step, weights = meta_learner.MetaLearner.training_step, {"sequential": [], "batched": []}
 
     def watched(self, tasks, batch_idx):
         result = step(self, tasks, batch_idx)
         weights[self.engine].append(torch.cat([parameter.detach().flatten() for parameter in self.parameters()]))
         return result
 
-    monkeypatch.setattr(module.MetaLearner, "training_step", watched)
+    monkeypatch.setattr(meta_learner.MetaLearner, "training_step", watched)
     knobs = ("iterations=20", "val_every=20", "val_tasks=2", "test_tasks=2", "test_steps=2", "model.width=64")
     for engine in weights:
         run(tmp_path / engine, f"algo={algo}", f"engine={engine}", "trainer.precision=64-true", *knobs)
@@ -116,7 +118,7 @@ def too_much(*args, **knobs):
 @pytest.mark.parametrize(
     "overrides, name, lower",
     [
-        (("engine=sequential",), "learner", "lower queries, shots or model.width"),
+        (("engine=sequential",), "sequential", "lower queries, shots or model.width"),
         (("engine=batched", "threads=2"), "batched", "lower tasks_at_once (now 2)"),
         (("engine=batched",), "batched", "lower queries, shots or model.width"),
         (("engine=batched", "tasks_at_once=1"), "batched", "lower queries, shots or model.width"),
@@ -124,7 +126,7 @@ def too_much(*args, **knobs):
 )
 @pytest.mark.parametrize("function", ["meta_gradient", "step_accuracies"])
 def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overrides, name, lower, function):
-    monkeypatch.setattr({"learner": learner, "batched": batched}[name], function, too_much)
+    monkeypatch.setattr({"sequential": sequential, "batched": batched}[name], function, too_much)
     with pytest.raises(UserError) as error:
         run(tmp_path, *BEGAN, *overrides)
     assert str(error.value) == f"{overrides[0]}: out of memory on cpu; {lower}"
@@ -176,10 +178,10 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
     # at iterations 0 and 1, then on the validation and the test tasks of the final test
     "engine, algo, twice",
     [
-        (learner, "fomaml", [True, True, True, True]),
-        (learner, "zero_init", [False, True, True, True]),
+        (sequential, "fomaml", [True, True, True, True]),
+        (sequential, "zero_init", [False, True, True, True]),
         (batched, "zero", [False, False, False, False]),
-        (learner, "protomaml", [True, True, True, True]),  # does not begin with the head that is zero
+        (sequential, "protomaml", [True, True, True, True]),  # does not begin with the head that is zero
     ],
     ids=["random", "zero at the start", "zeroed, batched", "prototypes"],
 )
@@ -192,8 +194,10 @@ def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engin
 
     monkeypatch.setattr(engine, "step_accuracies", evaluated)
     # The later model counts as the better.
-    monkeypatch.setattr(module.Scores, "of", lambda accuracies: module.Scores(2, [0.2] * 3 + [len(calls)], [0.0] * 4))
-    name = engine.__name__.removeprefix("fewshot.").replace("learner", "sequential")
+    monkeypatch.setattr(
+        meta_learner.Scores, "of", lambda accuracies: meta_learner.Scores(2, [0.2] * 3 + [len(calls)], [0.0] * 4)
+    )
+    name = engine.__name__.rsplit(".")[-1].replace("engine", "batched")
     knobs = (f"engine={name}", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "inner_steps=3")
     run(tmp_path, f"algo={algo}", *["init_scale=0"] * (algo == "protomaml"), *knobs)
     assert [zeroing for zeroing, _ in calls] == [(False, True) if two else (True,) for two in twice]
@@ -222,8 +226,8 @@ def test_the_weights_of_the_step_losses_are_those_of_maml_plus_plus():
         weights, decay, least = [1 / 5] * 5, 1 / 5 / 15, 0.03 / 5
         weights[:4] = [max(each - epoch * decay, least) for each in weights[:4]]
         weights[4] = min(weights[4] + epoch * 4 * decay, 1 - 4 * least)
-        assert module.step_weights(5, epoch / 15) == pytest.approx(weights)
-    assert module.step_weights(1, 0.5) == [1]
+        assert meta_learner.step_weights(5, epoch / 15) == pytest.approx(weights)
+    assert meta_learner.step_weights(1, 0.5) == [1]
 
 
 def test_an_error_in_the_inner_loop_is_the_error_that_is_raised():
@@ -241,7 +245,7 @@ def test_an_error_in_the_inner_loop_is_the_error_that_is_raised():
     network, tasks = Network(torch.nn.Linear(2, 2), 2, 2), draw(ways=2, shape=(2,))
     network.register_forward_hook(lambda module, passed, out: Fails.apply(out))
     with pytest.raises(torch.OutOfMemoryError):
-        learner.meta_gradient(network.double(), tasks, inner_lr=0.1, inner_steps=1, first_order=True)
+        sequential.meta_gradient(network.double(), tasks, inner_lr=0.1, inner_steps=1, first_order=True)
 
 
 def test_tf32_is_asked_for_or_off(monkeypatch):
@@ -263,7 +267,7 @@ def test_a_network_that_does_more_than_its_encoder_and_head_is_refused(config):
     cfg = config("model.width=8")
     cfg.model.network = {"_target_": "test_module.scaled"}
     with pytest.raises(UserError, match=r"^model.network=test_module.scaled: its forward is not head\(encoder"):
-        module.MetaLearner.from_config(cfg, "sequential")
+        meta_learner.MetaLearner.from_config(cfg, "sequential")
 
 
 def scaled():

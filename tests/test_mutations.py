@@ -27,11 +27,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import fewshot
-from fewshot import checkpoint, export, report, sweep
-from fewshot.checkpoint_file import refuse_unresumable
+from fewshot import export
 from fewshot.errors import UserError
-from fewshot.module import MetaLearner
 from fewshot.predict import predict
+from fewshot.results import record_files
+from fewshot.sweep import settings as grouped
+from fewshot.sweep import tables
+from fewshot.training import checkpoint
+from fewshot.training.checkpoint_file import refuse_unresumable
+from fewshot.training.meta_learner import MetaLearner
 
 MADE = Path(__file__).parent / "fixtures" / "a43819a"
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
@@ -255,10 +259,10 @@ def test_files_with_other_bytes(folder, data):
 
 def summarised(folder: Path) -> None:
     """What a sweep says of it, less its pictures."""
-    settings = sweep.group([job for job in sweep.read_jobs([folder]) if job.results or job.curves])
+    settings = grouped.group([job for job in grouped.read_jobs([folder]) if job.results or job.curves])
     if settings:
-        sweep.as_csv(settings)
-        sweep.as_markdown(settings, [])
+        tables.as_csv(settings)
+        tables.as_markdown(settings, [])
 
 
 @examples(100)
@@ -279,5 +283,5 @@ def test_results_and_settings_of_runs(folder, data):
     with bounded():
         summarised(run)
     with bounded():
-        report.read(run)
+        record_files.read(run)
     shutil.rmtree(run)

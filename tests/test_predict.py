@@ -20,16 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 import fewshot
-from fewshot import export, figures
-from fewshot.config import CONF, settings
-from fewshot.data import glyphs
-from fewshot.data.module import MetaData
+from fewshot import export
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import settings
+from fewshot.data.meta_batches import MetaData
+from fewshot.data.sources import glyphs
+from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
-from fewshot.models import share_rows
-from fewshot.module import MetaLearner
+from fewshot.models.head import share_rows
 from fewshot.predict import main, predict, run
-from fewshot.pretrained import Preprocess, Pretrained
-from fewshot.tasks import SPLITS
+from fewshot.predict.pretrained import Preprocess, Pretrained
+from fewshot.results import figures
+from fewshot.training.meta_learner import MetaLearner
 
 WAYS = 3
 

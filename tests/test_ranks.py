@@ -18,13 +18,14 @@ from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
 import train
-from fewshot import callbacks, distributed, figures, report, runtime  # noqa: F401  what train.py imports late
-from fewshot.checkpoint import read
-from fewshot.config import CONF, check
-from fewshot.data import module as data_module  # noqa: F401
+from fewshot.config.check import check
+from fewshot.config.resolvers import CONF
+from fewshot.data import meta_batches as data_module  # noqa: F401
 from fewshot.errors import UserError
-from fewshot.module import MetaLearner
-from fewshot.signals import Signals
+from fewshot.processes.signals import Signals
+from fewshot.results import figures, record_files  # noqa: F401  what train.py imports late
+from fewshot.training.checkpoint import read
+from fewshot.training.meta_learner import MetaLearner
 
 DDP = (
     *("trainer=ddp", "trainer.accelerator=cpu", "meta_batch_size=4", "iterations=20"),

@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fewshot import batched, learner
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import one_by_one
+from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.execution import one_by_one
-from fewshot.models import Network, conv4_strided, dropping, resnet12
-from fewshot.recompute import recomputed
-from fewshot.tasks import Task
+from fewshot.maml import sequential
+from fewshot.maml.recompute import recomputed
+from fewshot.models import resnet12
+from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import Network
+from fewshot.models.resnet12 import dropping
 
 each_engine = pytest.mark.parametrize(
-    "engine", [learner.meta_gradient, partial(batched.meta_gradient, execute=one_by_one)], ids=["sequential", "batched"]
+    "engine",
+    [sequential.meta_gradient, partial(batched.meta_gradient, execute=one_by_one)],
+    ids=["sequential", "batched"],
 )
 WEIGHTS = [0.2, 0.0, 0.8]
 FAMILY = {
@@ -168,7 +174,7 @@ def test_out_of_memory_names_it_where_it_would_help(run, tmp_path, monkeypatch, 
     def too_much(*args, **knobs):
         torch.empty(2**50)
 
-    monkeypatch.setattr(learner, "meta_gradient", too_much)
+    monkeypatch.setattr(sequential, "meta_gradient", too_much)
     with pytest.raises(UserError) as error:
         run(tmp_path, "iterations=2", "val_every=2", "val_tasks=2", "engine=sequential", *overrides)
     assert str(error.value) == f"engine=sequential: out of memory on cpu; {said}"

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot import ranks, refusals, schema
-from fewshot.config import CONF, GROUPS, check_overrides
+from fewshot.config import refusals, schema
+from fewshot.config.check import check_overrides
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import GROUPS
 from fewshot.errors import UserError
+from fewshot.processes import ranks
 
 ROOT = Path(__file__).parents[1]
 # Runs calls one after the other in a process where torch cannot be imported; tells how each ended and what it wrote.

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fewshot import runtime
 from fewshot.errors import UserError
+from fewshot.training import runtime
 
 
 def test_a_package_is_hidden_for_a_while_unless_it_was_imported_before(tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_a_package_is_hidden_for_a_while_unless_it_was_imported_before(tmp_path,
     assert find_spec("optional_one") and version("optional_one") == "1.5" and sys.meta_path == before
 
 
-@pytest.mark.parametrize(("target", "hidden"), [("fewshot.callbacks.Record", True), ("mine.Callback", False)])
+@pytest.mark.parametrize(("target", "hidden"), [("fewshot.training.record.Record", True), ("mine.Callback", False)])
 def test_what_a_class_of_ones_own_may_use_is_not_hidden(config, monkeypatch, target, hidden):
     cfg = config()
     cfg.callbacks.record._target_ = target

@@ -7,11 +7,11 @@ import signal
 import pytest
 from conftest import HANG, halt_when, let_go, outcome
 
-from fewshot import checkpoint
-from fewshot.callbacks import Record
-from fewshot.command import one_line_errors
+from fewshot.config.command import one_line_errors
 from fewshot.errors import Stopped
-from fewshot.module import MetaLearner
+from fewshot.training import checkpoint
+from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.record import Record
 
 MANY = ("iterations=9", "val_every=4", "trainer.log_every_n_steps=3")
 

@@ -10,9 +10,11 @@ from conftest import outcome, rows
 from hydra.utils import instantiate
 from test_learner import NETWORKS, convolutional, images_for
 
-from fewshot import checkpoint, figures
-from fewshot.evidence.similarity import class_similarities
-from fewshot.tasks import SPLITS, Task, TaskSampler
+from fewshot.data.sampler import TaskSampler
+from fewshot.data.task import SPLITS, Task
+from fewshot.sweep import figures
+from fewshot.theory.class_similarity import class_similarities
+from fewshot.training import checkpoint
 
 # The experiment, shrunk; `run` shrinks the rest.
 EXPERIMENT = ("experiment=cosine_similarity", "dataset=glyphs", "shots=2", "meta_batch_size=1")

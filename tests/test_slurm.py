@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG, ROOT, SMALL, outcome
 
-from fewshot.checkpoint import read
+from fewshot.training.checkpoint import read
 
 pytest.importorskip("submitit")
 pytestmark = pytest.mark.skipif(

@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import fewshot
-from fewshot import checkpoint, report, stored
-from fewshot.config import CONF
+from fewshot.config import stored
+from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
-from fewshot.jobs import read_job
-from fewshot.launch import OutputFolder
+from fewshot.results import record_files
+from fewshot.sweep.hydra_callbacks import OutputFolder
+from fewshot.sweep.settings import read_job
+from fewshot.training import checkpoint
 
 MADE = Path(__file__).parent / "fixtures" / "a43819a"
 BEST = MADE / "run" / "checkpoints" / "best.ckpt"
@@ -189,7 +191,7 @@ def test_what_a_sweep_cannot_read_is_a_line_of_its_table(tmp_path):
                 (run / "results.json").unlink()
             (run / name).write_bytes(content)
             if name == "results.json":
-                refused(report.read, run, line=f"{re.escape(str(run))}/results.json: ")
+                refused(record_files.read, run, line=f"{re.escape(str(run))}/results.json: ")
     found = {path.name: read_job(path) for path in tmp_path.iterdir()}
     assert len(found) == sum(map(len, cases.values())) and not any(job.results for job in found.values())
     lines = {name: job.error for name, job in found.items()}

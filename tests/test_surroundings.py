@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SMALL
 
-from fewshot.surroundings import keep_memory
+from fewshot.processes.surroundings import keep_memory
 
 OTHERS = {  # for other programs
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",

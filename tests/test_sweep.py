@@ -17,10 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot import checkpoint, figures, sweep
-from fewshot.config import CONF, check, job_folder, settings
+from fewshot.config.check import check
+from fewshot.config.resolvers import CONF, job_folder
+from fewshot.config.tree import settings
 from fewshot.errors import UserError
-from fewshot.jobs import identity
+from fewshot.sweep import figures, tables
+from fewshot.sweep import settings as grouped
+from fewshot.sweep.__main__ import main
+from fewshot.sweep.settings import identity
+from fewshot.training import checkpoint
 
 KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -71,7 +76,7 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
     make_run(tmp_path / "a" / "late", config("algo=somaml", "seed=1"), curve=[(0, 0.3)])
     make_run(tmp_path / "b" / "broken", config("algo=somaml", "seed=2"), error="Traceback\n  ...\nValueError: 1 | 2\n")
     make_run(tmp_path / "b" / "again", config("algo=zero", "seed=2", "logger=none"), accuracy=[0, 0])  # the same
-    sweep.main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
     rows = table(tmp_path / "summary.csv")
     assert len(rows) == 2 * 2 * 2  # settings, zeroing modes, steps
     found = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
@@ -93,9 +98,9 @@ def test_a_summary_and_the_list_of_datasets_need_no_torch(config, tmp_path):
     make_run(tmp_path / "run", config("algo=zero"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     program = f"""
 import sys
-from fewshot import sweep
+from fewshot.sweep.__main__ import main
 from fewshot.data import __main__ as data
-sweep.main([{str(tmp_path)!r}])
+main([{str(tmp_path)!r}])
 data.main(["list", "dataset=glyphs", "dataset=folder"])
 print([name for name in ("torch", "pytorch_lightning", "scipy.stats") if name in sys.modules])
 """
@@ -106,7 +111,7 @@ print([name for name in ("torch", "pytorch_lightning", "scipy.stats") if name in
 def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
     for number, overrides in enumerate((["inner_steps=1"], ["inner_steps=5"], ["dataset=cifarfs", "inner_steps=1"])):
         make_run(tmp_path / str(number), config(*overrides), accuracy=[0.5] * 6)
-    labels = [setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))]
+    labels = [setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))]
     assert not any("test_steps" in label or "dataset.size" in label or "smallest" in label for label in labels)
     assert sum("dataset.name=cifarfs" in label for label in labels) == 1 and len(set(labels)) == 3
 
@@ -115,7 +120,7 @@ def test_a_head_that_begins_elsewhere_is_not_called_random(config, tmp_path):
     for algo in ("fomaml", "zero", "unicorn", "protomaml"):
         for scale in (0, 1):
             make_run(tmp_path / f"{algo}{scale}", config(f"algo={algo}", f"init_scale={scale}"), accuracy=[0.2])
-    labels = {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))}
+    labels = {setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))}
     assert len(labels) == 8
     assert {label for label in labels if "random head" in label} == {"FOMAML, random head"}
 
@@ -128,16 +133,16 @@ def test_an_algorithm_is_called_by_its_papers_name(config, tmp_path):
     }
     for algo in algos:
         make_run(tmp_path / "family" / algo, config(f"algo={algo}"), accuracy=[0.2])
-    assert {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path / "family"]))} == {*algos.values()}
+    assert {setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path / "family"]))} == {*algos.values()}
     orders = (["anil"], ["anil", "algo.first_order=false"], ["fomaml"], ["somaml"], ["anil", "algo.head=shared"])
     for number, (algo, *more) in enumerate(orders):
         make_run(tmp_path / "orders" / str(number), config(f"algo={algo}", *more), accuracy=[0.2])
     (tmp_path / "alone").mkdir()
     make_run(tmp_path / "alone" / "0", config("algo=unicorn", "+zeroing=true"), accuracy=[0.2])
-    assert {setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path / "orders"]))} == {
+    assert {setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path / "orders"]))} == {
         *("ANIL (first order)", "ANIL (second order)", "FOMAML", "SOMAML", "FOMAML, head only, one head vector")
     }
-    (setting,) = sweep.group(sweep.read_jobs([tmp_path / "alone"]))
+    (setting,) = grouped.group(grouped.read_jobs([tmp_path / "alone"]))
     assert setting.label() == "UnicornMAML (first order) + zeroing"
 
 
@@ -145,9 +150,9 @@ def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config
     for seed, accuracy in enumerate((0.48, 0.52)):
         curve = [(0, 0.2), (10, accuracy)]
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy], curve=curve)
-    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    settings_ = grouped.group(grouped.read_jobs([tmp_path]))
     ci95 = 12.7062 * 0.02828427 / 2**0.5  # Student's t of one degree of freedom; the range would be .02
-    text = sweep.as_markdown(settings_, [])
+    text = tables.as_markdown(settings_, [])
     assert f"50.00 ± {100 * ci95:.2f}" in text
     figure = figures.sweep(settings_)
     for axes in figure.axes[:3]:  # the fourth is of a curve that no run recorded
@@ -162,7 +167,7 @@ def test_a_name_is_no_formula(config, tmp_path):
     for number, root in enumerate((r"$\broken$", "$x_{")):
         call = ("dataset=folder", rf"dataset.name='{root}'", rf"dataset.root='{root}'")
         make_run(tmp_path / str(number), config(*call), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
-    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    settings_ = grouped.group(grouped.read_jobs([tmp_path]))
     recorded = {"updates": [1], "query_support": [[[1, 0], [0, 1]]], "query_query": [[[1, 0], [0, 1]]]}
     similar = figures.cosine_similarity({setting.label(): [recorded] for setting in settings_}, r"$\broken$")
     drawn = figures.sweep(settings_), figures.panels(settings_, ["dataset.root"])
@@ -183,9 +188,9 @@ def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_i
         make_run(tmp_path / f"{wild}{number}", each, accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     make_run(tmp_path / f"{wild}failed", config("seed=2"), error=f"ValueError: {wild}")
     with pytest.raises(SystemExit):
-        sweep.conclude(tmp_path, ["dataset.name"])
+        tables.conclude(tmp_path, ["dataset.name"])
     said = [capsys.readouterr().out, caplog.text, (tmp_path / "summary.md").read_text()]
-    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    settings_ = grouped.group(grouped.read_jobs([tmp_path]))
     drawn = figures.sweep(settings_[:2]), figures.panels(settings_[:2], ["dataset.name"])
     for figure in drawn:
         said += [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
@@ -198,18 +203,18 @@ def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_i
 def test_a_band_ends_where_accuracies_do(config, tmp_path):
     for seed, accuracy in enumerate((0.1, 0.9)):
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])
-    (band,) = figures.sweep(sweep.group(sweep.read_jobs([tmp_path]))).axes[0].collections
+    (band,) = figures.sweep(grouped.group(grouped.read_jobs([tmp_path]))).axes[0].collections
     assert band.get_paths()[0].get_extents().intervaly.tolist() == [0, 1]
 
 
 def test_panels_have_axes_for_each_value(config, tmp_path):
     for algo in ("fomaml", "somaml", "zero"):
         make_run(tmp_path / algo, config(f"algo={algo}"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
-    settings_ = sweep.group(sweep.read_jobs([tmp_path]))
+    settings_ = grouped.group(grouped.read_jobs([tmp_path]))
     figure = figures.panels(settings_, ["algo.first_order"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
-    sweep.main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
+    main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
     assert (tmp_path / "panels.png").stat().st_size > 10_000
 
 
@@ -217,8 +222,8 @@ def test_runs_that_ended_at_an_accuracy_are_counted_each_on_its_own_curve(config
     for seed, (end, accuracy) in enumerate(((80, 0.91), (160, 0.92))):
         curve = [(n, 0.2) for n in range(0, end, 40)] + [(end, accuracy)]
         make_run(tmp_path / f"{seed}", config(f"seed={seed}", "stop_at_accuracy=0.9"), accuracy=[0.2, 0.9], curve=curve)
-    (setting,) = sweep.group(sweep.read_jobs([tmp_path]))
-    assert sweep._updates_to(setting)[1 + sweep.TARGETS.index(0.9)] == "120"
+    (setting,) = grouped.group(grouped.read_jobs([tmp_path]))
+    assert tables._updates_to(setting)[1 + tables.TARGETS.index(0.9)] == "120"
 
 
 def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinished_one(config, tmp_path, capsys):
@@ -228,7 +233,7 @@ def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinis
     (tmp_path / "a" / "cut" / ".hydra" / "config.yaml").touch()
     make_run(tmp_path / "b" / "finished", config("seed=0", "dataset.cache=elsewhere"), accuracy=[0.2, 0.5])
     make_run(tmp_path / "b" / "refused", config("seed=1"), accuracy=[0.2, 0.7], error="another configuration\n")
-    sweep.main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
     assert [(row["step"], row["accuracy"], row["n"]) for row in table(tmp_path / "summary.csv")[:2]] == [
         ("0", "0.200000", "2"),
         ("1", "0.600000", "2"),
@@ -241,7 +246,7 @@ def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinis
     ):
         assert line in said
     with pytest.raises(SystemExit):
-        sweep.conclude(tmp_path / "b", [])
+        tables.conclude(tmp_path / "b", [])
 
 
 def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
@@ -259,7 +264,7 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
     )
     for number, call in enumerate(calls):
         make_run(tmp_path / str(number), config(*call), accuracy=[0.2, 0.5])
-    labels = [setting.label() for setting in sweep.group(sweep.read_jobs([tmp_path]))]
+    labels = [setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))]
     assert len(labels) == len(set(labels)) == len(calls) - 1
 
 
@@ -274,10 +279,10 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
 def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, line):
     make(tmp_path, config)
     with pytest.raises(SystemExit, match=line) as error:
-        sweep.main([str(tmp_path), "--panels", "innersteps"])
+        main([str(tmp_path), "--panels", "innersteps"])
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):
-        sweep.read_jobs([tmp_path / "nowhere"])
+        grouped.read_jobs([tmp_path / "nowhere"])
 
 
 def jobs_of(experiment):
@@ -349,7 +354,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, mai
     assert row["n"] == "2" and {path.name for path in folder.glob("summary.*")} == {
         *("summary.csv", "summary.md", "summary.png")
     }
-    sweep.main([str(folder)])
+    main([str(folder)])
     assert "| failed |" in re.sub(" +", " ", capsys.readouterr().out)
 
 
@@ -362,7 +367,7 @@ def test_a_sweep_with_a_job_that_failed_or_was_not_done_ends_so(config, tmp_path
     results = json.loads((tmp_path / "limited" / "results.json").read_text())
     (tmp_path / "limited" / "results.json").write_text(json.dumps({**results, "iterations": 3}))  # by trainer.max_time
     with pytest.raises(SystemExit) as ended:
-        sweep.conclude(tmp_path, [])
+        tables.conclude(tmp_path, [])
     assert ended.value.code == 1
     for line in (
         "limited: unfinished",

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from kornia import augmentation
 from torch import nn
 
-from fewshot.schema import TASKS
-from fewshot.tasks import SPLITS, Split, TaskSampler
+from fewshot.config.schema import TASKS
+from fewshot.data.sampler import TaskSampler
+from fewshot.data.task import SPLITS, Split
 
 every_case = settings(deadline=None, derandomize=True, max_examples=60)
 

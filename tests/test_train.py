@@ -21,10 +21,11 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from fewshot import checkpoint, ranks
-from fewshot.config import CONF
+from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
-from fewshot.logger import wandb_logger
+from fewshot.processes import ranks
+from fewshot.training import checkpoint
+from fewshot.training.wandb_run import wandb_logger
 
 
 def reported(folder, *, zeroing):
@@ -157,7 +158,7 @@ def test_a_finished_run_is_shown_again_and_not_touched(run, finished, tmp_path, 
     folder = shutil.copytree(finished, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     caplog.set_level("INFO")
-    monkeypatch.setattr("fewshot.runtime.check_device", no_gpu)  # as of a run on a GPU, on a machine without
+    monkeypatch.setattr("fewshot.training.runtime.check_device", no_gpu)  # as of a run on a GPU, on a machine without
     run(folder)
     assert "inner step" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -265,7 +266,7 @@ def test_a_checkpoint_that_would_call_what_the_environment_says_is_refused(run, 
     """It changes between the check and the call: seeding sets this variable."""
     monkeypatch.chdir(tmp_path)
     made = "{_target_: ${oc.select:trainer.p${oc.env:PL_GLOBAL_SEED,9}}, path: MARK}"
-    picks = ["+trainer.p9=fewshot.callbacks.Progress", "+trainer.p0=os.mkdir"]
+    picks = ["+trainer.p9=fewshot.training.progress.Progress", "+trainer.p0=os.mkdir"]
     test = foreign(trained, tmp_path, [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     with pytest.raises(UserError, match=r"its call has callbacks\.progress=.*; name callbacks\.progress in this call"):
@@ -370,17 +371,17 @@ def test_evaluation_does_not_disturb_training(run, tmp_path):
 
 @pytest.mark.parametrize("algo", ["zero", "zero_init", "fomaml"])
 def test_head_is_zero_whenever_anything_looks(run, tmp_path, monkeypatch, algo):
-    from fewshot import learner
+    from fewshot.maml import sequential
 
     seen = []
     for name in ("meta_gradient", "step_accuracies"):
-        original = getattr(learner, name)
+        original = getattr(sequential, name)
 
         def spy(network, *args, original=original, name=name, **kwargs):
             seen.append((name, not network.head.weight.any() and not network.head.bias.any()))
             return original(network, *args, **kwargs)
 
-        monkeypatch.setattr(learner, name, spy)
+        monkeypatch.setattr(sequential, name, spy)
     folder = run(tmp_path / "run", f"algo={algo}")
     assert seen[0] == ("step_accuracies", algo != "fomaml")  # validation of iteration 0
     updates = [zero for name, zero in seen if name == "meta_gradient"]
@@ -400,16 +401,16 @@ def test_stop_at_accuracy_ends_the_run_and_it_stays_ended(run, tmp_path):
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(run, tmp_path, monkeypatch):
     """The loss of the update that spoils them is still finite, and a validation is due right after it."""
-    from fewshot import learner
+    from fewshot.maml import sequential
 
-    original = learner.meta_gradient
+    original = sequential.meta_gradient
 
     def spoiled(network, *args, **kwargs):
         result = original(network, *args, **kwargs)
         network.head.weight.grad.fill_(torch.nan)
         return result
 
-    monkeypatch.setattr(learner, "meta_gradient", spoiled)
+    monkeypatch.setattr(sequential, "meta_gradient", spoiled)
     with pytest.raises(UserError, match=r"weights are not finite after iteration 1: .*last\.ckpt"):
         run(tmp_path / "run", "val_every=1")
     assert checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0

@@ -8,9 +8,9 @@ import torch
 from conftest import outcome
 from pytorch_lightning.callbacks import Timer
 
-from fewshot import checkpoint
-from fewshot.config import check
+from fewshot.config.check import check
 from fewshot.errors import UserError
+from fewshot.training import checkpoint
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from common import DEVICE, REHEARSE, write
 from instruments import relative_error
 from torch import Tensor, nn
 
-from fewshot import batched, learner
-from fewshot.execution import CudaGraphs
-from fewshot.models import conv4_pooled, conv4_strided, zero_head
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import CudaGraphs
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.head import zero_head
 
 SMALL = REHEARSE
 CASES = {  # name: network, channels, size, tasks, what else the engines are told
@@ -72,7 +74,7 @@ def agreement(case: str, first_order: bool) -> dict[str, float]:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         weights, tasks = draw(network, channels, size, number, dtype)
         ways = {
-            "sequential": partial(gradient, learner),
+            "sequential": partial(gradient, sequential),
             "batched": partial(gradient, batched),
             "graphs": partial(gradient, batched, execute=CudaGraphs() if DEVICE == "cuda" else None),
         }

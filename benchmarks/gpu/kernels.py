@@ -13,9 +13,9 @@ from engines import draw
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from fewshot import batched
-from fewshot.execution import CudaGraphs, one_by_one
-from fewshot.models import conv4_strided
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.models.conv4 import conv4_strided
 
 
 def busy(intervals: list[tuple[float, float]]) -> float:

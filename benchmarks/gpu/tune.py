@@ -26,10 +26,13 @@ from relu_norm import fused, relu_norm
 from relu_norm import side_by_side as relu_norm_side_by_side
 from torch import Tensor, nn
 
-from fewshot import batched, learner, side_by_side
-from fewshot.execution import CudaGraphs, one_by_one
-from fewshot.models import conv4_pooled, conv4_strided, zero_head
-from fewshot.tasks import Task
+from fewshot.batched import engine as batched
+from fewshot.batched import side_by_side
+from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.head import zero_head
 
 SETTINGS = {  # network, channels, size, tasks, the inner loop
     "omniglot 5w1s 2 steps": (
@@ -176,7 +179,7 @@ def compare(setting: str, first_order: bool, machine: Machine) -> list[dict]:
     knobs = knobs | {"first_order": first_order}
     weights, exact_tasks = draw(network, channels, size, tasks, torch.float64)
     exact = copy.deepcopy(weights)
-    learner.meta_gradient(exact, exact_tasks, **knobs)
+    sequential.meta_gradient(exact, exact_tasks, **knobs)
     reference = {name: parameter.grad.cpu() for name, parameter in exact.named_parameters()}
     weights, batch = draw(network, channels, size, tasks, torch.float32)
     rows, entered, warms = [], {}, {}

@@ -3,10 +3,10 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fewshot.surroundings import settle
+from fewshot.processes.surroundings import settle
 
 if TYPE_CHECKING:
-    from fewshot.pretrained import load
+    from fewshot.predict.pretrained import load
 
 __all__ = ["load"]
 
@@ -17,7 +17,7 @@ if sys.argv[:1] == ["-m"]:  # Python is still on its way to the module of python
 def __getattr__(name: str) -> Any:
     """fewshot.load is fetched when it is first asked for: `import fewshot` alone does not wait for torch."""
     if name == "load":
-        from fewshot.pretrained import load
+        from fewshot.predict.pretrained import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fewshot.command import one_line_errors, words
-from fewshot.config import MODES
+from fewshot.config.command import one_line_errors, words
+from fewshot.config.tree import MODES
 from fewshot.errors import UserError, shown
 from fewshot.files import check_place, write_atomically
 from fewshot.paths import checkpoint_file, user_path
@@ -35,8 +35,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     from omegaconf import OmegaConf
     from safetensors.torch import save
 
-    from fewshot.checkpoint import read
-    from fewshot.pretrained import CONFIG, WEIGHTS, portable
+    from fewshot.predict.pretrained import CONFIG, WEIGHTS, portable
+    from fewshot.training.checkpoint import read
 
     content = read(checkpoint)
     config = portable(content["fewshot"]["config"])
@@ -54,7 +54,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, str]:
     """results.json of the checkpoint's run if it was this model that was tested; else None and why not."""
-    from fewshot import stored
+    from fewshot.config import stored
 
     path = checkpoint.absolute().parent.parent / "results.json"
     if not path.exists():
@@ -78,8 +78,8 @@ def model_card(
     why_not: str,
 ) -> str:
     """The text of README.md, with the front matter that model hubs read."""
-    from fewshot.report import versions
-    from fewshot.tasks import SPLITS
+    from fewshot.data.task import SPLITS
+    from fewshot.results.record_files import versions
 
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))

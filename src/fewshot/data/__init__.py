@@ -1,0 +1,1 @@
+"""Images -> class-labelled uint8 arrays -> tasks."""

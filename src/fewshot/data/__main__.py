@@ -15,11 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.command import Parser, one_line_errors
-from fewshot.config import CONF, check_overrides
+from fewshot.config.check import check_overrides
+from fewshot.config.command import Parser, one_line_errors
+from fewshot.config.refusals import not_composed, refuse
+from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
 from fewshot.paths import at_home, user_path
-from fewshot.refusals import not_composed, refuse
 
 
 def configuration(overrides: list[str]) -> DictConfig:

@@ -29,7 +29,7 @@ from fewshot.paths import user_path
 if TYPE_CHECKING:  # to look for a cache file needs no torch
     from torch import Tensor
 
-    from fewshot.tasks import Split
+    from fewshot.data.task import Split
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _splits(content: np.ndarray, key: str) -> "dict[str, Split] | None":
     """What a cache file with this content holds; None where a sum is not right."""
     import torch
 
-    from fewshot.tasks import Split
+    from fewshot.data.task import Split
 
     end = len(content) - DIGEST - LENGTH
     begin = end - int.from_bytes(content[max(0, end) : -DIGEST].tobytes(), "little")

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fewshot.tasks import Split
+from fewshot.data.task import Split
 
 TEXT = 14  # pixels
 

@@ -23,11 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot.command import one_line_errors
-from fewshot.config import check, given_overrides, processes, settings
+from fewshot.config.check import check, processes
+from fewshot.config.command import one_line_errors
+from fewshot.config.refusals import hydra_command
+from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
 from fewshot.paths import at_home
-from fewshot.refusals import hydra_command
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +61,15 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from hydra.utils import instantiate
 
-    from fewshot import checkpoint
-    from fewshot.data.module import MetaData
-    from fewshot.distributed import cluster
+    from fewshot.data.meta_batches import MetaData
+    from fewshot.data.task import Task
     from fewshot.evidence import write
     from fewshot.evidence.identities import identities, limits
     from fewshot.evidence.measures import measure
-    from fewshot.module import MetaLearner
-    from fewshot.runtime import prepare
-    from fewshot.tasks import Task
+    from fewshot.training import checkpoint
+    from fewshot.training.ddp import cluster
+    from fewshot.training.meta_learner import MetaLearner
+    from fewshot.training.runtime import prepare
 
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from fewshot.figures import OFF, ON
+from fewshot.results.figures import OFF, ON
 
 # Okabe-Ito, and a marker each: classes are told apart without colour too. A ninth class begins again.
 CLASSES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot import contrastive, learner
-from fewshot.contrast import closed_form_gradients, contrastive_coefficients
-from fewshot.evidence.features import Features, agreement, features
-from fewshot.evidence.probes import encode
-from fewshot.models import Network, zero_head
-from fewshot.tasks import Task
+from fewshot.data.task import Task
+from fewshot.maml import explicit_loss, sequential
+from fewshot.models.head import zero_head
+from fewshot.models.network import Network
+from fewshot.theory.closed_forms import closed_form_gradients, contrastive_coefficients
+from fewshot.theory.features import Features, agreement, features
+from fewshot.theory.probes import encode
 
 NONE = 0.0  # counts, and products with an exact zero: nothing is rounded
 ROUNDING = 1e-12  # sums of up to a few thousand float64 terms of order one, each rounded to 1e-16
@@ -72,20 +73,26 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     given = features(zero, tasks)
     later = contrastive_coefficients(*given, **more_steps)[1:]  # C^(p), p >= 1
     steps = {"steps": inner_steps, "first": inner_steps}
-    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, **steps, zeroing=False, adapted="head")[:, 0]
+    q = sequential.step_logits(zero, tasks, inner_lr=inner_lr, **steps, zeroing=False, adapted="head")[:, 0]
     full, head_only = (
-        _encoder_gradient(zero, learner.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
+        _encoder_gradient(zero, sequential.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
         for adapted in ("all", "head")
     )
     own_full, own_head_only = (
         _encoder_gradient(
-            network, learner.meta_gradient, tasks, inner_lr=inner_lr, inner_steps=1, first_order=True, adapted=adapted
+            network,
+            sequential.meta_gradient,
+            tasks,
+            inner_lr=inner_lr,
+            inner_steps=1,
+            first_order=True,
+            adapted=adapted,
         )
         for adapted in ("all", "head")
     )
     one_step = {"inner_lr": inner_lr, "inner_steps": 1, "first_order": False}
-    exact = _encoder_gradient(network, learner.meta_gradient, tasks, **one_step, adapted="head")
-    explicit = partial(contrastive.meta_gradient, noise=True, interference=True)
+    exact = _encoder_gradient(network, sequential.meta_gradient, tasks, **one_step, adapted="head")
+    explicit = partial(explicit_loss.meta_gradient, noise=True, interference=True)
     papers = _encoder_gradient(network, explicit, tasks, **one_step)
     with torch.no_grad():
         P = network.head(given.support).softmax(-1)
@@ -108,7 +115,7 @@ def _one_vector(zero: Network, tasks: Task, given: Features, inner_lr: float) ->
     with torch.no_grad():
         shared.head.weight.copy_(F.normalize(given.support[0, :1]).expand_as(shared.head.weight))
     from_zero, from_one = (
-        learner.step_logits(each, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False).softmax(-1)
+        sequential.step_logits(each, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False).softmax(-1)
         for each in (zero, shared)
     )
     return Check(_largest(from_one - from_zero), ROUNDING)
@@ -117,7 +124,7 @@ def _one_vector(zero: Network, tasks: Task, given: Features, inner_lr: float) ->
 def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) -> dict[str, Check]:
     """c_qs = 1[t=u] - q_t, with q as the program predicts it, and its sign."""
     (c,) = contrastive_coefficients(*given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
-    q = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False)[:, 0].softmax(-1)
+    q = sequential.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False)[:, 0].softmax(-1)
     undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
     off = (((c > 0) != given.same_class()) & ~undecided).double().mean().item()
     return {
@@ -129,11 +136,11 @@ def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) 
 def _explicit_loss(zero: Network, tasks: Task, inner_lr: float) -> dict[str, Check]:
     """The encoder's gradient by full MAML, by head-only MAML and by the explicit loss l(q), in both orders."""
     found = {}
-    l_q = partial(contrastive.meta_gradient, noise=False, interference=False)
+    l_q = partial(explicit_loss.meta_gradient, noise=False, interference=False)
     for order, first_order in (("fomaml", True), ("somaml", False)):
         knobs = {"inner_lr": inner_lr, "inner_steps": 1, "first_order": first_order}
         full, head_only = (
-            _encoder_gradient(zero, learner.meta_gradient, tasks, **knobs, adapted=adapted)
+            _encoder_gradient(zero, sequential.meta_gradient, tasks, **knobs, adapted=adapted)
             for adapted in ("all", "head")
         )
         explicit = _encoder_gradient(zero, l_q, tasks, **knobs)
@@ -166,10 +173,10 @@ def _predictions(zero: Network, tasks: Task, given: Features, inner_lr: float) -
     scores = given.prototype_scores()
 
     def apart(eta: float) -> float:
-        logits = learner.step_logits(zero, tasks, inner_lr=eta, steps=1, zeroing=False)
+        logits = sequential.step_logits(zero, tasks, inner_lr=eta, steps=1, zeroing=False)
         return 1 - agreement(scores, logits[:, 1]).double().mean().item()
 
-    untaught = learner.step_logits(zero, tasks, inner_lr=inner_lr, steps=0, zeroing=False)[:, 0]
+    untaught = sequential.step_logits(zero, tasks, inner_lr=inner_lr, steps=0, zeroing=False)[:, 0]
     right = (untaught.argmax(-1) == tasks.query_labels).sum().item()
     K, queries = zero.head.out_features, tasks.query_labels.numel()
     return {
@@ -184,7 +191,7 @@ def _split(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
     found = {}
     for order, first_order in (("fomaml", True), ("somaml", False)):
         knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order}
-        expected = _gradient(network, learner.meta_gradient, tasks, **knobs, adapted="head")
+        expected = _gradient(network, sequential.meta_gradient, tasks, **knobs, adapted="head")
         by_closed_form = _gradient(network, _through_the_features, tasks, **knobs)
         found[f"{order}_split_with_this_head"] = Check(_relative(by_closed_form, expected), GRADIENT)
     return found

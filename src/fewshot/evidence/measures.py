@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot import learner
-from fewshot.contrast import adapted_head, centred, closed_form_gradients, contrastive_coefficients
-from fewshot.evidence.features import Features, agreement, features, tied
+from fewshot.data.task import Task
 from fewshot.evidence.identities import ROUNDING
-from fewshot.evidence.probes import cosines, probes
-from fewshot.evidence.similarity import class_similarities
-from fewshot.models import Network
-from fewshot.tasks import Task
+from fewshot.maml import sequential
+from fewshot.models.network import Network
+from fewshot.theory.class_similarity import class_similarities
+from fewshot.theory.closed_forms import adapted_head, centred, closed_form_gradients, contrastive_coefficients
+from fewshot.theory.features import Features, agreement, features, tied
+from fewshot.theory.probes import cosines, probes
 
 
 def heads(given: Features) -> dict[str, Features]:
@@ -181,7 +181,7 @@ def prototypes(
         "accuracy": (scores.argmax(-1) == tasks.query_labels).double().mean().item(),
     }
     for name, zeroing in (("this_head", False), ("zeroed_head", True)):
-        logits = learner.step_logits(
+        logits = sequential.step_logits(
             network, tasks, inner_lr=inner_lr, steps=steps, zeroing=zeroing, adapted=adapted
         )  # (B, T + 1, Q, K)
         found[name] = agreement(scores[:, None].expand_as(logits), logits)[:, 1:].double().mean((0, 2)).tolist()

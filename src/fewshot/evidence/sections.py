@@ -6,7 +6,7 @@ evidence.json. What holds by construction is a theorem with its reason; a verdic
 
 from typing import Any, NamedTuple
 
-from fewshot.config import MODES
+from fewshot.config.tree import MODES
 from fewshot.evidence import claims
 from fewshot.evidence.claims import Verdict, decimals, interval, percent, short
 

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fewshot.checkpoint import Start
+from fewshot.data.task import Task
 from fewshot.evidence import figures, page, sections
-from fewshot.figures import accuracy_over_steps
 from fewshot.files import write_atomically
-from fewshot.module import Scores
-from fewshot.report import versions, write_png
-from fewshot.tasks import Task
+from fewshot.results.figures import accuracy_over_steps
+from fewshot.results.record_files import versions, write_png
+from fewshot.results.scores import Scores
+from fewshot.training.checkpoint import Start
 
 
 def write(

@@ -1,0 +1,1 @@
+"""What a valid configuration is, said before torch is imported."""

@@ -1,0 +1,234 @@
+"""What a valid configuration is; every mistake that YAML alone shows, said in one line before torch is imported."""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import GROUPS
+from fewshot.errors import UserError, nearest, one_line, shown
+from fewshot.processes import ranks
+
+# What is made of knobs that stand elsewhere, and where those are: in these parts, or (an empty one) at the top.
+MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
+
+
+def knobs() -> set[str]:
+    """The top-level ones."""
+    from fewshot.config.schema import Config  # pydantic takes a third of a second to import
+
+    return {*Config.knobs()} - {"zeroing"}
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Refuses what Hydra would take in silence, a key that is added (+zerong=true) or removed, or refuse at length.
+
+    Raises:
+        UserError: no key=value; any + but +zeroing and +trainer.X; any ~; a group without a file.
+    """
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except Exception as error:  # of the grammar, or whatever a number or a function in it raises
+            reason = f" ({str(error).split(' expecting ')[0]})" if "=" in text else ""
+            raise UserError(one_line(f"{text or repr(text)}: must be KNOB=VALUE{reason}{_quoted(text)}")) from None
+        key, plus = override.key_or_group, override.is_add() or override.is_force_add()
+        if key.startswith("hydra"):
+            continue
+        if override.is_delete() or (plus and key != "zeroing" and not key.startswith("trainer.")):
+            raise UserError(
+                f"{text}: a + is for +zeroing and +trainer.X, a ~ for nothing; {nearest(key, knobs() | {'zeroing'})}"
+            )
+        if key == "zeroing" and not plus:
+            raise UserError(f"{text}: this one takes a plus, +{text}")
+        if not key:
+            raise UserError(f"{text}: must be KNOB=VALUE")
+        value = "" if override.is_sweep_override() else override.value()
+        if value == {}:
+            raise UserError(f"{text}: an empty mapping changes nothing; leave it out")
+        if (key in GROUPS or (key == "experiment" and value is not None)) and not isinstance(value, str | list):
+            raise UserError(f"{text}: must be {_files(key)}")
+
+
+def _quoted(override: str) -> str:
+    """What to write instead, where quotes make it one that Hydra can read."""
+    key, _, value = override.partition("=")
+    quoted = f"{key}='{value}'"
+    with suppress(Exception):
+        if value and OverridesParser.create().parse_override(quoted).value() == value:
+            return f'; quote the value: "{quoted}"'
+    return ""
+
+
+def _files(group: str) -> str:
+    return f"one of {', '.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}"
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for the first mistake found."""
+    check_knobs(cfg)
+    if cfg.test_steps < cfg.inner_steps:
+        raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
+    if not cfg.fit and cfg.checkpoint is None:
+        raise UserError("fit=false: needs checkpoint=PATH, the model to test")
+    _check_algo(cfg)
+    _check_dataset(cfg)
+    if cfg.dataset.size < cfg.model.smallest_image:
+        least = f"{cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
+        raise UserError(f"dataset.size={cfg.dataset.size}: {least}")
+    _check_made(cfg)
+    _check_processes(cfg)
+
+
+def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
+    """What schema.py says of each knob by itself.
+
+    named: dotted keys, of which alone mistakes are told, and of what is in them; None: all.
+    """
+    from fewshot.config.schema import Unresolved, mistakes
+
+    unresolved: list[str] = []
+    for knob, value, words in mistakes(_plain(cfg, "", unresolved)):
+        told = named is None or any(f"{knob}.".startswith(f"{key}.") for key in named)
+        if not told or isinstance(value, Unresolved):
+            continue
+        group = knob.split(".")[0]
+        if knob in GROUPS and not isinstance(value, dict):
+            words = f"must be {_files(knob)}"
+        if words == "is missing":
+            knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
+        raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
+    if unresolved and named is None:
+        raise UserError(one_line(unresolved[0]))
+
+
+def _plain(node: Any, key: str, unresolved: list[str]) -> Any:
+    """A configuration as plain data; what does not resolve is told in `unresolved` and stays as it is written."""
+    from fewshot.config.schema import Unresolved
+
+    if OmegaConf.is_dict(node):
+        keys = list(node)
+    elif OmegaConf.is_list(node):
+        keys = range(len(node))
+    else:
+        return node
+    written, plain = OmegaConf.to_container(node), {}
+    for each in keys:
+        place = f"{key}.{each}".lstrip(".")
+        try:
+            plain[each] = _plain(node[each], place, unresolved)
+        except OmegaConfBaseException as error:
+            reason = str(error).split("\n")[0]
+            unresolved.append(f"{place}={written[each]}: has no value ({reason}); give it one")
+            plain[each] = Unresolved(written[each])
+    return plain if OmegaConf.is_dict(node) else list(plain.values())
+
+
+def _check_algo(cfg: DictConfig) -> None:
+    algo = cfg.algo
+    if "noise" in algo and (cfg.inner_steps != 1 or algo.adapted != "head"):
+        raise UserError(
+            f"inner_steps={cfg.inner_steps} algo.adapted={algo.adapted}: the explicit loss of algo=contrastive is "
+            "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
+        )
+    unusual = {"head": "learned", "step_losses": None, "learned_inner_lr": False}
+    if "noise" in algo and (changed := [knob for knob, usual in unusual.items() if algo[knob] != usual]):
+        raise UserError(f"algo.{changed[0]}={algo[changed[0]]}: algo=contrastive has an explicit loss without it")
+    zeroing = cfg.get("zeroing", algo.zeroing)
+    if zeroing and algo.adapted == "encoder":
+        raise UserError("+zeroing=true: with algo.adapted=encoder the head stays zero and nothing is learned from it")
+    if zeroing and algo.head == "prototypes":
+        raise UserError("+zeroing=true: with algo.head=prototypes no head is learned that could be zeroed")
+    if algo.head == "prototypes" and cfg.model.get("head_bias") is False:
+        raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
+    if cfg.probes and (algo.head == "prototypes" or algo.learned_inner_lr):
+        raise UserError("probes=true: they are of a learned head and one inner_lr; leave them out with this algorithm")
+
+
+def processes(cfg: DictConfig) -> int:
+    """That the run asks for, on all its machines."""
+    return cfg.trainer.devices * cfg.trainer.get("num_nodes", 1)
+
+
+def _check_processes(cfg: DictConfig) -> None:
+    wanted, started = processes(cfg), ranks.world_size()
+    if wanted > 1 and "strategy" not in cfg.trainer:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: use trainer=ddp trainer.devices={cfg.trainer.devices}")
+    curve = ["callbacks.record.test_curve_tasks"] if cfg.test_every else []
+    for knob in ("meta_batch_size", "val_tasks", "test_tasks", *curve):
+        tasks = OmegaConf.select(cfg, knob, default=wanted)
+        if tasks < wanted or (knob == "meta_batch_size" and tasks % wanted):
+            least = f"a multiple of {wanted}" if knob == "meta_batch_size" else f"at least {wanted}"
+            raise UserError(f"{knob}={tasks}: must be {least}, one share for each of {wanted} processes")
+    if ranks.launcher() and started != wanted:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: {ranks.launcher()} started {started} processes; use trainer=ddp "
+            f"trainer.devices=N with N of them on each of trainer.num_nodes machines{ranks.only_process()}"
+        )
+    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1:
+        raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: several machines need torchrun or srun")
+
+
+def _check_dataset(cfg: DictConfig) -> None:
+    data = cfg.dataset
+    own = not data.source._target_.startswith("fewshot.")
+    if data.channels != 1 and not own and "channels" not in data.source:
+        raise UserError(f"dataset.channels={data.channels}: must be 1, the images of {data.name} are grey")
+    for knob in ("mean", "std"):
+        if len(data[knob]) != data.channels:
+            values = shown(list(data[knob]))
+            raise UserError(f"dataset.{knob}={values}: must have dataset.channels={data.channels} numbers")
+    if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.sources.folder.load":
+        plain = " or CLASS/image" if "fractions" in data else ""
+        raise UserError(
+            f"dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image{plain}"
+        )
+    if "fractions" in data and not own and abs(sum(data.fractions.values()) - 1) > 1e-6:
+        raise UserError(f"dataset.fractions={shown(dict(data.fractions))}: must add up to 1; give all three")
+    for split, classes in data.classes.items():
+        if classes is not None and cfg.ways > classes:
+            raise UserError(
+                f"ways={cfg.ways}: dataset {data.name} has {classes} {split} classes; at most {classes} ways"
+            )
+    if data.images_per_class is not None and cfg.shots + cfg.queries > data.images_per_class:
+        raise UserError(
+            f"shots+queries={cfg.shots}+{cfg.queries}: {data.name} has {data.images_per_class} images per class; "
+            "lower shots or queries"
+        )
+    if "cosine_similarity" in cfg.callbacks:
+        if data.tasks != "one_task":
+            raise UserError(f"dataset.tasks={data.tasks}: callbacks=cosine_similarity needs dataset.tasks=one_task")
+        if cfg.queries == 1:
+            raise UserError("queries=1: callbacks=cosine_similarity compares queries of a class, it needs at least 2")
+
+
+def _check_made(cfg: DictConfig) -> None:
+    """What is made of knobs is told them by the YAML; each is set in one place."""
+    if cfg.trainer.max_steps != cfg.iterations:
+        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}: set iterations={cfg.trainer.max_steps} instead")
+    zeroing = cfg.get("zeroing", cfg.algo.zeroing)
+    if cfg.callbacks.zero_head.get("enabled", zeroing) != zeroing:
+        raise UserError(f"callbacks.zero_head.enabled={shown(not zeroing)}: use +zeroing={shown(not zeroing)} instead")
+    for name, places in MADE_OF.items():
+        made = OmegaConf.select(cfg, name)
+        for key in made if made._target_.startswith("fewshot.") else ():
+            for place in places:
+                knob = f"{place}.{key}".lstrip(".")
+                if (value := OmegaConf.select(cfg, knob, default=cfg)) is not cfg:
+                    if value != made[key]:
+                        raise UserError(f"{name}.{key}={shown(made[key])}: set {knob}={shown(made[key])} instead")
+                    break
+
+
+def check_files(cfg: DictConfig) -> None:
+    """Raises UserError where the images are to be somewhere where nothing is."""
+    root = cfg.dataset.get("root")
+    if root is None or not cfg.dataset.source._target_.startswith("fewshot."):
+        return
+    if not os.path.exists(os.path.expanduser(root)):
+        raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")

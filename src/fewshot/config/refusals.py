@@ -1,0 +1,192 @@
+"""What is wrong with a call of a command that Hydra composes, said in one line before anything is made for it."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import wraps
+from typing import Any
+
+import hydra
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from fewshot.config.check import check, check_files, check_knobs, check_overrides, knobs
+from fewshot.config.command import one_line_errors
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import GROUPS, given_overrides
+from fewshot.errors import UserError, nearest, one_line
+from fewshot.paths import checkpoint_file
+
+
+def hydra_command(
+    task: Callable[[DictConfig], Any], first: Callable[[argparse.Namespace], None] = lambda asked: None
+) -> Callable[[], None]:
+    """`task` as a command, as hydra.main makes it, where what Hydra would say at length is said in one line.
+
+    first: raises UserError for what this command in particular does not take.
+    """
+    command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
+    compose_config = Hydra.compose_config
+
+    def composed(hydra: Hydra, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+        with one_line_errors():
+            try:
+                return compose_config(hydra, config_name, overrides, *args, **kwargs)
+            except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+                raise not_composed(
+                    error, overrides, lambda groups: compose_config(hydra, config_name, groups, *args, **kwargs)
+                ) from error
+
+    @wraps(task)
+    def main() -> None:
+        with one_line_errors():
+            asked = _arguments(sys.argv[1:])
+            if not (asked.help or asked.hydra_help or asked.shell_completion):
+                check_overrides(asked.overrides)
+                if not (asked.cfg or asked.info):
+                    first(asked)
+        Hydra.compose_config = composed
+        try:
+            command()
+        finally:
+            Hydra.compose_config = compose_config
+
+    return main
+
+
+def _arguments(arguments: list[str]) -> argparse.Namespace:
+    """Raises UserError for what Hydra would refuse with status 2 or a traceback."""
+    parser = get_args_parser()
+    parser.error = _refuse
+    asked = parser.parse_args(arguments)
+    actions = [asked.run, asked.multirun, asked.cfg, asked.info, asked.shell_completion]
+    if len([each for each in actions if each]) > 1 or (asked.resolve and not (asked.cfg or asked.help)):
+        raise UserError(
+            f"{' '.join(arguments)}: --cfg, --info and -m are each for a call alone, --resolve is for --cfg"
+        )
+    if asked.config_dir and not os.path.isdir(asked.config_dir):
+        raise UserError(f"--config-dir={asked.config_dir}: no such folder")
+    if asked.experimental_rerun and not os.path.isfile(asked.experimental_rerun):
+        raise UserError(f"--experimental-rerun={asked.experimental_rerun}: no such file")
+    return asked
+
+
+def _refuse(message: str) -> None:
+    if apart := re.match("unrecognized arguments: ([^-]+=.*)", message):
+        raise UserError(f"{apart[1]}: give all KNOB=VALUE in one row, with -m and other flags before or after them")
+    raise UserError(f"{message}; --help names what there is")
+
+
+def not_composed(error: Exception, overrides: list[str], composed: Callable[[list[str]], DictConfig]) -> UserError:
+    """What to do about an error of Hydra, whose own advice is at times what is refused here (+inner_lrr=0.1)."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return UserError(f"{group}={name}: no such choice; {nearest(name, set(error.options))}")
+    if unknown := re.match(r"Could not override '(.+)'", text):
+        call = next((each for each in overrides if each.lstrip("+").split("=")[0] == unknown[1]), unknown[1])
+        key = getattr(error.__cause__, "full_key", None) or unknown[1]
+        inside = "" if unknown[1].startswith(key) else f" {key} in it"
+        with suppress(Exception):  # chosen groups whose files are there
+            chosen = composed(
+                [each for each in overrides if re.match(rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)=", each)]
+            )
+            return UserError(f"{call}: no such knob{inside}; {_nearest_knob(key, chosen)}")
+        return UserError(f"{call}: no such knob{inside}; {nearest(key, knobs())}")
+    if several := re.match("(?:Ambiguous value for argument|Sweep parameters) '(.+)'(?:\n| requires)", text):
+        return UserError(f"{several[1]}: several values are a sweep, with -m; a list is [A,B], a comma in a text 'A,B'")
+    if there := re.match("Could not append to config. An item is already at '(.+)'", text):
+        call = next((each for each in overrides if each.startswith(f"+{there[1]}=")), there[1])
+        return UserError(f"{call}: is there already; leave the + out")
+    if merged := re.match("Error merging override (.+)", text):
+        return UserError(
+            f"{merged[1]}: is of another kind than the value of this knob ({_first_line(error.__cause__)})"
+        )
+    given = " ".join(each for each in overrides if not each.startswith("hydra.mode="))
+    return UserError(one_line(f"{given}: cannot be composed ({_first_line(error)}); --help names the knobs"))
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _nearest_knob(key: str, cfg: DictConfig) -> str:
+    """What to try in place of a knob that cfg has not: one of the same name elsewhere, or one beside it."""
+    place, _, name = key.rpartition(".")
+    there = [each.rpartition(".") for each in names(OmegaConf.to_container(cfg))]
+    own = [each for each in there if each[0].startswith("hydra") == key.startswith("hydra")]
+    if same := sorted(("".join(each) for each in own if each[2] == name != "_target_"), key=len):
+        return f"did you mean {same[0]}?"
+    return nearest(name, {each[2] for each in own if each[0] == place} or knobs())
+
+
+def names(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the knobs in plain data."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from names(value, f"{prefix}{key}.")
+
+
+def refuse(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raises UserError for what a call's YAML shows, and for files that are not there.
+
+    With checkpoint=PATH most of the configuration is in that file, and only what the call itself sets is looked at.
+    """
+    check_overrides(overrides)
+    if cfg.checkpoint is None:
+        check(cfg)
+        check_files(cfg)
+        return
+    keys = {each.lstrip("+").split("=")[0] for each in overrides} - {*GROUPS, "experiment"}
+    check_knobs(cfg, keys)
+    try:
+        checkpoint_file(cfg.checkpoint, "last")
+    except UserError:
+        checkpoint_file(cfg.checkpoint, "best")  # which of the two is needed is known later
+    if "dataset.root" in keys:
+        check_files(cfg)
+
+
+def refuse_sweep(config: DictConfig, config_name: str) -> None:
+    """Raises UserError where `refuse` does for a job of the sweep, for the first of them."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    check_overrides(arguments := [*params, *given_overrides(config.hydra)])
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    try:
+        parsed = parser.parse_overrides(arguments)
+        if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.BasicSweeper":
+            batches = BasicSweeper.split_arguments(parsed, config.hydra.sweeper.max_batch_size)
+            jobs = [job for batch in batches for job in batch]
+        else:  # one that picks values: each of them once
+            values = {each.get_key_element(): _values(each) for each in parsed}
+            choices = [[f"{key}={value}" for value in each] for key, each in values.items()]
+            jobs = [[*(first for first, *_ in choices), value] for each in choices for value in each]
+    except Exception as error:  # a range without an end, for example
+        raise UserError(one_line(f"{' '.join(arguments)}: is no sweep ({_first_line(error)})")) from error
+    seen: set[Any] = set()
+    for job in jobs:
+        # Composing takes its time: of jobs that differ in their seed alone one is tried, and one with each seed.
+        seeds = [each for each in job if each.startswith("seed=")]
+        parts = {frozenset(job).difference(seeds), *seeds}
+        if not parts <= seen:
+            refuse(compose(config_name, job), job)
+        seen |= parts
+
+
+def _values(override: Override) -> list[str]:
+    """All that the jobs of a sweep have, or, of an interval, its ends."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if override.is_interval_sweep():
+        return [str(override.value().start), str(override.value().end)]
+    return list(override.sweep_string_iterator())

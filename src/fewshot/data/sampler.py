@@ -1,0 +1,172 @@
+"""What a task is, and the seeded sampler that draws it.
+
+Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot.data.task import SPLITS, Split, Task
+
+
+class TaskSampler:
+    """Draws tasks from a split; the task at a position depends only on (seed, stream, position).
+
+    Random numbers come from a counter (Philox: key = seed and stream, counter = position), so any task can be drawn
+    at any time in any company: a resumed run, another rank or another chunk size sees the same tasks.
+
+    kind, for training:
+        "mutually_exclusive": any class under any label, so a label means nothing outside of its task.
+        "non_mutually_exclusive": label t always from the same K-th of the classes, which can therefore be memorised.
+        "one_task": always the task `one_task`, the order of its labels drawn anew for each position.
+
+    Args:
+        split: the images; see `to`.
+        ways, shots, queries: K, and images per class in support and query.
+        mean, std: per channel, applied to images scaled to [0, 1].
+        seed: non-negative.
+        stream: keeps the draws of train, val and test apart (their place in SPLITS).
+        kind: see above; with "one_task" the split is that of the test.
+        augment: a task's images, (K (shots + queries), C, H, W) in [0, 1], to the same, each at random, before mean and
+            std are applied; takes its random numbers from torch, and they too depend only on (seed, stream, position).
+
+    Raises:
+        ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
+            the shape of images or mixes them.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int,
+        stream: int,
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
+        kind: str = "mutually_exclusive",
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        classes, fewest = len(split.names), int(split.counts.min())
+        name = "test" if kind == "one_task" else SPLITS[stream]
+        if classes < ways:
+            raise ValueError(f"ways={ways}: the {name} split has {classes} classes; lower ways")
+        if fewest < shots + queries:
+            short = split.names[int(split.counts.argmin())]
+            raise ValueError(
+                f"shots+queries={shots + queries}: class {short!r} of the {name} split has {fewest} images; "
+                "lower shots or queries"
+            )
+        self.split, self.ways, self.shots, self.queries, self.kind = split, ways, shots, queries, kind
+        self._key = np.array([seed, stream], dtype=np.uint64)
+        self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
+        self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self._augment = augment
+        if augment is not None:
+            images = split.images[:8].float().div_(255).expand(16, 1, -1, -1, -1, -1)  # of sixteen positions
+            beside_others = (1 - images) / 2
+            beside_others[:, :, 0] = images[:, :, 0]
+            shape = tuple(images.shape[3:])
+            try:
+                after, other = self._augmented(images.clone(), 0), self._augmented(beside_others, 0)
+            except Exception as error:  # whatever it makes of images that it is not made for
+                reason = str(error).split("\n")[0]
+                raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
+            if (after.shape, after.dtype) != (images.shape, images.dtype):
+                turned = f"{tuple(after.shape[3:])} {after.dtype}"
+                raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
+            if not torch.equal(after[:, :, 0], other[:, :, 0]):
+                raise ValueError(
+                    "augment: turns an image into what others beside it make of it, or draws its random numbers "
+                    "elsewhere than from torch; use transforms of each image alone"
+                )
+
+    def to(self, device: torch.device, images: torch.device) -> None:
+        """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
+        self.split = replace(self.split, images=self.split.images.to(images))
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
+    def indices(self, first: int, tasks: int) -> np.ndarray:
+        """(B, K, shots + queries) int64: which images make the tasks at positions first .. first + tasks - 1."""
+        if self.kind != "one_task":
+            return self._draw(first, tasks)
+        keys, _ = self._random(first + 1, tasks)  # position 0 drew the task itself
+        return self._draw(0, 1)[0][keys[:, : self.ways].argsort(axis=1, kind="stable")]
+
+    def one_task(self) -> Task:
+        """The one task of kind "one_task", without a leading B, the classes in their own order."""
+        return Task(*(field[0] for field in self._gather(self._draw(0, 1))))
+
+    def _random(self, first: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random numbers for each task, one per class (B, N) and one per image of K classes (B, K, most) uint64."""
+        classes, most = len(self._counts), int(self._counts.max())
+        words = classes + self.ways * most  # drawn in blocks of four, as Philox makes them
+        blocks = -(-words // 4)
+        generator = np.random.Philox(key=self._key, counter=first * blocks)
+        keys = generator.random_raw(tasks * blocks * 4).reshape(tasks, -1)
+        return keys[:, :classes], keys[:, classes:words].reshape(tasks, self.ways, most)
+
+    def _draw(self, first: int, tasks: int) -> np.ndarray:
+        """(B, K, shots + queries) int64"""
+        keys, image_keys = self._random(first, tasks)
+        if self.kind == "non_mutually_exclusive":
+            chosen = np.stack([part[keys[:, part].argmin(axis=1)] for part in self._parts()], axis=1)
+        else:
+            chosen = keys.argsort(axis=1, kind="stable")[:, : self.ways]  # a random order, so random labels
+        most = image_keys.shape[2]
+        absent = np.arange(most) >= self._counts[chosen][:, :, None]
+        image_keys = np.where(absent, np.iinfo(np.uint64).max, image_keys)
+        images = image_keys.argsort(axis=2, kind="stable")[:, :, : self.shots + self.queries]
+        return self._offsets[chosen][:, :, None] + images
+
+    def _parts(self) -> list[np.ndarray]:
+        """The classes of each label, dealt out in a shuffled order that no seed changes.
+
+        In their own order a part would be a few alphabets, recognised by their style without a class being memorised.
+        """
+        stream_of_its_own = np.array([0, len(SPLITS)], dtype=np.uint64)
+        order = np.random.Philox(key=stream_of_its_own).random_raw(len(self._counts)).argsort(kind="stable")
+        return [order[label :: self.ways] for label in range(self.ways)]
+
+    def __call__(self, first: int, tasks: int) -> Task:
+        """The tasks at positions first .. first + tasks - 1."""
+        return self._gather(self.indices(first, tasks), first)
+
+    def _augmented(self, images: Tensor, first: int) -> Tensor:
+        """Tasks of images in [0, 1], (B, K, shots + queries, C, H, W), that are at positions first .. first + B - 1."""
+        devices = [images.device] if images.is_cuda else []
+        augmented = []
+        with torch.random.fork_rng(devices):  # some transforms draw on the device
+            for position, task in enumerate(images.flatten(1, 2), first):
+                torch.manual_seed(int(np.random.SeedSequence((*self._key.tolist(), position)).generate_state(1)[0]))
+                augmented.append(self._augment(task))
+        return torch.stack(augmented).unflatten(1, images.shape[1:3])
+
+    def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:
+        """The images of these (B, K, shots + queries) indices as tasks.
+
+        first: position of the first of them, where they are to be augmented.
+        """
+        tasks, device = len(indices), self._mean.device
+        index = torch.from_numpy(indices).to(self.split.images.device)
+        images = self.split.images[index]
+        if images.device != device:  # as bytes, from memory that a GPU can fetch by itself
+            images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+        images = images.float().div_(255)
+        if self._augment is not None and first is not None:
+            images = self._augmented(images, first)
+        images = images.sub_(self._mean).div_(self._std)
+        support, query = images.split([self.shots, self.queries], dim=2)
+        labels = torch.arange(self.ways, device=device)
+        return Task(
+            support.flatten(1, 2),
+            labels.repeat_interleave(self.shots).expand(tasks, -1),
+            query.flatten(1, 2),
+            labels.repeat_interleave(self.queries).expand(tasks, -1),
+        )

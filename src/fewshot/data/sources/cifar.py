@@ -1,0 +1,156 @@
+"""CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): CIFAR-100's classes, split anew.
+
+CIFAR-100 (Krizhevsky 2009): 100 classes in 20 superclasses, 600 colour images of 32 x 32 pixels of each. CIFAR-FS
+splits the classes by chance, 64/16/20; FC100 the superclasses, 12/4/4, so that what is tested on is of another kind:
+60/20/20.
+
+Read is torchvision's download, the archive or what is in it. It holds pickles, but each must be the very file whose MD5
+torchvision knows. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
+"""
+
+import functools
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torchvision.datasets import CIFAR100
+
+from fewshot.data.cache import Unread, cached
+from fewshot.data.download import download, md5
+from fewshot.data.folder_or_zip import read_file
+from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.data.sources import folder
+from fewshot.data.task import SPLITS, Split
+from fewshot.errors import UserError, some
+from fewshot.paths import user_path
+
+TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}
+HOLDS = f"{CIFAR100.filename}, the folder {CIFAR100.base_folder} in it, or a folder or zip with {folder.SPLIT_LAYOUT}"
+# Which classes there are, and both splits of them: as facts in a file that names its sources.
+FACTS = json.loads((files("fewshot.data.sources") / "cifar.json").read_text())
+
+
+def load(*, name: str, root: str | None, size: int, channels: int, cache: str | None) -> dict[str, Split]:
+    """The splits of `name`, images of (channels, size, size); from CIFAR-100 600 a class, its training images first.
+
+    Args:
+        name: "cifarfs" or "fc100".
+        root: CIFAR-100's archive, the folder in it or one with either in it; or a folder or zip with
+            train|val|test/CLASS/image; None to download the archive into the cache folder.
+        size, channels: of the images.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not these classes' or not readable, or cannot be downloaded.
+    """
+    if root is None:
+        title, source = f"CIFAR-100 for {TITLES[name]}", {CIFAR100.filename: (CIFAR100.url, CIFAR100.tgz_md5)}
+        place = download(title, list(source), lambda: source, folder="cifar100", cache=cache, holds=HOLDS)
+    else:
+        place = user_path("dataset.root", root)
+    classes = class_split(name)
+    found = _cifar100(place)
+    if found is None:
+        splits = folder.load(root=str(place), name=name, size=size, channels=channels, cache=cache)
+        _check_classes(name, place, splits, classes)
+        return splits
+    read, version = found
+
+    def build() -> dict[str, Unread]:
+        pixels, labels, names = _read(place, read)
+        numbers = {label: np.flatnonzero(labels == number).tolist() for number, label in enumerate(names)}
+        return {
+            split: gather(
+                {label: numbers[label] for label in members},
+                lambda number: fit(pixels[number], size=size, channels=channels),
+            )
+            for split, members in classes.items()
+        }
+
+    return cached(name, [version, classes], size=size, channels=channels, cache=cache, build=build)
+
+
+def class_split(name: str) -> dict[str, list[str]]:
+    """The class names of each split, in alphabetical order."""
+    chosen = FACTS[name]
+    if name == "fc100":
+        chosen = {
+            split: [label for kind in kinds for label in FACTS["superclasses"][kind]] for split, kinds in chosen.items()
+        }
+    held_out = {label for labels in chosen.values() for label in labels}
+    rest = {label for labels in FACTS["superclasses"].values() for label in labels} - held_out
+    return {split: sorted({"train": rest, **chosen}[split]) for split in SPLITS}
+
+
+def _check_classes(name: str, place: Path, splits: dict[str, Split], classes: dict[str, list[str]]) -> None:
+    for split, expected in classes.items():
+        if differing := sorted({*splits[split].names} ^ {*expected}):
+            raise UserError(
+                f"dataset.root={place}: {split}/ does not hold {TITLES[name]}'s classes, but differs in "
+                f"{some(differing)}; give {HOLDS}, or use dataset=folder for images of your own"
+            )
+
+
+def _cifar100(place: Path) -> tuple[Callable[[str], bytes], list[Any]] | None:
+    """What reads CIFAR-100's files by name, and what changes when they do; None where it is something else."""
+    for path in (place, place / CIFAR100.filename):
+        if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
+            return _from_archive(path), identity([path])
+    for base in (place, place / CIFAR100.base_folder):
+        paths = [base / name for name in _checksums()]
+        if all(path.is_file() for path in paths):
+            return functools.partial(_bytes, base), identity(paths)
+    return None
+
+
+def _checksums() -> dict[str, str]:
+    """MD5 by file."""
+    return dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
+
+
+def _bytes(base: Path, name: str) -> bytes:
+    return read_file(base / name)
+
+
+def _from_archive(path: Path) -> Callable[[str], bytes]:
+    @functools.cache
+    def checked() -> None:
+        with open(path, "rb") as file:
+            _check_md5(path.name, file, CIFAR100.tgz_md5)
+
+    def read(name: str) -> bytes:
+        checked()  # first: tarfile believes whatever size a header says
+        with tarfile.open(path) as archive:
+            return archive.extractfile(f"{CIFAR100.base_folder}/{name}").read()
+
+    return read
+
+
+def _check_md5(name: str, file: BinaryIO, expected: str) -> None:
+    if (actual := md5(file)) != expected:
+        raise ValueError(f"{name} has the MD5 {actual} instead of {expected}")
+
+
+def _read(place: Path, read: Callable[[str], bytes]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(60000, 32, 32, 3) uint8, the numbers of their classes, the names of the classes."""
+    contents = {}
+    for name, expected in _checksums().items():
+        try:
+            file = io.BytesIO(read(name))
+            _check_md5(name, file, expected)
+            contents[name] = unpickle(file)
+        except (OSError, EOFError, LookupError, ValueError, tarfile.TarError, zlib.error) as error:
+            raise UserError(
+                f"dataset.root={place}: not CIFAR-100 as {CIFAR100.url} has it ({' '.join(str(error).split())}); "
+                "download it again, or leave dataset.root out"
+            ) from error
+    parts = [contents[name] for name, _ in (*CIFAR100.train_list, *CIFAR100.test_list)]
+    pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = np.concatenate([part["fine_labels"] for part in parts])
+    return pixels, labels, contents[CIFAR100.meta["filename"]][CIFAR100.meta["key"]]

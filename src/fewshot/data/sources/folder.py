@@ -1,0 +1,286 @@
+"""Images of one's own, or CIFAR-FS, miniImageNet and the like, in a folder or a zip.
+
+They lie in train|val|test/CLASS/image; or in CLASS/image, and the classes are split here, by seeded fractions; or
+anywhere, and a list says which is of which class.
+"""
+
+import hashlib
+import logging
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from fewshot.data.cache import cached
+from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_file
+from fewshot.data.images import is_image, read_splits, tell_left_out
+from fewshot.data.lists import read_classes
+from fewshot.data.task import SPLITS, Split
+from fewshot.errors import UserError, some
+from fewshot.paths import user_path
+
+log = logging.getLogger(__name__)
+
+SPLIT_LAYOUT = "train|val|test/CLASS/image"
+SPELLINGS = {  # of the splits' folders, where they are called otherwise
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+DEEPEST = 4  # folders within each other, in which they are looked for
+Files = list[tuple[Source, str]]
+Classes = dict[str, dict[str, Files]]  # the files of every class of every split
+Deal = Callable[[Mapping[str, Files]], Classes]
+
+
+def load(
+    *,
+    root: str | None,
+    size: int,
+    channels: int,
+    cache: str | None,
+    labels: str | None = None,
+    fractions: Mapping[str, float] | None = None,
+    split_seed: int = 0,
+    name: str = "folder",
+    ways: int = 0,
+    shots: int = 0,
+    queries: int = 0,
+    largest_image: int | None = None,
+) -> dict[str, Split]:
+    """The splits in a folder or zip; every image the middle square of the file, resized to (channels, size, size).
+
+    Args:
+        root: the folder or zip.
+        size, channels: of the images.
+        cache: folder, None for the user's own.
+        labels: a CSV of file and label, perhaps split, in root or anywhere; None: the folders say it.
+        fractions: of the classes that go to train, val and test where no splits are given; None: they must be.
+        split_seed: see `split_classes`.
+        name: of the dataset, in the cache.
+        ways: classes that each split needs at least; where they are split here, a line says how to. 0: any number.
+        shots, queries: a class with fewer images than both together is left out, with a line. 0: none is.
+        largest_image: megapixels that an image may have; None: as many as `images.LARGEST_IMAGE`.
+
+    Raises:
+        UserError: the images are not there, not in this layout or not readable.
+    """
+    layout = f"a folder or a zip with {SPLIT_LAYOUT}{' or CLASS/image' if fractions else ''}"
+    if root is None:
+        raise UserError(f"dataset.root=null: this dataset is not downloaded; set dataset.root to {layout}")
+    if channels not in (1, 3):
+        raise UserError(f"dataset.channels={channels}: give 1 (grey) or 3 (colour)")
+    where, path = f"dataset.root={root}", user_path("dataset.root", root)
+    deal = partial(_dealt, fractions=fractions, seed=split_seed, ways=ways, where=where) if fractions else None
+    if labels is not None:
+        source, classes = _listed(path, labels, deal)
+    else:
+        source, classes = _in_folders(path, where, layout, deal)
+    used = {name for members in classes.values() for files in members.values() for _, name in files}
+    tell_left_out(where, source, used)
+    classes = _with_enough(classes, shots + queries, where)
+    contents = {split: list(members) for split, members in classes.items()}
+    if labels is not None:  # then the names of the files do not say which class they are of
+        contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
+    return cached(
+        name,
+        [source.identity, contents],
+        size=size,
+        channels=channels,
+        cache=cache,
+        build=lambda: read_splits(classes, size=size, channels=channels, largest_image=largest_image),
+    )
+
+
+def _in_folders(path: Path, where: str, layout: str, deal: Deal | None) -> tuple[Source, Classes]:
+    """The classes of a folder or zip in one of the two layouts; deal: makes splits of those without, if it may."""
+    source = open_source(path, SPLITS)
+    in_splits = any(is_image(name) and name.count("/") > 1 for name in source.names)
+    try:
+        if in_splits or deal is None:
+            return source, find_classes(source, where, layout)
+        source = open_source(path)
+        return source, deal(_plain_classes(source, where, layout))
+    except UserError as error:
+        hint = _other_packing(open_source(path))
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from None
+
+
+def _other_packing(source: Source) -> str:
+    """What would help: folders called otherwise, or wrapped more than once; "" where nothing is seen."""
+    folders = {name.rpartition("/")[0] for name in source.names if is_image(name)}
+    inside: dict[str, set[str]] = defaultdict(set)
+    for folder in folders:
+        parts = folder.split("/")
+        for depth in range(min(len(parts), DEEPEST)):
+            inside["/".join(parts[:depth])].add(parts[depth])
+    for base, names in sorted(inside.items(), key=lambda item: item[0].count("/")):
+        called = {
+            split: name for split, known in SPELLINGS.items() for name in sorted(names) if name.casefold() in known
+        }
+        if len(called) == len(SPELLINGS):
+            renamed = list(called.values()) != list(SPELLINGS)
+            rename = f"call {', '.join(called.values())} train, val and test" if renamed else ""
+            return " and ".join(filter(None, [rename, _unwrap(source.root, base) if "/" in base else ""]))
+    base = os.path.commonpath(folders) if folders else ""
+    return _unwrap(source.root, base) if "/" in base and len(inside[base]) > 1 else ""
+
+
+def _unwrap(root: Path, base: str) -> str:
+    return f"give dataset.root={root / base}" if root.is_dir() else f"make the zip anew of what is in {base}/"
+
+
+def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes]:
+    """The classes that a list names, sorted, as their files are.
+
+    The list is a file in the folder or zip at `path`, or in the one folder that it has, or a path of its own. The files
+    are named as they lie beside the list or in the folder or zip.
+    """
+    where, source = f"dataset.labels={labels}", open_source(path)
+    known = {name for name in source.names if not name.endswith("/")}
+    inside = plain_text(labels)
+    if inside not in known:
+        wrapped = [name for name in known if name.count("/") == 1 and name.endswith(f"/{inside}")]
+        inside = wrapped[0] if len(wrapped) == 1 else ""
+    beside = inside[: inside.rfind("/") + 1]
+
+    def find(file: str) -> str | None:
+        with suppress(ValueError):
+            name = canonical(file)
+            return next((path for path in (beside + name, name) if path in known), None)
+
+    try:
+        table = source.read(inside) if inside else read_file(user_path("dataset.labels", labels))
+        splits, absent = read_classes(table, find)
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UserError(f"{where}: {reason}; give a CSV with columns file and label, and split if you like") from None
+    if absent:
+        raise UserError(f"{where}: {path} lacks {some(absent)}; name files as they lie in it")
+    source = replace(source, names=tuple(name for name in source.names if name != inside))
+    classes = {
+        split: {label: [(source, name) for name in sorted(files)] for label, files in sorted(members.items())}
+        for split, members in splits.items()
+    }
+    if list(classes) == [""] and deal:
+        return source, deal(classes[""])
+    if differing := sorted({*classes} ^ {*SPLITS}):
+        raise UserError(f"{where}: its column split differs from train, val, test in {some([*map(repr, differing)])}")
+    _refuse_shared(classes, where)
+    return source, {split: classes[split] for split in SPLITS}
+
+
+def find_classes(source: Source, where: str, layout: str) -> Classes:
+    """The classes of SPLIT_LAYOUT, in order of their names; some may have no images."""
+    classes = {split: defaultdict(list) for split in SPLITS}
+    for name in source.names:
+        split, _, rest = name.partition("/")
+        label, inside, file = rest.partition("/")
+        if inside:
+            images = classes[split][label]
+            if is_image(file):
+                images.append((source, name))
+    if missing := [split for split in SPLITS if not classes[split]]:
+        raise UserError(f"{where}: no classes in {', '.join(f'{split}/' for split in missing)}; it must be {layout}")
+    _refuse_shared(classes, where)
+    return {split: dict(members) for split, members in classes.items()}
+
+
+def _refuse_shared(classes: Mapping[str, Iterable[str]], where: str) -> None:
+    for one, other, shared in _shared(classes):
+        raise UserError(f"{where}: {one}/ and {other}/ share {some(shared)}; few-shot splits have classes of their own")
+
+
+def _shared(classes: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, list[str]]]:
+    """The classes that two splits have both, where capitals make no difference: split, other split, names."""
+    folded = {
+        split: {unicodedata.normalize("NFC", name.casefold()): name for name in names}
+        for split, names in classes.items()
+    }
+    for one, other in combinations(SPLITS, 2):
+        if both := sorted(folded[one].keys() & folded[other].keys()):
+            pairs = [(folded[one][name], folded[other][name]) for name in both]
+            yield one, other, [first if first == second else f"{first} = {second}" for first, second in pairs]
+
+
+def _plain_classes(source: Source, where: str, layout: str) -> dict[str, Files]:
+    """The classes of the layout CLASS/image, which one folder may enclose, in order of their names."""
+    images = [name for name in source.names if is_image(name) and "/" in name]
+    enclosed = len({name.split("/")[0] for name in images}) == 1 and all(name.count("/") > 1 for name in images)
+    classes = defaultdict(list)
+    for name in images:
+        classes[name.split("/")[enclosed]].append((source, name))
+    if not classes:
+        raise UserError(f"{where}: no images in folders; it must be {layout}, or have a list, dataset.labels=FILE.csv")
+    return dict(classes)
+
+
+def in_seeded_order(names: Iterable[str], seed: int) -> list[str]:
+    """The names by the SHA-256 of "SEED/NAME": an order that anyone can make again, whatever their random numbers."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogatepass")).digest())
+
+
+def split_classes(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, where: str) -> Classes:
+    """Deals out the classes: a function of their names, the seed and the fractions alone.
+
+    In seeded order the first are train, the next val, the last test. Val and test have their fraction, rounded, but
+    all three at least two classes, the fewest that a task can have.
+    """
+    number, least = len(classes), 2
+    if number < 3 * least:
+        raise UserError(
+            f"{where}: {number} classes ({some(list(classes))}); to be split into train, val and test "
+            f"it needs at least {3 * least}; add classes, or put them into {SPLIT_LAYOUT}"
+        )
+    test = min(max(least, round(fractions["test"] * number)), number - 2 * least)
+    val = min(max(least, round(fractions["val"] * number)), number - test - least)
+    order, train = in_seeded_order(classes, seed), number - test - val
+    parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+    for one, other, names in _shared(parts):
+        log.warning(
+            "%s: but for capitals %s and %s share %s; rename them if they are one class", where, one, other, some(names)
+        )
+    return {split: {name: classes[name] for name in sorted(names)} for split, names in parts.items()}
+
+
+def _dealt(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, ways: int, where: str) -> Classes:
+    """Classes without splits dealt out to them, if each split then has enough."""
+    splits = split_classes(classes, fractions, seed, where)
+    _check_ways({split: len(members) for split, members in splits.items()}, ways, where)
+    return splits
+
+
+def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
+    """Raises UserError where a split has fewer classes, with the fractions that would do."""
+    total, least = sum(numbers.values()), min(numbers.values())
+    if ways <= least:
+        return
+    possible = min(ways, total // len(SPLITS))
+    share = round(possible / total, 4)
+    fractions = f'"dataset.fractions={{train: {1 - 2 * share:.4g}, val: {share}, test: {share}}}"'
+    more = f", or {f'ways={possible} ' if possible < ways else ''}{fractions}" if possible > least else ""
+    dealt = ", ".join(f"{number} {split}" for split, number in numbers.items())
+    raise UserError(f"ways={ways}: {where} has {total} classes, dealt out as {dealt}; use ways={least}{more}")
+
+
+def _with_enough(classes: Classes, least: int, where: str) -> Classes:
+    """The classes with so many images; the others are named in one line, after the split, which they do not change."""
+    counts = {f"{split}/{name}": len(images) for split in SPLITS for name, images in classes[split].items()}
+    if not least:
+        if empty := [name for name, count in counts.items() if not count]:
+            raise UserError(f"{where}: no images in {some(empty)}; add images or remove the class")
+        return classes
+    if short := [f"{name} ({count})" for name, count in counts.items() if count < least]:
+        log.warning("%s: classes with fewer than shots+queries=%d images are left out: %s", where, least, some(short))
+    kept = {s: {name: images for name, images in classes[s].items() if len(images) >= least} for s in SPLITS}
+    if bare := [split for split in SPLITS if not kept[split]]:
+        raise UserError(
+            f"shots+queries={least}: no class of {' and '.join(bare)} in {where} has so many images; "
+            "lower shots or queries"
+        )
+    return kept

@@ -1,0 +1,273 @@
+"""miniImageNet (Vinyals et al. 2016; the split of Ravi and Larochelle 2017) and tieredImageNet (Ren et al. 2018).
+
+Both are photos of ImageNet (ILSVRC-12), for non-commercial research only, and are shared as pickles of images of 84 x
+84 pixels. A pickle can run any program, so none is opened whose MD5 is not known, unless dataset.trust says so.
+"""
+
+import functools
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from fewshot.data.cache import Unread, cached
+from fewshot.data.download import download, md5, zenodo
+from fewshot.data.folder_or_zip import open_source, plain_text
+from fewshot.data.images import decode, read_splits
+from fewshot.data.lists import read_classes
+from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.data.task import SPLITS, Split
+from fewshot.errors import UserError, some
+from fewshot.paths import user_path
+
+# learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
+RECORD = 7978538
+# Ren et al.'s files (github.com/renmengye/few-shot-ssl-public). Whether learn2learn's are the same is not known.
+MD5S = {
+    "b38f1eb4251fb9459ecc8e7febf9b2eb",  # mini-imagenet.tar.gz: tristandeleu/pytorch-meta, torchmeta/datasets
+    "069993a77e65a83bbf8f8de4c9dcca68",  # its train, val and test: tata1661/FSL-Mate, PaddleFSL/paddlefsl/datasets
+    "f87ddf9b5211920dd73520274371eb6a",
+    "12158d649fd08945294de4ad38cda81d",
+    "e07e811b9f29362d159a9edd0d838c62",  # tiered-imagenet.tar: pytorch-meta; of what is in it none was found
+}
+MINI_FILES = {  # as learn2learn and Ren et al. call them
+    "train": ("mini-imagenet-cache-train.pkl",),
+    "val": ("mini-imagenet-cache-validation.pkl", "mini-imagenet-cache-val.pkl"),
+    "test": ("mini-imagenet-cache-test.pkl",),
+}
+TIERED_FILES = {  # as Ren et al. and learn2learn call them, and as they are called where learn2learn gets them
+    f"{split} {kind}": (f"{split}_{kind}.pkl", f"tiered-imagenet-{split}_{kind}.pkl")
+    for split in SPLITS
+    for kind in ("labels", "images_png")
+}
+MINI_HOLDS = (
+    "mini-imagenet.tar.gz, a folder with mini-imagenet-cache-train.pkl, -validation.pkl and -test.pkl, "
+    "or a folder or zip with images/, train.csv, val.csv and test.csv"
+)
+TIERED_HOLDS = "tiered-imagenet.tar or a folder with train|val|test_images_png.pkl and train|val|test_labels.pkl"
+
+
+def miniimagenet(
+    *, root: str | None, classes: Mapping[str, int], size: int, channels: int, trust: bool, cache: str | None
+) -> dict[str, Split]:
+    """miniImageNet's splits, images of (channels, size, size).
+
+    Args:
+        root: a folder or tar with learn2learn's pickles, each a dictionary of image_data, (M, 84, 84, 3) uint8, and
+            class_dict, the numbers of each class's images; or a folder or zip with the photos in images/ and Ravi and
+            Larochelle's train.csv, val.csv, test.csv (filename,label) beside it; None: download the pickles.
+        classes: how many there must be in each split.
+        size, channels: of the images.
+        trust: pickles with an unknown checksum too.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
+    """
+    how = {"size": size, "channels": channels}
+    place = _place("miniImageNet", MINI_FILES, root, trust, cache)
+    pickles = _open_pickles(place, MINI_FILES, trust)
+    if pickles is None:
+        return _mini_photos(place, classes, cache=cache, **how)
+    read, version = pickles
+
+    def build() -> dict[str, Unread]:
+        splits = {split: _mini_split(place, read, split, how) for split in SPLITS}
+        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
+        return splits
+
+    return cached("miniimagenet", version, cache=cache, build=build, **how)
+
+
+def _mini_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+    data = read(split)
+    with _as_published(place, split):
+        pixels, members = data["image_data"], data["class_dict"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape[1:]}")
+
+        @_as_published(place, split)
+        def image(number: int) -> np.ndarray:
+            return fit(pixels[number], **how)
+
+        return gather({str(label): members[label] for label in sorted(members)}, image)
+
+
+def _mini_photos(
+    place: Path, classes: Mapping[str, int], *, size: int, channels: int, cache: str | None
+) -> dict[str, Split]:
+    source = open_source(place, ["images"])
+    images = {PurePosixPath(name).name: name for name in source.names}
+    tables, members = {}, {}
+    for split in SPLITS:
+        try:
+            tables[split] = source.read(f"{split}.csv")
+            labels, absent = read_classes(tables[split], lambda file: images.get(plain_text(file)))
+        except (OSError, LookupError, ValueError) as error:
+            reason = "" if isinstance(error, OSError | LookupError) else f" ({error})"
+            raise UserError(
+                f"dataset.root={place}: no {split}.csv with filename,label in it{reason}; give {MINI_HOLDS}"
+            ) from error
+        if absent:
+            raise UserError(f"dataset.root={place}: images/ lacks {some(absent)} of {split}.csv; add them")
+        members[split] = {
+            label: [(source, name) for name in names]
+            for label, names in sorted((label, names) for part in labels.values() for label, names in part.items())
+        }
+    _check_classes(place, {split: tuple(labels) for split, labels in members.items()}, classes)
+    version = [source.identity, [hashlib.sha256(table).hexdigest() for table in tables.values()]]
+    return cached(
+        "miniimagenet",
+        version,
+        size=size,
+        channels=channels,
+        cache=cache,
+        build=lambda: read_splits(members, size=size, channels=channels),
+    )
+
+
+def tieredimagenet(
+    *, root: str | None, classes: Mapping[str, int], size: int, channels: int, trust: bool, cache: str | None
+) -> dict[str, Split]:
+    """tieredImageNet's splits, images of (channels, size, size): 34 categories of ImageNet, split 20/6/8.
+
+    Args:
+        root: a folder or tar with learn2learn's pickles: for each split a list of PNG files, and a dictionary of
+            label_specific, the number of each image's class, and label_specific_str, their names; None: download them.
+        classes: how many there must be in each split.
+        size, channels: of the images.
+        trust: pickles with an unknown checksum too.
+        cache: folder, None for the user's own.
+
+    Raises:
+        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
+    """
+    how = {"size": size, "channels": channels}
+    place = _place("tieredImageNet", TIERED_FILES, root, trust, cache)
+    pickles = _open_pickles(place, TIERED_FILES, trust)
+    if pickles is None:
+        raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
+    read, version = pickles
+
+    def build() -> dict[str, Unread]:
+        splits = {split: _tiered_split(place, read, split, how) for split in SPLITS}
+        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
+        return splits
+
+    return cached("tieredimagenet", version, cache=cache, build=build, **how)
+
+
+def _tiered_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+    labels = read(f"{split} labels")
+    with _as_published(place, split):
+        numbers = np.asarray(labels["label_specific"])
+
+        @functools.cache
+        def files() -> Any:  # gigabytes: not before this split's first image is wanted
+            found = read(f"{split} images_png")
+            if numbers.shape != (len(found),):
+                raise ValueError(f"{len(found)} images and labels of shape {numbers.shape}")
+            return found
+
+        @_as_published(place, split)
+        def image(number: int) -> np.ndarray:
+            return decode(bytes(files()[number]), resample=Image.Resampling.BILINEAR, **how)
+
+        # Two classes of ImageNet are called crane.
+        names = enumerate(labels["label_specific_str"])
+        return gather({f"{number:03d} {name}": np.flatnonzero(numbers == number) for number, name in names}, image)
+
+
+def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Mapping[str, int]) -> None:
+    for split, wanted in classes.items():
+        if len(names[split]) != wanted:
+            raise UserError(
+                f"dataset.root={place}: {len(names[split])} {split} classes instead of {wanted}; give the files of the "
+                "usual split, or use dataset=folder for images of your own"
+            )
+
+
+@contextmanager
+def _as_published(place: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever else a pickle may hold
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"dataset.root={place}: {name} is not as learn2learn reads it ({reason}); get it again"
+        ) from error
+
+
+# Which pickles are opened
+
+
+def _open_pickles(
+    place: Path, files: Mapping[str, Sequence[str]], trust: bool
+) -> tuple[Callable[[str], Any], list[Any]] | None:
+    """What reads the file behind each key of `files`, and what changes when they do; None where they are not there."""
+    if place.is_file() and place.name.endswith((".tar", ".tar.gz", ".tgz")):
+
+        @functools.cache
+        def checked() -> None:
+            with open(place, "rb") as file:
+                _check_trusted(place, file, trust)
+
+        def from_tar(key: str) -> Any:
+            checked()
+            with _as_published(place, f"{files[key][0]} in it"), tarfile.open(place) as archive:
+                members = {PurePosixPath(each.name).name: each for each in archive if each.isfile()}
+                found = [members[name] for name in files[key] if name in members]
+                if not found:
+                    raise LookupError("there is none")
+                return unpickle(archive.extractfile(found[0]))
+
+        return from_tar, identity([place])
+    for folder in (place, place / "tiered-imagenet"):  # where learn2learn keeps it
+        found = {key: [folder / name for name in names if (folder / name).is_file()] for key, names in files.items()}
+        if all(found.values()):
+
+            def from_folder(key: str, found: dict[str, list[Path]] = found) -> Any:
+                with open(found[key][0], "rb") as file:
+                    _check_trusted(found[key][0], file, trust)
+                    with _as_published(place, found[key][0].name):
+                        return unpickle(file)
+
+            return from_folder, identity([paths[0] for paths in found.values()])
+    return None
+
+
+def _check_trusted(path: Path, file: BinaryIO, trust: bool) -> None:
+    if not trust and (found := md5(file)) not in MD5S:
+        raise _untrusted(f"{path} holds pickles", found)
+
+
+def _untrusted(what: str, found: str) -> UserError:
+    return UserError(
+        f"dataset.trust=false: {what}, which could run any program, and its MD5 {found} is none that is known; "
+        "if you trust where it comes from, dataset.trust=true reads it"
+    )
+
+
+def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
+    """`root`, or the folder of the download."""
+    if root is not None:
+        return user_path("dataset.root", root)
+    folder, names = title.lower(), [each[0] for each in files.values()]
+
+    def find() -> dict[str, tuple[str, str]]:
+        prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
+        sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
+        for url, published in sources.values():  # before gigabytes are fetched in vain
+            if not trust and published not in MD5S:
+                raise _untrusted(f"{url} holds pickles", published)
+        return sources
+
+    holds = MINI_HOLDS if folder == "miniimagenet" else TIERED_HOLDS
+    return download(title, names, find, folder=folder, cache=cache, holds=holds)

@@ -1,0 +1,182 @@
+"""Omniglot (Lake et al. 2015): 50 alphabets, 1,623 characters, 20 drawings of each.
+
+Drawings are black (0) on white (255) as in the original files. The splits:
+
+    vinyals: 1028/172/423 characters, those of Vinyals et al. 2016; `omniglot.json` has them and names its source.
+    random1200: 1100/100/423, drawn by seed. MAML's code (github.com/cbfinn/maml, data_generator.py) shuffles all
+        characters, takes 1,200 for training and sets 100 of these aside for validation; learn2learn's
+        omniglot_tasksets does the same. Their shuffles hang on the machine or on the run's seed, this one does not.
+    lake: the background set is for training, the evaluation set (659) for the test, as the dataset came. It came
+        without a validation set, and torchmeta has none for it: here it is the 172 characters that validate in
+        Vinyals' split, five whole alphabets of the background set, which leaves 792.
+
+With rotations each character is four classes, itself and turned by 90, 180 and 270 degrees (Santoro et al. 2016).
+"""
+
+import json
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fewshot.data.cache import cached
+from fewshot.data.download import download
+from fewshot.data.folder_or_zip import Source, open_source
+from fewshot.data.images import read_splits
+from fewshot.data.sources.folder import in_seeded_order
+from fewshot.data.task import SPLITS, Split
+from fewshot.errors import UserError, some
+from fewshot.paths import user_path
+
+PARTS = ("images_background", "images_evaluation")
+DRAWINGS = 20
+HOLDS = "images_background.zip and images_evaluation.zip, or the folders in them"
+# Which characters there are, and Vinyals' classes: both as facts in a file that names its sources.
+FACTS = json.loads((files("fewshot.data.sources") / "omniglot.json").read_text())
+
+
+def load(
+    *,
+    root: str | None,
+    size: int,
+    cache: str | None,
+    split: str = "vinyals",
+    split_seed: int = 0,
+    rotations: bool = False,
+) -> dict[str, Split]:
+    """The characters of a split, images of (1, size, size).
+
+    Args:
+        root: a folder with the two zips or the two folders in them; None to download the zips into the cache folder.
+        size: of the images.
+        cache: folder, None for the user's own.
+        split: "vinyals", "random1200" or "lake".
+        split_seed: of random1200.
+        rotations: whether the characters' rotations are classes too.
+
+    Raises:
+        UserError: the images are not there, not all there or not readable, or cannot be downloaded.
+    """
+    folder = _download(cache) if root is None else user_path("dataset.root", root)
+    sources = {part: _open_part(folder, part) for part in PARTS}
+    classes = find_classes(sources, folder, split, split_seed)
+    splits = cached(
+        "omniglot",
+        [*(sources[part].identity for part in PARTS), {name: list(members) for name, members in classes.items()}],
+        size=size,
+        channels=1,
+        cache=cache,
+        build=lambda: read_splits(classes, size=size, channels=1, resample=Image.Resampling.LANCZOS),
+    )
+    return {name: rotated(split) for name, split in splits.items()} if rotations else splits
+
+
+def rotated(split: Split) -> Split:
+    """Each class four times: all of them as they are, then all turned by 90, 180 and 270 degrees to the left."""
+    turned = [torch.rot90(split.images, quarters, dims=(2, 3)) for quarters in range(4)]
+    return Split(
+        torch.cat(turned),
+        torch.cat([split.offsets[:1], *(split.offsets[1:] + quarters * len(split.images) for quarters in range(4))]),
+        tuple(f"{name}{turn}" for turn in ("", "/rot090", "/rot180", "/rot270") for name in split.names),
+        split.sha256,
+    )
+
+
+def _open_part(root: Path, part: str) -> Source:
+    for folder in (root, root / "omniglot-py"):  # where torchvision keeps them
+        if os.path.isfile(folder / f"{part}.zip"):
+            return open_source(folder / f"{part}.zip", [part])
+    return open_source(root, [part])
+
+
+def find_classes(
+    sources: dict[str, Source], root: Path, split: str, split_seed: int
+) -> dict[str, dict[str, list[tuple[Source, str]]]]:
+    """The files of every character of every split.
+
+    Raises:
+        UserError: anything less than all of Omniglot.
+    """
+    found = {}
+    for source in sources.values():
+        for name in source.names:
+            if drawing := re.fullmatch(r"\w+/([^/]+/character\d\d)/\d+_(\d\d)\.png", name):
+                found.setdefault(drawing[1], {})[drawing[2]] = (source, name)
+    alphabets = {alphabet: count for part in PARTS for alphabet, count in FACTS["characters"][part].items()}
+    _check_complete(root, alphabets, {character: len(drawings) for character, drawings in found.items()})
+    return {
+        name: {character: [file for _, file in sorted(found[character].items())] for character in members}
+        for name, members in characters_of(split, split_seed).items()
+    }
+
+
+def characters_of(split: str, split_seed: int) -> dict[str, list[str]]:
+    """The characters of train, val and test, those of an alphabet together."""
+    members = {name: [] for name in SPLITS}
+    everything = []
+    for part in PARTS:
+        for alphabet, count in FACTS["characters"][part].items():
+            for number in range(1, count + 1):
+                character = f"{alphabet}/character{number:02d}"
+                everything.append(character)
+                name = _vinyals(alphabet, number)
+                if split == "lake" and name != "val":
+                    name = "train" if part == "images_background" else "test"
+                members[name].append(character)
+    if split != "random1200":
+        return members
+    order = in_seeded_order(everything, split_seed)
+    drawn = {"train": set(order[:1100]), "val": set(order[1100:1200]), "test": set(order[1200:])}
+    return {name: [character for character in everything if character in drawn[name]] for name in SPLITS}
+
+
+def _vinyals(alphabet: str, number: int) -> str:
+    for split in ("val", "test"):
+        first, last = FACTS[split].get(alphabet, (1, 0))
+        if first <= number <= last:
+            return split
+    return "train"
+
+
+def _check_complete(root: Path, alphabets: dict[str, int], drawings: dict[str, int]) -> None:
+    if not drawings:
+        raise UserError(f"dataset.root={root}: no Omniglot in it; give a folder with {HOLDS}")
+    present = {character.split("/")[0] for character in drawings}
+    lost, gone, short = [], [], []
+    for alphabet, count in alphabets.items():
+        characters = [f"{alphabet}/character{number:02d}" for number in range(1, count + 1)]
+        if alphabet not in present:
+            lost.append(alphabet)
+            continue
+        gone += [character for character in characters if character not in drawings]
+        short += [name for name in characters if name in drawings and drawings[name] < DRAWINGS]
+    missing = []
+    if lost:
+        missing.append(f"{len(lost)} of {len(alphabets)} alphabets missing ({some(lost)})")
+    if gone:
+        missing.append(f"{len(gone)} characters missing in other alphabets ({some(gone)})")
+    if short:
+        counts = [f"{character} has {drawings[character]}" for character in short]
+        missing.append(f"{len(short)} characters with fewer than {DRAWINGS} drawings ({some(counts)})")
+    if missing:
+        raise UserError(
+            f"dataset.root={root}: not all of Omniglot: {'; '.join(missing)}; "
+            f"give a folder with {HOLDS}, completely extracted"
+        )
+
+
+def _download(cache: str | None) -> Path:
+    """The folder with the two original zips, each checked against its published checksum before it gets its name."""
+
+    def find() -> dict[str, tuple[str, str]]:
+        from torchvision.datasets.omniglot import Omniglot
+
+        return {
+            f"{part}.zip": (f"{Omniglot.download_url_prefix}/{part}.zip", Omniglot.zips_md5[part]) for part in PARTS
+        }
+
+    names = [f"{part}.zip" for part in PARTS]
+    return download("Omniglot", names, find, folder="omniglot", cache=cache, holds=f"a folder with {HOLDS}")

@@ -1,0 +1,57 @@
+"""What a task is, and the images of a split that tasks are drawn from.
+
+Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, class after class.
+
+    images: (M, C, H, W) uint8
+    offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
+    names: the N class names
+    sha256: of the pixels they were made from, where it is known
+    """
+
+    images: Tensor
+    offsets: Tensor
+    names: tuple[str, ...]
+    sha256: str = ""
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) int64, images per class."""
+        return self.offsets.diff()
+
+
+class Task(NamedTuple):
+    """One task, or with a leading B a batch of them.
+
+    support: ([B,] S, C, H, W) float, support_labels: ([B,] S) int64 in 0..K-1; query and query_labels likewise with Q.
+    The images of a class lie together; which class is label 0 is random.
+    """
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+
+
+def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,).
+
+    NaN where a logit of the task is not finite: whichever was then called the largest would count as chance.
+    """
+    knobs = {"average": "micro", "multidim_average": "samplewise", "validate_args": False}
+    shares = multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], **knobs)
+    return shares.masked_fill(~logits.isfinite().all(dim=2).all(dim=1), math.nan)

@@ -1,0 +1,1 @@
+"""The paper's algorithm on learn2learn's MAML, and the explicit loss."""

@@ -1,0 +1,134 @@
+"""A network of somebody else's, taken apart into encoder and head.
+
+Shapes: two images of C channels, H x W pixels; d features; K ways.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fewshot.errors import UserError
+from fewshot.models.network import Network
+
+log = logging.getLogger(__name__)
+
+
+def network_from_module(
+    module: nn.Module,
+    *,
+    channels: int,
+    size: int,
+    ways: int,
+    head: str | None = None,
+    init_scale: float = 1.0,
+    head_bias: bool = True,
+) -> Network:
+    """The module as a Network: encoder with its own weights, and a new head, (B, channels, size, size) -> (B, K).
+
+    BatchNorm takes the batch at hand (method.md section 3) and dropout is left out, for both engines compute the same
+    gradient twice and validation has to leave no trace.
+
+    Args:
+        module: takes (B, C, H, W), and the output of its last linear layer is its own; changed in place.
+        head: name of that layer; None: found by running the module.
+
+    Raises:
+        UserError: the module cannot be taken apart so, or not be adapted.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model.module: gives a {type(module).__name__}; its _target_ must make a torch.nn.Module")
+    for layer in module.modules():
+        if getattr(layer, "track_running_stats", False):
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    given, buffers = images.clone(), {name: buffer.clone() for name, buffer in module.named_buffers()}
+    name, logits = _head(module.eval(), images, head)
+    last = module.get_submodule(name)
+    module.set_submodule(name, nn.Identity())  # what is left is the encoder
+    features = _forward(module, images)
+    kind = type(module).__name__
+    if not isinstance(features, Tensor) or features.shape != (2, last.in_features):
+        raise UserError(f"model.module: {kind} gives {name} no features of (images, {last.in_features}); flatten them")
+    if not torch.allclose(last(features), logits, rtol=1e-4, atol=1e-5):
+        raise UserError(f"model.module: {kind} gives the same images other outputs each time; it must not be random")
+    if not torch.equal(images, given):
+        raise UserError(f"model.module: {kind} writes into its images; let its first layer not work in place")
+    for buffer, value in module.named_buffers():
+        if not torch.equal(value, buffers[buffer]):
+            raise UserError(
+                f"model.module: {kind} changes its buffer {buffer} in every forward; it must leave no trace"
+            )
+    network = Network(module, last.in_features, ways, init_scale, head_bias, own_weights=True)
+    _check_adaptable(network, images, kind)
+    dropout = [name for name, layer in module.named_modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+    if dropout:
+        log.info(f"model=module: the dropout of {kind} ({', '.join(dropout)}) is left out")
+    return network
+
+
+def _head(module: nn.Module, images: Tensor, wanted: str | None) -> tuple[str, Tensor]:
+    """The name of the linear layer whose output is the module's, and that output."""
+    kind, calls = type(module).__name__, []
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, output, name=name: calls.append((name, output)))
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    logits = _forward(module, images)
+    for hook in hooks:
+        hook.remove()
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise UserError(f"model.module: {kind} has no torch.nn.Linear; give one that ends in it, which is the head")
+    if wanted is not None and wanted not in linear:
+        raise UserError(f"model.head={wanted}: {kind} has no such linear layer; it has {', '.join(linear)}")
+    found = [name for name, output in calls if output is logits]
+    if not found:
+        raise UserError(
+            f"model.module: the output of {kind} is not that of a linear layer; it must end in one (logits)"
+        )
+    if logits.shape[:-1] != (len(images),):
+        raise UserError(f"model.module: {kind} turns 2 images into {tuple(logits.shape)}; it must give (2, classes)")
+    if wanted not in (None, *found):
+        raise UserError(f"model.head={wanted}: the output of {kind} comes from {found[0]}; use model.head={found[0]}")
+    if [name for name, _ in calls].count(found[0]) > 1:
+        raise UserError(f"model.module: {kind} runs {found[0]} several times; the head must be run once, at the end")
+    return found[0], logits
+
+
+def _forward(module: nn.Module, images: Tensor) -> Any:
+    try:
+        with torch.no_grad():
+            return module(images)
+    except Exception as error:  # whatever it makes of images that it was not made for
+        _, channels, size, _ = images.shape
+        kind, reason = type(module).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"dataset.channels={channels} dataset.size={size}: {kind} fails on such images ({reason}); "
+            "use a dataset with the channels and the size that it takes"
+        ) from error
+
+
+def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
+    """Every parameter takes part in the output: the inner loop adapts all of them."""
+    parameters = dict(network.named_parameters())
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if not frozen:
+        try:
+            gradients = torch.autograd.grad(network(images).sum(), list(parameters.values()), allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(":")[0]
+            raise UserError(
+                f"model.module: {kind} cannot be differentiated ({reason}); "
+                "overwrite nothing in place that is still needed"
+            ) from error
+        frozen = [name for name, each in zip(parameters, gradients, strict=True) if each is None]
+    if frozen:
+        name = frozen[0].removeprefix("encoder.")
+        raise UserError(
+            f"model.module: {name} of {kind} gets no gradient; it must be trained and used, or not be there"
+        )

@@ -1,0 +1,44 @@
+"""What becomes of the linear head before the inner loop begins, in training and in a task.
+
+Shapes: S support images, K ways, d features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def zero_head(head: nn.Linear) -> None:
+    """w <- 0, b <- 0, in place. The bias too: with b != 0 the first inner step is not uniform over classes."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+
+
+def prototype_head(features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
+    """The head that gives each class -|phi(x) - c_k|^2 up to what all share: w_k = 2 c_k, b_k = -|c_k|^2.
+
+    Args:
+        features: of the support, (..., S, d); c_k, the prototype, is the mean of class k's.
+        labels: (..., S).
+
+    Returns weight (..., K, d) and bias (..., K), as ProtoMAML begins with (Triantafillou et al. 2020, section 3).
+    """
+    with torch.autocast(features.device.type, enabled=False):  # eight bits are too few for |c_k|^2
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        members = F.one_hot(labels, ways).to(features).mT  # (..., K, S)
+        c = members @ features / members.sum(-1, keepdim=True)
+        return {"weight": 2 * c, "bias": -c.square().sum(-1)}
+
+
+def share_rows(head: nn.Linear) -> None:
+    """Every class begins with the first one's weights: one vector for all (UnicornMAML, Ye and Chao 2022)."""
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+
+
+def share_gradient(head: nn.Linear) -> None:
+    """The gradient of the one vector that all rows are, given to every row: so they stay one vector."""
+    for parameter in head.parameters():
+        parameter.grad = parameter.grad.sum(0, keepdim=True).expand_as(parameter).clone()

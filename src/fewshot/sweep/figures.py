@@ -1,0 +1,196 @@
+"""The runs of a sweep -> pictures; trains nothing."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.legend import Legend
+from scipy.special import stdtrit  # scipy.stats takes seconds to import
+
+from fewshot.labels import is_maml, panel_title, title
+from fewshot.results.figures import DRAWN, OFF, ON, plain
+
+if TYPE_CHECKING:
+    from fewshot.sweep.tables import Setting
+
+
+COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, less the yellow
+
+LINES = ("-", "--", ":", "-.")  # once the colours are used up
+
+
+def sweep(settings: list["Setting"]) -> Figure:
+    """Accuracy over inner steps and outer iterations: mean and interval over seeds, both test-time zeroing modes."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    for (by_step, by_update), (mode, (*_, zeroing)) in zip(
+        figure.subplots(2, 2, sharey="row"), DRAWN.items(), strict=True
+    ):
+        for number, setting in enumerate(settings):
+            values = setting.accuracies(mode)
+            if len(values):
+                steps, points = np.arange(values.shape[1]), {"marker": "o", "markersize": 4}
+                _accuracies(by_step, number, steps, values, label=setting.label(), **points)
+            _, updates, curve = setting.curve(mode)
+            _accuracies(by_update, number, updates, curve, label=setting.label())
+        by_step.set(xlabel="inner step", ylabel="test query accuracy")
+        by_step.xaxis.get_major_locator().set_params(integer=True)
+        by_update.set(xlabel="outer iteration", ylabel="query accuracy after inner_steps steps")
+        by_step.set_title(f"final test, {zeroing}", fontsize=9, loc="left")
+        by_update.set_title(f"{_splits(settings, mode)} curve, {zeroing}", fontsize=9, loc="left")
+        for axes in (by_step, by_update):
+            plain(axes)
+    return _of_all(figure, figure.axes, settings)
+
+
+def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
+    """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
+    across, down = (_unlike([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
+    down = down if len(knobs) > 1 else [None]
+    maml = all(is_maml(setting.config["algo"]) for setting in settings)
+    labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
+    figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
+    grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
+    for row, below in zip(grid, down, strict=True):
+        for axes, beside in zip(row, across, strict=True):
+            heading = {knobs[0]: beside} | ({} if below is None else {knobs[-1]: below})
+            for setting in settings:
+                if all(setting.value(knob) == value for knob, value in heading.items()):
+                    label = setting.label(without=knobs)
+                    _, updates, curve = setting.curve("zeroing_off")
+                    _accuracies(axes, labels.index(label), updates, curve, label=label)
+            axes.set_title(panel_title(heading, maml), fontsize=9, loc="left", parse_math=False)
+            axes.set(xlabel="outer iteration", ylabel="query accuracy")
+            axes.label_outer()
+            plain(axes)
+    return _of_all(figure, grid, settings)
+
+
+def _unlike(values: list[Any]) -> list[Any]:
+    return [value for number, value in enumerate(values) if value not in values[:number]]
+
+
+def _accuracies(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
+    """values: (seeds, len(x))"""
+    if len(x):
+        line = LINES[number // len(COLOURS) % len(LINES)]
+        _mean_and_interval(axes, number, line, x, values, within=(0, 1), **how)
+
+
+def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
+    """One legend for all axes, outside them, and what the figure is of."""
+    found = {}
+    for each in np.ravel(axes):
+        handles, labels = each.get_legend_handles_labels()
+        found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
+    legend = figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
+    _as_text(legend)
+    of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
+    seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
+    figure.suptitle(f"{of}: {seeds}", fontsize=10, parse_math=False)
+    return figure
+
+
+def _over_seeds(numbers: Iterable[int]) -> str:
+    """numbers: of seeds, one for each setting."""
+    numbers = sorted(set(numbers))
+    if numbers == [1]:
+        return "1 seed"
+    seeds = " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+    return f"mean and 95% confidence interval over {seeds} seeds (Student t)"
+
+
+def _splits(settings: list["Setting"], mode: str) -> str:
+    return " or ".join(dict.fromkeys({"val": "validation"}.get(s.curve(mode)[0], "test") for s in settings))
+
+
+def _as_text(legend: Legend) -> None:
+    """A knob's value is no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+PAIRS = (("query_support", "query and support"), ("query_query", "two queries"))  # of cosine_similarity.json
+
+
+def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figure:
+    """How alike the classes of one task become while it is trained on: {setting: cosine_similarity.json of its runs}.
+
+    Above, same class and other class over outer updates, as far as all runs went; below, class by class. Means over the
+    runs of a setting, the bands are 95% confidence intervals (Student t).
+    """
+    reached = min(len(run["updates"]) for group in runs.values() for run in group)
+    updates = next(iter(runs.values()))[0]["updates"][:reached]
+    matrices = {  # (runs, updates, K, K)
+        pairs: {label: np.array([run[pairs][:reached] for run in group]) for label, group in runs.items()}
+        for pairs, _ in PAIRS
+    }
+    heights = (3.3, 0.4 + len(runs))
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
+    seeds = _over_seeds(map(len, runs.values()))
+    figure.suptitle(f"{title}: one task, unadapted encoder; {seeds}", fontsize=10, parse_math=False)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
+        for number, (label, values) in enumerate(matrices[pairs].items()):
+            itself = np.eye(values.shape[-1], dtype=bool)
+            _mean_and_interval(axes, number, "-", updates, values[..., itself].mean(axis=-1), label=label)
+            _mean_and_interval(axes, number, "--", updates, values[..., ~itself].mean(axis=-1))
+        axes.set(xlabel="outer update", ylabel="mean cosine similarity")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.label_outer()
+        plain(axes)
+    handles = axes.get_legend_handles_labels()[0]
+    for line, meaning in (("-", "same class"), ("--", "other class")):
+        handles += axes.plot([], [], line, color="grey", label=meaning)
+    _as_text(above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center"))
+    _class_matrices(below, updates, matrices)
+    return figure
+
+
+OVER_SEEDS = (
+    "± is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
+    "All seeds share the test tasks, so it leaves out what other test tasks would change.\n"
+)
+
+
+def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
+    n = len(values)
+    if n < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / n**0.5
+
+
+def _mean_and_interval(
+    axes: Axes, number: int, line: str, x: Any, values: Any, within: tuple[float, float] = (-np.inf, np.inf), **how: Any
+) -> None:
+    """values: (runs, len(x)); a single run has no interval, and none is drawn beyond `within`."""
+    (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
+    axes.plot(x, mean, line, color=colour, linewidth=1.4, **how)
+    axes.fill_between(
+        x, *((mean + sign * ci95).clip(*within) for sign in (-1, 1)), color=colour, alpha=0.2, linewidth=0
+    )
+
+
+def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, dict[str, Any]]) -> None:
+    """A row of K x K pictures per setting: after the first two and the last two updates, of each kind of pairs."""
+    after = sorted({0, 1, len(updates) - 2, len(updates) - 1} & set(range(len(updates))))
+    labels = list(matrices[PAIRS[0][0]])
+    means = {(pairs, label): values.mean(axis=0) for pairs in matrices for label, values in matrices[pairs].items()}
+    largest = max(np.abs(values[after]).max() for values in means.values())
+    gap = len(after)  # the column between the two kinds
+    grid = figure.subplots(len(labels), 2 * gap + 1, squeeze=False, width_ratios=[1] * gap + [0.15] + [1] * gap)
+    for number, (row, label) in enumerate(zip(grid, labels, strict=True)):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+        row[gap].set_axis_off()
+        for kind, (pairs, name) in enumerate(PAIRS):
+            for place, update in enumerate(after, start=kind * (gap + 1)):
+                scale = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}  # white: orthogonal
+                picture = row[place].imshow(means[pairs, label][update], **scale)
+                row[place].set(xticks=[], yticks=[])
+                if number == 0:
+                    heading = f"{name}\n" if update == 0 else "\n"
+                    row[place].set_title(f"{heading}update {updates[update]}", fontsize=9, loc="left")
+    figure.colorbar(picture, ax=grid, label="mean cosine similarity", aspect=30)

@@ -1,0 +1,204 @@
+"""The runs of a sweep as they lie in their folders, finished or not, and when two of them are of one setting."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fewshot import labels
+from fewshot.config import stored
+from fewshot.config.moved import compared, to_today
+from fewshot.config.tree import MODES, leaves
+from fewshot.config.tree import settings as resolved
+from fewshot.errors import UserError, printable, shown
+from fewshot.results.record_files import over, read_metrics
+
+log = logging.getLogger(__name__)
+
+# No part of a setting: the seed, where and on what it ran, in what memory, and knobs that are others again.
+ELSEWHERE = (
+    *("seed", "fit", "logger", "dataset.cache", "dataset.source", "dataset.device", "dataset.origin", "dataset.trust"),
+    *("model.network", "callbacks.zero_head"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
+    *("trainer.max_time", "trainer.profiler", "recompute_steps"),
+)
+
+
+class Job(NamedTuple):
+    """One run. results: results.json, None while there is none; curves: metrics.csv; error: the end of error.txt."""
+
+    folder: Path
+    config: dict[str, Any]  # {} where it cannot be read
+    results: dict[str, Any] | None
+    curves: dict[str, list[tuple[int, float]]]
+    error: str | None
+
+    @property
+    def state(self) -> str:
+        return "failed" if self.error else "unfinished"
+
+
+def read_jobs(folders: list[Path]) -> list[Job]:
+    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first that finished.
+
+    Raises:
+        UserError: a folder is none, or without a run in it.
+    """
+    jobs: dict[tuple[str, str], Job] = {}
+    for folder in folders:
+        inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
+        found = [job for path in inside if (job := read_job(path))]
+        if not found:
+            raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
+        for job in found:
+            # What cannot be read is no other's equal.
+            key = (identity(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
+            first = jobs.setdefault(key, job)
+            if job.results and not first.results:
+                jobs[key] = job
+            elif first is not job and first.results and job.results:
+                line = f"{job.folder}: left out, the same setting and seed as {first.folder}"
+                log.warning(printable(line))
+    return list(jobs.values())
+
+
+def read_job(folder: Path) -> Job | None:
+    """None where there has been no run."""
+    paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
+    result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
+    error = _last_line(failed) if failed else None
+    if not (result_file or begun):
+        return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
+    try:
+        results = stored.read_results(result_file) if result_file else None
+        config = results["config"] if results else _begun(begun)
+        curves = read_metrics(metrics) if metrics else {}
+        results = results if results and over(results) else None
+    except UserError as problem:
+        return Job(folder, {}, None, {}, error or f"cannot be read as a run ({problem})")
+    return Job(folder, config, results, curves, error)
+
+
+def _last_line(path: Path) -> str:
+    """Of error.txt, as far as it can be printed."""
+    try:
+        lines = [printable(line) for line in stored.read_text(path, 2**24).split("\n") if line.strip()]
+    except UserError as problem:
+        return str(problem)
+    return lines[-1] if lines else "an empty error.txt"
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """The settings that Hydra wrote when a run began."""
+    config = stored.read_yaml(path)
+    stored.check(str(path), config, {"algo": {"zeroing": stored.ANY}, "fit": stored.FLAG})
+    stored.check_interpolations(str(path), config)
+    try:
+        config = to_today(resolved(OmegaConf.create(config)))
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be resolved ({' '.join(str(error).split())[:200]})") from None
+    stored.check_config(str(path), config)
+    return config
+
+
+def identity(config: dict[str, Any]) -> str:
+    """The resolved settings less the seed, as text."""
+    kept = {}
+    for key, value in leaves(config):
+        again = key.startswith("callbacks.") and key.split(".")[-1] in config
+        moved = (key == "dataset.root" and "fractions" not in config["dataset"]) or (
+            key == "checkpoint" and config["fit"]
+        )
+        elsewhere = any(key == part or key.startswith(f"{part}.") for part in (*ELSEWHERE, "augment"))
+        if value is None or again or moved or elsewhere or not compared(key, value):
+            continue
+        kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
+    if transforms := config.get("augment"):
+        exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()
+        kept["augment"] = f"{'+'.join(transforms)} ({exact[:4]})"
+    return json.dumps(kept, sort_keys=True)
+
+
+def read_similarities(path: Path) -> dict[str, Any] | None:
+    """cosine_similarity.json; None, and a warning, where it is not as a run writes it."""
+    try:
+        content = stored.read_json(path)
+        stored.check(str(path), content, stored.SIMILARITIES)
+    except UserError as problem:
+        log.warning(f"{problem}; left out")
+        return None
+    return content
+
+
+FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
+
+
+class Setting(NamedTuple):
+    """Runs that differ in their seed alone. knobs: those in which the settings at hand differ."""
+
+    knobs: dict[str, Any]
+    jobs: list[Job]
+
+    def label(self, without: Iterable[str] = ()) -> str:
+        algo = self.config["algo"]
+        return labels.setting_label(self.knobs, algo, without) or labels.algorithm_name(algo)
+
+    def value(self, knob: str) -> Any:
+        return dict(leaves(self.config)).get(knob)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.jobs[0].config
+
+    def accuracies(self, mode: str) -> np.ndarray:
+        """Of the final test, (finished jobs, test_steps + 1)."""
+        return np.array([job.results["test"][mode]["accuracy"] for job in self.jobs if job.results])
+
+    def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """Accuracy after inner_steps over outer updates: of which split, (I,) updates, (jobs, I) accuracies.
+
+        The test curve where there is one, else validation; at the updates that all jobs have (the finished ones, if
+        any: a mean over those that happen to have gone far would be of the slow ones).
+        """
+        split, found = self.curves(mode)
+        common = sorted(set.intersection(*map(set, found))) if found else []
+        return split, np.array(common), np.array([[each[update] for update in common] for each in found])
+
+    def curves(self, mode: str) -> tuple[str, list[dict[int, float]]]:
+        """Of which split, and {outer update: accuracy after inner_steps} of each job, as far as it went."""
+        step = f"{MODES[mode]}/query_accuracy/step_{self.config['inner_steps']}"
+        jobs = [job for job in self.jobs if job.results] or self.jobs
+        split = "test" if all(f"test{step}" in job.curves for job in jobs) else "val"
+        return split, [dict(job.curves.get(f"{split}{step}", ())) for job in jobs]
+
+
+def group(jobs: list[Job]) -> list[Setting]:
+    """Jobs by their resolved settings; each setting by the knobs that tell it from the others."""
+    together: dict[str, list[Job]] = {}
+    for job in jobs:
+        together.setdefault(identity(job.config), []).append(job)
+    configs = [json.loads(text) for text in together]
+    varied = [key for key in sorted(set().union(*configs)) if len({shown(each.get(key)) for each in configs}) > 1]
+    for key in [key for key in varied if key.split(".")[0] in FOLLOWING and key not in ("dataset.name", "model.name")]:
+        others = [other for other in varied if other != key]
+        if len({tuple(shown(each.get(other)) for other in others) for each in configs}) == len(configs):
+            varied = others
+    found = [
+        Setting({key: config.get(key) for key in varied}, sorted(members, key=lambda job: job.config["seed"]))
+        for config, members in zip(configs, together.values(), strict=True)
+    ]
+    return sorted(found, key=lambda setting: [_order(*knob) for knob in setting.knobs.items()])
+
+
+def _order(knob: str, value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    size = float(value) if number else 0.0
+    downwards = knob in ("algo.first_order", "init_scale")  # FOMAML before SOMAML, a random head before a zero one
+    return number, -size if downwards else size, shown(value)

@@ -1,0 +1,183 @@
+"""Many runs -> one table and one figure: python -m fewshot.sweep FOLDER...
+
+Runs that differ in their seed alone are one setting; what is said of a setting is a mean over its seeds.
+"""
+
+import csv
+import io
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fewshot import labels
+from fewshot.config.tree import MODES, leaves
+from fewshot.errors import UserError, printable, shown
+from fewshot.files import write_atomically
+from fewshot.paths import in_shell
+from fewshot.results.record_files import write_png
+from fewshot.sweep.settings import Job, Setting, group, read_job, read_jobs, read_similarities
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
+
+
+def conclude(folder: Path, panels: list[str]) -> None:
+    """The end of a sweep in `folder`: summarises it, names the jobs that have no result.
+
+    Raises:
+        SystemExit: 1, there are some.
+    """
+    # Not read_jobs, for which a failed job is nothing where another one with the same settings has finished.
+    jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := read_job(path))]
+    missing, complaint = [job for job in jobs if job.error or not job.results], None
+    try:
+        summarise([folder], folder, panels)
+    except UserError as error:
+        complaint = str(error)
+    if missing:
+        again = f"the same command with {in_shell('hydra.sweep.dir', folder)} tries them again"
+        unfinished = "unfinished; is another process at work on it?"
+        lines = "".join(f"\n{printable(f'{job.folder.name}: {job.error or unfinished}')}" for job in missing)
+        log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
+    if missing or complaint:
+        raise SystemExit(complaint or 1)
+
+
+def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
+    """summary.csv, summary.md, summary.png and, with panels, panels.png, written into a folder.
+
+    Args:
+        folders: of sweeps or of single runs, finished or not.
+        panels: knobs whose values get axes of their own.
+
+    Raises:
+        UserError: no run has finished, or a panel is no knob.
+    """
+    jobs = read_jobs(folders)
+    if not any(job.results for job in jobs):
+        raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
+    from fewshot.sweep import (
+        figures,  # matplotlib takes seconds to import, and a mistake should not have to wait for it
+    )
+
+    settings = group([job for job in jobs if job.results or job.curves])
+    text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
+    _write_text(into / "summary.csv", as_csv(settings))
+    _write_text(into / "summary.md", text)
+    _write_figure(into / "summary.png", figures.sweep(settings))
+    print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
+    known = {key for setting in settings for key, _ in leaves(setting.config)}
+    if unknown := [knob for knob in panels if knob not in known]:
+        raise UserError(f"panels={unknown[0]}: no such knob of these runs, such as algo.first_order or inner_steps")
+    if len(panels) > 2:
+        raise UserError(f"panels={','.join(panels)}: at most two knobs, one across and one down")
+    if panels:
+        _write_figure(into / "panels.png", figures.panels(settings, panels))
+        print(f"Written to {into}/panels.png")
+    if recorded := _similarities(settings):
+        of = labels.title(settings[0].config, algorithm=False)
+        _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, of))
+        print(f"Written to {into}/cosine_similarity.png")
+
+
+def as_csv(settings: list[Setting]) -> str:
+    """Long: one row per setting, zeroing mode and step."""
+    from fewshot.sweep import figures
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["setting", *settings[0].knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
+    for setting in settings:
+        for mode in MODES:
+            values = setting.accuracies(mode)
+            if not len(values):
+                continue
+            for step, (mean, ci95) in enumerate(zip(*figures.mean_and_ci95(values), strict=True)):
+                cells = [shown(value) for value in setting.knobs.values()]
+                half = "" if np.isnan(ci95) else f"{ci95:.6f}"
+                writer.writerow(
+                    [setting.label(), *cells, mode.removeprefix("zeroing_"), step, f"{mean:.6f}", half, len(values)]
+                )
+    return text.getvalue()
+
+
+def as_markdown(settings: list[Setting], without: list[Job]) -> str:
+    """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without (new) results."""
+    from fewshot.sweep import figures
+
+    parts = []
+    finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
+    for mode in MODES if finished else ():
+        steps = max(setting.accuracies(mode).shape[1] for setting in finished)
+        rows = []
+        for setting in finished:
+            values = setting.accuracies(mode)
+            cells = [_percent(mean, ci95) for mean, ci95 in zip(*figures.mean_and_ci95(values), strict=True)]
+            rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
+        heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
+        parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
+    rows = [[setting.label(), *_updates_to(setting)] for setting in settings]
+    reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
+    if reached:
+        heading = "Outer updates until the curve after inner_steps first reaches an accuracy, test zeroing off"
+        columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
+        parts.append(_table(heading, columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]))
+    if without:
+        rows = [[job.folder.name, job.state, job.error or ""] for job in without]
+        parts.append(_table("Runs without results", ["run", "", ""], rows))
+    return "\n".join([*parts, figures.OVER_SEEDS])
+
+
+def _updates_to(setting: Setting) -> list[str]:
+    """Mean over seeds; where not all get there, how many of how many; - for none."""
+    split, curves = setting.curves("zeroing_off")
+    cells = []
+    for target in TARGETS:
+        reached = [[update for update, accuracy in each.items() if accuracy >= target] for each in curves]
+        there = [min(updates) for updates in reached if updates]
+        if len(there) == len(curves):
+            cells.append(f"{np.mean(there):.0f}")
+        else:
+            cells.append(f"{len(there)} of {len(curves)} seeds" if there else "-")
+    return [{"val": "validation", "test": "test"}[split], *cells]
+
+
+def _percent(mean: float, ci95: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if np.isnan(ci95) else f" ± {100 * ci95:.2f}")
+
+
+def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
+    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join(
+        [f"{heading}\n", line(columns), line(["-" * max(3, width) for width in widths]), *map(line, rows), ""]
+    )
+
+
+def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
+    """{setting: what its jobs recorded of the cosine similarities between classes}"""
+    found = {}
+    for setting in settings:
+        paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
+        if contents := [content for path in paths if path.exists() and (content := read_similarities(path))]:
+            found[setting.label()] = contents
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_figure(path: Path, figure: "Figure") -> None:
+    write_atomically(path, partial(write_png, figure))

@@ -1,0 +1,1 @@
+"""The closed forms, and what is measured of features."""

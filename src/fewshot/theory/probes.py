@@ -1,0 +1,83 @@
+"""What the theory speaks of, measured on a model (docs/method.md).
+
+Shapes: B tasks, S support and Q query images per task, d features, K ways, N inner steps.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewshot.data.task import Task
+from fewshot.models.network import Network
+from fewshot.theory.closed_forms import centred, closed_form_gradients, contrastive_coefficients
+
+
+@torch.no_grad()
+def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_steps: int) -> dict[str, float]:
+    """Means over the tasks, on the features of the unadapted encoder (EFIL: the head alone adapts); changes nothing.
+
+    interference_norm, contrastive_norm: of the two terms of the queries' gradient (2.4).
+    wrong_sign: share of the coefficients sum_p c^(p)_qs that draw a query to another class; none draws it away from its
+    own (2.3).
+    cosine_same, cosine_other: mean cosine similarity of query and support features of the same class and of others;
+    cosine_same_queries, cosine_other_queries: of two queries.
+    head_norm: of the initial head w0, weights and bias, less what all classes share, which has no effect.
+    cross_task: cosine of that and a task's gradient of the head (2.7); 0 where nothing is left.
+    """
+    sums: dict[str, Tensor] = {}
+    tasks = 0
+    for batch in batches:
+        for name, values in _probe(network, batch, inner_lr, inner_steps).items():
+            sums[name] = sums.get(name, 0) + values.double().sum()
+        tasks += len(batch.support)
+    return {name: round((total / tasks).item(), 6) for name, total in sums.items()}
+
+
+def _probe(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> dict[str, Tensor]:
+    """{name: (B,)}"""
+    w, b = network.head.weight, network.head.bias
+    phi_S, phi_Q = (encode(network, images).to(w.dtype) for images in (tasks.support, tasks.query))
+    given = (phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, b)
+    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": True}
+    gradients = closed_form_gradients(*given, **knobs)
+    c = contrastive_coefficients(*given, **knobs).sum(0)  # (B, Q, S)
+    with_support = tasks.query_labels[:, :, None] == tasks.support_labels[:, None]  # (B, Q, S), 1[t=u]
+    with_query = tasks.query_labels[:, :, None] == tasks.query_labels[:, None]  # (B, Q, Q)
+    biases = () if b is None else (b[:, None],)
+    w0 = centred(torch.cat([w, *biases], dim=1))
+    to_w0 = torch.cat([gradients.weight, *(gradients.bias.unsqueeze(-1) for _ in biases)], dim=-1)  # (B, K, d + 1)
+    same, other = cosines(phi_Q, phi_S, with_support)
+    not_itself = ~torch.eye(phi_Q.shape[1], dtype=torch.bool, device=phi_Q.device)
+    same_queries, other_queries = cosines(phi_Q, phi_Q, with_query, not_itself)
+    return {
+        "interference_norm": gradients.interference.flatten(1).norm(dim=1),
+        "contrastive_norm": gradients.contrastive.flatten(1).norm(dim=1),
+        # A prediction as sure as can be has c = 0 but for rounding, whose sign says nothing.
+        "wrong_sign": (((c > 0) != with_support) & (c.abs() > 16 * torch.finfo(c.dtype).eps)).double().mean((1, 2)),
+        "cosine_same": same,
+        "cosine_other": other,
+        "cosine_same_queries": same_queries,
+        "cosine_other_queries": other_queries,
+        "head_norm": w0.norm().expand(len(c)),
+        "cross_task": F.cosine_similarity(w0.flatten().expand(len(c), -1), to_w0.flatten(1)),
+    }
+
+
+def encode(network: Network, images: Tensor) -> Tensor:
+    """(B, I, C, H, W) -> features (B, I, d); task by task, since BatchNorm sees a task at a time."""
+    return torch.stack([network.encoder(each) for each in images])
+
+
+def cosines(first: Tensor, second: Tensor, same: Tensor, counted: bool | Tensor = True) -> tuple[Tensor, Tensor]:
+    """Mean cosine similarity of the pairs that are `same` and of the others, among those counted.
+
+    first (B, I, d), second (B, J, d), same (B, I, J) -> (B,), (B,)
+    """
+    similarity = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
+
+    def mean(pairs: Tensor) -> Tensor:
+        return (similarity * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+    return mean(same & counted), mean(~same & counted)

@@ -1,0 +1,157 @@
+"""A checkpoint as a file that others may have made: what form it has, read without running anything of it."""
+
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fewshot.config import stored
+from fewshot.config.moved import to_today
+from fewshot.data.task import SPLITS
+from fewshot.errors import UserError
+from fewshot.files import is_regular
+
+FLOATS = (torch.float32, torch.float64)
+COUNTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers
+# All that a checkpoint of this program names in its pickle. Torch allows more, a bytearray of any length among others.
+NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+NAMED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
+AROUND = 512  # bytes of a zip around an entry's own: torch's have less than 300
+
+
+def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
+    """Not sparse, not on a device that does not exist, not a few numbers that are repeated."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+        and value.dtype in dtypes
+    )
+
+
+def _is_row(value: Any) -> bool:
+    named = isinstance(value, dict) and all(isinstance(name, str) and ROW.fullmatch(name) for name in value)
+    return named and type(value.get("iteration")) is int and all(type(each) in (int, float) for each in value.values())
+
+
+def check_weights(where: str, weights: Any) -> None:
+    """Raises UserError where they are not {name: tensor}, all weights in the one precision of 32 or 64 bits.
+
+    A network of one's own may have buffers of whole numbers.
+    """
+    stored.check(where, weights, stored.Each(WEIGHTS, keys=True), "state_dict")
+    if len({tensor.dtype for tensor in weights.values()} - {*COUNTS}) != 1:
+        raise UserError(f"{where}: state_dict must have tensors of one type, float32 or float64")
+
+
+ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]+(/step_[0-9]{1,4})?")  # a column's name
+WEIGHTS = stored.Is("a dense tensor of float32, float64 or whole numbers", lambda value: _dense(value, FLOATS + COUNTS))
+SCALAR = stored.Is("one number in a tensor", lambda value: _dense(value) and value.dim() == 0)
+# What this program and Lightning read of a checkpoint
+FORM: stored.Form = {
+    "fewshot": {
+        "config": stored.ANY,  # see stored.check_config
+        "overrides": stored.Each(stored.text(".{1,5000}", "text of at most 5000 letters")),
+        "run_id": stored.text(r"[a-zA-Z0-9]{1,64}", "letters and digits"),
+        "splits?": {"sha256": stored.NAME, **{split: stored.Each(stored.text(".{1,1000}")) for split in SPLITS}},
+    },
+    "state_dict": stored.ANY,  # see check_weights
+    "global_step": stored.integer(0),
+    "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}", "a version of Lightning"),
+    "engine?": stored.one_of("sequential", "batched"),
+    "callbacks": {
+        "Record": {
+            "rows": stored.Each(stored.Is("a row of metrics.csv", _is_row)),
+            "best_accuracy": stored.NUMBER,
+            "stopped": stored.FLAG,
+            "pending": stored.Each({"loss": SCALAR, "query_accuracy": SCALAR}),
+        },
+        "CosineSimilarity?": stored.SIMILARITIES,
+    },
+}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this program; only tensors and plain data are ever unpickled.
+
+    Raises:
+        UserError: missing, truncated, compressed, or not of the form that this program writes.
+    """
+    path = Path(path)
+    is_regular("checkpoint", path)
+    try:
+        refuse_bombs(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
+        raise UserError(
+            f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "fewshot" not in checkpoint:
+        raise UserError(f"checkpoint={path}: was not written by this program")
+    stored.check(f"checkpoint={path}", checkpoint, FORM)
+    check_weights(f"checkpoint={path}", checkpoint["state_dict"])
+    stored.check_config(f"checkpoint={path}: what it was trained with", checkpoint["fewshot"]["config"])
+    checkpoint["fewshot"]["config"] = to_today(checkpoint["fewshot"]["config"])
+    return checkpoint
+
+
+def refuse_bombs(path: Path) -> None:
+    """Raises UserError where little could become much.
+
+    The file must be a zip of uncompressed entries, as torch's are, and of nothing beside them (another directory of
+    entries, for example, that torch would read); its pickle may name what this program's checkpoints name.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError(f"checkpoint={path}: is compressed, as no checkpoint of this program")
+        inside = sum(max(entry.file_size, entry.compress_size) for entry in entries)
+        if not inside <= size <= inside + AROUND * (len(entries) + 2):
+            raise UserError(f"checkpoint={path}: has other bytes than those of its entries")
+        (pickle,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+        for operation, argument, _ in pickletools.genops(archive.read(pickle)):
+            if operation.name in ("STACK_GLOBAL", "INST") or (operation.name == "GLOBAL" and argument not in NAMED):
+                name = argument or operation.name
+                raise UserError(f"checkpoint={path}: names {name}, as no checkpoint of this program")
+
+
+def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raises UserError where Lightning could not train on from the content of the checkpoint at trainer.ckpt_path.
+
+    Its counts must have the form of this trainer's own, and the state of its optimiser that of one for this module.
+    """
+    where = f"checkpoint={trainer.ckpt_path}"
+    loops = {name: getattr(trainer, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
+    stored.check(where, content, {"epoch": stored.integer(0), "loops": _form_of(loops)})
+    (own,) = module.configure_optimizers().state_dict()["param_groups"]
+    shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
+    match content.get("optimizer_states"), content.get("lr_schedulers"):
+        case [{"state": dict(states), "param_groups": [dict(group)]}], []:
+            stored.check_plain(where, group)
+            sound = all(key in own and own[key] == value for key, value in group.items())
+            if sound and all(_is_adams(state, shapes.get(number)) for number, state in states.items()):
+                return
+    raise UserError(f"{where}: its optimizer_states are not those of Adam for these weights; start anew")
+
+
+def _form_of(counts: Any) -> stored.Form:
+    if isinstance(counts, dict):
+        return {name: _form_of(inner) for name, inner in counts.items()}
+    return stored.FLAG if isinstance(counts, bool) else stored.integer(0)
+
+
+def _is_adams(state: Any, shape: torch.Size | None) -> bool:
+    """Whether it is what Adam remembers of a parameter of this shape."""
+    match state:
+        case {"step": step, "exp_avg": mean, "exp_avg_sq": square}:
+            tensors = all(map(_dense, (step, mean, square)))
+            return len(state) == 3 and tensors and step.dim() == 0 and mean.shape == square.shape == shape
+    return False

@@ -1,0 +1,138 @@
+"""What happens around the outer updates: the zeroing trick, evaluation, and the record of the run."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fewshot.config.tree import MODES
+from fewshot.errors import UserError
+from fewshot.results.record_files import write_metrics
+from fewshot.results.scores import diverged
+
+log = logging.getLogger(__name__)
+
+
+class Record(pl.Callback):
+    """Evaluates the model as it is trained and writes down the run: metrics.csv, best.ckpt, last.ckpt, the logger.
+
+    One order, at iteration 0, every val_every and at the end: validate, metrics.csv, best, last. What metrics.csv holds
+    is part of the checkpoint, so a run that goes on from one writes the file that an uninterrupted run would have.
+
+    Raises:
+        UserError: a loss or weights that are not finite, with the iteration and the checkpoint that remains.
+    """
+
+    def __init__(
+        self,
+        *,
+        val_every: int,
+        val_tasks: int,
+        test_every: int | None,
+        test_curve_tasks: int,
+        stop_at_accuracy: float | None,
+        probes: bool,
+    ) -> None:
+        self.val_every, self.val_tasks = val_every, val_tasks
+        self.test_every, self.test_curve_tasks = test_every, test_curve_tasks
+        self.stop_at_accuracy, self.probes = stop_at_accuracy, probes
+        self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.best_accuracy = -1.0  # of validation, so far
+        self.stopped = False  # stop_at_accuracy was reached
+        self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
+
+    def state_dict(self) -> dict[str, Any]:
+        pending = [{name: value.cpu() for name, value in each.items()} for each in self._pending]
+        return {
+            "rows": self.rows,
+            "best_accuracy": self.best_accuracy,
+            "stopped": self.stopped,
+            "pending": pending,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.stopped = state_dict["rows"], state_dict["stopped"]
+        self.best_accuracy, self._pending = state_dict["best_accuracy"], state_dict["pending"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._pending = [{name: value.to(module.device) for name, value in each.items()} for each in self._pending]
+        self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
+        if not self.rows:
+            self._record(trainer, module, {"iteration": 0})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
+    ) -> None:
+        iteration = trainer.global_step
+        self._pending.append(outputs)
+        if any(self._due(trainer, every) for every in (self.val_every, self.test_every, trainer.log_every_n_steps)):
+            self._record(trainer, module, {"iteration": iteration, **self._trained(iteration)})
+
+    def _diverged(self, what: str) -> UserError:
+        kept = self._folder / "checkpoints" / "last.ckpt"
+        return UserError(what + (f"; the last good checkpoint is {kept}" if kept.exists() else ""))
+
+    def _due(self, trainer: pl.Trainer, every: int | None) -> bool:
+        return every is not None and (trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps)
+
+    def _record(self, trainer: pl.Trainer, module: pl.LightningModule, row: dict[str, float]) -> None:
+        validate = self._due(trainer, self.val_every)
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            remedy = "lower inner_lr or outer_lr" if row["iteration"] else "lower init_scale or inner_lr"
+            raise self._diverged(f"the weights are not finite after iteration {row['iteration']}: {remedy}")
+        if self._due(trainer, self.test_every):
+            row |= self._evaluated("test", trainer, module, self.test_curve_tasks)
+        if validate:
+            row |= self._evaluated("val", trainer, module, self.val_tasks)
+            if self.probes:
+                validation = trainer.datamodule.fixed("val", self.val_tasks, shared=False)
+                row |= {f"probe/{name}": value for name, value in module.probes(validation).items()}
+        self.rows.append(row)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=int(row["iteration"]))
+        if validate:
+            self._write(trainer, row, row[f"val/query_accuracy/step_{module.inner_steps}"])
+
+    def _evaluated(self, split: str, trainer: pl.Trainer, module: pl.LightningModule, tasks: int) -> dict[str, float]:
+        """The per-step accuracies under the names of metrics.csv and W&B."""
+        results = module.evaluate(trainer.datamodule.fixed(split, tasks))
+        start = "lower outer_lr" if trainer.global_step else "lower init_scale, or check dataset.mean and dataset.std"
+        if what := diverged(results, module.inner_steps, start):
+            raise self._diverged(f"{split} at iteration {trainer.global_step}: {what}")
+        return {
+            f"{split}{MODES[mode]}/query_accuracy/step_{step}": accuracy
+            for mode, scores in results.items()
+            for step, accuracy in enumerate(scores.accuracy)
+        }
+
+    def _write(self, trainer: pl.Trainer, row: dict[str, float], accuracy: float) -> None:
+        better = accuracy > self.best_accuracy  # the earliest wins ties
+        self.best_accuracy = max(self.best_accuracy, accuracy)
+        self.stopped = self.stop_at_accuracy is not None and accuracy >= self.stop_at_accuracy
+        trainer.should_stop = trainer.should_stop or self.stopped
+        for name in ("best", "last") if better else ("last",):
+            trainer.save_checkpoint(self._folder / "checkpoints" / f"{name}.ckpt")
+        done, seconds = row["iteration"] - self._first, time.monotonic() - self._began
+        left = f"  {seconds / done * (trainer.max_steps - row['iteration']) / 60:.1f} min left" if done else ""
+        loss = f"  loss {row['train/loss']:.4f}" if "train/loss" in row else ""
+        log.info(f"iteration {row['iteration']}/{trainer.max_steps}{loss}  validation accuracy {accuracy:.4f}{left}")
+
+    def _trained(self, iteration: int) -> dict[str, float]:
+        """Means of the training metrics since the last row."""
+        losses = torch.stack([each["loss"] for each in self._pending]).tolist()
+        accuracies = torch.stack([each["query_accuracy"] for each in self._pending]).tolist()
+        first = iteration - len(self._pending) + 1
+        self._pending.clear()
+        for number, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise self._diverged(f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr")
+        return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}

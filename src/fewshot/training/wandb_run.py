@@ -1,0 +1,183 @@
+"""The Weights & Biases run: offline unless an API key says otherwise, less where W&B is told so, never a prompt."""
+
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from fewshot.config.tree import MODES
+from fewshot.errors import Stopped, UserError, shown
+from fewshot.processes import ranks
+
+log = logging.getLogger(__name__)
+
+METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*", "probe/*")
+
+
+class EachOnce(WandbLogger):
+    """Leaves out the rows up to iteration `last`: the server has them from before the run was continued."""
+
+    last = -1
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if metrics["iteration"] > self.last:
+            super().log_metrics(metrics, step)
+
+
+def wandb_logger(
+    *,
+    project: str,
+    mode: str | None,
+    group: str | None,
+    name: str | None,
+    folder: Path,
+    run_id: str,
+    values: dict[str, Any],
+    rows: list[dict[str, float]],
+) -> WandbLogger | None:
+    """Starts the run in `folder`/wandb with every metric against `iteration`; a continued run keeps its run_id.
+
+    rows: what a continued run logged before, told again where W&B does not have it: what had not been uploaded when
+    the run was killed; offline all, since every start has a folder of its own and the last uploaded replaces the rest.
+
+    None on other ranks than the first.
+
+    Raises:
+        UserError: mode="online" without an API key, or against a wish of the user's that nothing be uploaded.
+    """
+    if ranks.rank():
+        return None
+    import wandb  # only here: a run with logger=none does without the package
+
+    if sweep := _sweep():
+        by_time = re.fullmatch(r"\d\d-\d\d-\d\d(-\d+)?", sweep.name)  # multirun/DATE/TIME
+        group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
+        name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
+    try:
+        wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
+        mode = _mode(mode)
+        run = wandb.init(
+            project=project,
+            group=group,
+            name=name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=folder,
+            mode=mode,
+            config=values,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                finish_timeout=120,  # seconds, if the server is gone: all is in the folder
+            ),
+            reinit="finish_previous",
+        )
+    except (wandb.errors.Error, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"logger.mode={shown(mode)}: {reason}; use logger.mode=offline, or logger=none") from error
+    logger = EachOnce(experiment=run, save_dir=folder)
+    run.define_metric("iteration", hidden=True)
+    for pattern in METRICS:
+        run.define_metric(pattern, step_metric="iteration")
+    if run.resumed:
+        logger.last = run.summary.get("iteration", -1)
+    for row in rows:
+        logger.log_metrics(row, step=int(row["iteration"]))
+    if run.url:
+        log.info(f"W&B: {run.url}")
+    return logger
+
+
+def _mode(asked: str | None) -> str:
+    """What W&B is to do: what was asked for, unless the user has told W&B itself to do less.
+
+    WANDB_DISABLED, WANDB_MODE and W&B's settings files (`wandb offline`, `wandb disabled`) speak for all programs: what
+    they keep back is not uploaded here either. Without them and without logger.mode: online where there is an API key.
+    """
+    import wandb
+
+    told = wandb.setup().settings.mode  # by the variable or a file, else "online"
+    wish = {"dryrun": "offline", "run": "online"}.get(told, told)
+    whose = f"WANDB_MODE={told}" if "WANDB_MODE" in os.environ else "a settings file of W&B's"
+    if (disabled := os.environ.get("WANDB_DISABLED", "")).lower() not in ("", "0", "false", "no", "off"):
+        wish, whose = "disabled", f"WANDB_DISABLED={disabled}"
+    if wish in ("offline", "disabled"):
+        if asked == "online":
+            remedy = "take that back, or leave logger.mode out"
+            raise UserError(f"logger.mode=online: {whose} asks W&B to upload nothing; {remedy}")
+        if wish == "disabled" and asked != "disabled":
+            log.info(f"W&B records nothing: {whose}; without it, wandb sync could upload the run later")
+        return "disabled" if "disabled" in (wish, asked) else "offline"
+    if asked in ("offline", "disabled"):
+        return asked
+    has_key = wandb.login(prompt=False, verify=False)
+    if asked == "online" and not has_key:
+        raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+    return "online" if has_key else "offline"
+
+
+def _sweep() -> Path | None:
+    """The folder of the sweep that this run is a job of."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().job, "num"):
+        return None
+    return Path(HydraConfig.get().sweep.dir).resolve()
+
+
+@contextmanager
+def finished_run() -> Iterator[None]:
+    """Finishes the W&B run, if one was started, as what it is; an offline one says how to upload it."""
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    except Stopped as stop:
+        exit_code = 128 + stop.signum
+        raise
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            folder, offline = shlex.quote(str(Path(wandb.run.dir).parent)), wandb.run.settings.mode == "offline"
+            try:
+                if exit_code > 128:
+                    wandb.run.mark_preempting()
+                wandb.finish(exit_code=exit_code)
+            except Exception as error:  # its own process may have been ended by the same signal
+                log.warning(
+                    f"W&B could not finish its run ({type(error).__name__}: {error}); to upload what it has: "
+                    f"wandb sync --no-skip-online {folder}"
+                )
+            if offline:
+                log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
+
+
+def summarise(logger: Logger, results: dict[str, Any]) -> None:
+    """The final test: a table and a line plot, and in the summary final_test/query_accuracy/step_K and the rest."""
+    if not isinstance(logger, WandbLogger):
+        return
+    import wandb
+
+    summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
+    rows = []
+    for mode, suffix in MODES.items():
+        scores = results["test"][mode]
+        for step, (accuracy, ci95) in enumerate(zip(scores["accuracy"], scores["ci95"], strict=True)):
+            summary[f"final_test{suffix}/query_accuracy/step_{step}"] = accuracy
+            rows.append([step, accuracy, ci95, mode.removeprefix("zeroing_")])
+    table = wandb.Table(columns=["inner_step", "query_accuracy", "ci95", "test_zeroing"], data=rows)
+    plot = wandb.plot.line(table, "inner_step", "query_accuracy", "test_zeroing", "query accuracy by inner step")
+    logger.experiment.summary.update(summary)
+    try:
+        logger.experiment.log({"query_accuracy_by_inner_step": plot})
+    except wandb.errors.Error as error:
+        log.warning(f"W&B has no table of the final test: {error}")
