@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 import fewshot
+from fewshot import models
 from fewshot.config.tree import settings
 from fewshot.errors import UserError
 from fewshot.export import export, main
-from fewshot.models import network
 from fewshot.predict import predict
 
 
@@ -148,7 +148,7 @@ CALLED = []
 
 def foreign(**knobs):
     CALLED.append(knobs)
-    return network.conv4_strided(**knobs)
+    return models.conv4_strided(**knobs)
 
 
 @pytest.mark.parametrize(

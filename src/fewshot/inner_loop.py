@@ -18,8 +18,8 @@ ORDERS = {True: "first order", False: "second order"}
 class InnerLoop:
     """How one task turns theta into theta_n. Each algorithm of the family is one setting of these fields:
 
-    MAML    first_order=False   ANIL  adapted="head"      ProtoMAML    head="prototypes"   MAML++ (MSL)  step_losses=60
-    FOMAML  first_order=True    BOIL  adapted="encoder"   UnicornMAML  head="shared"       Meta-SGD      learned_inner_lr
+    MAML    first_order=False   ANIL  adapted="head"     ProtoMAML    head="prototypes"  MAML++ (MSL)  step_losses=60
+    FOMAML  first_order=True    BOIL  adapted="encoder"  UnicornMAML  head="shared"      Meta-SGD      learned_inner_lr
 
     An evaluation is the same value with other steps: replace(loop, inner_steps=T, first_order=True).
 
@@ -128,7 +128,7 @@ class InnerLoop:
 
     @property
     def changes(self) -> dict[str, str]:
-        """What is not as in MAML: the name of the algorithm if it is the only change, and words for it beside others."""
+        """What differs from MAML: the algorithm's name, if it is the only change, and words for it beside others."""
         own = type(self).__name__
         changes = {
             "ANIL": ("head only", self.adapted == "head"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HANG
-from test_learner import NETWORKS, convolutional, draw, images_for, meta_gradient, prepared
+from examples import KNOBS, NETWORKS, assert_same, convolutional, draw, images_for, meta_gradient, prepared, vector
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
@@ -28,17 +28,6 @@ from fewshot.models.network import Network
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
-KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
-
-
-def vector(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([each.flatten() for each in gradients.values()])
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """As a whole: a foreign network may have parameters whose gradient is zero but for rounding."""
-    found, expected = vector(found), vector(expected)
-    assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
 
 # Side by side in the channels

@@ -1,9 +1,7 @@
 """CIFAR-FS and FC100 out of archives in CIFAR-100's own format, as Python 2 pickled it."""
 
-import hashlib
 import io
 import re
-import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,85 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import FINE, know, make_cifar100, picture, serving
 from PIL import Image
-from test_data_download import serving
 from torchvision.datasets import CIFAR100
 
 from fewshot.data.__main__ import main
 from fewshot.data.sources import cifar
 from fewshot.errors import UserError
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-COARSE = list(cifar.FACTS["superclasses"])
-FINE = sorted(label for labels in cifar.FACTS["superclasses"].values() for label in labels)
-
-
-def python2(value):
-    """A pickle of protocol 2 as Python 2 and its numpy wrote it, less the first and last bytes."""
-    if isinstance(value, dict):
-        return b"}(" + b"".join(python2(key) + python2(value[key]) for key in value) + b"u"
-    if isinstance(value, list):
-        return b"](" + b"".join(map(python2, value)) + b"e"
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value)
-    if isinstance(value, str):
-        value = value.encode()
-    if isinstance(value, bytes):
-        return b"T" + struct.pack("<i", len(value)) + value
-    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
-    uint8 = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    shape = b"(" + b"".join(map(python2, value.shape)) + b"t"
-    return empty + b"(K\x01" + shape + uint8 + b"\x89" + python2(value.tobytes()) + b"tb"
-
-
-def picture(label, number):
-    """(3, 32, 32): the class in red, the row in green, the image's number in blue."""
-    pixels = np.empty((3, 32, 32), dtype=np.uint8)
-    pixels[0], pixels[1], pixels[2] = label, np.arange(32)[:, None], number
-    return pixels
-
-
-def batch(numbers):
-    """Images of every class, mixed."""
-    coarse = {fine: COARSE.index(kind) for kind, labels in cifar.FACTS["superclasses"].items() for fine in labels}
-    images = [
-        (label, number) for number in numbers for label in np.random.default_rng(number).permutation(100).tolist()
-    ]
-    return {
-        "filenames": [f"{FINE[label]}_s_{number:06d}.png" for label, number in images],
-        "batch_label": "training batch 1 of 1",
-        "fine_labels": [label for label, _ in images],
-        "coarse_labels": [coarse[FINE[label]] for label, _ in images],
-        "data": np.stack([picture(*image) for image in images]).reshape(len(images), 3072),
-    }
-
-
-def make_cifar100(folder, monkeypatch, train=(0, 1), test=(2,)):
-    """The archive and what is in it, small; torchvision is made to know its checksums."""
-    contents = {
-        "train": batch(train),
-        "test": batch(test),
-        "meta": {"fine_label_names": FINE, "coarse_label_names": COARSE},
-    }
-    base = folder / CIFAR100.base_folder
-    base.mkdir(parents=True)
-    for name, content in contents.items():
-        (base / name).write_bytes(b"\x80\x02" + python2(content) + b".")
-    with tarfile.open(folder / CIFAR100.filename, "w:gz", compresslevel=1) as archive:
-        archive.add(base, CIFAR100.base_folder)
-    know(folder, monkeypatch)
-    return folder / CIFAR100.filename
-
-
-def know(folder, monkeypatch):
-    def md5(path):
-        return hashlib.md5(path.read_bytes()).hexdigest()
-
-    base = folder / CIFAR100.base_folder
-    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(folder / CIFAR100.filename))
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(base / "train")]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(base / "test")]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5(base / "meta")})
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture

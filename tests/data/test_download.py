@@ -1,16 +1,13 @@
 """Downloads from a real server on this machine, which sends parts, or breaks off, or is not there."""
 
 import hashlib
-import http.server
 import io
 import json
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from data_files import serving
 
 from fewshot.data import download as downloads
 from fewshot.data.download import download
@@ -18,46 +15,6 @@ from fewshot.errors import UserError
 
 CONTENT = bytes(range(256)) * 2000
 MD5 = hashlib.md5(CONTENT).hexdigest()
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Knows Range, as servers of large files do; writes down what was asked for."""
-
-    def do_GET(self):
-        server, path = self.server, Path(self.translate_path(self.path))
-        server.asked.append(self.headers["Range"])
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content, first = path.read_bytes(), 0
-        if server.ranges and self.headers["Range"]:
-            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if first >= len(content):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - first))
-        self.end_headers()
-        stop = server.breaks.pop(0) if server.breaks else len(content)
-        self.wfile.write(content[first:stop])
-
-    def log_message(self, *args):
-        pass
-
-
-@contextmanager
-def serving(folder):
-    """A server of the files in a folder. breaks: before which byte it hangs up, one for each request to come."""
-    handler = lambda *args: Handler(*args, directory=str(folder))  # noqa: E731
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked, server.breaks, server.ranges = [], [], True
-        server.address = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 @pytest.fixture

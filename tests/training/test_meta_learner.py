@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, outcome, rows
+from examples import draw
 from hydra.utils import instantiate
-from test_learner import draw
 from torch import nn
 from torch.func import functional_call
 

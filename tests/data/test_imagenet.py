@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import io
 import json
 import pickle
 import tarfile
@@ -12,56 +11,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from data_files import MINI, MODES, make_mini, make_tiered, serving
 from learn2learn.vision.datasets import MiniImagenet, TieredImagenet
 from PIL import Image
-from test_data_download import serving
 
 from fewshot.data import download as downloads
 from fewshot.data.sources import imagenet
 from fewshot.errors import UserError
-
-MINI = {"train": 3, "val": 1, "test": 2}
-MODES = {"train": "train", "val": "validation", "test": "test"}  # in learn2learn's words
-
-
-def make_mini(folder, classes=MINI, each=2, protocol=2):
-    """The pickles, the images of the classes mixed."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for split, count in classes.items():
-        place = random.permutation(count * each)
-        labels = [f"n{random.integers(10**8):08d}" for _ in range(count)]
-        data = {
-            "image_data": random.integers(0, 256, (count * each, 84, 84, 3), dtype=np.uint8),
-            "class_dict": {label: place[number::count].tolist() for number, label in enumerate(labels)},
-        }
-        (folder / f"mini-imagenet-cache-{MODES[split]}.pkl").write_bytes(pickle.dumps(data, protocol))
-    return folder
-
-
-def make_tiered(folder, classes=MINI, each=2, prefix=""):
-    """Ren et al.'s: PNG files as OpenCV encodes them, (bytes, 1) arrays; labels as arrays, and their names."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for split, count in classes.items():
-        numbers = random.permutation(np.arange(count * each, dtype=np.int32) % count)
-        files = []
-        for _ in numbers:
-            buffer = io.BytesIO()
-            pixels = (
-                random.integers(0, 256, (84, 84, 3), dtype=np.uint8) if count < 50 else np.zeros((84, 84, 3), np.uint8)
-            )
-            Image.fromarray(pixels).save(buffer, "PNG")
-            files.append(np.frombuffer(buffer.getvalue(), dtype=np.uint8).reshape(-1, 1))
-        labels = {
-            "label_specific": numbers,
-            "label_general": numbers // 2,
-            "label_specific_str": ["crane"] * count,  # two of ImageNet's classes are called so
-            "label_general_str": ["bird", "machine"],
-        }
-        (folder / f"{prefix}{split}_images_png.pkl").write_bytes(pickle.dumps(files, 4))
-        (folder / f"{prefix}{split}_labels.pkl").write_bytes(pickle.dumps(labels, 2))
-    return folder
 
 
 @pytest.fixture

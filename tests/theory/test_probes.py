@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from by_hand import by_hand
 from conftest import rows
-from test_learner import NETWORKS, convolutional, images_for, softmax
+from examples import NETWORKS, convolutional, images_for
 
 from fewshot.data.task import Task
 from fewshot.models.head import zero_head
@@ -14,48 +15,6 @@ NAMES = {
     *("interference_norm", "contrastive_norm", "wrong_sign", "head_norm", "cross_task"),
     *("cosine_same", "cosine_other", "cosine_same_queries", "cosine_other_queries"),
 }
-
-
-def cosine(a, b):
-    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-
-
-def by_hand(network, task, eta):
-    """One inner step of the head on one task, written out pair by pair."""
-    with torch.no_grad():
-        S, Q = (network.encoder(x).numpy() for x in (task.support, task.query))
-    s_labels, q_labels = task.support_labels.numpy(), task.query_labels.numpy()
-    w, b = network.head.weight.detach().numpy(), network.head.bias.detach().numpy()
-    one_hot = np.eye(len(w))
-    P = softmax(S @ w.T + b)
-    step = eta / len(S) * (one_hot[s_labels] - P)
-    w1, b1 = w + step.T @ S, b + step.sum(0)
-    q = softmax(Q @ w1.T + b1)
-    contrastive, interference, wrong = np.zeros_like(Q), np.zeros_like(Q), []
-    for i, u in enumerate(q_labels):
-        interference[i] = (q[i] - one_hot[u]) @ w / len(Q)
-        for j, t in enumerate(s_labels):
-            c = q[i] @ P[j] - P[j][u] - q[i][t] + (t == u)
-            contrastive[i] -= eta / len(S) / len(Q) * c * S[j]
-            wrong.append((c > 0) != (t == u))
-    pairs = {"same": [], "other": [], "same_queries": [], "other_queries": []}
-    for i, u in enumerate(q_labels):
-        for j, t in enumerate(s_labels):
-            pairs["same" if t == u else "other"].append(cosine(Q[i], S[j]))
-        for k, v in enumerate(q_labels):
-            if i != k:
-                pairs["same_queries" if v == u else "other_queries"].append(cosine(Q[i], Q[k]))
-    E_Q = (q - one_hot[q_labels]).T / len(Q)
-    head_gradient, w0 = (np.column_stack(both) for both in ((E_Q @ Q, E_Q.sum(1)), (w, b)))
-    w0 = w0 - w0.mean(0)
-    return {
-        "interference_norm": np.linalg.norm(interference),
-        "contrastive_norm": np.linalg.norm(contrastive),
-        "wrong_sign": np.mean(wrong),
-        **{f"cosine_{name}": np.mean(values) for name, values in pairs.items()},
-        "head_norm": np.linalg.norm(w0),
-        "cross_task": cosine(w0.ravel(), head_gradient.ravel()),
-    }
 
 
 def test_probes_are_what_the_formulas_say():

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from by_hand import Features, by_hand, cosine, differentiated, softmax
 from conftest import HANG, SMALL
+from examples import NETWORKS, convolutional, images_for
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from test_contrast import Features, differentiated
-from test_evidence import by_hand, cosine
-from test_learner import NETWORKS, convolutional, images_for, softmax
 
 import train
 from fewshot.config.resolvers import CONF
@@ -34,7 +33,7 @@ from fewshot.theory import closed_forms
 from fewshot.theory.features import agreement
 from fewshot.theory.features import features as encoded
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 KNOBS = {"inner_lr": 0.4, "inner_steps": 2}
 LIMITS = {"no_noise_beyond_one_step", "full_is_head_only_beyond_one_step", "papers_somaml_loss_with_this_head"}
 LIMITS |= {"uniform_without_zeroing", "uniform_with_the_bias_kept", "full_is_head_only_with_this_head"}

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from data_files import make_cifar100, make_mini, make_tiered
 from hydra.utils import instantiate
-from test_data_cifar import make_cifar100
-from test_data_imagenet import make_mini, make_tiered
 
 from fewshot.config.resolvers import CONF
 from fewshot.data.task import SPLITS
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROOTS = {"omniglot": SHARED / "omniglot", "cifarfs": SHARED / "cifarfs.zip", "folder": SHARED / "tinyimagenet100.zip"}
 MADE = {  # few images, but of every class
     "fc100": lambda folder, classes, monkeypatch: make_cifar100(folder, monkeypatch),

@@ -17,7 +17,7 @@ from fewshot.config.tree import settings
 from fewshot.errors import UserError, shown
 from fewshot.sweep.hydra_callbacks import announce
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = Path(__file__).parents[2] / "train.py"
 CONFIGS = [
     f"{group}={path.stem}"
     for group in ("algo", "dataset", "model", "trainer", "logger", "experiment")
@@ -542,7 +542,9 @@ def test_composing_and_checking_every_file_imports_no_torch():
     program = f"""
 import sys
 import hydra
-from fewshot.config import CONF, check, settings
+from fewshot.config.check import check
+from fewshot.config.resolvers import CONF
+from fewshot.config.tree import settings
 for overrides in {[valid(override) for override in CONFIGS]!r}:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = hydra.compose("config", overrides=overrides)

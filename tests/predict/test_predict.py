@@ -28,7 +28,8 @@ from fewshot.data.sources import glyphs
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
 from fewshot.models.head import share_rows
-from fewshot.predict import main, predict, run
+from fewshot.predict import predict
+from fewshot.predict.__main__ import main, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
 from fewshot.results import figures
 from fewshot.training.meta_learner import MetaLearner
@@ -301,7 +302,7 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
         run(checkpoint, *where, tmp_path / out, steps=2, test_zeroing=True)
     monkeypatch.chdir(tmp_path)
     clock = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))
-    monkeypatch.setattr(sys.modules["fewshot.predict"], "datetime", clock)
+    monkeypatch.setattr(sys.modules["fewshot.predict.__main__"], "datetime", clock)
     for _ in range(2):  # at once
         run(checkpoint, *where, None, steps=2, test_zeroing=True)
     assert sorted(path.name for path in Path("outputs/2026-01-02").iterdir()) == ["03-04-05", "03-04-05-1"]
@@ -377,8 +378,8 @@ def test_torch_is_imported_only_when_it_is_needed():
     """A mistake on the command line does not wait for it, nor does `import fewshot`."""
     code = """
 import sys
-import fewshot, fewshot.export, fewshot.predict
-for module in (fewshot.predict, fewshot.export):
+import fewshot, fewshot.export, fewshot.predict.__main__
+for module in (fewshot.predict.__main__, fewshot.export):
     try:
         module.main(["checkpoint=none", "suport=none"])
     except SystemExit as stop:

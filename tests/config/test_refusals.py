@@ -19,7 +19,7 @@ from fewshot.config.tree import GROUPS
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Runs calls one after the other in a process where torch cannot be imported; tells how each ended and what it wrote.
 PROGRAM = """
 import contextlib, importlib, io, json, sys
@@ -32,7 +32,8 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
-COMMANDS = {"train": "train", "evidence": "fewshot.evidence.__main__", "data": "fewshot.data.__main__"}
+COMMANDS = {"train": "train", "evidence": "fewshot.evidence.__main__"}
+COMMANDS |= {name: f"fewshot.{name}.__main__" for name in ("data", "predict", "sweep")}
 
 for command, *arguments in json.loads(sys.argv[2]):
     module = importlib.import_module(COMMANDS.get(command, f"fewshot.{command}"))

@@ -24,7 +24,7 @@ from fewshot.sweep.hydra_callbacks import OutputFolder
 from fewshot.sweep.settings import read_job
 from fewshot.training import checkpoint
 
-MADE = Path(__file__).parent / "fixtures" / "a43819a"
+MADE = Path(__file__).parents[1] / "fixtures" / "a43819a"
 BEST = MADE / "run" / "checkpoints" / "best.ckpt"
 
 

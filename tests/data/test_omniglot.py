@@ -25,7 +25,7 @@ from fewshot.data import cache as cache_module
 from fewshot.data.sources import omniglot
 from fewshot.errors import UserError
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data" / "omniglot"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 SMALL = {
     "characters": {"images_background": {"Greek": 3, "Hebrew": 2}, "images_evaluation": {"Gurmukhi": 2, "ULOG": 1}},
     "val": {"Hebrew": [1, 2]},

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_learner import NETWORKS, assert_close, convolutional, images_for, meta_gradient
+from examples import NETWORKS, assert_close, convolutional, images_for, meta_gradient
 
 from fewshot.maml import explicit_loss as explicit
 from fewshot.maml import sequential

@@ -52,7 +52,7 @@ def test_a_run_succeeds_in_an_environment_made_for_others_though_nobody_reads_it
 
 def said(program, **variables):
     """What a fresh process prints that has called settle()."""
-    words = [sys.executable, "-c", f"from fewshot.surroundings import settle; settle(); {program}"]
+    words = [sys.executable, "-c", f"from fewshot.processes.surroundings import settle; settle(); {program}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "MALLOC"))}
     return subprocess.run(words, env=environment | variables, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_batched import KNOBS, assert_same
-from test_learner import draw, meta_gradient, prepared
+from examples import KNOBS, assert_same, draw, meta_gradient, prepared
 from torch import Tensor, nn
 
 from fewshot.batched import engine as batched

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from fewshot.data import __main__ as prepare
 from fewshot.data.sources import glyphs
 
-CONF = Path(__file__).parents[1] / "conf" / "dataset" / "glyphs.yaml"
+CONF = Path(__file__).parents[2] / "conf" / "dataset" / "glyphs.yaml"
 
 
 @pytest.fixture(scope="module")

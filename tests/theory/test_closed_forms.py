@@ -2,15 +2,14 @@
 
 import itertools
 from functools import partial
-from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import Features, adapted, differentiated, linear
+from examples import prepared
 from hypothesis import strategies as st
-from test_learner import prepared
-from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.maml import sequential
@@ -29,17 +28,6 @@ each_head = pytest.mark.parametrize("head", ["random", "zero"])
 with_and_without_bias = pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 
 
-class Features(NamedTuple):
-    """The arguments of `closed_form_gradients`."""
-
-    support: Tensor
-    support_labels: Tensor
-    query: Tensor
-    query_labels: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
 def draw(*, tasks=(), counts=(1,) * 5, queries=2, features=7, head="random", biased=True, seed=0):
     """counts: support images of each class; labels in random order; a zero head has a zero bias."""
     random = torch.Generator().manual_seed(seed)
@@ -56,37 +44,6 @@ def draw(*, tasks=(), counts=(1,) * 5, queries=2, features=7, head="random", bia
 
 
 # The reference: the inner loop and its query loss written plainly for one task, differentiated by torch.
-
-
-def support_loss(logits, labels, loss):
-    if loss == "mse":
-        return (logits - F.one_hot(labels, logits.shape[1])).square().sum() / 2
-    return F.cross_entropy(logits, labels)
-
-
-def linear(x, head):
-    return F.linear(x, *head)
-
-
-def adapted(x, labels, head, *, inner_lr, inner_steps, loss):
-    """The heads W_0 .. W_N, each (weight,) or (weight, bias), as functions of x and the first."""
-    heads = [head]
-    for _ in range(inner_steps):
-        gradients = torch.autograd.grad(support_loss(linear(x, head), labels, loss), head, create_graph=True)
-        head = tuple(p - inner_lr * g for p, g in zip(head, gradients, strict=True))
-        heads.append(head)
-    return heads
-
-
-def differentiated(x, labels, query, query_labels, weight, bias, *, first_order, loss, **knobs):
-    """loss and the gradients with respect to query features, support features, weight and bias of one task."""
-    x, query, *head = (each.clone().requires_grad_() for each in (x, query, weight, bias) if each is not None)
-    last = adapted(x, labels, tuple(head), loss=loss, **knobs)[-1]
-    if first_order:
-        last = head = tuple(p.detach().requires_grad_() for p in last)
-    value = support_loss(linear(query, last), query_labels, loss)
-    gradients = torch.autograd.grad(value, [query, x, *head], allow_unused=True, materialize_grads=True)
-    return value.detach(), *gradients
 
 
 def one_by_one(function, given, **knobs):

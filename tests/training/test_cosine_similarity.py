@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import outcome, rows
+from examples import NETWORKS, convolutional, images_for
 from hydra.utils import instantiate
-from test_learner import NETWORKS, convolutional, images_for
 
 from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import SPLITS, Task

@@ -2,7 +2,7 @@
 
 It needs the server, which is no dependency of this project (its licence forbids commercial use):
 
-    uv run --with openwandb==0.5.25 pytest tests/test_wandb_online.py
+    uv run --with openwandb==0.5.25 pytest tests/training/test_wandb_online.py
 
 or OPENWANDB=/path/to/bin/openwandb in the environment. The server keeps no group, calls every run that ended
 finished, and lets none be resumed, so it cannot be asked about those; test_sweep.py asks the offline files.
@@ -34,7 +34,7 @@ OPENWANDB = os.environ.get("OPENWANDB") or shutil.which("openwandb")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server's address."""
     if not OPENWANDB:
-        pytest.skip("no openwandb: uv run --with openwandb==0.5.25 pytest tests/test_wandb_online.py")
+        pytest.skip("no openwandb: uv run --with openwandb==0.5.25 pytest tests/training/test_wandb_online.py")
     folder = tmp_path_factory.mktemp("openwandb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

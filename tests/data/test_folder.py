@@ -19,7 +19,7 @@ from PIL import Image
 from fewshot.data.sources import folder
 from fewshot.errors import UserError
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 FRACTIONS = {"train": 0.64, "val": 0.16, "test": 0.2}
 CLASSES = {"train": ("apple", "bear"), "val": ("chair",), "test": ("dog",)}
 

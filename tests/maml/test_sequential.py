@@ -5,175 +5,48 @@ step derivative Im f(x + ih) / h of inner loop and query loss together, exact to
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from by_hand import (
+    complex_step,
+    head_only_gradient,
+    np_accuracy,
+    np_adapted,
+    np_etas,
+    np_family,
+    np_gradient,
+    np_loss,
+    np_meta_gradient,
+    np_steps,
+    np_tasks,
+    np_theta,
+)
+from examples import (
+    NETWORKS,
+    all_at_once,
+    assert_close,
+    convolutional,
+    draw,
+    each_engine,
+    each_head,
+    each_network,
+    each_order,
+    each_way,
+    gradients,
+    images_for,
+    meta_gradient,
+    tiny,
+)
 from torch import nn
 
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
-from fewshot.models.head import zero_head
-from fewshot.models.network import Network
 from fewshot.theory.closed_forms import closed_form_gradients
 
-NETWORKS = {
-    "conv4_strided": partial(conv4_strided, channels=1, size=37, width=12),
-    "conv4_pooled": partial(conv4_pooled, channels=2, size=33, width=10),
-}
-all_at_once, one_at_a_time = (
-    SimpleNamespace(
-        meta_gradient=partial(batched.meta_gradient, tasks_at_once=number),
-        step_accuracies=partial(batched.step_accuracies, tasks_at_once=number),
-    )
-    for number in (99, 1)
-)
-each_engine = pytest.mark.parametrize("engine", [sequential, all_at_once], ids=["sequential", "batched"])
-each_way = pytest.mark.parametrize(
-    "engine", [sequential, all_at_once, one_at_a_time], ids=["sequential", "batched", "batched one at a time"]
-)
-each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
-each_head = pytest.mark.parametrize("zeroed", [False, True], ids=["random", "zeroed"])
-
-
-def draw(*, tasks=2, ways=3, shots=1, queries=2, shape=(2, 3), seed=0, spread=0.5):
-    """float64 tasks whose classes are clouds around random centres."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(tasks, ways, 1, *shape, generator=generator, dtype=torch.float64)
-
-    def images(each):
-        noise = torch.randn(tasks, ways, each, *shape, generator=generator, dtype=torch.float64)
-        labels = torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
-        return (centres + spread * noise).flatten(1, 2), labels
-
-    return Task(*images(shots), *images(queries))
-
-
-def tiny(*, ways=3, features=4, inputs=6, zeroed=False):
-    torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(inputs, features), nn.Tanh())
-    return prepared(Network(encoder, features, ways), zeroed)
-
-
-def convolutional(build, tasks, *, zeroed=False):
-    torch.manual_seed(1)
-    return prepared(build(ways=int(tasks.query_labels.max()) + 1), zeroed)
-
-
-def prepared(network, zeroed):
-    """In float64, with biases that are not the zeros they start from."""
-    network = network.double()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    if zeroed:
-        zero_head(network.head)
-    return network
-
-
-def images_for(build, **knobs):
-    return draw(shape=(build.keywords["channels"], build.keywords["size"], build.keywords["size"]), **knobs)
-
-
-def gradients(network):
-    return {name: p.grad.clone() for name, p in network.named_parameters()}
-
-
-def meta_gradient(engine, network, tasks, **knobs):
-    """The outer gradient by name, from .grad = None, and what the engine returns."""
-    network.zero_grad(set_to_none=True)
-    returned = engine.meta_gradient(network, tasks, **knobs)
-    return gradients(network), returned
-
-
-def assert_close(found, expected, tolerance):
-    """Every parameter's gradient, relative to that gradient's own size."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        value = torch.as_tensor(value)
-        assert value.norm() > 0, f"{name}: nothing to compare"
-        assert ((found[name] - value).norm() / value.norm()).item() < tolerance, name
-
-
 # The arithmetic. theta: A (d, p), a (d,), W (K, d), b (K,).
-
-
-def softmax(logits):
-    power = np.exp(logits - logits.real.max(axis=1, keepdims=True))
-    return power / power.sum(axis=1, keepdims=True)
-
-
-def np_logits(theta, x):
-    A, a, W, b = theta
-    return np.tanh(x @ A.T + a) @ W.T + b
-
-
-def np_gradient(theta, x, labels):
-    """Of the mean cross entropy."""
-    A, a, W, _ = theta
-    phi = np.tanh(x @ A.T + a)
-    E = (softmax(np_logits(theta, x)) - np.eye(len(W))[labels]) / len(x)
-    inside = (E @ W) * (1 - phi**2)
-    return inside.T @ x, inside.sum(0), E.T @ phi, E.sum(0)
-
-
-def np_adapted(theta, x, labels, inner_lr, steps):
-    for _ in range(steps):
-        theta = tuple(p - inner_lr * g for p, g in zip(theta, np_gradient(theta, x, labels), strict=True))
-    return theta
-
-
-def np_loss(theta, x, labels):
-    return -np.log(softmax(np_logits(theta, x))[np.arange(len(x)), labels]).mean()
-
-
-def np_accuracy(theta, x, labels):
-    return (np_logits(theta, x).argmax(1) == labels).mean()
-
-
-def complex_step(function, theta, h=1e-30):
-    derivative = []
-    for place, parameter in enumerate(theta):
-        derivative.append(np.empty_like(parameter))
-        for index in np.ndindex(parameter.shape):
-            moved = [p.astype(complex) for p in theta]
-            moved[place][index] += 1j * h
-            derivative[-1][index] = function(tuple(moved)).imag / h
-    return tuple(derivative)
-
-
-def np_tasks(tasks):
-    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
-        yield support.flatten(1).numpy(), support_labels.numpy(), query.flatten(1).numpy(), query_labels.numpy()
-
-
-def np_theta(network):
-    return tuple(p.detach().numpy().copy() for p in network.parameters())
-
-
-def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order):
-    """Mean over tasks, and the loss and accuracy of each."""
-    theta, found, losses, accuracies = np_theta(network), [], [], []
-    for x, labels, query, query_labels in np_tasks(tasks):
-        adapted = np_adapted(theta, x, labels, inner_lr, inner_steps)
-        if first_order:
-            found.append(np_gradient(adapted, query, query_labels))
-        else:
-
-            def through_the_inner_loop(theta, x=x, labels=labels, query=query, query_labels=query_labels):
-                return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps), query, query_labels)
-
-            found.append(complex_step(through_the_inner_loop, theta))
-        losses.append(np_loss(adapted, query, query_labels))
-        accuracies.append(np_accuracy(adapted, query, query_labels))
-    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
-    return dict(zip(dict(network.named_parameters()), mean, strict=True)), losses, accuracies
 
 
 def test_the_arithmetic_itself_is_right():
@@ -350,52 +223,6 @@ def member_knobs(network, member):
     return knobs | {"inner_lr": 0.4}
 
 
-def np_prototypes(theta, x, labels):
-    A, a, W, _ = theta
-    phi = np.tanh(x @ A.T + a)
-    c = np.stack([phi[labels == k].mean(0) for k in range(len(W))])
-    return A, a, 2 * c, -(c**2).sum(1)
-
-
-def np_steps(theta, etas, task, steps, prototypes, constants=None):
-    """theta_0 .. theta_N and the inner gradients, which are given where they are taken for constants."""
-    x, labels, *_ = task
-    at = np_prototypes(theta, x, labels) if prototypes else theta
-    passed, found = [at], []
-    for step in range(steps):
-        found.append(np_gradient(at, x, labels) if constants is None else constants[step])
-        at = tuple(p - eta * g for p, eta, g in zip(at, etas, found[-1], strict=True))
-        passed.append(at)
-    return passed, found
-
-
-def np_etas(network, inner_lr, adapted):
-    """eta for A, a, W, b; 0 for what does not adapt."""
-    theta = np_theta(network)
-    places = {"all": range(4), "encoder": range(2), "head": range(2, 4)}[adapted]
-    given = [inner_lr] * 4 if isinstance(inner_lr, float) else [eta.detach().numpy() for eta in inner_lr]
-    etas = [np.zeros_like(p) for p in theta]
-    for place, eta in zip(places, given, strict=False):
-        etas[place] = etas[place] + eta
-    return tuple(etas), places
-
-
-def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", prototypes=False, step_losses=None):
-    """Mean over the tasks of the complex step derivatives by theta and by what adapts' etas."""
-    v = [0.0] * (inner_steps - 1) + [1.0] if step_losses is None else step_losses.tolist()
-    theta, (etas, places), found = np_theta(network), np_etas(network, inner_lr, adapted), []
-    for task in np_tasks(tasks):
-        constants = np_steps(theta, etas, task, inner_steps, prototypes)[1] if first_order else None
-
-        def outer(both, task=task, constants=constants):
-            passed, _ = np_steps(both[:4], both[4:], task, inner_steps, prototypes, constants)
-            return sum(weight * np_loss(at, *task[2:]) for weight, at in zip(v, passed[1:], strict=True))
-
-        found.append(complex_step(outer, (*theta, *etas)))
-    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
-    return dict(zip(dict(network.named_parameters()), mean[:4], strict=True)), [mean[4 + place] for place in places]
-
-
 @each_way
 @each_order
 @each_member
@@ -445,18 +272,6 @@ def test_the_engines_agree_on_the_family(build, first_order, member):
 
 
 # method.md 2.6: with w = 0 and one inner step
-
-
-def head_only_gradient(network, tasks, *, inner_lr, first_order):
-    """Encoder gradient where only the head is adapted, by W_1 = eta/N_s (T_S - 1/K)^T Phi_S written out."""
-    network.zero_grad(set_to_none=True)
-    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
-        ways = network.head.out_features
-        step = inner_lr / len(support) * (F.one_hot(support_labels, ways).double() - 1 / ways).T
-        w, b = step @ network.encoder(support), step.sum(1)
-        logits = network.encoder(query) @ (w.detach() if first_order else w).T + b
-        (F.cross_entropy(logits, query_labels) / len(tasks.support)).backward()
-    return {name: p.grad.clone() for name, p in network.encoder.named_parameters()}
 
 
 @each_engine

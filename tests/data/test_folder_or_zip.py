@@ -20,7 +20,7 @@ from PIL import Image
 from fewshot.data.folder_or_zip import canonical, open_source
 from fewshot.data.sources import folder, imagenet
 from fewshot.errors import UserError
-from fewshot.predict import main
+from fewshot.predict.__main__ import main
 
 FRACTIONS = {"train": 0.64, "val": 0.16, "test": 0.2}
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))

@@ -21,9 +21,10 @@ from fewshot.config.check import check
 from fewshot.config.resolvers import CONF, job_folder
 from fewshot.config.tree import settings
 from fewshot.errors import UserError
+from fewshot.results.figures import accuracy_over_steps
 from fewshot.sweep import figures, tables
 from fewshot.sweep import settings as grouped
-from fewshot.sweep.__main__ import main
+from fewshot.sweep.__main__ import main as sweep_main
 from fewshot.sweep.settings import identity
 from fewshot.training import checkpoint
 
@@ -76,7 +77,7 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
     make_run(tmp_path / "a" / "late", config("algo=somaml", "seed=1"), curve=[(0, 0.3)])
     make_run(tmp_path / "b" / "broken", config("algo=somaml", "seed=2"), error="Traceback\n  ...\nValueError: 1 | 2\n")
     make_run(tmp_path / "b" / "again", config("algo=zero", "seed=2", "logger=none"), accuracy=[0, 0])  # the same
-    main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
     rows = table(tmp_path / "summary.csv")
     assert len(rows) == 2 * 2 * 2  # settings, zeroing modes, steps
     found = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
@@ -98,9 +99,9 @@ def test_a_summary_and_the_list_of_datasets_need_no_torch(config, tmp_path):
     make_run(tmp_path / "run", config("algo=zero"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     program = f"""
 import sys
-from fewshot.sweep.__main__ import main
+from fewshot.sweep.__main__ import main as sweep_main
 from fewshot.data import __main__ as data
-main([{str(tmp_path)!r}])
+sweep_main([{str(tmp_path)!r}])
 data.main(["list", "dataset=glyphs", "dataset=folder"])
 print([name for name in ("torch", "pytorch_lightning", "scipy.stats") if name in sys.modules])
 """
@@ -171,7 +172,7 @@ def test_a_name_is_no_formula(config, tmp_path):
     recorded = {"updates": [1], "query_support": [[[1, 0], [0, 1]]], "query_query": [[[1, 0], [0, 1]]]}
     similar = figures.cosine_similarity({setting.label(): [recorded] for setting in settings_}, r"$\broken$")
     drawn = figures.sweep(settings_), figures.panels(settings_, ["dataset.root"])
-    for figure in (*drawn, similar, figures.accuracy_over_steps(settings_[0].jobs[0].results, settings_[0].config)):
+    for figure in (*drawn, similar, accuracy_over_steps(settings_[0].jobs[0].results, settings_[0].config)):
         figure.draw_without_rendering()
 
 
@@ -214,7 +215,7 @@ def test_panels_have_axes_for_each_value(config, tmp_path):
     figure = figures.panels(settings_, ["algo.first_order"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
-    main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
+    sweep_main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
     assert (tmp_path / "panels.png").stat().st_size > 10_000
 
 
@@ -233,7 +234,7 @@ def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinis
     (tmp_path / "a" / "cut" / ".hydra" / "config.yaml").touch()
     make_run(tmp_path / "b" / "finished", config("seed=0", "dataset.cache=elsewhere"), accuracy=[0.2, 0.5])
     make_run(tmp_path / "b" / "refused", config("seed=1"), accuracy=[0.2, 0.7], error="another configuration\n")
-    main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
     assert [(row["step"], row["accuracy"], row["n"]) for row in table(tmp_path / "summary.csv")[:2]] == [
         ("0", "0.200000", "2"),
         ("1", "0.600000", "2"),
@@ -279,7 +280,7 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
 def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, line):
     make(tmp_path, config)
     with pytest.raises(SystemExit, match=line) as error:
-        main([str(tmp_path), "--panels", "innersteps"])
+        sweep_main([str(tmp_path), "--panels", "innersteps"])
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):
         grouped.read_jobs([tmp_path / "nowhere"])
@@ -354,7 +355,7 @@ def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, mai
     assert row["n"] == "2" and {path.name for path in folder.glob("summary.*")} == {
         *("summary.csv", "summary.md", "summary.png")
     }
-    main([str(folder)])
+    sweep_main([str(folder)])
     assert "| failed |" in re.sub(" +", " ", capsys.readouterr().out)
 
 

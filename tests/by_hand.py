@@ -1,0 +1,232 @@
+"""Independent arithmetic: what the program computes, written out in NumPy or plainly for one task.
+
+theta of the one-layer tanh encoder and its linear head: A (d, p), a (d,), W (K, d), b (K,). Second order is the complex
+step derivative Im f(x + ih) / h of inner loop and query loss together, exact to rounding, with no differentiation.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """The arguments of `closed_form_gradients`."""
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def softmax(logits):
+    power = np.exp(logits - logits.real.max(axis=1, keepdims=True))
+    return power / power.sum(axis=1, keepdims=True)
+
+
+def np_logits(theta, x):
+    A, a, W, b = theta
+    return np.tanh(x @ A.T + a) @ W.T + b
+
+
+def np_gradient(theta, x, labels):
+    """Of the mean cross entropy."""
+    A, a, W, _ = theta
+    phi = np.tanh(x @ A.T + a)
+    E = (softmax(np_logits(theta, x)) - np.eye(len(W))[labels]) / len(x)
+    inside = (E @ W) * (1 - phi**2)
+    return inside.T @ x, inside.sum(0), E.T @ phi, E.sum(0)
+
+
+def np_adapted(theta, x, labels, inner_lr, steps):
+    for _ in range(steps):
+        theta = tuple(p - inner_lr * g for p, g in zip(theta, np_gradient(theta, x, labels), strict=True))
+    return theta
+
+
+def np_loss(theta, x, labels):
+    return -np.log(softmax(np_logits(theta, x))[np.arange(len(x)), labels]).mean()
+
+
+def np_accuracy(theta, x, labels):
+    return (np_logits(theta, x).argmax(1) == labels).mean()
+
+
+def complex_step(function, theta, h=1e-30):
+    derivative = []
+    for place, parameter in enumerate(theta):
+        derivative.append(np.empty_like(parameter))
+        for index in np.ndindex(parameter.shape):
+            moved = [p.astype(complex) for p in theta]
+            moved[place][index] += 1j * h
+            derivative[-1][index] = function(tuple(moved)).imag / h
+    return tuple(derivative)
+
+
+def np_tasks(tasks):
+    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+        yield support.flatten(1).numpy(), support_labels.numpy(), query.flatten(1).numpy(), query_labels.numpy()
+
+
+def np_theta(network):
+    return tuple(p.detach().numpy().copy() for p in network.parameters())
+
+
+def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order):
+    """Mean over tasks, and the loss and accuracy of each."""
+    theta, found, losses, accuracies = np_theta(network), [], [], []
+    for x, labels, query, query_labels in np_tasks(tasks):
+        adapted = np_adapted(theta, x, labels, inner_lr, inner_steps)
+        if first_order:
+            found.append(np_gradient(adapted, query, query_labels))
+        else:
+
+            def through_the_inner_loop(theta, x=x, labels=labels, query=query, query_labels=query_labels):
+                return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps), query, query_labels)
+
+            found.append(complex_step(through_the_inner_loop, theta))
+        losses.append(np_loss(adapted, query, query_labels))
+        accuracies.append(np_accuracy(adapted, query, query_labels))
+    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    return dict(zip(dict(network.named_parameters()), mean, strict=True)), losses, accuracies
+
+
+def np_prototypes(theta, x, labels):
+    A, a, W, _ = theta
+    phi = np.tanh(x @ A.T + a)
+    c = np.stack([phi[labels == k].mean(0) for k in range(len(W))])
+    return A, a, 2 * c, -(c**2).sum(1)
+
+
+def np_steps(theta, etas, task, steps, prototypes, constants=None):
+    """theta_0 .. theta_N and the inner gradients, which are given where they are taken for constants."""
+    x, labels, *_ = task
+    at = np_prototypes(theta, x, labels) if prototypes else theta
+    passed, found = [at], []
+    for step in range(steps):
+        found.append(np_gradient(at, x, labels) if constants is None else constants[step])
+        at = tuple(p - eta * g for p, eta, g in zip(at, etas, found[-1], strict=True))
+        passed.append(at)
+    return passed, found
+
+
+def np_etas(network, inner_lr, adapted):
+    """eta for A, a, W, b; 0 for what does not adapt."""
+    theta = np_theta(network)
+    places = {"all": range(4), "encoder": range(2), "head": range(2, 4)}[adapted]
+    given = [inner_lr] * 4 if isinstance(inner_lr, float) else [eta.detach().numpy() for eta in inner_lr]
+    etas = [np.zeros_like(p) for p in theta]
+    for place, eta in zip(places, given, strict=False):
+        etas[place] = etas[place] + eta
+    return tuple(etas), places
+
+
+def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", prototypes=False, step_losses=None):
+    """Mean over the tasks of the complex step derivatives by theta and by what adapts' etas."""
+    v = [0.0] * (inner_steps - 1) + [1.0] if step_losses is None else step_losses.tolist()
+    theta, (etas, places), found = np_theta(network), np_etas(network, inner_lr, adapted), []
+    for task in np_tasks(tasks):
+        constants = np_steps(theta, etas, task, inner_steps, prototypes)[1] if first_order else None
+
+        def outer(both, task=task, constants=constants):
+            passed, _ = np_steps(both[:4], both[4:], task, inner_steps, prototypes, constants)
+            return sum(weight * np_loss(at, *task[2:]) for weight, at in zip(v, passed[1:], strict=True))
+
+        found.append(complex_step(outer, (*theta, *etas)))
+    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    return dict(zip(dict(network.named_parameters()), mean[:4], strict=True)), [mean[4 + place] for place in places]
+
+
+def head_only_gradient(network, tasks, *, inner_lr, first_order):
+    """Encoder gradient where only the head is adapted, by W_1 = eta/N_s (T_S - 1/K)^T Phi_S written out."""
+    network.zero_grad(set_to_none=True)
+    for support, support_labels, query, query_labels in zip(*tasks, strict=True):
+        ways = network.head.out_features
+        step = inner_lr / len(support) * (F.one_hot(support_labels, ways).double() - 1 / ways).T
+        w, b = step @ network.encoder(support), step.sum(1)
+        logits = network.encoder(query) @ (w.detach() if first_order else w).T + b
+        (F.cross_entropy(logits, query_labels) / len(tasks.support)).backward()
+    return {name: p.grad.clone() for name, p in network.encoder.named_parameters()}
+
+
+# What evidence measures, pair by pair
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def by_hand(network, task, eta):
+    """One inner step of the head on one task, written out pair by pair."""
+    with torch.no_grad():
+        S, Q = (network.encoder(x).numpy() for x in (task.support, task.query))
+    s_labels, q_labels = task.support_labels.numpy(), task.query_labels.numpy()
+    w, b = network.head.weight.detach().numpy(), network.head.bias.detach().numpy()
+    one_hot = np.eye(len(w))
+    P = softmax(S @ w.T + b)
+    step = eta / len(S) * (one_hot[s_labels] - P)
+    w1, b1 = w + step.T @ S, b + step.sum(0)
+    q = softmax(Q @ w1.T + b1)
+    contrastive, interference, wrong = np.zeros_like(Q), np.zeros_like(Q), []
+    for i, u in enumerate(q_labels):
+        interference[i] = (q[i] - one_hot[u]) @ w / len(Q)
+        for j, t in enumerate(s_labels):
+            c = q[i] @ P[j] - P[j][u] - q[i][t] + (t == u)
+            contrastive[i] -= eta / len(S) / len(Q) * c * S[j]
+            wrong.append((c > 0) != (t == u))
+    pairs = {"same": [], "other": [], "same_queries": [], "other_queries": []}
+    for i, u in enumerate(q_labels):
+        for j, t in enumerate(s_labels):
+            pairs["same" if t == u else "other"].append(cosine(Q[i], S[j]))
+        for k, v in enumerate(q_labels):
+            if i != k:
+                pairs["same_queries" if v == u else "other_queries"].append(cosine(Q[i], Q[k]))
+    E_Q = (q - one_hot[q_labels]).T / len(Q)
+    head_gradient, w0 = (np.column_stack(both) for both in ((E_Q @ Q, E_Q.sum(1)), (w, b)))
+    w0 = w0 - w0.mean(0)
+    return {
+        "interference_norm": np.linalg.norm(interference),
+        "contrastive_norm": np.linalg.norm(contrastive),
+        "wrong_sign": np.mean(wrong),
+        **{f"cosine_{name}": np.mean(values) for name, values in pairs.items()},
+        "head_norm": np.linalg.norm(w0),
+        "cross_task": cosine(w0.ravel(), head_gradient.ravel()),
+    }
+
+
+# The inner loop of the head alone and its query loss, for one task, differentiated by torch
+
+
+def support_loss(logits, labels, loss):
+    if loss == "mse":
+        return (logits - F.one_hot(labels, logits.shape[1])).square().sum() / 2
+    return F.cross_entropy(logits, labels)
+
+
+def linear(x, head):
+    return F.linear(x, *head)
+
+
+def adapted(x, labels, head, *, inner_lr, inner_steps, loss):
+    """The heads W_0 .. W_N, each (weight,) or (weight, bias), as functions of x and the first."""
+    heads = [head]
+    for _ in range(inner_steps):
+        gradients = torch.autograd.grad(support_loss(linear(x, head), labels, loss), head, create_graph=True)
+        head = tuple(p - inner_lr * g for p, g in zip(head, gradients, strict=True))
+        heads.append(head)
+    return heads
+
+
+def differentiated(x, labels, query, query_labels, weight, bias, *, first_order, loss, **knobs):
+    """loss and the gradients with respect to query features, support features, weight and bias of one task."""
+    x, query, *head = (each.clone().requires_grad_() for each in (x, query, weight, bias) if each is not None)
+    last = adapted(x, labels, tuple(head), loss=loss, **knobs)[-1]
+    if first_order:
+        last = head = tuple(p.detach().requires_grad_() for p in last)
+    value = support_loss(linear(query, last), query_labels, loss)
+    gradients = torch.autograd.grad(value, [query, x, *head], allow_unused=True, materialize_grads=True)
+    return value.detach(), *gradients

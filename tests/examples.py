@@ -1,0 +1,106 @@
+"""Small networks and tasks that the tests of several packages compute on, and what they compare."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewshot.batched import engine as batched
+from fewshot.data.task import Task
+from fewshot.maml import sequential
+from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.head import zero_head
+from fewshot.models.network import Network
+
+KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
+
+NETWORKS = {
+    "conv4_strided": partial(conv4_strided, channels=1, size=37, width=12),
+    "conv4_pooled": partial(conv4_pooled, channels=2, size=33, width=10),
+}
+all_at_once, one_at_a_time = (
+    SimpleNamespace(
+        meta_gradient=partial(batched.meta_gradient, tasks_at_once=number),
+        step_accuracies=partial(batched.step_accuracies, tasks_at_once=number),
+    )
+    for number in (99, 1)
+)
+each_engine = pytest.mark.parametrize("engine", [sequential, all_at_once], ids=["sequential", "batched"])
+each_way = pytest.mark.parametrize(
+    "engine", [sequential, all_at_once, one_at_a_time], ids=["sequential", "batched", "batched one at a time"]
+)
+each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
+each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
+each_head = pytest.mark.parametrize("zeroed", [False, True], ids=["random", "zeroed"])
+
+
+def draw(*, tasks=2, ways=3, shots=1, queries=2, shape=(2, 3), seed=0, spread=0.5):
+    """float64 tasks whose classes are clouds around random centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(tasks, ways, 1, *shape, generator=generator, dtype=torch.float64)
+
+    def images(each):
+        noise = torch.randn(tasks, ways, each, *shape, generator=generator, dtype=torch.float64)
+        labels = torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
+        return (centres + spread * noise).flatten(1, 2), labels
+
+    return Task(*images(shots), *images(queries))
+
+
+def tiny(*, ways=3, features=4, inputs=6, zeroed=False):
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(inputs, features), nn.Tanh())
+    return prepared(Network(encoder, features, ways), zeroed)
+
+
+def convolutional(build, tasks, *, zeroed=False):
+    torch.manual_seed(1)
+    return prepared(build(ways=int(tasks.query_labels.max()) + 1), zeroed)
+
+
+def prepared(network, zeroed):
+    """In float64, with biases that are not the zeros they start from."""
+    network = network.double()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    if zeroed:
+        zero_head(network.head)
+    return network
+
+
+def images_for(build, **knobs):
+    return draw(shape=(build.keywords["channels"], build.keywords["size"], build.keywords["size"]), **knobs)
+
+
+def gradients(network):
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def meta_gradient(engine, network, tasks, **knobs):
+    """The outer gradient by name, from .grad = None, and what the engine returns."""
+    network.zero_grad(set_to_none=True)
+    returned = engine.meta_gradient(network, tasks, **knobs)
+    return gradients(network), returned
+
+
+def assert_close(found, expected, tolerance):
+    """Every parameter's gradient, relative to that gradient's own size."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        value = torch.as_tensor(value)
+        assert value.norm() > 0, f"{name}: nothing to compare"
+        assert ((found[name] - value).norm() / value.norm()).item() < tolerance, name
+
+
+def vector(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in gradients.values()])
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """As a whole: a foreign network may have parameters whose gradient is zero but for rounding."""
+    found, expected = vector(found), vector(expected)
+    assert ((found - expected).norm() / expected.norm()).item() < tolerance
