@@ -103,3 +103,8 @@ def test_help_tells_of_every_parameter(tmp_path, command):
     for knob in ("checkpoint=PATH", "out=FOLDER" if command == "export" else "hydra.run.dir=FOLDER"):
         (line,) = (line for line in said.splitlines() if line.startswith(knob))
         assert len(line.removeprefix(knob).split()) > 3
+
+
+def test_the_packages_that_need_no_torch_import_on_a_system_without_posix_signals():
+    program = "del signal.SIGUSR1, signal.SIGUSR2; import fewshot.processes.signals, fewshot.config.command"
+    assert said(f"import signal, sys; {program}; print('torch' in sys.modules)") == "False"

@@ -1,6 +1,6 @@
 """The processes of a run: which of them this one is, and how `python train.py trainer=ddp` starts them on one machine.
 
-torchrun and srun start them too; then `train.py` is each of them. Rank 0 writes, the others compute.
+torchrun and srun can start them instead; then each of them is `train.py`. Rank 0 writes; the others only compute.
 """
 
 import ctypes
@@ -23,19 +23,19 @@ from fewshot import files
 from fewshot.errors import Stopped, UserError
 from fewshot.paths import override
 
-PARENT = "FEWSHOT_PARENT"  # in the environment of the processes that start() starts: its own process number
+PARENT = "FEWSHOT_PARENT"  # start() puts its own process number here, into the environment of the processes it starts
 RANKS_LOCK = ".lock-ranks"
 
 
 def launcher() -> str | None:
-    """What started this process as one of several; None: it is the only one, so far."""
+    """What started this process as one of several; None: nothing did, so it is the only one so far."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
 
 
 def only_process() -> str:
-    """For messages: how a shell that srun started, as with srun --pty, starts one process that is the only one."""
+    """For messages: what to do in a shell that srun itself started (srun --pty), so that one process runs alone."""
     return "; in a shell inside srun: unset SLURM_STEP_NUM_TASKS" if launcher() == "srun" else ""
 
 
@@ -47,13 +47,13 @@ def world_size() -> int:
     return int(os.environ[{"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}[by]]) if (by := launcher()) else 1
 
 
-def here() -> int:
-    """Processes that share the CPU threads of this machine; torchrun and srun give each its own."""
+def local_world_size() -> int:
+    """How many processes share the CPU threads of this machine; torchrun and srun give each process its own threads."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if PARENT in os.environ else 1
 
 
 def follow_parent() -> None:
-    """A process that start() started gets SIGTERM when start()'s process is gone, even by SIGKILL (on Linux)."""
+    """Makes Linux send SIGTERM to a process that start() started when start()'s own process ends, even by SIGKILL."""
     if PARENT in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[PARENT]):
@@ -61,7 +61,7 @@ def follow_parent() -> None:
 
 
 def leave_error(line: str) -> bool:
-    """Whether there is a start() that the line goes to, which says once what several may have to say."""
+    """Leaves the line to start(), which says it once for all ranks. False: no start() runs, so say it yourself."""
     if PARENT not in os.environ:
         return False
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line}))
@@ -70,14 +70,14 @@ def leave_error(line: str) -> bool:
 
 @contextmanager
 def locked(folder: Path, name: str | None = None) -> Iterator[None]:
-    """One process at a time in a run's folder: the workers of a killed sweep may outlive it.
+    """Holds the lock of a run's folder, so that one process at a time writes there.
 
-    The lock goes with the process that holds it, however it ends.
+    The workers of a killed sweep may outlive it. The lock is gone with the process that held it, however that ended.
 
-    name: of its file; None: one for the process that starts ranks, another for the ranks, which outlive it for a while.
+    name: the lock's file. None: the process that starts ranks has one and the ranks, which may outlive it, another.
 
     Raises:
-        AtWork: another process is at work there.
+        RunLocked: another process holds the lock.
     """
     if rank():
         yield  # rank 0 holds it
@@ -87,9 +87,12 @@ def locked(folder: Path, name: str | None = None) -> Iterator[None]:
 
 
 def _hydra_arguments() -> list[str]:
-    """What this call told Hydra itself, less where and how often it runs; of a job of a sweep, which it is of which."""
-    hydra, own = HydraConfig.get(), ("hydra.run.", "hydra.sweep", "hydra.mode", "hydra/launcher", "hydra.launcher")
-    arguments = [each for each in hydra.overrides.hydra if not each.startswith((*own, "hydra/sweeper"))]
+    """What this call told Hydra itself, without where and how often it runs.
+
+    Used for a sweep's job: also its number and the sweep's folder.
+    """
+    hydra, left_out = HydraConfig.get(), ("hydra.run.", "hydra.sweep", "hydra.mode", "hydra/launcher", "hydra.launcher")
+    arguments = [word for word in hydra.overrides.hydra if not word.startswith((*left_out, "hydra/sweeper"))]
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             arguments += ["--config-dir", source.path]
@@ -99,10 +102,10 @@ def _hydra_arguments() -> list[str]:
 
 
 def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseException:
-    """Of the end of all ranks: of one, the others ended by SIGTERM, or since that one was gone."""
+    """Picks the rank whose failure ended the run; the others were ended by SIGTERM or lost their connection to it."""
     secondary = (1, -signal.SIGTERM, 128 + signal.SIGTERM)
-    told = {number: each for number, each in failures.items() if Path(each.error_file).is_file()}
-    killed = {number: each for number, each in failures.items() if each.exitcode not in secondary}
+    told = {number: failure for number, failure in failures.items() if Path(failure.error_file).is_file()}
+    killed = {number: failure for number, failure in failures.items() if failure.exitcode not in secondary}
     number, failure = next(iter((told or killed or failures).items()))
     rank_number = f"rank {number} of {processes}"
     if failure.exitcode < 0:
@@ -117,14 +120,14 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
 
 
 def start(script: str, overrides: list[str], folder: Path, processes: int) -> None:
-    """Runs `script` in `processes` processes of this machine until all have ended, or one has failed.
+    """Runs `script` in `processes` processes of this machine until all of them have ended, or one has failed.
 
     Args:
-        overrides: of the run; its folder is `folder`.
+        overrides: those of the run, which writes into `folder`.
 
     Raises:
-        UserError: one failed or was killed; the others were ended too.
-        Stopped: a signal was sent to this process; it was passed on to them.
+        UserError: one failed or was killed, and the others were ended too.
+        Stopped: this process got a signal, and passed it on to them.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -132,13 +135,13 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
 
     call = [script, *_hydra_arguments(), *overrides, override("hydra.run.dir", folder)]
     with locked(folder, RANKS_LOCK):
-        pass  # those of an earlier call have ended; raised here and not in a rank it is no failure of the run
+        pass  # The ranks of an earlier call have ended. Said here, RunLocked is not taken for a rank's failure.
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     os.environ[PARENT] = str(os.getpid())
-    # Seconds that the ranks have after a signal: an update, the validation due, and W&B.
+    # After a signal the ranks have so many seconds to finish an update, the validation that is due, and W&B.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     for name in ("agent.server.api", "agent.server.local_elastic_agent", "multiprocessing.api"):
-        # It would say all below at length.
+        # They would say at length what is said below.
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         try:

@@ -1,6 +1,7 @@
-"""What a command inherits from whoever started it, and what of that is not to decide about a run.
+"""What a command inherits from whoever started it, and what of that must not decide about a run.
 
-Notebooks, IDEs and clusters export variables for themselves; a reader of the output may leave, or not know all signs.
+Notebooks, IDEs and clusters export variables for their own use. Whoever reads the output may stop reading, or may not
+know all letters.
 """
 
 import ctypes
@@ -11,15 +12,15 @@ import platform
 import sys
 from contextlib import suppress
 
-# Of processes that torch.distributed or MPI started; without torchrun they are left over from somebody else.
+# torch.distributed and MPI set these for the processes that they start; without torchrun they are somebody else's.
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JSM_NAMESPACE_RANK")
 
-# Numbers of glibc's mallopt(), from malloc.h.
+# The numbers by which glibc's mallopt() knows its parameters, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 class Output(io.TextIOWrapper):
-    """What is said, for whoever listens: from the first that nobody takes on it goes nowhere, and the run goes on."""
+    """Standard output or error that its reader may close: what is said after that is lost, and the run goes on."""
 
     def write(self, text: str) -> int:
         try:
@@ -42,30 +43,30 @@ class Output(io.TextIOWrapper):
 
 
 def settle() -> None:
-    """Called once by every command, before it imports anything that is not the standard library's or our own."""
-    os.environ["MPLBACKEND"] = "agg"  # figures go to files; that of a notebook would end the import of matplotlib
-    os.environ.pop("HYDRA_MAIN_MODULE", None)  # of the program that Hydra was called for; it would name the log file
+    """Every command calls this once, before it imports anything but the standard library and this package."""
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; with a notebook's backend the import of matplotlib fails
+    os.environ.pop("HYDRA_MAIN_MODULE", None)  # set by another program that Hydra runs; it would name our log file
     for name in [name for name in os.environ if name.startswith("PL_TRAINER_")]:
-        del os.environ[name]  # Lightning's own defaults for what our configuration does not say
+        del os.environ[name]  # Lightning would take from it what our configuration does not say
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # what the user has set stays
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait sleep: spinning, two programs stop each other
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads sleep; if they spin, two programs block each other
     keep_memory()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        found = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
-        if found.get("WORLD_SIZE", "1") != "1":
-            told = " ".join(f"{name}={value}" for name, value in found.items())
+        left_over = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
+        if left_over.get("WORLD_SIZE", "1") != "1":
+            told = " ".join(f"{name}={value}" for name, value in left_over.items())
             print(f"{told}: ignored; torchrun, srun or trainer=ddp start several processes", file=sys.stderr)
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None:
-            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            kept = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             encoding = stream.encoding
-            output = Output(stream.detach(), encoding, errors="replace", **how)
+            output = Output(stream.detach(), encoding, errors="replace", **kept)
             setattr(sys, name, output)
             setattr(sys, f"__{name}__", output)
 
 
 def keep_memory() -> None:
-    """Memory that was freed stays the process's, on glibc: every step asks for as much again.
+    """Tells glibc to keep freed memory in the process, because every step asks for as much again.
 
     By default glibc gives large blocks back at once, and the system then clears every page of the next one.
     """
@@ -73,14 +74,14 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] == "glibc" and not told:  # what the user has set stays
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 * 2**20)  # bytes that the heap grows by beyond what is asked for
+        mallopt(M_TOP_PAD, 64 * 2**20)  # the heap grows by so many bytes beyond what is asked for
         mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # older versions take no more than 32 MiB
 
 
 def lenient() -> None:
-    """Called by every run, which may be in a worker of a sweep: signs that the terminal lacks are replaced there.
+    """Every run calls this, for it may be in a worker of a sweep, where settle() was not called.
 
-    The log file, train.log, has them all. Memory is kept there too.
+    Letters that the terminal lacks are replaced there; the log file, train.log, has them all. Freed memory is kept.
     """
     keep_memory()
     for stream in (sys.stdout, sys.stderr):
