@@ -53,6 +53,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     from fewshot.data.meta_batches import MetaData
     from fewshot.results import record_files
     from fewshot.training import checkpoint
+    from fewshot.training import run as run_files
     from fewshot.training.ddp import cluster
     from fewshot.training.meta_learner import MetaLearner
     from fewshot.training.stop import Listen, Stop
@@ -61,7 +62,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
     start = checkpoint.find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
-    if results := record_files.finished(folder, start):
+    if results := run_files.finished(folder, start):
         return record_files.validation_accuracy(results)
     if processes(cfg) > 1 and not ranks.launcher():
         ranks.start(__file__, overrides, folder, processes(cfg))
@@ -91,7 +92,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -
         trained = time.monotonic()
         tested = folder / "checkpoints" / "best.ckpt" if cfg.fit else start.path
         trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
-        results = record_files.write(
+        results = run_files.write(
             folder,
             module.results,
             iterations=trainer.global_step or start.iteration,

@@ -159,7 +159,7 @@ def _runner(cache: Path) -> Callable[..., Path]:
         with Signals() as signals, pytest.MonkeyPatch.context() as patch:
             patch.setattr("fewshot.training.checkpoint.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
-                patch.setattr("fewshot.results.record_files.write_png", lambda figure, file: file.write(b"no picture"))
+                patch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
             train.run(composed(*overrides), list(overrides), folder, signals)
         return folder
 

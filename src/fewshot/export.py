@@ -15,7 +15,7 @@ from typing import Any
 from fewshot.config.command import one_line_errors, words
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError, shown
-from fewshot.files import check_place, write_atomically
+from fewshot.files import check_place, write_file
 from fewshot.paths import checkpoint_file, user_path
 
 CARD = "README.md"
@@ -44,12 +44,12 @@ def export(checkpoint: Path, folder: Path) -> None:
     splits = content["fewshot"].get("splits", {})
     card = model_card(config, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
-        CARD: card.encode(),
-        CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)).encode(),
+        CARD: card,
+        CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)),
         WEIGHTS: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
     }
     for name, data in files.items():
-        write_atomically(folder / name, lambda file, data=data: file.write(data))
+        write_file(folder / name, data)
 
 
 def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, str]:

@@ -136,6 +136,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ) from error
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a whole file, text as UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(content.encode() if isinstance(content, str) else content))
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes what processes that were killed left half written."""
     for leftover in folder.glob(pattern):

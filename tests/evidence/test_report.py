@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from fewshot.evidence.sections import sections
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
 from fewshot.processes.signals import Signals
+from fewshot.results.figures import png
 from fewshot.theory import closed_forms
 from fewshot.theory.features import agreement
 from fewshot.theory.features import features as encoded
@@ -528,7 +530,7 @@ def trained(cache, tmp_path_factory):
 @pytest.fixture
 def evidence(config, monkeypatch):
     """evidence(checkpoint, folder, *overrides) does what the program does, in this process and in rough pictures."""
-    monkeypatch.setattr(write, "write_png", lambda figure, file: figure.savefig(file, format="png", dpi=20))
+    monkeypatch.setattr(write, "png", partial(png, dpi=20))
 
     def evidence(checkpoint, folder, *overrides):
         overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]

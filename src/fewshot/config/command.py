@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
-from fewshot.files import write_atomically
+from fewshot.files import write_file
 from fewshot.paths import in_shell
 from fewshot.processes import ranks
 
@@ -56,7 +56,7 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
             sys.stderr.write(f"{text}\n")
             with suppress(UserError):  # a full disk is no reason to end the sweep
                 if not isinstance(error, AtWork):
-                    write_atomically(job / "error.txt", lambda file: file.write(f"{text}\n".encode()))
+                    write_file(job / "error.txt", f"{text}\n")
             if ranks.launcher():
                 raise SystemExit(1) from None  # the other ranks wait for this one, until the launcher ends them
         elif expected:

@@ -1,6 +1,5 @@
 """What was measured becomes evidence.json, figures and report.html."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.evidence import figures, page, sections
-from fewshot.files import write_atomically
-from fewshot.results.figures import accuracy_over_steps
-from fewshot.results.record_files import versions, write_png
+from fewshot.files import write_file
+from fewshot.results.figures import accuracy_over_steps, png
+from fewshot.results.record_files import versions
 from fewshot.results.scores import Scores
 from fewshot.training.checkpoint import Start
 
@@ -59,14 +58,14 @@ def write(
         "versions": versions(),
     }
     content = finite(content)
-    pictures = {name: _png(figure) for name, figure in draw(content, _shown(tasks, config)).items()}
+    pictures = {name: png(figure) for name, figure in draw(content, _shown(tasks, config)).items()}
     files = {
-        "evidence.json": json.dumps(content, indent=2, allow_nan=False).encode(),
+        "evidence.json": json.dumps(content, indent=2, allow_nan=False),
         **{f"{name}.png": picture for name, picture in pictures.items()},
-        "report.html": page.page(content, pictures).encode(),
+        "report.html": page.page(content, pictures),
     }
     for name, data in files.items():
-        write_atomically(folder / name, lambda file, data=data: file.write(data))
+        write_file(folder / name, data)
     held = sum(each.passed for each in found["identities"].values())
     print(f"{held} of {len(found['identities'])} identities hold. Read {folder / 'report.html'}")
 
@@ -82,12 +81,6 @@ def draw(content: dict[str, Any], shown: figures.Shown) -> dict[str, Figure]:
         "prototypes": figures.prototypes(content["prototypes"], shown.ways, head_is_zero),
         "accuracy": accuracy_over_steps(content, content["config"]),
     }
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    write_png(figure, file)
-    return file.getvalue()
 
 
 def finite(content: Any) -> Any:

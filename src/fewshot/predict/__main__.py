@@ -26,7 +26,7 @@ import numpy as np
 
 from fewshot.config.command import flag, integer, one_line_errors, words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, write_atomically
+from fewshot.files import check_place, write_file
 from fewshot.paths import claimed, model_path, user_path
 from fewshot.predict.predictions import predict
 
@@ -69,7 +69,6 @@ def run(
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot.predict.pretrained import load
     from fewshot.results import figures
-    from fewshot.results.record_files import write_png
 
     model = load(checkpoint, trust=trust)
     skipped: list[tuple[str, str, str]] = []
@@ -95,7 +94,7 @@ def run(
             for image, (file, label, probabilities) in zip(queries.values(), rows, strict=True)
         ],
     )
-    write_atomically(folder / "contact_sheet.png", partial(write_png, sheet))
+    write_file(folder / "contact_sheet.png", figures.png(sheet))
     but = f", {len(skipped)} skipped" if skipped else ""
     print(f"{len(rows)} images, {len(found.classes)} classes{but}: written to {folder}")
 
@@ -170,8 +169,7 @@ def _shown(pixels: "Tensor") -> np.ndarray:
 def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    content = text.getvalue().encode(errors="surrogateescape")  # a file's name in the very bytes that it has
-    write_atomically(path, lambda file: file.write(content))
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))  # a file's name in the very bytes that it has
 
 
 READ: dict[str, Callable[[str], Any]] = {

@@ -1,6 +1,7 @@
 """Recorded numbers -> pictures; trains nothing."""
 
-from typing import TYPE_CHECKING, Any
+import io
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,9 +9,6 @@ from matplotlib.patches import Rectangle
 
 from fewshot.config.tree import MODES
 from fewshot.labels import title
-
-if TYPE_CHECKING:
-    pass
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
@@ -72,6 +70,12 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
         _with_legend(figure, axes)
     figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10, parse_math=False)
     return figure
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def _axes(x: str, y: str, config: dict[str, Any]) -> tuple[Figure, Axes]:

@@ -6,27 +6,22 @@ import json
 import logging
 import platform
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
 
 from fewshot.config import stored
 from fewshot.config.stored import read_text
-from fewshot.config.tree import MODES, settings
+from fewshot.config.tree import MODES
 from fewshot.errors import UserError
-from fewshot.files import write_atomically
+from fewshot.files import write_file
 from fewshot.processes import ranks
 
-if TYPE_CHECKING:  # python -m fewshot.sweep reads metrics.csv, and does not need torch for that
-    from matplotlib.figure import Figure
-    from pytorch_lightning.loggers import Logger
-
+if TYPE_CHECKING:
     from fewshot.results.scores import Scores
-    from fewshot.training.checkpoint import Start
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +45,7 @@ def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_file(path, text.getvalue())
 
 
 def _column_order(name: str) -> tuple[int, str, int]:
@@ -108,33 +103,7 @@ def over(results: dict[str, Any]) -> bool:
     return not config["fit"] or at_the_end >= config["iterations"] or reached
 
 
-def finished(folder: Path, start: "Start") -> dict[str, Any] | None:
-    """The results of this very configuration that the folder holds, shown again; None where there are none.
-
-    Those of a run that a limit ended before its last iteration are none either: it goes on.
-
-    Raises:
-        UserError: they are of another configuration.
-    """
-    from fewshot.training.checkpoint import refuse_difference
-
-    path = folder / "results.json"
-    if not path.exists():
-        return None
-    results, asked = read(folder), settings(start.cfg)
-    if results["config"]["fit"] and asked["fit"]:
-        refuse_difference(start.cfg, results["config"], path)
-        reached = results["iterations"] if start.content else results["config"]["iterations"]
-        if reached < asked["iterations"] and not start.trained:
-            return None
-    elif results["config"] | {"recompute_steps": asked["recompute_steps"]} != asked:  # older results have none
-        raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
-    show(results, folder)
-    return results
-
-
-def write(
-    folder: Path,
+def content(
     results: dict[str, dict[str, "Scores"]],
     *,
     iterations: int,
@@ -142,16 +111,12 @@ def write(
     seconds: dict[str, float],
     config: dict[str, Any],
     splits: dict[str, Any],
-    loggers: list["Logger"],
 ) -> dict[str, Any]:
-    """results.json, which is returned, the figures, the logger's summary; then the table on the terminal.
+    """What results.json holds: accuracies as fractions in [0, 1], ci95 as half widths over tasks.
 
-    Accuracies are fractions in [0, 1], ci95 half widths over tasks; iterations counts outer updates. Rank 0 writes.
+    iterations: the outer updates that were done.
     """
-    from fewshot.results import figures
-    from fewshot.training.wandb_run import summarise
-
-    content = {
+    return {
         **{split: _scores(results[split]) for split in ("test", "val")},
         "iterations": iterations,
         "best_iteration": best_iteration,
@@ -160,45 +125,41 @@ def write(
         "versions": versions(),
         "splits": splits,
     }
-    if ranks.rank():
-        return content
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """The figures of a run, then results.json, by which it is known to have finished."""
+    from fewshot.results import figures  # matplotlib takes seconds to import
+
+    pictures = {"accuracy_over_steps": figures.accuracy_over_steps(results, results["config"])}
     if (folder / "metrics.csv").exists():
         curves = read_metrics(folder / "metrics.csv")
-        picture = figures.accuracy_over_iterations(curves, config)
-        write_atomically(folder / "figures" / "accuracy_over_iterations.png", partial(write_png, picture))
+        pictures["accuracy_over_iterations"] = figures.accuracy_over_iterations(curves, results["config"])
         if any(name.startswith("probe/") for name in curves):
-            write_atomically(folder / "figures" / "probes.png", partial(write_png, figures.probes(curves, config)))
-    picture = figures.accuracy_over_steps(content, config)
-    write_atomically(folder / "figures" / "accuracy_over_steps.png", partial(write_png, picture))
-    text = json.dumps({**content, "splits": None}, indent=2)
-    text = text.replace('"splits": null', f'"splits": {_line_by_line(splits)}')
-    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
-    for logger in loggers:
-        summarise(logger, content)
-    show(content, folder)
-    return content
+            pictures["probes"] = figures.probes(curves, results["config"])
+    for name, picture in pictures.items():
+        write_file(folder / "figures" / f"{name}.png", figures.png(picture))
+    write_file(folder / "results.json", _as_json(results))
 
 
 def write_splits(folder: Path, splits: dict[str, Any]) -> None:
     """splits.json: which classes the run uses for what."""
-
     if not ranks.rank():
-        write_atomically(folder / "splits.json", lambda file: file.write(_line_by_line(splits).encode()))
+        write_file(folder / "splits.json", _as_json(splits))
 
 
-def _line_by_line(splits: dict[str, Any]) -> str:
-    """One line for each split: a thousand class names are not to be a thousand lines."""
-    lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in splits.items()]
-    return "{\n" + ",\n".join(lines) + "\n  }"
+def _as_json(value: Any, indent: str = "") -> str:
+    """A line for each entry of a dictionary. A list is one line, because a split may have a thousand classes."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    inside = f"{indent}  "
+    lines = [f"{inside}{json.dumps(key)}: {_as_json(entry, inside)}" for key, entry in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def validation_accuracy(results: dict[str, Any]) -> float:
     """Of the best model, after inner_steps; by what a search goes."""
     return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
-
-
-def write_png(figure: "Figure", file: BinaryIO) -> None:
-    figure.savefig(file, format="png", dpi=150)
 
 
 def _scores(modes: dict[str, "Scores"]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Shapes: B tasks, T inner steps of the evaluation.
 import math
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Scores(NamedTuple):
@@ -17,11 +18,11 @@ class Scores(NamedTuple):
     ci95: list[float]
 
     @classmethod
-    def of(cls, accuracies: Tensor) -> "Scores":
+    def of(cls, accuracies: ArrayLike) -> "Scores":
         """accuracies: (B, T + 1)"""
-        values = accuracies.cpu().double()
-        ci95 = 1.96 * values.std(dim=0) / len(values) ** 0.5
-        return cls(len(values), *([round(value, 6) for value in each.tolist()] for each in (values.mean(dim=0), ci95)))
+        values = np.asarray(accuracies, dtype=np.float64)
+        mean, ci95 = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
+        return cls(len(values), *([round(value, 6) for value in numbers.tolist()] for numbers in (mean, ci95)))
 
 
 def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
@@ -29,7 +30,7 @@ def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | 
 
     start: what would help where they were not before any inner step.
     """
-    bad = [step for scores in results.values() for step, each in enumerate(scores.accuracy) if math.isnan(each)]
+    bad = [step for scores in results.values() for step, accuracy in enumerate(scores.accuracy) if math.isnan(accuracy)]
     if not bad:
         return None
     remedy = "lower inner_lr" if min(bad) else start

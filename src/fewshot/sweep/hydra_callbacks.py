@@ -168,7 +168,7 @@ def _adapt_submitit(sweep: Path) -> None:
                 overrides = [each for each in self.submission().args[0] if not each.startswith("hydra")]
                 error = sweep / job_folder(overrides) / "error.txt"
                 line = f"Slurm job {self.job_id}: {state}; its log is {self.paths.stderr}\n"
-                files.write_atomically(error, lambda file: file.write(line.encode()))
+                files.write_file(error, line)
                 return [JobReturn(_return_value=0.0, status=JobStatus.COMPLETED)]
 
     submit = slurm.SlurmExecutor._submit_command

@@ -6,22 +6,17 @@ Runs that differ in their seed alone are one setting; what is said of a setting 
 import csv
 import io
 import logging
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fewshot import labels
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, printable, shown
-from fewshot.files import write_atomically
+from fewshot.files import write_file
 from fewshot.paths import in_shell
-from fewshot.results.record_files import write_png
 from fewshot.sweep.settings import Job, Setting, group, read_job, read_jobs, read_similarities
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +58,15 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     jobs = read_jobs(folders)
     if not any(job.results for job in jobs):
         raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
-    from fewshot.sweep import (
-        figures,  # matplotlib takes seconds to import, and a mistake should not have to wait for it
-    )
+    # Matplotlib takes seconds to import, and a mistake should not have to wait for it.
+    from fewshot.results.figures import png
+    from fewshot.sweep import figures
 
     settings = group([job for job in jobs if job.results or job.curves])
     text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
-    _write_text(into / "summary.csv", as_csv(settings))
-    _write_text(into / "summary.md", text)
-    _write_figure(into / "summary.png", figures.sweep(settings))
+    write_file(into / "summary.csv", as_csv(settings))
+    write_file(into / "summary.md", text)
+    write_file(into / "summary.png", png(figures.sweep(settings)))
     print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
     known = {key for setting in settings for key, _ in leaves(setting.config)}
     if unknown := [knob for knob in panels if knob not in known]:
@@ -79,11 +74,11 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     if len(panels) > 2:
         raise UserError(f"panels={','.join(panels)}: at most two knobs, one across and one down")
     if panels:
-        _write_figure(into / "panels.png", figures.panels(settings, panels))
+        write_file(into / "panels.png", png(figures.panels(settings, panels)))
         print(f"Written to {into}/panels.png")
     if recorded := _similarities(settings):
         of = labels.title(settings[0].config, algorithm=False)
-        _write_figure(into / "cosine_similarity.png", figures.cosine_similarity(recorded, of))
+        write_file(into / "cosine_similarity.png", png(figures.cosine_similarity(recorded, of)))
         print(f"Written to {into}/cosine_similarity.png")
 
 
@@ -173,11 +168,3 @@ def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
         if contents := [content for path in paths if path.exists() and (content := read_similarities(path))]:
             found[setting.label()] = contents
     return found
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_figure(path: Path, figure: "Figure") -> None:
-    write_atomically(path, partial(write_png, figure))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from fewshot.files import write_atomically
+from fewshot.files import write_file
 from fewshot.theory.class_similarity import class_similarities
 
 
@@ -40,4 +40,4 @@ class CosineSimilarity(pl.Callback):
             self.content[name].append(matrix)
         path = Path(trainer.default_root_dir) / "cosine_similarity.json"
         if trainer.is_global_zero:
-            write_atomically(path, lambda file: file.write(json.dumps(self.content).encode()))
+            write_file(path, json.dumps(self.content))
