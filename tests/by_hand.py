@@ -125,10 +125,11 @@ def np_etas(network, inner_lr, adapted):
     return tuple(etas), places
 
 
-def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", prototypes=False, step_losses=None):
+def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", head="learned", step_losses=None):
     """Mean over the tasks of the complex step derivatives by theta and by what adapts' etas."""
     v = [0.0] * (inner_steps - 1) + [1.0] if step_losses is None else step_losses.tolist()
     theta, (etas, places), found = np_theta(network), np_etas(network, inner_lr, adapted), []
+    prototypes = head == "prototypes"
     for task in np_tasks(tasks):
         constants = np_steps(theta, etas, task, inner_steps, prototypes)[1] if first_order else None
 

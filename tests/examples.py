@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
@@ -80,10 +81,29 @@ def gradients(network):
     return {name: p.grad.clone() for name, p in network.named_parameters()}
 
 
-def meta_gradient(engine, network, tasks, **knobs):
-    """The outer gradient by name, from .grad = None, and what the engine returns."""
+def loop(*, inner_lr=0.0, inner_steps=1, first_order=True, **fields):
+    """An inner loop by its fields, and what travels beside it: what an engine takes after network and tasks.
+
+    inner_lr: one number, or the learned rates; step_losses: the weights of the step losses, or None.
+    """
+    learned = not isinstance(inner_lr, float | int)
+    weights = fields.pop("step_losses", None)
+    value = InnerLoop(inner_steps, 0.0 if learned else inner_lr, first_order, learned_inner_lr=learned, **fields)
+    return value, tuple(inner_lr) if learned else (), weights
+
+
+def evaluations(*, steps, zeroing, **fields):
+    """For step_accuracies: an evaluation of so many steps for each of the modes, and the learned rates."""
+    value, eta, _ = loop(**fields)
+    return [value.evaluation(steps, mode) for mode in zeroing], eta
+
+
+def meta_gradient(engine, network, tasks, tasks_at_once=None, execute=None, **knobs):
+    """The outer gradient by name, from .grad = None, and what the engine returns; knobs: see `loop`."""
     network.zero_grad(set_to_none=True)
-    returned = engine.meta_gradient(network, tasks, **knobs)
+    how = {"tasks_at_once": tasks_at_once, "execute": execute}
+    how = {name: value for name, value in how.items() if value is not None}
+    returned = engine.meta_gradient(network, tasks, *loop(**knobs), **how)
     return gradients(network), returned
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from examples import evaluations, loop
 
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
@@ -89,12 +90,14 @@ def computed(engine, inner_lr, *, first_order, zeroed_head, shots):
             torch.stack([F.cross_entropy(network(x), y) for x, y in zip(*half, strict=True)]).mean().item()
             for half in (tasks[:2], tasks[2:])
         ]
-    off, on = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=3, zeroing=(False, True))
+    off, on = engine.step_accuracies(network, tasks, *evaluations(inner_lr=inner_lr, steps=3, zeroing=(False, True)))
     test = {"zeroing_off": exact(off), "zeroing_on": exact(on)}
     losses, results = [before[1]], {}
     for steps in (1, 2, 3):
         theta = copy.deepcopy(network)
-        loss, _ = engine.meta_gradient(theta, tasks, inner_lr=inner_lr, inner_steps=steps, first_order=first_order)
+        loss, _ = engine.meta_gradient(
+            theta, tasks, *loop(inner_lr=inner_lr, inner_steps=steps, first_order=first_order)
+        )
         losses.append(loss.mean().item())
         gradients = [parameter.grad.clone() for parameter in theta.parameters()]
         outer = SimpleNamespace(parameters=theta.parameters, outer_lr=0.001)

@@ -4,7 +4,7 @@ Imports no torch, because checks, sweeps and model cards ask it too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from fewshot.errors import UserError, shown
@@ -21,10 +21,8 @@ class InnerLoop:
     MAML    first_order=False   ANIL  adapted="head"     ProtoMAML    head="prototypes"  MAML++ (MSL)  step_losses=60
     FOMAML  first_order=True    BOIL  adapted="encoder"  UnicornMAML  head="shared"      Meta-SGD      learned_inner_lr
 
-    An evaluation is the same value with other steps: replace(loop, inner_steps=T, first_order=True).
-
-    Raises:
-        UserError: a combination of fields that cannot be computed.
+    A head rule of one's own is a class that derives from this one and has an `initial_head`; algo.head=own says so, and
+    algo._target_ names the class. It may have more fields, which are knobs of algo.
     """
 
     inner_steps: int  # N
@@ -38,17 +36,30 @@ class InnerLoop:
     noise: bool | None = None  # a term of the explicit loss, which takes MAML's place; None: MAML
     interference: bool | None = None  # likewise
     recompute_steps: bool = False  # second order in the memory of one inner step; the same numbers
+    target: str | None = None  # where a class of one's own lies; None: it is this one
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "InnerLoop":
-        """The inner loop of a composed configuration, or of a stored one, which may lack the newer fields."""
+        """The inner loop of a composed configuration, or of a stored one, which may lack the newer fields.
+
+        Nothing that the configuration names is called: to train, call this of the class that algo._target_ names.
+
+        Raises:
+            UserError: a combination of fields with which nothing can be trained.
+        """
         algo = config["algo"]
         stored = {name: algo[name] for field in fields(cls) if (name := field.name) in algo}
         stored |= {name: config[name] for name in ("inner_steps", "inner_lr", "recompute_steps") if name in config}
         zeroing = config.get("zeroing", algo["zeroing"])  # +zeroing=true|false overrides the algorithm's
-        return cls(**stored | {"zeroing": zeroing})
+        loop = cls(**stored | {"zeroing": zeroing, "target": algo.get("_target_")})
+        loop._check()
+        return loop
 
-    def __post_init__(self) -> None:
+    def evaluation(self, steps: int, zeroing: bool) -> "InnerLoop":
+        """The same adaptation to be evaluated; in first order, since the adapted parameters are the same."""
+        return replace(self, inner_steps=steps, first_order=True, zeroing=zeroing)
+
+    def _check(self) -> None:
         if self.explicit and (self.inner_steps != 1 or self.adapted != "head"):
             raise UserError(
                 f"inner_steps={self.inner_steps} algo.adapted={self.adapted}: the explicit loss of algo=contrastive is "
@@ -65,6 +76,11 @@ class InnerLoop:
             )
         if self.zeroing and self.makes_head:
             raise UserError(f"+zeroing=true: with algo.head={self.head} no head is learned that could be zeroed")
+        if (self.head == "own") != (self.target is not None):
+            raise UserError(
+                f"algo.head={self.head} algo._target_={shown(self.target)}: a head rule of your own needs both, "
+                "algo.head=own and as algo._target_ the class that has its initial_head"
+            )
 
     def initial_head(self, features: Any, labels: Any, ways: int) -> dict[str, Any]:
         """For one's own algorithm with head="own": where the head of each task starts, made from its support set.
@@ -129,13 +145,13 @@ class InnerLoop:
     @property
     def changes(self) -> dict[str, str]:
         """What differs from MAML: the algorithm's name, if it is the only change, and words for it beside others."""
-        own = type(self).__name__
+        own = (self.target or "").rsplit(".", 1)[-1]
         changes = {
             "ANIL": ("head only", self.adapted == "head"),
             "BOIL": ("encoder only", self.adapted == "encoder"),
             "UnicornMAML": ("one head vector", self.head == "shared"),
             "ProtoMAML": ("head from prototypes", self.head == "prototypes"),
-            own: (own, type(self) is not InnerLoop or self.head == "own"),
+            own: (own, self.target is not None),
             "MSL": (f"step losses for {self.step_losses}", self.step_losses is not None),
             "Meta-SGD": ("learned inner_lr", self.learned_inner_lr),
         }

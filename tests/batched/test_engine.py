@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HANG
-from examples import KNOBS, NETWORKS, assert_same, convolutional, draw, images_for, meta_gradient, prepared, vector
+from examples import (
+    KNOBS,
+    NETWORKS,
+    assert_same,
+    convolutional,
+    draw,
+    evaluations,
+    images_for,
+    loop,
+    meta_gradient,
+    prepared,
+    vector,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
@@ -241,7 +253,7 @@ def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, firs
     numbers = []
     for engine in (sequential.meta_gradient, partial(batched.meta_gradient, tasks_at_once=tasks)):
         with Count() as count:
-            engine(network, drawn, inner_lr=0.01, inner_steps=inner_steps, first_order=first_order)
+            engine(network, drawn, *loop(inner_lr=0.01, inner_steps=inner_steps, first_order=first_order))
         numbers.append(count.number)
     assert numbers[1] < share * numbers[0]
 
@@ -262,10 +274,7 @@ def test_the_memory_of_fomaml_does_not_grow_with_the_inner_steps(engine):
     network = conv4_strided(channels=1, size=28, ways=5, width=16)
     tasks = draw(tasks=4, ways=5, queries=8, shape=(1, 28, 28))
     tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
-    one, six = (
-        peak_bytes(partial(engine, network, tasks, inner_lr=0.1, inner_steps=steps, first_order=True))
-        for steps in (1, 6)
-    )
+    one, six = (peak_bytes(partial(engine, network, tasks, *loop(inner_lr=0.1, inner_steps=steps))) for steps in (1, 6))
     assert one > 4 * 5 * 8 * 16 * 13 * 13  # something was measured
     assert six < 1.05 * one
 
@@ -282,7 +291,7 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     knobs = {"first_order": first_order, **KNOBS}
     expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, **knobs)
     evaluation = {"inner_lr": 0.1, "steps": 3, "zeroing": (False, True)}
-    evaluated = sequential.step_accuracies(network, tasks, **evaluation)
+    evaluated = sequential.step_accuracies(network, tasks, *evaluations(**evaluation))
     torch.set_num_threads(3)
     several = partial(meta_gradient, batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
     found, (loss, accuracy) = several()
@@ -291,7 +300,8 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     assert torch.equal(accuracy, accuracies)
     again, _ = several()
     assert torch.equal(vector(again), vector(found))  # bit by bit: the order of the sum does not depend on who is first
-    assert torch.equal(batched.step_accuracies(network, tasks, tasks_at_once=tasks_at_once, **evaluation), evaluated)
+    found = batched.step_accuracies(network, tasks, *evaluations(**evaluation), tasks_at_once=tasks_at_once)
+    assert torch.equal(found, evaluated)
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
@@ -446,9 +456,9 @@ def assert_recorded_is_direct(build, execute, first_order, device, tensors=False
         torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
         assert torch.equal(accuracy, accuracies)
         for zeroing in ((True,), (False, True)):
-            evaluation = {"inner_lr": etas or 0.1, "steps": 2, "zeroing": zeroing, "tasks_at_once": 2}
-            plain = batched.step_accuracies(network, tasks, execute=one_by_one, **evaluation)
-            assert torch.equal(batched.step_accuracies(network, tasks, execute=execute, **evaluation), plain)
+            evaluate = partial(batched.step_accuracies, network, tasks, tasks_at_once=2)
+            call = evaluations(inner_lr=etas or 0.1, steps=2, zeroing=zeroing)
+            assert torch.equal(evaluate(*call, execute=execute), evaluate(*call, execute=one_by_one))
         optimizer.step()
     assert CudaGraphs.possible and len(execute._recorded) == 6  # two shapes of chunk; training and both evaluations
 

@@ -128,11 +128,11 @@ def test_the_ablations_train_otherwise(run, tmp_path):
 def test_more_than_one_inner_step_is_refused():
     build = NETWORKS["conv4_strided"]
     with pytest.raises(ValueError, match="inner_steps=2"):
-        explicit.meta_gradient(
+        meta_gradient(
+            explicit,
             convolutional(build, images_for(build)),
             images_for(build),
             inner_lr=0.1,
             inner_steps=2,
-            first_order=True,
             **EXPLICIT,
         )

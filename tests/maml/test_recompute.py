@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import outcome
+from examples import loop
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -31,11 +32,16 @@ FAMILY = {
     "zeroing": {"zeroing": True},
     "anil": {"adapted": "head"},
     "boil": {"adapted": "encoder"},
-    "protomaml": {"prototypes": True},
+    "protomaml": {"head": "prototypes"},
     "msl": {"step_losses": WEIGHTS},
     "metasgd": {"rates": True},
     "zeroing, msl, metasgd": {"zeroing": True, "step_losses": WEIGHTS, "rates": True},
-    "boil, protomaml, msl, metasgd": {"adapted": "encoder", "prototypes": True, "step_losses": WEIGHTS, "rates": True},
+    "boil, protomaml, msl, metasgd": {
+        "adapted": "encoder",
+        "head": "prototypes",
+        "step_losses": WEIGHTS,
+        "rates": True,
+    },
 }
 
 
@@ -62,7 +68,7 @@ def outer_gradient(engine, network: Network, tasks: Task, **knobs) -> tuple[Tens
     if "step_losses" in knobs:
         knobs["step_losses"] = torch.tensor(knobs["step_losses"])
     with dropping(network, position=7):
-        losses, _ = engine(network, tasks, **knobs)
+        losses, _ = engine(network, tasks, *loop(**knobs))
     return torch.cat([p.grad.flatten() for p in parameters]), losses
 
 

@@ -34,8 +34,10 @@ from examples import (
     each_network,
     each_order,
     each_way,
+    evaluations,
     gradients,
     images_for,
+    loop,
     meta_gradient,
     tiny,
 )
@@ -108,7 +110,7 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     assert_close(found, expected, 1e-10)
     torch.testing.assert_close(losses, closed.loss, rtol=1e-10, atol=0)
     evaluation = {"inner_lr": 0.4, "steps": inner_steps, "zeroing": (False, True), "adapted": "head"}
-    evaluated, zeroed = engine.step_accuracies(network, tasks, **evaluation)
+    evaluated, zeroed = engine.step_accuracies(network, tasks, *evaluations(**evaluation))
     assert torch.equal(evaluated[:, -1], accuracies)
     torch.testing.assert_close(zeroed[:, 0], torch.full((3,), 1 / 3))
 
@@ -141,7 +143,7 @@ def test_the_gradient_is_a_mean_over_tasks_and_is_added_to_what_is_there(engine,
     together, _ = meta_gradient(engine, network, tasks, **knobs)
     assert_close(together, mean, 1e-10)  # so no task has seen another's images or BatchNorm statistics
 
-    engine.meta_gradient(network, tasks, **knobs)  # without zero_grad
+    engine.meta_gradient(network, tasks, *loop(**knobs))  # without zero_grad
     assert_close(gradients(network), {name: 2 * value for name, value in mean.items()}, 1e-10)
 
 
@@ -166,7 +168,7 @@ def test_the_gradient_leaves_the_parameters_as_they_are(engine, first_order):
     tasks = images_for(build)
     network = convolutional(build, tasks)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    engine.meta_gradient(network, tasks, inner_lr=0.4, inner_steps=2, first_order=first_order)
+    engine.meta_gradient(network, tasks, *loop(inner_lr=0.4, inner_steps=2, first_order=first_order))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(p.is_leaf and p.requires_grad for p in network.parameters())
 
@@ -184,7 +186,7 @@ def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine,
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss, _ = engine.meta_gradient(network, tasks, inner_lr=0.1, inner_steps=1, first_order=first_order)
+        loss, _ = engine.meta_gradient(network, tasks, *loop(inner_lr=0.1, first_order=first_order))
         optimizer.step()
         losses.append(loss.mean().item())
     for name, value in network.state_dict().items():
@@ -197,14 +199,14 @@ def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine,
 
 FAMILY = {
     "boil": {"adapted": "encoder"},
-    "protomaml": {"prototypes": True},
-    "protomaml, head only": {"prototypes": True, "adapted": "head"},
+    "protomaml": {"head": "prototypes"},
+    "protomaml, head only": {"head": "prototypes", "adapted": "head"},
     "msl": {"step_losses": torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)},
     "metasgd": {"rates": True},
     "metasgd, head only": {"rates": True, "adapted": "head"},
     "all of it": {
         "adapted": "encoder",
-        "prototypes": True,
+        "head": "prototypes",
         "rates": True,
         "step_losses": torch.tensor([0.1, 0.0, 0.9], dtype=torch.float64),
     },
@@ -231,11 +233,11 @@ def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, firs
     knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
     expected, by_rate = np_family(network, tasks, **knobs)
     found, _ = meta_gradient(engine, network, tasks, **knobs)
-    if "prototypes" in member:
+    if "head" in member:
         assert not any(found.pop(name).any() or expected.pop(name).any() for name in ("head.weight", "head.bias"))
     assert_close(found, expected, 1e-10)
     if "rates" in member:
-        engine.meta_gradient(network, tasks, **knobs)  # adds to what is there
+        engine.meta_gradient(network, tasks, *loop(**knobs))  # adds to what is there
         assert_close(dict(enumerate(p.grad / 2 for p in knobs["inner_lr"])), dict(enumerate(by_rate)), 1e-10)
 
 
@@ -248,12 +250,12 @@ def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, m
     etas, _ = np_etas(network, knobs["inner_lr"], knobs.get("adapted", "all"))
     expected = []
     for zeroing in (False, True):
-        theta, prototypes = np_theta(tiny(zeroed=zeroing)), knobs.get("prototypes", False) and not zeroing
+        theta, prototypes = np_theta(tiny(zeroed=zeroing)), "head" in knobs and not zeroing
         each = (np_steps(theta, etas, task, 4, prototypes)[0] for task in np_tasks(tasks))
         expected.append(
             [[np_accuracy(at, *task[2:]) for at in passed] for passed, task in zip(each, np_tasks(tasks), strict=True)]
         )
-    found = engine.step_accuracies(network, tasks, steps=4, zeroing=(False, True), **knobs)
+    found = engine.step_accuracies(network, tasks, *evaluations(steps=4, zeroing=(False, True), **knobs))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
@@ -308,7 +310,7 @@ def test_with_a_zeroed_head_step_one_is_the_inner_product_prototype_classifier(e
             expected.append((predicted == query_labels).double().mean().item())
     assert 0.2 < np.mean(expected) < 1  # neither all wrong nor all right
     for inner_lr in (0.01, 0.4, 3.0):
-        (found,) = engine.step_accuracies(network, tasks, inner_lr=inner_lr, steps=1, zeroing=(True,))
+        (found,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=inner_lr, steps=1, zeroing=(True,)))
         np.testing.assert_allclose(found[:, 1].numpy(), expected, rtol=1e-6)
 
 
@@ -361,7 +363,7 @@ def test_how_often_an_evaluation_of_three_steps_encodes_the_images(engine, zeroi
     """Both modes begin with theta's features; from w = 0 the first step moves the head alone."""
     network, tasks, sizes = tiny(), draw(tasks=1, queries=4), []
     network.encoder.register_forward_hook(lambda encoder, images, features: sizes.append(len(features)))
-    engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=zeroing)
+    engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.4, steps=3, zeroing=zeroing))
     assert {size: sizes.count(size) for size in (3, 12)} == {3: support, 12: query}
 
 
@@ -374,7 +376,7 @@ def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
         [np_accuracy(np_adapted(theta, x, labels, 0.4, step), query, query_labels) for step in range(6)]
         for x, labels, query, query_labels in np_tasks(tasks)
     ]
-    (found,) = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=5, zeroing=(zeroing,))
+    (found,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.4, steps=5, zeroing=(zeroing,)))
     assert found.shape == (4, 6)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert len(set(found.flatten().tolist())) > 5  # they move from step to step and task to task
@@ -386,13 +388,13 @@ def test_the_engines_give_the_same_step_accuracies(build, shots):
     tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": (False, True)}
-    found = all_at_once.step_accuracies(network, tasks, **knobs)
-    assert torch.equal(found, sequential.step_accuracies(network, tasks, **knobs))
+    found = all_at_once.step_accuracies(network, tasks, *evaluations(**knobs))
+    assert torch.equal(found, sequential.step_accuracies(network, tasks, *evaluations(**knobs)))
     # After step 0 with zeroing all logits are zero, so all queries get one label.
     torch.testing.assert_close(found[1, :, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
     for mode, zeroing in enumerate((False, True)):  # what the modes share changes neither
         assert torch.equal(
-            all_at_once.step_accuracies(network, tasks, **knobs | {"zeroing": (zeroing,)})[0], found[mode]
+            all_at_once.step_accuracies(network, tasks, *evaluations(**knobs | {"zeroing": (zeroing,)}))[0], found[mode]
         )
 
 
@@ -403,7 +405,7 @@ def test_training_and_evaluation_adapt_alike(engine, build, first_order):
     """Step N of the evaluation, always first order, is where the training of either order arrives after N steps."""
     tasks = images_for(build, tasks=3, ways=5, shots=2, queries=6, spread=2.0)
     network = convolutional(build, tasks)
-    (evaluated,) = engine.step_accuracies(network, tasks, inner_lr=0.1, steps=3, zeroing=(False,))
+    (evaluated,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.1, steps=3, zeroing=(False,)))
     for steps in (1, 3):
         _, (_, accuracy) = meta_gradient(
             engine, network, tasks, inner_lr=0.1, inner_steps=steps, first_order=first_order
@@ -416,12 +418,12 @@ def test_training_and_evaluation_adapt_alike(engine, build, first_order):
 def test_evaluation_leaves_the_network_its_gradients_and_the_random_state(engine, build):
     tasks = images_for(build)
     network = convolutional(build, tasks)
-    engine.meta_gradient(network, tasks, inner_lr=0.1, inner_steps=1, first_order=True)
+    engine.meta_gradient(network, tasks, *loop(inner_lr=0.1))
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in network.named_parameters()}
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     mode = network.training
 
-    accuracies = engine.step_accuracies(network, tasks, inner_lr=0.4, steps=3, zeroing=(False, True))
+    accuracies = engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.4, steps=3, zeroing=(False, True)))
 
     assert not accuracies.requires_grad
     assert network.training == mode and torch.is_grad_enabled()

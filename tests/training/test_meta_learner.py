@@ -1,12 +1,13 @@
 """The LightningModule: which engine computes, and what is said when memory runs out."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, outcome, rows
-from examples import draw
+from examples import draw, loop
 from hydra.utils import instantiate
 from torch import nn
 from torch.func import functional_call
@@ -16,7 +17,7 @@ from fewshot.data.meta_batches import MetaData
 from fewshot.errors import UserError
 from fewshot.maml import sequential
 from fewshot.models.network import Network
-from fewshot.training import meta_learner
+from fewshot.training import choose_engine, meta_learner
 from fewshot.training.runtime import prepare
 
 BEGAN = ("iterations=2", "val_every=1")
@@ -38,7 +39,7 @@ def engine_of(folder):
 def test_engine_auto_is_a_rule_and_says_why(
     run, tmp_path, caplog, monkeypatch, threads, meta_batch_size, large, engine
 ):
-    monkeypatch.setattr(meta_learner, "LARGE", large)
+    monkeypatch.setattr(choose_engine, "LARGE", large)
     with caplog.at_level(logging.INFO):
         run(tmp_path, *BEGAN, f"threads={threads}", f"meta_batch_size={meta_batch_size}")
     said = [record.message for record in caplog.records if "engine=" in record.message]
@@ -188,9 +189,11 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
 def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engine, algo, twice):
     evaluate, calls = engine.step_accuracies, []
 
-    def evaluated(network, tasks, *, zeroing, **knobs):
-        calls.append((zeroing, evaluate(network, tasks, zeroing=(False, True), **knobs)))
-        return evaluate(network, tasks, zeroing=zeroing, **knobs)
+    def evaluated(network, tasks, evaluations, *rest, **how):
+        both = [replace(evaluations[0], zeroing=zeroing) for zeroing in (False, True)]
+        zeroing = tuple(evaluation.zeroing for evaluation in evaluations)
+        calls.append((zeroing, evaluate(network, tasks, both, *rest, **how)))
+        return evaluate(network, tasks, evaluations, *rest, **how)
 
     monkeypatch.setattr(engine, "step_accuracies", evaluated)
     # The later model counts as the better.
@@ -245,7 +248,7 @@ def test_an_error_in_the_inner_loop_is_the_error_that_is_raised():
     network, tasks = Network(torch.nn.Linear(2, 2), 2, 2), draw(ways=2, shape=(2,))
     network.register_forward_hook(lambda module, passed, out: Fails.apply(out))
     with pytest.raises(torch.OutOfMemoryError):
-        sequential.meta_gradient(network.double(), tasks, inner_lr=0.1, inner_steps=1, first_order=True)
+        sequential.meta_gradient(network.double(), tasks, *loop(inner_lr=0.1))
 
 
 def test_tf32_is_asked_for_or_off(monkeypatch):

@@ -6,7 +6,6 @@ steps of an evaluation; the parameters of adapted networks have a leading B.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,9 @@ from torch.func import functional_call, vmap
 from fewshot.batched.execution import Execute, Function, on_threads, one_by_one
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide
 from fewshot.data.task import Task, query_accuracy
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml.recompute import recomputed
-from fewshot.models.head import prototype_head
+from fewshot.models.head import initial_head
 from fewshot.models.resnet12 import drops
 
 Parameters = dict[str, Tensor]
@@ -27,33 +27,26 @@ OfImages = Callable[[Parameters, Tensor], Tensor]
 def meta_gradient(
     network: nn.Module,
     tasks: Task,
+    loop: InnerLoop,
+    eta: Sequence[Tensor] = (),
+    step_weights: Tensor | None = None,
     *,
-    inner_lr: float | Sequence[Tensor],
-    inner_steps: int,
-    first_order: bool,
-    zeroing: bool = False,
-    adapted: str = "all",
-    prototypes: bool = False,
-    step_losses: Tensor | None = None,
-    recompute_steps: bool = False,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
-        inner_lr, zeroing, adapted, prototypes, step_losses, recompute_steps: as in learner.py.
+        loop, eta, step_weights: as in maml/sequential.py.
         tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
-    knobs = {"inner_lr": inner_lr, "steps": inner_steps, "first_order": first_order, "zeroing": zeroing}
-    knobs |= {"adapted": adapted, "prototypes": prototypes, "recompute_steps": recompute_steps}
-    function = partial(_outer_gradient, step_losses=step_losses, **knobs)
+    function = partial(_outer_gradient, loop=loop, eta=tuple(eta), step_weights=step_weights)
     gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
-    parameters = [*network.parameters(), *_rates(inner_lr)]
+    parameters = [*network.parameters(), *eta]
     for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         gradient = gradient.view_as(parameter)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -63,14 +56,16 @@ def meta_gradient(
 def step_accuracies(
     network: nn.Module,
     tasks: Task,
+    evaluations: Sequence[InnerLoop],
+    eta: Sequence[Tensor] = (),
     *,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
-    **knobs: Any,
 ) -> Tensor:
-    """Query accuracy after every inner step 0 .. T, (modes, B, T + 1); knobs: as in learner.py."""
-    chunks = _run(partial(_step_logits, **knobs), network, tasks, tasks_at_once, execute)
-    logits = torch.cat([torch.stack(each).unflatten(0, (len(knobs["zeroing"]), -1)) for each in chunks], dim=2)
+    """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is."""
+    function = partial(_step_logits, evaluations=tuple(evaluations), eta=tuple(eta))
+    chunks = _run(function, network, tasks, tasks_at_once, execute)
+    logits = torch.cat([torch.stack(each).unflatten(0, (len(evaluations), -1)) for each in chunks], dim=2)
     labels = tasks.query_labels.expand(*logits.shape[:2], -1, -1)
     return query_accuracy(logits.flatten(0, 2), labels.flatten(0, 2)).view(labels.shape[:3]).transpose(1, 2)
 
@@ -90,32 +85,31 @@ def _run(
 
 
 def _outer_gradient(
-    network: nn.Module, tasks: Task, *, steps: int, step_losses: Tensor | None, **knobs: Any
+    network: nn.Module, tasks: Task, *, loop: InnerLoop, eta: Sequence[Tensor], step_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K)."""
     theta = _copies(network, len(tasks.support))
     outer = 0.0
     encode = cache(partial(_features, network, theta))
-    for step, query_logits in enumerate(_adapt(network, theta, tasks, encode, steps=steps, **knobs)):
-        if step == steps or (step > 0 and step_losses is not None):
+    for n, query_logits in enumerate(_adapt(network, theta, tasks, loop, eta, encode)):
+        if n == loop.inner_steps or (n > 0 and step_weights is not None):
             logits = query_logits()
             losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
-            outer = losses if step_losses is None else outer + step_losses[step - 1] * losses
-    leaves, rates = list(theta.values()), _rates(knobs["inner_lr"])
-    gradients = torch.autograd.grad(outer.sum(), [*leaves, *rates], materialize_grads=True)
+            outer = losses if step_weights is None else outer + step_weights[n - 1] * losses
+    leaves = list(theta.values())
+    gradients = torch.autograd.grad(outer.sum(), [*leaves, *eta], materialize_grads=True)
     summed = [*(each.sum(0) for each in gradients[: len(leaves)]), *gradients[len(leaves) :]]
     return torch.cat([each.flatten() for each in summed]), losses.detach(), logits.detach()
 
 
-def _step_logits(network: nn.Module, tasks: Task, *, zeroing: Sequence[bool], **knobs: Any) -> tuple[Tensor, ...]:
-    """The query logits of one mode after every inner step, then of the next: T + 1 times (B, Q, K) each.
-
-    First-order adaptation (the adapted parameters are the same); the network is left as it is.
-    """
+def _step_logits(
+    network: nn.Module, tasks: Task, *, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The query logits of one evaluation after every inner step, then of the next: T + 1 times (B, Q, K) each."""
     theta, logits = _copies(network, len(tasks.support)), []
     encode = cache(torch.no_grad()(partial(_features, network, theta)))
-    for zero in zeroing:
-        for query_logits in _adapt(network, theta, tasks, encode, first_order=True, zeroing=zero, **knobs):
+    for loop in evaluations:
+        for query_logits in _adapt(network, theta, tasks, loop, eta, encode):
             with torch.no_grad():
                 logits.append(query_logits())
     return tuple(logits)
@@ -131,30 +125,22 @@ def _adapt(
     network: nn.Module,
     initial: Parameters,
     tasks: Task,
+    loop: InnerLoop,
+    eta: Sequence[Tensor],
     encode: Callable[[Tensor], Tensor],
-    *,
-    inner_lr: float | Sequence[Tensor],
-    steps: int,
-    first_order: bool,
-    zeroing: bool,
-    adapted: str = "all",
-    prototypes: bool = False,
-    recompute_steps: bool = False,
 ) -> Iterator[Callable[[], Tensor]]:
-    """After inner step 0, 1, .. N: what computes the logits of the queries, (B, Q, K).
+    """After inner step 0, 1, .., N: yields the function that computes the logits of the queries, (B, Q, K).
 
-    encode: images (B, I, C, H, W) to their features at theta (B, I, d); each set of images passes it once.
+    encode: images (B, I, C, H, W) to their features at theta (B, I, d), which sees each set of images once.
     """
     # As a view, so that no inner gradient goes through the features of theta that the head was made of.
     theta = {name: p.view_as(p) for name, p in initial.items()}  # theta_n <- theta
     heads = [name for name in theta if name.startswith("head.")]
-    if zeroing:
-        theta |= {name: torch.zeros_like(theta[name]).requires_grad_() for name in heads}  # w <- 0
-    elif prototypes:
-        start = prototype_head(encode(tasks.support), tasks.support_labels, network.head.out_features)
-        theta |= {name: start[name.removeprefix("head.")].requires_grad_() for name in heads}
-    adapts = [name for name in theta if adapted == "all" or name.startswith(f"{adapted}.")]
-    rates, again = _rates(inner_lr), partial(recomputed, draws=drops(network))
+    own = {name.removeprefix("head."): theta[name] for name in heads}
+    start = initial_head(loop, own, encode, tasks.support, tasks.support_labels)
+    theta |= {f"head.{name}": w for name, w in start.items()}
+    adapts = [name for name in theta if loop.adapted in ("all", name.split(".")[0])]
+    again = partial(recomputed, draws=drops(network))
 
     def logits(theta: Parameters, images: Tensor) -> Tensor:
         return _outputs(network, theta, images)
@@ -164,26 +150,25 @@ def _adapt(
         return _outputs(network.head, head, encode(images))
 
     def moved(outputs: OfImages, names: list[str], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned inner_lr."""
+        """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned eta."""
         theta = dict(zip(initial, inputs, strict=False))
-        eta = dict(zip(adapts, inputs[len(theta) :] or [inner_lr] * len(adapts), strict=True))
+        rates = dict(zip(adapts, inputs[len(theta) :] or [loop.inner_lr] * len(adapts), strict=True))
         loss = _losses(outputs(theta, tasks.support), tasks.support_labels).sum()
-        gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not first_order)
-        return [theta[name] - eta[name] * g for name, g in zip(names, gradients, strict=True)]
+        gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not loop.first_order)
+        return [theta[name] - rates[name] * g for name, g in zip(names, gradients, strict=True)]
 
     def query_logits_from(inputs: Sequence[Tensor]) -> Tensor:
         return logits(dict(zip(initial, inputs, strict=True)), tasks.query)
 
     yield partial(at_theta, theta, tasks.query)
-    for step in range(1, steps + 1):
-        by_zero = adapted == "all" and zeroing and step == 1  # (P - T) w = 0: the encoder stays
-        head_alone = by_zero or adapted == "head"
+    for n in range(1, loop.inner_steps + 1):
+        head_alone = loop.adapted == "head" or (loop.zeroing and loop.adapted == "all" and n == 1)  # (P - T) w = 0
         outputs, names = (at_theta, heads) if head_alone else (logits, adapts)
-        inputs, move = [*theta.values(), *rates], partial(moved, outputs, names)
-        if recompute_steps and not first_order and not head_alone:  # the graph of the head alone is small
+        inputs, move = [*theta.values(), *eta], partial(moved, outputs, names)
+        if loop.recompute_steps and not loop.first_order and not head_alone:  # the graph of the head alone is small
             theta = theta | dict(zip(names, again(move, inputs), strict=True))
             before_the_last = partial(again, query_logits_from, list(theta.values()))
-            yield before_the_last if step < steps else partial(outputs, theta, tasks.query)
+            yield before_the_last if n < loop.inner_steps else partial(outputs, theta, tasks.query)
         else:
             theta = theta | dict(zip(names, move(inputs), strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
             yield partial(outputs, theta, tasks.query)
@@ -194,11 +179,6 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
         name: p.detach().expand(tasks, *p.shape).clone(memory_format=torch.contiguous_format).requires_grad_()
         for name, p in network.named_parameters()
     }
-
-
-def _rates(inner_lr: float | Sequence[Tensor]) -> list[Tensor]:
-    """The inner_lr that are learned."""
-    return [] if isinstance(inner_lr, float | int) else list(inner_lr)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: B tasks, S support and Q query images per task, d features, K ways, N in
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss, sequential
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
@@ -72,8 +72,7 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     zero, more_steps = zeroed(network), {"inner_lr": inner_lr, "inner_steps": inner_steps}
     given = features(zero, tasks)
     later = contrastive_coefficients(*given, **more_steps)[1:]  # C^(p), p >= 1
-    steps = {"steps": inner_steps, "first": inner_steps}
-    q = sequential.step_logits(zero, tasks, inner_lr=inner_lr, **steps, zeroing=False, adapted="head")[:, 0]
+    q = _logits_after(zero, tasks, InnerLoop(inner_steps, inner_lr, first_order=True, adapted="head"))
     full, head_only = (
         _encoder_gradient(zero, sequential.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
         for adapted in ("all", "head")
@@ -92,8 +91,8 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     )
     one_step = {"inner_lr": inner_lr, "inner_steps": 1, "first_order": False}
     exact = _encoder_gradient(network, sequential.meta_gradient, tasks, **one_step, adapted="head")
-    explicit = partial(explicit_loss.meta_gradient, noise=True, interference=True)
-    papers = _encoder_gradient(network, explicit, tasks, **one_step)
+    terms = {"noise": True, "interference": True}
+    papers = _encoder_gradient(network, explicit_loss.meta_gradient, tasks, **one_step, **terms)
     with torch.no_grad():
         P = network.head(given.support).softmax(-1)
     found = {
@@ -115,8 +114,8 @@ def _one_vector(zero: Network, tasks: Task, given: Features, inner_lr: float) ->
     with torch.no_grad():
         shared.head.weight.copy_(F.normalize(given.support[0, :1]).expand_as(shared.head.weight))
     from_zero, from_one = (
-        sequential.step_logits(each, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False).softmax(-1)
-        for each in (zero, shared)
+        _logits_after(network, tasks, InnerLoop(1, inner_lr, first_order=True)).softmax(-1)
+        for network in (zero, shared)
     )
     return Check(_largest(from_one - from_zero), ROUNDING)
 
@@ -124,7 +123,7 @@ def _one_vector(zero: Network, tasks: Task, given: Features, inner_lr: float) ->
 def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) -> dict[str, Check]:
     """c_qs = 1[t=u] - q_t, with q as the program predicts it, and its sign."""
     (c,) = contrastive_coefficients(*given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
-    q = sequential.step_logits(zero, tasks, inner_lr=inner_lr, steps=1, first=1, zeroing=False)[:, 0].softmax(-1)
+    q = _logits_after(zero, tasks, InnerLoop(1, inner_lr, first_order=True)).softmax(-1)
     undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
     off = (((c > 0) != given.same_class()) & ~undecided).double().mean().item()
     return {
@@ -136,14 +135,14 @@ def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) 
 def _explicit_loss(zero: Network, tasks: Task, inner_lr: float) -> dict[str, Check]:
     """The encoder's gradient by full MAML, by head-only MAML and by the explicit loss l(q), in both orders."""
     found = {}
-    l_q = partial(explicit_loss.meta_gradient, noise=False, interference=False)
+    terms = {"noise": False, "interference": False}
     for order, first_order in (("fomaml", True), ("somaml", False)):
         knobs = {"inner_lr": inner_lr, "inner_steps": 1, "first_order": first_order}
         full, head_only = (
             _encoder_gradient(zero, sequential.meta_gradient, tasks, **knobs, adapted=adapted)
             for adapted in ("all", "head")
         )
-        explicit = _encoder_gradient(zero, l_q, tasks, **knobs)
+        explicit = _encoder_gradient(zero, explicit_loss.meta_gradient, tasks, **knobs, **terms)
         found[f"{order}_is_the_explicit_loss"] = Check(_relative(explicit, full), GRADIENT)
         found[f"full_{order}_is_head_only"] = Check(_relative(head_only, full), GRADIENT)
     return found
@@ -173,10 +172,10 @@ def _predictions(zero: Network, tasks: Task, given: Features, inner_lr: float) -
     scores = given.prototype_scores()
 
     def apart(eta: float) -> float:
-        logits = sequential.step_logits(zero, tasks, inner_lr=eta, steps=1, zeroing=False)
-        return 1 - agreement(scores, logits[:, 1]).double().mean().item()
+        logits = _logits_after(zero, tasks, InnerLoop(1, eta, first_order=True))
+        return 1 - agreement(scores, logits).double().mean().item()
 
-    untaught = sequential.step_logits(zero, tasks, inner_lr=inner_lr, steps=0, zeroing=False)[:, 0]
+    untaught = _logits_after(zero, tasks, InnerLoop(0, inner_lr, first_order=True))
     right = (untaught.argmax(-1) == tasks.query_labels).sum().item()
     K, queries = zero.head.out_features, tasks.query_labels.numel()
     return {
@@ -197,12 +196,13 @@ def _split(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
     return found
 
 
-def _through_the_features(network: Network, tasks: Task, **knobs: float | bool) -> None:
+def _through_the_features(network: Network, tasks: Task, loop: InnerLoop) -> None:
     """Adds to .grad what <[dL/dPhi_Q], Phi_Q> + <[dL/dPhi_S], Phi_S> gives the encoder, and the head's own (2.5)."""
     head, tasks_given = network.head, len(tasks.support)
     phi_S, phi_Q = encode(network, tasks.support), encode(network, tasks.query)
     closed = closed_form_gradients(
-        *(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, head.weight, head.bias), **knobs
+        *(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, head.weight, head.bias),
+        **{"inner_lr": loop.inner_lr, "inner_steps": loop.inner_steps, "first_order": loop.first_order},
     )
     (((closed.query_features * phi_Q).sum() + (closed.support_features * phi_S).sum()) / tasks_given).backward()
     head.weight.grad = closed.weight.mean(0)
@@ -215,10 +215,15 @@ def _without_noise(given: Features, q: Tensor) -> Tensor:
     return given.same_class().double() - q.gather(-1, given.support_labels[:, None].expand(-1, q.shape[1], -1))
 
 
+def _logits_after(network: Network, tasks: Task, loop: InnerLoop) -> Tensor:
+    """The queries' logits after the last inner step, (B, Q, K)."""
+    return sequential.step_logits(network, tasks, loop, first=loop.inner_steps)[:, 0]
+
+
 def _gradient(network: Network, meta_gradient: Callable, tasks: Task, **knobs: float | bool | str) -> Tensor:
     """What meta_gradient adds to .grad, as one vector, the head's part last."""
     network.zero_grad(set_to_none=True)
-    meta_gradient(network, tasks, **knobs)
+    meta_gradient(network, tasks, InnerLoop(**knobs))
     parts = [p.grad.flatten() for module in (network.encoder, network.head) for p in module.parameters()]
     network.zero_grad(set_to_none=True)
     return torch.cat(parts)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.evidence.identities import ROUNDING
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.network import Network
 from fewshot.theory.class_similarity import class_similarities
@@ -181,9 +182,8 @@ def prototypes(
         "accuracy": (scores.argmax(-1) == tasks.query_labels).double().mean().item(),
     }
     for name, zeroing in (("this_head", False), ("zeroed_head", True)):
-        logits = sequential.step_logits(
-            network, tasks, inner_lr=inner_lr, steps=steps, zeroing=zeroing, adapted=adapted
-        )  # (B, T + 1, Q, K)
+        loop = InnerLoop(steps, inner_lr, first_order=True, zeroing=zeroing, adapted=adapted)
+        logits = sequential.step_logits(network, tasks, loop)  # (B, T + 1, Q, K)
         found[name] = agreement(scores[:, None].expand_as(logits), logits)[:, 1:].double().mean((0, 2)).tolist()
     return found
 

@@ -3,39 +3,41 @@
 Shapes: B tasks, S support and Q query images per task, d features, K ways.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fewshot.data.task import Task, query_accuracy
+from fewshot.inner_loop import InnerLoop
 from fewshot.theory.closed_forms import adapted_logits, closed_form_gradients, explicit_loss
 
 
 def meta_gradient(
     network: nn.Module,
     tasks: Task,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-    first_order: bool,
-    noise: bool,
-    interference: bool,
+    loop: InnerLoop,
+    eta: Sequence[Tensor] = (),
+    step_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
 
     With noise and interference, one inner step and first order that is head-only MAML's outer gradient (method.md 2.4);
-    second order for a zero head only. Returns the query loss and accuracy after the inner step, (B,) each.
+    second order for a zero head only. InnerLoop refuses eta and step_weights here. Returns the query loss and accuracy
+    after the inner step, (B,) each.
 
     Raises:
         ValueError: more than one inner step.
     """
-    if inner_steps != 1:
-        raise ValueError(f"inner_steps={inner_steps}: the explicit loss is that of one inner step")
+    if loop.inner_steps != 1:
+        raise ValueError(f"inner_steps={loop.inner_steps}: the explicit loss is that of one inner step")
     head, losses, logits = network.head, [], []
+    terms = {"noise": loop.noise, "interference": loop.interference}
     for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
         phi_S, phi_Q = network.encoder(task.support), network.encoder(task.query)
         given = (phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
-        one_step = {"inner_lr": inner_lr, "inner_steps": 1}
-        loss = explicit_loss(*given, inner_lr=inner_lr, first_order=first_order, noise=noise, interference=interference)
+        one_step = {"inner_lr": loop.inner_lr, "inner_steps": 1}
+        loss = explicit_loss(*given, inner_lr=loop.inner_lr, first_order=loop.first_order, **terms)
         (loss / len(tasks.support)).backward()
         closed = closed_form_gradients(*given, **one_step, first_order=True)
         for parameter, gradient in ((head.weight, closed.weight), (head.bias, closed.bias)):

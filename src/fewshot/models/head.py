@@ -1,11 +1,40 @@
 """What becomes of the linear head before the inner loop begins, in training and in a task.
 
-Shapes: S support images, K ways, d features.
+Shapes: ... any leading task dimensions, S support images, K ways, d features.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fewshot.errors import UserError
+from fewshot.inner_loop import InnerLoop
+
+
+def initial_head(
+    loop: InnerLoop, head: dict[str, Tensor], encode: Callable[[Tensor], Tensor], support: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """What stands in for the network's own head when the inner loop of a task begins; empty: nothing does.
+
+    Args:
+        head: the network's own, weight (..., K, d) and perhaps bias (..., K).
+        encode: images to their features at theta. No inner gradient goes through these, since theta_n is a copy.
+        support, labels: the images (..., S, C, H, W) and their labels (..., S).
+    """
+    if loop.zeroing:
+        return {name: torch.zeros_like(w).requires_grad_() for name, w in head.items()}  # w <- 0
+    if not loop.makes_head:
+        return {}
+    make = prototype_head if loop.head == "prototypes" else loop.initial_head
+    made = make(encode(support), labels, head["weight"].shape[-2])
+    for name, w in head.items():
+        if name not in made or made[name].shape != w.shape:
+            shape = tuple(made[name].shape) if name in made else "missing"
+            made_by = f"algo.head={loop.head}: {type(loop).__name__}.initial_head"
+            raise UserError(f"{made_by}: its {name} is {shape}; it must be {tuple(w.shape)}, as the network's own head")
+    return {name: made[name].requires_grad_() for name in head}
 
 
 def zero_head(head: nn.Linear) -> None:

@@ -68,7 +68,7 @@ def predict(
         model = load(model)
     steps = model.config["inner_steps"] if steps is None else integer("steps", str(steps), 1)
     zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
-    if zeroing and model.learner.adapted == "encoder":
+    if zeroing and model.learner.loop.adapted == "encoder":
         raise UserError("test_zeroing=true: this model adapts all but the head, which would stay zero; use false")
     classes, shots = tuple(support), [len(images) for images in support.values()]
     if len(classes) < 2:
@@ -102,8 +102,10 @@ def _with_ways(learner: "MetaLearner", ways: int, zeroing: bool) -> "MetaLearner
     rows = len(learner.network.head.weight)
     if ways == rows:
         return learner
-    if ways > rows and not zeroing and learner.head == "learned":
-        remedy = ", or test_zeroing=true, which lets all rows begin at zero" if learner.adapted != "encoder" else ""
+    if ways > rows and not zeroing and learner.loop.head == "learned":
+        remedy = (
+            ", or test_zeroing=true, which lets all rows begin at zero" if learner.loop.adapted != "encoder" else ""
+        )
         raise UserError(
             f"test_zeroing=false: support has {ways} classes, the head {rows} rows, each learned for a label of the "
             f"training tasks, and none for label {rows}; give at most {rows} classes{remedy}"

@@ -100,13 +100,13 @@ class Record(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["iteration"]))
         if validate:
-            self._write(trainer, row, row[f"val/query_accuracy/step_{module.inner_steps}"])
+            self._write(trainer, row, row[f"val/query_accuracy/step_{module.loop.inner_steps}"])
 
     def _evaluated(self, split: str, trainer: pl.Trainer, module: pl.LightningModule, tasks: int) -> dict[str, float]:
         """The per-step accuracies under the names of metrics.csv and W&B."""
         results = module.evaluate(trainer.datamodule.fixed(split, tasks))
         start = "lower outer_lr" if trainer.global_step else "lower init_scale, or check dataset.mean and dataset.std"
-        if what := diverged(results, module.inner_steps, start):
+        if what := diverged(results, module.loop.inner_steps, start):
             raise self._diverged(f"{split} at iteration {trainer.global_step}: {what}")
         return {
             f"{split}{MODES[mode]}/query_accuracy/step_{step}": accuracy

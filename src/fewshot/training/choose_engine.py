@@ -1,0 +1,103 @@
+"""Which engine computes a run, and what is said when its memory runs out."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from fewshot.batched import engine as batched
+from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.data.task import Task
+from fewshot.errors import UserError
+from fewshot.inner_loop import InnerLoop
+from fewshot.maml import explicit_loss
+from fewshot.models.resnet12 import drops
+
+log = logging.getLogger(__name__)
+
+LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory back to the system every time
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to compute the numbers of maml/sequential.py, whose functions these two are called like."""
+
+    name: str  # sequential, or batched
+    meta_gradient: Callable[..., tuple[Tensor, Tensor]]
+    step_accuracies: Callable[..., Tensor]
+    tasks_at_once: int | None = 1  # None: as many as there are CPU threads, on a GPU all
+
+    @contextmanager
+    def one_line_out_of_memory(self, tasks: Task, remedy: str = "") -> Iterator[None]:
+        """Inside, an error for want of memory becomes a UserError that names the knob to lower.
+
+        remedy: what may help besides, said first.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            wants_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not wants_memory and "can't allocate memory" not in str(error):
+                raise
+            device = tasks.support.device
+            default = torch.get_num_threads() if device.type == "cpu" else sys.maxsize
+            together = min(len(tasks.support), self.tasks_at_once or default)
+            lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
+            raise UserError(f"engine={self.name}: out of memory on {device}; {remedy}lower {lower}") from error
+
+
+def sequential_engine() -> Engine:
+    from fewshot.maml import sequential  # learn2learn takes its time to import
+
+    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies)
+
+
+def choose_engine(
+    asked: str, network: nn.Module, loop: InnerLoop, tasks_at_once: int | None, trainer: pl.Trainer
+) -> Engine:
+    """The engine of a run.
+
+    Args:
+        asked: "sequential" (learn2learn, task after task), "batched" (all tasks at once) or "auto", by a rule that
+            docs/performance.md has the measurements for; the gradients are the same.
+        tasks_at_once: of the batched engine.
+    """
+    device, name = trainer.strategy.root_device.type, asked
+    if asked == "auto":
+        name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, trainer)
+        log.info(f"engine=auto: {name} ({reason})")
+    if name == "sequential":
+        engine = sequential_engine()
+    else:
+        how = {"tasks_at_once": tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
+        engine = Engine(
+            name, partial(batched.meta_gradient, **how), partial(batched.step_accuracies, **how), tasks_at_once
+        )
+        if drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order)):
+            # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
+            engine = replace(engine, meta_gradient=partial(batched.meta_gradient, **how | {"execute": one_by_one}))
+    return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
+
+
+def _engine_on_a_cpu(network: nn.Module, trainer: pl.Trainer) -> tuple[str, str]:
+    """Which, and why: one task per thread, unless there is but one or its tensors are large."""
+    data, precision, numbers = trainer.datamodule, trainer.precision_plugin, [0]
+    if torch.get_num_threads() == 1 or data.meta_batch_size == 1:
+        return "sequential", "one thread" if torch.get_num_threads() == 1 else "one task"
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output: numbers.append(output.numel()))
+        for layer in network.modules()
+    ]
+    with torch.no_grad(), precision.forward_context():
+        network(precision.convert_input(data.samplers["train"](0, 1)).query[0])
+    for hook in hooks:
+        hook.remove()
+    if max(numbers) > LARGE:
+        return "sequential", f"a layer's output has {max(numbers) / 1e6:.1f} million numbers, above {LARGE / 1e6:g}"
+    return "batched", f"{torch.get_num_threads()} threads"
