@@ -50,8 +50,8 @@ ENV HOME=/home/fewshot \
     WANDB_MODE=offline
 USER 1000
 VOLUME ["/data", "/outputs"]
-# The whole path: Apptainer starts in the caller's folder, not in /app.
-ENTRYPOINT ["python", "/app/train.py"]
+# By its module's name: Apptainer starts in the caller's folder, not in /app.
+ENTRYPOINT ["python", "-m", "fewshot.train"]
 ARG BASE
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fewshot" \

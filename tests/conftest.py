@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-import train
+from fewshot import train
 from fewshot.config.resolvers import CONF
 from fewshot.config.tree import GROUPS
 from fewshot.processes.signals import Signals
@@ -157,7 +157,7 @@ def _runner(cache: Path) -> Callable[..., Path]:
             {o.split("=")[0]: o for o in (*base, f"dataset.cache={cache}", "logger=none", *overrides)}.values()
         )
         with Signals() as signals, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fewshot.training.checkpoint.compose", lambda name, overrides: composed(*overrides))
+            patch.setattr("fewshot.training.resume.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
                 patch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
             train.run(composed(*overrides), list(overrides), folder, signals)

@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
+from fewshot import train  # noqa: E402
 from fewshot.data import meta_batches as data_module  # noqa: E402, F401
 from fewshot.results import record_files  # noqa: E402, F401  what train.py imports late
 

@@ -34,8 +34,9 @@ from fewshot.results import record_files
 from fewshot.sweep import settings as grouped
 from fewshot.sweep import tables
 from fewshot.training import checkpoint
-from fewshot.training.checkpoint_file import refuse_unresumable
+from fewshot.training.checkpoint import refuse_unresumable
 from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.resume import find_start
 
 MADE = Path(__file__).parent / "fixtures" / "a43819a"
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
@@ -192,7 +193,7 @@ def test_checkpoints_with_another_call(folder, config, override):
     torch.save({**last(), "fewshot": described}, folder / "mutated.ckpt")
     asked = [f"checkpoint={folder / 'mutated.ckpt'}", "fit=false"]
     with bounded():
-        checkpoint.find_start(config(*asked), asked, folder / "test")
+        find_start(config(*asked), asked, folder / "test")
 
 
 @cache

@@ -24,7 +24,7 @@ from PIL import Image
 from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
 from fewshot.processes import ranks
-from fewshot.training import checkpoint
+from fewshot.training import checkpoint, resume
 from fewshot.training.wandb_run import wandb_logger
 
 
@@ -104,9 +104,9 @@ def test_the_last_offline_folder_of_a_continued_run_has_all_that_it_logged(tmp_p
 
 def test_another_dataset_leaves_the_knobs_of_the_first_behind():
     trained = ["dataset=folder", "dataset.root=photos", "dataset.size=28", "seed=1", "+zeroing=true"]
-    merged = checkpoint._merged(trained, ["dataset=glyphs", "seed=2", "fit=false"])
+    merged = resume._merged(trained, ["dataset=glyphs", "seed=2", "fit=false"])
     assert sorted(merged) == ["+zeroing=true", "dataset=glyphs", "fit=false", "seed=2"]
-    kept = checkpoint._merged(trained, ["dataset=folder", "dataset.root=elsewhere", "+zeroing=false"])
+    kept = resume._merged(trained, ["dataset=folder", "dataset.root=elsewhere", "+zeroing=false"])
     assert sorted(kept) == ["+zeroing=false", "dataset.root=elsewhere", "dataset.size=28", "dataset=folder", "seed=1"]
 
 
@@ -190,7 +190,7 @@ def test_a_run_keeps_the_number_that_the_yaml_files_gave_when_it_began(run, conf
     path = folder / "checkpoints" / "last.ckpt"
 
     def goes_on(*overrides):
-        return checkpoint.find_start(config(*overrides), list(overrides), folder).cfg.algo.step_losses
+        return resume.find_start(config(*overrides), list(overrides), folder).cfg.algo.step_losses
 
     with pytest.raises(UserError, match=r"algo.step_losses=300: .* was trained with algo.step_losses=3;"):
         goes_on(*call)  # the call that began the run names it
@@ -288,12 +288,12 @@ def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tm
 )
 def test_where_a_test_runs_and_whom_it_trusts_is_for_the_call_alone_to_say(config, trained, tmp_path, brought):
     test = foreign(trained, tmp_path, brought)
-    cfg = checkpoint.find_start(config(*test), list(test), tmp_path / "test").cfg
+    cfg = resume.find_start(config(*test), list(test), tmp_path / "test").cfg
     assert cfg.trainer.devices == 1 and not {"strategy", "num_nodes"} & set(cfg.trainer)
     assert cfg.model.width == 32 and cfg.dataset.other_split is False and not cfg.dataset.get("trust")
     test = foreign(trained, tmp_path, ["dataset={other_split: true}"])
     with pytest.raises(UserError, match=r"its call has dataset=\{other_split: true\}"):
-        checkpoint.find_start(config(*test), list(test), tmp_path / "test")
+        resume.find_start(config(*test), list(test), tmp_path / "test")
 
 
 LEVELS = ", ".join(f"a{n}: ${{model.module.a{n - 1}}}${{model.module.a{n - 1}}}" for n in range(1, 26))
@@ -318,18 +318,18 @@ def test_what_a_checkpoint_would_make_of_other_values_is_refused_unless_it_is_on
     with pytest.raises(
         UserError, match=r"its call has {0}=.*; name {0} in this call too$".format(re.escape(key))
     ) as error:
-        checkpoint.find_start(config(*test), list(test), tmp_path / "test")
+        resume.find_start(config(*test), list(test), tmp_path / "test")
     assert "\n" not in str(error.value)
     if key == "dataset.origin":
         asked = [*test, "dataset.origin=mine"]
-        cfg = checkpoint.find_start(config(*asked), asked, tmp_path / "test").cfg
+        cfg = resume.find_start(config(*asked), asked, tmp_path / "test").cfg
         assert cfg.test_every == 7 and cfg.dataset.origin == "mine"
 
 
 def test_a_model_that_was_trained_without_a_logger_is_tested_with_one(config, trained, tmp_path):
     asked = (f"checkpoint={trained / 'checkpoints' / 'best.ckpt'}", "fit=false", "logger.mode=offline")
     asked = [*asked, "logger.project=tests"]
-    cfg = checkpoint.find_start(config(*asked), asked, tmp_path / "test").cfg
+    cfg = resume.find_start(config(*asked), asked, tmp_path / "test").cfg
     assert cfg.logger.mode == "offline" and cfg.logger.project == "tests"
 
 

@@ -32,7 +32,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[1])
-COMMANDS = {"train": "train", "evidence": "fewshot.evidence.__main__"}
+COMMANDS = {"train": "fewshot.train", "evidence": "fewshot.evidence.__main__"}
 COMMANDS |= {name: f"fewshot.{name}.__main__" for name in ("data", "predict", "sweep")}
 
 for command, *arguments in json.loads(sys.argv[2]):

@@ -17,7 +17,7 @@ from fewshot.data import images
 from fewshot.data.images import decode
 from fewshot.data.sources import folder
 from fewshot.errors import UserError, shown
-from fewshot.training.checkpoint import refuse_difference
+from fewshot.training.resume import refuse_difference
 
 HOW = {"size": 16, "channels": 3, "resample": Image.Resampling.BILINEAR}
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -19,7 +19,7 @@ from examples import NETWORKS, convolutional, images_for
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-import train
+from fewshot import train
 from fewshot.config.resolvers import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError

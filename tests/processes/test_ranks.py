@@ -17,7 +17,7 @@ import torch
 from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
-import train
+from fewshot import train
 from fewshot.config.check import check
 from fewshot.config.resolvers import CONF
 from fewshot.data import meta_batches as data_module  # noqa: F401
@@ -79,7 +79,7 @@ def fork(folder, cache, *runs):
     """Runs (name, world, overrides): each by `world` processes, into folder/name."""
     folder.mkdir()
     call = [sys.executable, __file__, folder, cache, *(str(word) for run in runs for word in run)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     subprocess.run(call, check=True, env=os.environ | {"PYTHONPATH": path})
 
 
@@ -154,7 +154,7 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     process = program(*call, halting=True)
     halt_when(process, lambda: any(read(path)["global_step"] >= 5 for path in sweep.glob("*/checkpoints/last.ckpt")))
     children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "train.py" in line]
+    ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "-m fewshot.train" in line]
     environment = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
     (victim,) = (pid for pid, has in zip(ranks, environment, strict=True) if b"RANK=1" in has)
     os.kill(victim, signal.SIGKILL)

@@ -268,8 +268,8 @@ class Scaled(Network):
 def test_a_network_that_does_more_than_its_encoder_and_head_is_refused(config):
     """Its features would be taken for what the head is given."""
     cfg = config("model.width=8")
-    cfg.model.network = {"_target_": "test_module.scaled"}
-    with pytest.raises(UserError, match=r"^model.network=test_module.scaled: its forward is not head\(encoder"):
+    cfg.model.network = {"_target_": "test_meta_learner.scaled"}
+    with pytest.raises(UserError, match=r"^model.network=test_meta_learner.scaled: its forward is not head\(encoder"):
         meta_learner.MetaLearner.from_config(cfg, "sequential")
 
 

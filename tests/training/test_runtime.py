@@ -33,17 +33,17 @@ def test_a_package_is_hidden_for_a_while_unless_it_was_imported_before(tmp_path,
 
 
 @pytest.mark.parametrize(("target", "hidden"), [("fewshot.training.record.Record", True), ("mine.Callback", False)])
-def test_what_a_class_of_ones_own_may_use_is_not_hidden(config, monkeypatch, target, hidden):
+def test_what_a_class_of_ones_own_may_use_is_not_hidden(config, monkeypatch, tmp_path, target, hidden):
     cfg = config()
     cfg.callbacks.record._target_ = target
     asked = []
     monkeypatch.setattr(runtime, "not_found", lambda *names: asked.extend(names) or nullcontext())
-    runtime.import_lightning(cfg)
+    runtime.import_lightning(cfg, tmp_path)
     assert ("scipy" in asked) is hidden
 
 
 def test_a_gpu_that_is_not_there_is_told_before_lightning_is_imported(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "import_lightning", lambda cfg: pytest.fail("it was to be imported"))
+    monkeypatch.setattr(runtime, "import_module", lambda name: pytest.fail("it was to be imported"))
     with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: there is no CUDA GPU here; use trainer=cpu"):
         run(tmp_path, "trainer=gpu")

@@ -25,7 +25,7 @@ from fewshot.config.command import one_line_errors
 from fewshot.config.resolvers import CONF
 from fewshot.config.tree import GROUPS, given_overrides
 from fewshot.errors import UserError, nearest, one_line
-from fewshot.paths import checkpoint_file
+from fewshot.paths import at_home, checkpoint_file
 
 
 def hydra_command(
@@ -50,6 +50,7 @@ def hydra_command(
     @wraps(task)
     def main() -> None:
         with one_line_errors():
+            sys.argv[1:] = at_home(sys.argv[1:])
             asked = _arguments(sys.argv[1:])
             if not (asked.help or asked.hydra_help or asked.shell_completion):
                 check_overrides(asked.overrides)

@@ -28,7 +28,6 @@ from fewshot.config.command import one_line_errors
 from fewshot.config.refusals import hydra_command
 from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
-from fewshot.paths import at_home
 
 log = logging.getLogger(__name__)
 
@@ -59,35 +58,24 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     """Measures the model of cfg.checkpoint and writes figures, evidence.json and report.html into `folder`."""
     began = time.monotonic()
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
-    from hydra.utils import instantiate
-
-    from fewshot.data.meta_batches import MetaData
     from fewshot.data.task import Task
     from fewshot.evidence import write
     from fewshot.evidence.identities import identities, limits
     from fewshot.evidence.measures import measure
-    from fewshot.training import checkpoint
-    from fewshot.training.ddp import cluster
-    from fewshot.training.meta_learner import MetaLearner
-    from fewshot.training.runtime import prepare
+    from fewshot.training.resume import find_start
+    from fewshot.training.run import Run
 
-    start = checkpoint.find_start(cfg, overrides, folder)
+    start = find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
     if cfg.algo.head == "prototypes" or cfg.algo.adapted == "encoder" or cfg.algo.learned_inner_lr:
         raise UserError(f"checkpoint={start.path}: the theory is of a learned head that adapts with one inner_lr")
-    precision = prepare(
-        seed=cfg.seed, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision=cfg.trainer.precision
-    )
-    module = MetaLearner.from_config(cfg, start.engine)
-    start.check_fits(module)
-    initial, network = (copy.deepcopy(module.network).double() for _ in range(2))
+    measured = Run.build(start)
+    initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))
     network.load_state_dict({name.removeprefix("network."): w for name, w in start.content["state_dict"].items()})
-    data = MetaData.from_config(cfg)
-    start.check_split(data.manifest)
-    tasks = data.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
+    tasks = measured.tasks.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     few, knobs = Task(*(field[:GRADIENT_TASKS] for field in tasks)), {"inner_lr": cfg.inner_lr}
     log.info(f"measuring the identities on {len(few.support)} tasks, the features on {len(tasks.support)}")
@@ -98,18 +86,11 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
         **measure(network, tasks, initial=initial, **knobs, **steps, adapted=cfg.algo.adapted),
     }
     log.info(f"testing on {cfg.test_tasks} tasks")
-    trainer = instantiate(
-        cfg.trainer,
-        precision=precision,
-        logger=False,
-        plugins=[checkpoint.AtomicCheckpointIO(), cluster()],
-        default_root_dir=folder,
-    )
-    trainer.test(module, data, ckpt_path=start.path, weights_only=True, verbose=False)
+    measured.test()
     write.write(
         folder,
         found,
-        module.tested["test"],
+        measured.learner.tested["test"],
         tasks,
         start=start,
         gradient_tasks=len(few.support),
@@ -122,7 +103,6 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         raise SystemExit
-    sys.argv[1:] = at_home(sys.argv[1:])
     # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
     overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
     first = next(overrides, len(sys.argv))

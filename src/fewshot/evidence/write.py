@@ -15,7 +15,7 @@ from fewshot.files import write_file
 from fewshot.results.figures import accuracy_over_steps, png
 from fewshot.results.record_files import versions
 from fewshot.results.scores import Scores
-from fewshot.training.checkpoint import Start
+from fewshot.training.resume import Start
 
 
 def write(

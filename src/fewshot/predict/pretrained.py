@@ -25,8 +25,7 @@ from fewshot.data.images import decode, square
 from fewshot.errors import UserError
 from fewshot.files import is_regular
 from fewshot.paths import EXPORTED, model_path
-from fewshot.training import checkpoint
-from fewshot.training.checkpoint_file import check_weights, read
+from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 
 Picture = Image.Image | np.ndarray | Tensor | bytes
@@ -160,7 +159,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"checkpoint={path}: its model.network cannot be made ({reason})") from None
-    checkpoint.refuse_misfit(weights, config, path, learner)
+    refuse_misfit(weights, config, path, learner)
     learner.load_state_dict(weights, assign=True)  # assigned, they stay float64 where they are
     return Pretrained(learner.eval(), Preprocess.from_config(data), config)
 

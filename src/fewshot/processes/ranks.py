@@ -119,10 +119,13 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
     )
 
 
-def start(script: str, overrides: list[str], folder: Path, processes: int) -> None:
-    """Runs `script` in `processes` processes of this machine until all of them have ended, or one has failed.
+def start(program: str, overrides: list[str], folder: Path, processes: int) -> None:
+    """Runs a module in `processes` processes of this machine until all of them have ended, or one has failed.
+
+    They import from where this process does: a script has its own folder on Python's path, python -m the current one.
 
     Args:
+        program: the module's name.
         overrides: those of the run, which writes into `folder`.
 
     Raises:
@@ -133,11 +136,12 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    call = [script, *_hydra_arguments(), *overrides, override("hydra.run.dir", folder)]
+    call = ["-P", "-m", program, *_hydra_arguments(), *overrides, override("hydra.run.dir", folder)]
     with locked(folder, RANKS_LOCK):
         pass  # The ranks of an earlier call have ended. Said here, RunLocked is not taken for a rank's failure.
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    os.environ[PARENT] = str(os.getpid())
+    path, os.environ[PARENT] = os.environ.get("PYTHONPATH", ""), str(os.getpid())
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(place) for place in sys.path)
     # After a signal the ranks have so many seconds to finish an update, the validation that is due, and W&B.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     for name in ("agent.server.api", "agent.server.local_elastic_agent", "multiprocessing.api"):
@@ -165,5 +169,6 @@ def start(script: str, overrides: list[str], folder: Path, processes: int) -> No
             raise Stopped(stop.sigval) from None
         finally:
             del os.environ[PARENT]
+            os.environ["PYTHONPATH"] = path
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

@@ -16,10 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from fewshot import files
-from fewshot.config.command import one_line_errors
+from fewshot.config.command import how_to_go_on, one_line_errors
 from fewshot.config.refusals import refuse, refuse_sweep
 from fewshot.config.resolvers import job_folder
 from fewshot.config.tree import given_overrides, settings
@@ -27,6 +28,8 @@ from fewshot.errors import UserError, printable, shown
 from fewshot.labels import title
 from fewshot.paths import claimed, escaped, override, user_path
 from fewshot.processes import ranks
+from fewshot.processes.signals import Signals
+from fewshot.processes.surroundings import lenient
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,22 @@ def _job(config: DictConfig, folder: str) -> DictConfig:
         HydraConfig.instance().set_config(job)
         del job["hydra"]
     return job
+
+
+@contextmanager
+def calling(cfg: DictConfig) -> Iterator[tuple[list[str], Path, Signals]]:
+    """Around a run: whatever ends it is said in one line, its folder is locked, its call is checked and written down.
+
+    Yields the overrides of the call, the run's folder, and what notes signals.
+    """
+    lenient()
+    folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
+    job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals() as signals:
+        refuse(cfg, overrides)
+        record(folder, cfg)
+        announce(folder, cfg)
+        yield overrides, folder, signals
 
 
 @contextmanager

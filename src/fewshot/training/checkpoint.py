@@ -1,67 +1,31 @@
-"""How a run is written down and goes on.
+"""What a checkpoint is: Lightning's own, plus the run's configuration, its call, and the classes and images it used.
 
-A checkpoint is Lightning's own, plus the entry "fewshot": the configuration of the run, the call that composed it and
-the classes and images that it used.
+Others may have made the file, so it is read without running anything of it.
 """
 
-import os
+import pickletools
 import re
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra import compose
-from hydra.errors import HydraException
 from lightning_fabric.plugins import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from fewshot.config.check import check_overrides
-from fewshot.config.moved import compared
-from fewshot.config.stored import is_simple
-from fewshot.config.tree import GROUPS, entries, leaves, settings
+from fewshot.config import stored
+from fewshot.config.moved import to_today
 from fewshot.data.task import SPLITS
-from fewshot.errors import UserError, shown, some
-from fewshot.files import write_atomically
-from fewshot.paths import checkpoint_file
-from fewshot.training.checkpoint_file import read, refuse_unresumable
+from fewshot.errors import UserError, shown
+from fewshot.files import is_regular, write_atomically
 
-# Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.
-OF_THIS_CALL = (
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-    *("dataset.trust", "dataset.other_split"),
-)
-# May differ between a run and its continuation: where things lie, where they are reported to, when it stops, what
-# memory it takes.
-FREE = (
-    "checkpoint",
-    "fit",
-    "logger",
-    "recompute_steps",
-    "dataset.root",
-    "dataset.cache",
-    "dataset.labels",
-    "dataset.largest_image",
-    "dataset.source",
-    "dataset.device",
-    "dataset.origin",
-    "dataset.other_split",
-    "dataset.trust",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.profiler",
-    "stop_at_accuracy",
-    "callbacks.record.stop_at_accuracy",
-    "iterations",
-)
-# Numbers that the YAML files gave otherwise at commit a43819a: a run that neither call names one for keeps its own.
-CHANGED_DEFAULTS = ("algo.step_losses",)
+FLOATS = (torch.float32, torch.float64)
+COUNTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers
+# All that a checkpoint of this program names in its pickle. Torch allows more, a bytearray of any length among others.
+NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+NAMED |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Bool", "Byte", "Char", "Short", "Int", "Long")}
+AROUND = 512  # bytes of a zip around an entry's own: torch's have less than 300
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -90,78 +54,137 @@ class Describe(pl.Callback):
             refuse_unresumable(checkpoint, trainer, module)
 
 
-@dataclass(frozen=True)
-class Start:
-    """From where a call goes on.
+def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
+    """Not sparse, not on a device that does not exist, not a few numbers that are repeated."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+        and value.dtype in dtypes
+    )
 
-    cfg: the configuration that holds; overrides: the call that composes it; path, content: the checkpoint, if any.
+
+def _is_row(value: Any) -> bool:
+    named = isinstance(value, dict) and all(isinstance(name, str) and ROW.fullmatch(name) for name in value)
+    return named and type(value.get("iteration")) is int and all(type(each) in (int, float) for each in value.values())
+
+
+def check_weights(where: str, weights: Any) -> None:
+    """Raises UserError where they are not {name: tensor}, all weights in the one precision of 32 or 64 bits.
+
+    A network of one's own may have buffers of whole numbers.
     """
+    stored.check(where, weights, stored.Each(WEIGHTS, keys=True), "state_dict")
+    if len({tensor.dtype for tensor in weights.values()} - {*COUNTS}) != 1:
+        raise UserError(f"{where}: state_dict must have tensors of one type, float32 or float64")
 
-    cfg: DictConfig
-    overrides: list[str]
-    path: Path | None = None
-    content: dict[str, Any] | None = None
 
-    @property
-    def iteration(self) -> int:
-        """Outer updates done."""
-        return self.content["global_step"] if self.content else 0
+ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]+(/step_[0-9]{1,4})?")  # a column's name
+WEIGHTS = stored.Is("a dense tensor of float32, float64 or whole numbers", lambda value: _dense(value, FLOATS + COUNTS))
+SCALAR = stored.Is("one number in a tensor", lambda value: _dense(value) and value.dim() == 0)
+# What this program and Lightning read of a checkpoint
+FORM: stored.Form = {
+    "fewshot": {
+        "config": stored.ANY,  # see stored.check_config
+        "overrides": stored.Each(stored.text(".{1,5000}", "text of at most 5000 letters")),
+        "run_id": stored.text(r"[a-zA-Z0-9]{1,64}", "letters and digits"),
+        "splits?": {"sha256": stored.NAME, **{split: stored.Each(stored.text(".{1,1000}")) for split in SPLITS}},
+    },
+    "state_dict": stored.ANY,  # see check_weights
+    "global_step": stored.integer(0),
+    "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}", "a version of Lightning"),
+    "engine?": stored.one_of("sequential", "batched"),
+    "callbacks": {
+        "Record": {
+            "rows": stored.Each(stored.Is("a row of metrics.csv", _is_row)),
+            "best_accuracy": stored.NUMBER,
+            "stopped": stored.FLAG,
+            "pending": stored.Each({"loss": SCALAR, "query_accuracy": SCALAR}),
+        },
+        "CosineSimilarity?": stored.SIMILARITIES,
+    },
+}
 
-    @property
-    def trained(self) -> bool:
-        """Nothing is left to train: killed after the last update, or at the accuracy where this call would stop."""
-        if self.content is None:
-            return False
-        target, reached = self.cfg.stop_at_accuracy, self.content["callbacks"]["Record"]["best_accuracy"]
-        return self.iteration >= self.cfg.iterations or (target is not None and reached >= target)
 
-    @property
-    def engine(self) -> str:
-        """A continued run keeps what engine=auto was when it began: another engine rounds differently."""
-        return self._continued.get("engine", self.cfg.engine)
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this program; only tensors and plain data are ever unpickled.
 
-    @cached_property
-    def run_id(self) -> str:
-        """Of the logger: a continued run keeps it."""
-        return self._continued["fewshot"]["run_id"] if self._continued else uuid.uuid4().hex[:8]
-
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        """Of metrics.csv, so far."""
-        return self._continued["callbacks"]["Record"]["rows"] if self._continued else []
-
-    @property
-    def _continued(self) -> dict[str, Any]:
-        """The checkpoint of the run that goes on; empty if none does."""
-        return (self.content or {}) if self.cfg.fit else {}
-
-    def describe(self, splits: dict[str, Any]) -> Describe:
-        """What every checkpoint of this run is to carry; splits: the manifest of its images."""
-        call = {"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id}
-        return Describe({**call, "splits": splits})
-
-    def check_fits(self, module: pl.LightningModule) -> None:
-        """Raises UserError where the checkpoint is of another network or of other ways."""
-        if self.content is not None:
-            refuse_misfit(self.content["state_dict"], self.content["fewshot"]["config"], self.path, module)
-
-    def check_split(self, splits: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint was trained on other classes or images, unless a test asks for them."""
-        trained = self.content["fewshot"].get("splits", splits) if self.content else splits
-        if splits == trained or (not self.cfg.fit and self.cfg.dataset.other_split):
-            return
-        difference = "same classes, other images"
-        for split in SPLITS:
-            new, gone = (set(a[split]) - set(b[split]) for a, b in ((splits, trained), (trained, splits)))
-            if new or gone:
-                told = [f"{verb} {some(sorted(names))}" for verb, names in (("has", new), ("lacks", gone)) if names]
-                difference = f"{split} {' and '.join(told)}"
-                break
-        remedy = "or start anew in another hydra.run.dir" if self.cfg.fit else "or add dataset.other_split=true"
+    Raises:
+        UserError: missing, truncated, compressed, or not of the form that this program writes.
+    """
+    path = Path(path)
+    is_regular("checkpoint", path)
+    try:
+        refuse_bombs(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
         raise UserError(
-            f"dataset={self.cfg.dataset.name}: not the split that {self.path} was trained with ({difference}); "
-            f"use that one, {remedy}"
-        )
+            f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "fewshot" not in checkpoint:
+        raise UserError(f"checkpoint={path}: was not written by this program")
+    stored.check(f"checkpoint={path}", checkpoint, FORM)
+    check_weights(f"checkpoint={path}", checkpoint["state_dict"])
+    stored.check_config(f"checkpoint={path}: what it was trained with", checkpoint["fewshot"]["config"])
+    checkpoint["fewshot"]["config"] = to_today(checkpoint["fewshot"]["config"])
+    return checkpoint
+
+
+def refuse_bombs(path: Path) -> None:
+    """Raises UserError where little could become much.
+
+    The file must be a zip of uncompressed entries, as torch's are, and of nothing beside them (another directory of
+    entries, for example, that torch would read); its pickle may name what this program's checkpoints name.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError(f"checkpoint={path}: is compressed, as no checkpoint of this program")
+        inside = sum(max(entry.file_size, entry.compress_size) for entry in entries)
+        if not inside <= size <= inside + AROUND * (len(entries) + 2):
+            raise UserError(f"checkpoint={path}: has other bytes than those of its entries")
+        (pickle,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
+        for operation, argument, _ in pickletools.genops(archive.read(pickle)):
+            if operation.name in ("STACK_GLOBAL", "INST") or (operation.name == "GLOBAL" and argument not in NAMED):
+                name = argument or operation.name
+                raise UserError(f"checkpoint={path}: names {name}, as no checkpoint of this program")
+
+
+def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raises UserError where Lightning could not train on from the content of the checkpoint at trainer.ckpt_path.
+
+    Its counts must have the form of this trainer's own, and the state of its optimiser that of one for this module.
+    """
+    where = f"checkpoint={trainer.ckpt_path}"
+    loops = {name: getattr(trainer, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
+    stored.check(where, content, {"epoch": stored.integer(0), "loops": _form_of(loops)})
+    (own,) = module.configure_optimizers().state_dict()["param_groups"]
+    shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
+    match content.get("optimizer_states"), content.get("lr_schedulers"):
+        case [{"state": dict(states), "param_groups": [dict(group)]}], []:
+            stored.check_plain(where, group)
+            sound = all(key in own and own[key] == value for key, value in group.items())
+            if sound and all(_is_adams(state, shapes.get(number)) for number, state in states.items()):
+                return
+    raise UserError(f"{where}: its optimizer_states are not those of Adam for these weights; start anew")
+
+
+def _form_of(counts: Any) -> stored.Form:
+    if isinstance(counts, dict):
+        return {name: _form_of(inner) for name, inner in counts.items()}
+    return stored.FLAG if isinstance(counts, bool) else stored.integer(0)
+
+
+def _is_adams(state: Any, shape: torch.Size | None) -> bool:
+    """Whether it is what Adam remembers of a parameter of this shape."""
+    match state:
+        case {"step": step, "exp_avg": mean, "exp_avg_sq": square}:
+            tensors = all(map(_dense, (step, mean, square)))
+            return len(state) == 3 and tensors and step.dim() == 0 and mean.shape == square.shape == shape
+    return False
 
 
 def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
@@ -185,156 +208,3 @@ def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Pat
 def _kind(tensor: Tensor) -> str:
     """Its shape, and where it has no fractions its type; float32 and float64 are of one kind."""
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
-
-
-def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
-    """Decides between a new run, the continuation of an old one, and a test (fit=false).
-
-    Args:
-        overrides: of this call; with checkpoint=PATH they are taken on top of those the checkpoint was trained with.
-        folder: of this run; if it holds checkpoints/last.ckpt the run continues.
-
-    Raises:
-        UserError: an unreadable checkpoint, one trained with another configuration than this call asks for, or one to
-            test that would call what nothing else names.
-    """
-    if cfg.checkpoint is None:
-        path = folder / "checkpoints" / "last.ckpt"
-        if not path.exists():
-            return Start(cfg, overrides)
-        content = read(path)
-    else:
-        path = Path(os.path.abspath(checkpoint_file(cfg.checkpoint, "last" if cfg.fit else "best")))
-        content = read(path)
-        if cfg.fit and path.parent != Path(os.path.abspath(folder)) / "checkpoints":
-            raise UserError(
-                f"checkpoint={path}: training goes on only in the folder of its run, RUN/checkpoints/last.ckpt, not in "
-                f"{folder}; drop hydra.run.dir, or add fit=false to test it"
-            )
-        if not cfg.fit and (folder / "checkpoints" / "last.ckpt").exists():
-            raise UserError(f"hydra.run.dir={folder}: holds a training run; name another folder for the test")
-        asked, stored = overrides, content["fewshot"]["overrides"]
-        _check_call(stored, path)
-        own = ("dataset.trust",) if cfg.fit else OF_THIS_CALL
-        stored = [each for each in stored if not _is_of(own, _key(each)) and (cfg.fit or _key(each) != "trainer")]
-        overrides = _merged(stored, asked)
-        if not cfg.fit:
-            _refuse_interpolations([each for each in overrides if each not in asked], path)
-        cfg = _composed(overrides, path)
-        if not cfg.fit:
-            _refuse_unnamed(cfg, stored, asked, path)
-    if cfg.fit:
-        _keep_old_defaults(cfg, [*overrides, *content["fewshot"]["overrides"]], content["fewshot"]["config"])
-        refuse_difference(cfg, content["fewshot"]["config"], path)
-    return Start(cfg, overrides, path, content)
-
-
-def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any]) -> None:
-    """Gives cfg the numbers of CHANGED_DEFAULTS that it was trained with, where no call names one and both have one.
-
-    calls: the overrides of this call and of the one that began the run.
-    """
-    stored = dict(leaves(trained))
-    for key in CHANGED_DEFAULTS:
-        named = any(override.lstrip("+").startswith(f"{key}=") for override in calls)
-        if not named and isinstance(OmegaConf.select(cfg, key), int) and isinstance(stored.get(key), int):
-            OmegaConf.update(cfg, key, stored[key])
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").split("=", 1)[0].strip()
-
-
-def _is_of(keys: Iterable[str], key: str) -> bool:
-    """Whether it is one of the keys, or of what is in one of them."""
-    return any(key == each or key.startswith(f"{each}.") for each in keys)
-
-
-def _composed(overrides: list[str], path: Path) -> DictConfig:
-    """The configuration of a call, a part of which is stored at path; resolved: what is checked will be called."""
-    try:
-        cfg = compose("config", overrides)
-        OmegaConf.resolve(cfg)
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # whatever Hydra makes of it
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint={path}: its call and this one together are no configuration ({reason})") from None
-    return cfg
-
-
-def _check_call(stored: list[str], path: Path) -> None:
-    """Raises UserError for a call in a checkpoint that no run here can have had, hydra.searchpath among others."""
-    try:
-        check_overrides(stored)
-    except UserError as error:
-        raise UserError(f"checkpoint={path}: its call has {str(error)[:300]}") from None
-    if own := [each for each in stored if each.lstrip("+~").startswith("hydra")]:
-        raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
-
-
-def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None:
-    """Raises UserError where what is left of a checkpoint's call could make much of little, or read the environment."""
-    made = [each for each in stored if "${" in each.replace("\\", "")]  # Hydra takes the one out of $\{
-    refused = [each for each in made if not is_simple(each)] or made[most:]
-    if refused:
-        raise UserError(
-            f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {most} knobs from there that "
-            f"refer to another, each to one; name {shown(refused[0].split('=')[0])} in this call too"
-        )
-
-
-def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: Path) -> None:
-    """Raises UserError where cfg would call what no YAML file nor this call, but the checkpoint at path names.
-
-    cfg: resolved; stored, asked: the checkpoint's call and this one.
-    """
-    groups = "|".join((*GROUPS, "experiment"))
-    chosen = [each for each in stored if re.fullmatch(rf"({groups})=['\w/,. \[\]-]+", each) and ".." not in each]
-    try:
-        named = compose("config", _merged(chosen, asked))
-        OmegaConf.resolve(named)
-    except Exception as error:  # whatever a resolver makes of a knob that the checkpoint's call has and this has not
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"checkpoint={path}: give the knobs that your own YAML files need in this call too ({reason})"
-        ) from None
-    known = dict(entries(OmegaConf.to_container(named)))
-    for key, value in entries(OmegaConf.to_container(cfg)):
-        if _is_of(OF_THIS_CALL, key) and value != known.get(key):
-            raise UserError(
-                f"checkpoint={path}: its call sets {key}={shown(value)}, which is for this call alone to say"
-            )
-        if (key.rsplit(".", 1)[-1] == "_target_" and value != known.get(key)) or "${" in str(value):
-            raise UserError(
-                f"checkpoint={path}: its call sets {key}={shown(value)}, which a test would run; if you trust whoever "
-                "wrote it, name it in this call too, with its group, as in model=module model.module={_target_: ...}"
-            )
-
-
-def _merged(trained: list[str], asked: list[str]) -> list[str]:
-    """The last override of each key; where another member of a group is asked for, none that was for the first."""
-    latest = {_key(override): override for override in trained}
-    for override in asked:
-        key = _key(override)
-        group = key.split(".")[0]
-        if group != key and latest.get(group) in (f"{group}=none", f"{group}=null"):
-            del latest[group]  # a knob of what was left out in training, as logger.mode after logger=none
-        if "." not in key and latest.get(key, override) != override:
-            latest = {other: each for other, each in latest.items() if not other.startswith(f"{key}.")}
-        latest[key] = override
-    return list(latest.values())
-
-
-def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
-    """Raises UserError naming the first knob in which cfg differs from the configuration found at path."""
-    asked, trained = (dict(leaf for leaf in leaves(each) if compared(*leaf)) for each in (settings(cfg), trained))
-    for key in sorted({*asked, *trained}):
-        if not _is_of(FREE, key) and asked.get(key) != trained.get(key):
-            raise UserError(
-                f"{key}={shown(asked.get(key))}: {path} was trained with {key}={shown(trained.get(key))}; "
-                "continue with that, or start anew in another hydra.run.dir"
-            )
-    if asked["iterations"] < trained["iterations"]:
-        raise UserError(
-            f"iterations={asked['iterations']}: {path} was trained with iterations={trained['iterations']}; "
-            "continue with as many or more"
-        )

@@ -1,20 +1,137 @@
-"""The results of a run: written once it is tested, shown again where they are there already."""
+"""One run, from a checked configuration to its results; evidence builds and tests the same."""
 
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+from hydra.utils import instantiate
 from pytorch_lightning.loggers import Logger
 
 from fewshot.config.tree import settings
+from fewshot.data.meta_batches import MetaData
 from fewshot.errors import UserError
 from fewshot.processes import ranks
+from fewshot.processes.signals import Signals
 from fewshot.results import record_files
-from fewshot.results.scores import Scores
 from fewshot.training import wandb_run
-from fewshot.training.checkpoint import Start, refuse_difference
+from fewshot.training.checkpoint import AtomicCheckpointIO, read
+from fewshot.training.ddp import cluster
+from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.progress import Progress
+from fewshot.training.record import Record
+from fewshot.training.resume import Start, refuse_difference
+from fewshot.training.runtime import prepare
+from fewshot.training.stop import Listen, Stop
+from fewshot.training.zero_head import ZeroHead
 
 
-def finished(folder: Path, start: Start) -> dict[str, Any] | None:
+@dataclass
+class Run:
+    """Tasks, learner and trainer of one call.
+
+    checkpoint: what the trainer loads before it trains or tests; None for a new run.
+    """
+
+    start: Start
+    tasks: MetaData
+    learner: MetaLearner
+    trainer: pl.Trainer
+    checkpoint: Path | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, start: Start, signals: Signals | None = None, began: float | None = None) -> "Run":
+        """Seeds, reads the images, makes the network.
+
+        Args:
+            signals: end the training between two updates; None: a model is only measured, and nothing is recorded.
+            began: when the call did, by time.monotonic().
+
+        Raises:
+            UserError: the checkpoint does not fit, or whatever is wrong with the files, the network or the logger.
+        """
+        cfg, began = start.cfg, time.monotonic() if began is None else began
+        accelerator, precision = cfg.trainer.accelerator, cfg.trainer.precision
+        precision = prepare(seed=cfg.seed, threads=cfg.threads, accelerator=accelerator, precision=precision)
+        learner = MetaLearner.from_config(cfg, start.engine)
+        tasks = MetaData.from_config(cfg)
+        checkpoint = start.restore(learner, tasks)
+        logger, callbacks = False, []
+        if signals is not None:
+            record_files.write_splits(start.folder, tasks.manifest)
+            logger = _logger(start)
+            own = in_order(instantiate(cfg.callbacks).values())
+            callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals)]
+        trainer = instantiate(
+            cfg.trainer,
+            precision=precision,
+            logger=logger,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO(), cluster()],
+            default_root_dir=start.folder,
+        )
+        return cls(start, tasks, learner, trainer, checkpoint, {"start": time.monotonic() - began, "train": 0.0})
+
+    def fit(self) -> None:
+        """Trains what is left to train."""
+        if not self.start.trained:
+            began = time.monotonic()
+            self.trainer.fit(self.learner, self.tasks, ckpt_path=self.checkpoint, weights_only=True)
+            self.seconds["train"] = time.monotonic() - began
+        self.checkpoint = self.start.folder / "checkpoints" / "best.ckpt"
+
+    def test(self) -> "Run":
+        """Evaluates the best model, or the one that the call names, on the fixed validation and test tasks."""
+        began = time.monotonic()
+        self.trainer.test(self.learner, self.tasks, ckpt_path=self.checkpoint, weights_only=True, verbose=False)
+        self.seconds["test"] = time.monotonic() - began
+        return self
+
+    def write(self) -> float:
+        """Leaves results.json, the figures, the logger's summary and the table on the terminal, all by rank 0.
+
+        Returns the validation accuracy of the model that was tested, after inner_steps.
+        """
+        results = record_files.content(
+            self.learner.results,
+            iterations=self.trainer.global_step or self.start.iteration,
+            best_iteration=read(self.checkpoint)["global_step"],
+            seconds=self.seconds,
+            config=settings(self.start.cfg),
+            splits=self.tasks.manifest,
+        )
+        if not ranks.rank():
+            record_files.write(self.start.folder, results)
+            for logger in self.trainer.loggers:
+                wandb_run.summarise(logger, results)
+            record_files.show(results, self.start.folder)
+        return record_files.validation_accuracy(results)
+
+
+def in_order(callbacks: Iterable[pl.Callback]) -> list[pl.Callback]:
+    """Whatever the order of the YAML files: first the head is zeroed, last the model is recorded and the bar moved on.
+
+    So nothing sees a head that is still to be zeroed, and a checkpoint holds what every callback has done by then.
+    """
+
+    def place(callback: pl.Callback) -> int:
+        return next((place for kind, place in places.items() if isinstance(callback, kind)), 1)
+
+    places = {ZeroHead: 0, Record: 2, Progress: 3}
+    return sorted(callbacks, key=place)
+
+
+def _logger(start: Start) -> Logger | bool:
+    if not start.cfg.logger:
+        return False
+    logger = instantiate(start.cfg.logger, _partial_=True)  # Hydra would read what follows as configurations
+    return logger(folder=start.folder, run_id=start.run_id, values=settings(start.cfg), rows=start.rows)
+
+
+def finished(start: Start) -> dict[str, Any] | None:
     """The results of this very configuration that the folder holds, shown again; None where there are none.
 
     Those of a run that a limit ended before its last iteration are none either: it goes on.
@@ -22,30 +139,16 @@ def finished(folder: Path, start: Start) -> dict[str, Any] | None:
     Raises:
         UserError: they are of another configuration.
     """
-    path = folder / "results.json"
+    path = start.folder / "results.json"
     if not path.exists():
         return None
-    results, asked = record_files.read(folder), settings(start.cfg)
+    results, asked = record_files.read(start.folder), settings(start.cfg)
     if results["config"]["fit"] and asked["fit"]:
         refuse_difference(start.cfg, results["config"], path)
         reached = results["iterations"] if start.content else results["config"]["iterations"]
         if reached < asked["iterations"] and not start.trained:
             return None
     elif results["config"] | {"recompute_steps": asked["recompute_steps"]} != asked:  # older results have none
-        raise UserError(f"hydra.run.dir={folder}: holds the results of another call; name another folder")
-    record_files.show(results, folder)
-    return results
-
-
-def write(folder: Path, scores: dict[str, dict[str, Scores]], loggers: list[Logger], **facts: Any) -> dict[str, Any]:
-    """results.json, which is returned, the figures and the logger's summary; then the table on the terminal.
-
-    facts: the rest of what results.json holds. Rank 0 writes.
-    """
-    results = record_files.content(scores, **facts)
-    if not ranks.rank():
-        record_files.write(folder, results)
-        for logger in loggers:
-            wandb_run.summarise(logger, results)
-        record_files.show(results, folder)
+        raise UserError(f"hydra.run.dir={start.folder}: holds the results of another call; name another folder")
+    record_files.show(results, start.folder)
     return results

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ FOR_OTHER_METRICS = ("matplotlib", "scipy", "torchvision")
 OURS = ("fewshot.", "pytorch_lightning.", "kornia.", "torch.", "torchvision.")
 
 
-def import_lightning(cfg: DictConfig) -> None:
+def import_lightning(cfg: DictConfig, folder: Path) -> None:
     """Imports Lightning without FOR_OTHER_METRICS, which torchmetrics would import, too: that halves the time.
 
     Nothing is hidden where the configuration names a class of the user's own, or where a checkpoint may, for that class
     may compute one of these metrics. In a sweep the first job decides for all that follow in its process.
+
+    Raises:
+        UserError: the device that is asked for is not there, unless the folder has results, which any machine can show.
     """
+    if not (folder / "results.json").exists():
+        check_device(cfg.trainer.accelerator, cfg.trainer.precision)
     called = re.findall(r"_target_: (\S+)", OmegaConf.to_yaml(cfg))
     own = cfg.checkpoint is not None or not all(name.startswith(OURS) for name in called)
     with not_found(*(() if own else FOR_OTHER_METRICS)):
