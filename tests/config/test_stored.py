@@ -81,7 +81,7 @@ LARGE = {
     "dataset.mean": ([0.0, 0.0], "dataset.mean must have dataset.channels=1 numbers"),
     "dataset.std": ([0.0], r"dataset\.std\.0 must be a finite number above 0, and is 0\.0"),
     "model.network._partial_": (True, "makes no network with an encoder and a head"),
-    "algo.head": (None, "algo.head must be one of learned, shared, prototypes, and is null"),
+    "algo.head": (None, "algo.head must be one of learned, shared, prototypes, own, and is null"),
 }
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
+from fewshot.inner_loop import ADAPTED, HEADS
 
 LARGEST = 3.4e38  # of 32-bit floating-point numbers
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
@@ -142,13 +143,20 @@ def part(ours: type[Part], own: type[Part] = Made, maker: str | None = None) -> 
 
 class Algo(Part):
     first_order: Flag
-    adapted: one_of("all", "head", "encoder")
-    head: one_of("learned", "shared", "prototypes")
+    adapted: one_of(*ADAPTED)
+    head: one_of(*(head for head in HEADS if head != "own"))
     step_losses: optional(integer(1))
     learned_inner_lr: Flag
     zeroing: Flag
     noise: Flag = True
     interference: Flag = True
+
+
+class OwnAlgo(Algo):
+    """One's own algorithm, named by algo._target_; it may make the head of each task itself."""
+
+    model_config = ConfigDict(extra="allow")
+    head: one_of(*HEADS)
 
 
 class OwnModel(Part):
@@ -329,7 +337,7 @@ class Config(Part):
     checkpoint: optional(Path)
     fit: Flag
     zeroing: Flag = False
-    algo: Algo
+    algo: part(Algo, OwnAlgo)
     dataset: part(Dataset, OwnDataset, maker="source")
     model: part(Model, OwnModel, maker="network")
     augment: dict[str, Transform]

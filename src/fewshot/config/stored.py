@@ -19,8 +19,8 @@ from fewshot.config.moved import to_today
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError, shown
 from fewshot.files import is_regular
+from fewshot.inner_loop import ADAPTED, HEADS
 
-ADAPTED, HEADS = ("all", "head", "encoder"), ("learned", "shared", "prototypes")
 MEBIBYTE = 2**20
 
 

@@ -1,0 +1,133 @@
+"""A head rule of one's own: this file is all that it takes in Python, and ALGO all that it takes in YAML."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows
+from examples import NETWORKS, assert_same, convolutional, each_order, each_way, gradients, images_for, meta_gradient
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
+from torch.nn import functional as F
+
+import fewshot
+from fewshot.config.resolvers import CONF
+from fewshot.errors import UserError
+from fewshot.inner_loop import InnerLoop
+from fewshot.maml import sequential
+from fewshot.predict import predict
+from fewshot.training.checkpoint import read
+
+
+@dataclass(frozen=True)
+class MedianHead(InnerLoop):
+    """As ProtoMAML, with the median of each class's features in place of their mean."""
+
+    scale: float = 1.0  # a knob of its own, algo.scale
+
+    def initial_head(self, features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
+        members = F.one_hot(labels, ways).mT.bool().unsqueeze(-1)  # (..., K, S, 1)
+        c = torch.where(members, features.unsqueeze(-3), torch.nan).nanmedian(-2).values  # (..., K, d)
+        return {"weight": 2 * self.scale * c, "bias": -self.scale * c.square().sum(-1)}
+
+
+ALGO = """# @package _global_
+# ProtoMAML with medians.
+algo:
+  _target_: test_own_head.MedianHead
+  head: own
+  scale: 0.5
+  first_order: true
+  zeroing: false
+"""
+NAME = "test_own_head.MedianHead"
+
+
+@pytest.fixture
+def with_yaml(config, tmp_path):
+    """The YAML file in a folder of one's own, as with --config-dir."""
+    (tmp_path / "conf" / "algo").mkdir(parents=True)
+    (tmp_path / "conf" / "algo" / "median.yaml").write_text(ALGO)
+    places = create_config_search_path(str(CONF))
+    places.prepend("command-line", f"file://{tmp_path / 'conf'}", anchor="schema")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("train", places)
+
+
+def outer_gradient(engine, network, tasks, loop):
+    network.zero_grad(set_to_none=True)
+    engine.meta_gradient(network, tasks, loop)
+    return {name: gradient for name, gradient in gradients(network).items() if name.startswith("encoder.")}
+
+
+@each_way
+@each_order
+@pytest.mark.parametrize("shots", [1, 3])
+def test_both_engines_take_it_and_with_one_shot_it_is_protomaml(engine, first_order, shots):
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=3, shots=shots)
+    network = convolutional(build, tasks)
+    knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
+    found = outer_gradient(engine, network, tasks, MedianHead(head="own", target=NAME, **knobs))
+    means, _ = meta_gradient(engine, network, tasks, head="prototypes", **knobs)
+    means = {name: means[name] for name in found}
+    if shots == 1:  # the median of one is their mean
+        assert_same(found, means)
+    else:
+        assert_same(found, outer_gradient(sequential, network, tasks, MedianHead(head="own", **knobs)))
+        with pytest.raises(AssertionError):
+            assert_same(found, means, 1e-2)
+
+
+def test_a_run_trains_with_it_by_both_engines(with_yaml, run, tmp_path):
+    knobs = ("algo=median", "iterations=2", "val_every=1", "shots=3", "trainer.precision=64-true", "inner_lr=0.1")
+    folders = [run(tmp_path / engine, *knobs, f"engine={engine}") for engine in ("sequential", "batched")]
+    states = [read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in folders]
+    for name, weight in states[0].items():
+        torch.testing.assert_close(weight, states[1][name], rtol=0, atol=1e-8)
+    assert rows(folders[0])[0] == rows(folders[1])[0]
+    prototypes = run(tmp_path / "prototypes", *knobs[1:], "algo=protomaml")
+    assert rows(prototypes)[0] != rows(folders[0])[0]
+
+    run(folders[0], "iterations=3", *(knob for knob in knobs if not knob.startswith("iterations")), "engine=sequential")
+    assert read(folders[0] / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_what_a_file_names_is_called_only_for_who_names_it_too(with_yaml, run, tmp_path):
+    folder = run(tmp_path / "run", "algo=median", "iterations=1", "val_every=1")
+    run(tmp_path / "test", f"checkpoint={folder}", "fit=false")  # the YAML file names it
+    with pytest.raises(UserError, match=rf"its configuration calls {NAME}, and loading would run that"):
+        fewshot.load(folder)
+    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    predictions = predict(fewshot.load(folder, trust=True), {"a": images[:2], "b": images[2:4]}, images[4:])
+    assert predictions.probabilities.shape == (2, 2)
+
+    path = folder / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    for brought, said in (
+        (["algo=median", "algo._target_=os.mkdir"], r"its call sets algo\._target_=os\.mkdir, which a test would run"),
+        ([f"algo={{head: own, _target_: {NAME}}}"], r"its call has algo=\{head: own, _target_: .*must be one of anil"),
+    ):
+        content["fewshot"]["overrides"] = brought
+        torch.save(content, path)
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / "refused", f"checkpoint={path}", "fit=false")
+
+
+@pytest.mark.parametrize(
+    ("algo", "said"),
+    [
+        ("{_target_: nowhere.Head, head: own}", r"algo\._target_=nowhere\.Head: cannot be imported"),
+        ("{_target_: pathlib.Path, head: own}", r"algo\._target_=pathlib\.Path: must be a class that derives from"),
+        ("{_target_: test_own_head.MedianHead, head: learned}", r"algo\.head=learned algo\._target_=test_own_head"),
+    ],
+)
+def test_a_class_that_is_none_is_refused_in_one_line(with_yaml, run, tmp_path, algo, said):
+    (tmp_path / "conf" / "algo" / "wrong.yaml").write_text(
+        f"# @package _global_\nalgo: {algo[:-1]}, first_order: true, zeroing: false}}\n"
+    )
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "run", "algo=wrong")
