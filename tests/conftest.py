@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -146,6 +148,22 @@ def config() -> Iterator[Callable[..., DictConfig]]:
     """Composes the real configuration as the command line would."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         yield composed
+
+
+@pytest.fixture
+def own_yaml(config: Callable[..., DictConfig], tmp_path: Path) -> Callable[[str, str], None]:
+    """own_yaml("GROUP/NAME", text) puts a file into a folder of one's own, where Hydra looks as with --config-dir."""
+
+    def own_yaml(name: str, text: str) -> None:
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        places = create_config_search_path(str(CONF))
+        places.prepend("command-line", f"file://{tmp_path / 'conf'}", anchor="schema")
+        GlobalHydra.instance().clear()
+        Hydra.create_main_hydra2("train", places)
+
+    return own_yaml
 
 
 def _runner(cache: Path) -> Callable[..., Path]:

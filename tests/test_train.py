@@ -16,12 +16,8 @@ import pytorch_lightning as pl
 import torch
 import wandb
 from conftest import HANG, SMALL, outcome, rows
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 from fewshot.training import checkpoint, resume
@@ -266,7 +262,7 @@ def test_a_checkpoint_that_would_call_what_the_environment_says_is_refused(run, 
     """It changes between the check and the call: seeding sets this variable."""
     monkeypatch.chdir(tmp_path)
     made = "{_target_: ${oc.select:trainer.p${oc.env:PL_GLOBAL_SEED,9}}, path: MARK}"
-    picks = ["+trainer.p9=fewshot.training.progress.Progress", "+trainer.p0=os.mkdir"]
+    picks = ["+trainer.p9=fewshot.training.record.Progress", "+trainer.p0=os.mkdir"]
     test = foreign(trained, tmp_path, [f'callbacks.progress="${{oc.create:{made}}}"', *picks])
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     with pytest.raises(UserError, match=r"its call has callbacks\.progress=.*; name callbacks\.progress in this call"):
@@ -333,15 +329,9 @@ def test_a_model_that_was_trained_without_a_logger_is_tested_with_one(config, tr
     assert cfg.logger.mode == "offline" and cfg.logger.project == "tests"
 
 
-def test_what_ones_own_yaml_calls_is_called(run, tmp_path):
+def test_what_ones_own_yaml_calls_is_called(run, own_yaml, tmp_path):
     """With --config-dir: it stands where Hydra looks for configurations, not in the checkpoint."""
-    own = tmp_path / "conf" / "callbacks"
-    own.mkdir(parents=True)
-    (own / "own.yaml").write_text("defaults: [default]\nmark: {'_target_': 'test_train.Mark'}\n")
-    places = create_config_search_path(str(CONF))
-    places.prepend("command-line", f"file://{own.parent}", anchor="schema")
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("train", places)
+    own_yaml("callbacks/own", "defaults: [default]\nmark: {'_target_': 'test_train.Mark'}\n")
     folder = run(tmp_path / "run", "callbacks=own")
     Mark.made = 0
     run(tmp_path / "test", f"checkpoint={folder / 'checkpoints' / 'best.ckpt'}", "fit=false")

@@ -7,14 +7,10 @@ import pytest
 import torch
 from conftest import rows
 from examples import NETWORKS, assert_same, convolutional, each_order, each_way, gradients, images_for, meta_gradient
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 from torch.nn import functional as F
 
 import fewshot
-from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
@@ -46,17 +42,6 @@ algo:
 NAME = "test_own_head.MedianHead"
 
 
-@pytest.fixture
-def with_yaml(config, tmp_path):
-    """The YAML file in a folder of one's own, as with --config-dir."""
-    (tmp_path / "conf" / "algo").mkdir(parents=True)
-    (tmp_path / "conf" / "algo" / "median.yaml").write_text(ALGO)
-    places = create_config_search_path(str(CONF))
-    places.prepend("command-line", f"file://{tmp_path / 'conf'}", anchor="schema")
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("train", places)
-
-
 def outer_gradient(engine, network, tasks, loop):
     network.zero_grad(set_to_none=True)
     engine.meta_gradient(network, tasks, loop)
@@ -82,7 +67,8 @@ def test_both_engines_take_it_and_with_one_shot_it_is_protomaml(engine, first_or
             assert_same(found, means, 1e-2)
 
 
-def test_a_run_trains_with_it_by_both_engines(with_yaml, run, tmp_path):
+def test_a_run_trains_with_it_by_both_engines(run, own_yaml, tmp_path):
+    own_yaml("algo/median", ALGO)
     knobs = ("algo=median", "iterations=2", "val_every=1", "shots=3", "trainer.precision=64-true", "inner_lr=0.1")
     folders = [run(tmp_path / engine, *knobs, f"engine={engine}") for engine in ("sequential", "batched")]
     states = [read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in folders]
@@ -96,7 +82,8 @@ def test_a_run_trains_with_it_by_both_engines(with_yaml, run, tmp_path):
     assert read(folders[0] / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
-def test_what_a_file_names_is_called_only_for_who_names_it_too(with_yaml, run, tmp_path):
+def test_what_a_file_names_is_called_only_for_who_names_it_too(run, own_yaml, tmp_path):
+    own_yaml("algo/median", ALGO)
     folder = run(tmp_path / "run", "algo=median", "iterations=1", "val_every=1")
     run(tmp_path / "test", f"checkpoint={folder}", "fit=false")  # the YAML file names it
     with pytest.raises(UserError, match=rf"its configuration calls {NAME}, and loading would run that"):
@@ -125,9 +112,7 @@ def test_what_a_file_names_is_called_only_for_who_names_it_too(with_yaml, run, t
         ("{_target_: test_own_head.MedianHead, head: learned}", r"algo\.head=learned algo\._target_=test_own_head"),
     ],
 )
-def test_a_class_that_is_none_is_refused_in_one_line(with_yaml, run, tmp_path, algo, said):
-    (tmp_path / "conf" / "algo" / "wrong.yaml").write_text(
-        f"# @package _global_\nalgo: {algo[:-1]}, first_order: true, zeroing: false}}\n"
-    )
+def test_a_class_that_is_none_is_refused_in_one_line(run, own_yaml, tmp_path, algo, said):
+    own_yaml("algo/wrong", f"# @package _global_\nalgo: {algo[:-1]}, first_order: true, zeroing: false}}\n")
     with pytest.raises(UserError, match=said):
         run(tmp_path / "run", "algo=wrong")

@@ -8,7 +8,7 @@ from typing import Any
 OWN = "fewshot."
 TARGETS = {  # where commit a43819a and those after it had what a `_target_` names
     "fewshot.callbacks.CosineSimilarity": "fewshot.training.cosine_similarity.CosineSimilarity",
-    "fewshot.callbacks.Progress": "fewshot.training.progress.Progress",
+    "fewshot.callbacks.Progress": "fewshot.training.record.Progress",
     "fewshot.callbacks.Record": "fewshot.training.record.Record",
     "fewshot.callbacks.ZeroHead": "fewshot.training.zero_head.ZeroHead",
     "fewshot.data.cifar.load": "fewshot.data.sources.cifar.load",

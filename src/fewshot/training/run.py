@@ -20,8 +20,7 @@ from fewshot.training import wandb_run
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
 from fewshot.training.ddp import cluster
 from fewshot.training.meta_learner import MetaLearner
-from fewshot.training.progress import Progress
-from fewshot.training.record import Record
+from fewshot.training.record import Progress, Record
 from fewshot.training.resume import Start, refuse_difference
 from fewshot.training.runtime import prepare
 from fewshot.training.stop import Listen, Stop
