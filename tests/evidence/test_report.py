@@ -33,7 +33,6 @@ from fewshot.processes.signals import Signals
 from fewshot.results.figures import png
 from fewshot.theory import closed_forms
 from fewshot.theory.features import agreement
-from fewshot.theory.features import features as encoded
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 KNOBS = {"inner_lr": 0.4, "inner_steps": 2}
@@ -146,21 +145,23 @@ def test_an_unbalanced_support_is_found_out():
 
 def test_a_wrong_formula_is_found_out(monkeypatch):
     network, tasks = model()
-    step = closed_forms._back_through_inner_loop
+    step = closed_forms.AdaptedHead._back_through_inner_loop
 
-    def wrong(task, D, G, loss):
-        D, G = step(task, D, G, loss)
+    def wrong(task, D, G):
+        D, G = step(task, D, G)
         return D * 1.001, G
 
-    monkeypatch.setattr(closed_forms, "_back_through_inner_loop", wrong)
+    monkeypatch.setattr(closed_forms.AdaptedHead, "_back_through_inner_loop", wrong)
     assert failing(network, tasks) == {"somaml_split_with_this_head"}
 
     def stronger(task):
         return torch.stack([-(task.Q - task.T_Q) @ (1.01 * task.T_S - P).mT for P in task.P])
 
-    monkeypatch.setattr(closed_forms, "_coefficients", stronger)
+    monkeypatch.setattr(closed_forms.AdaptedHead, "coefficients", stronger)
     zero = identities.zeroed(network)
-    assert not identities._coefficients(zero, tasks, encoded(zero, tasks), 0.4)["coefficient_is_free_of_noise"].passed
+    assert not identities._coefficients(zero, tasks, identities.features(zero, tasks), 0.4)[
+        "coefficient_is_free_of_noise"
+    ].passed
 
 
 def test_a_check_of_what_is_no_number_fails():
@@ -174,7 +175,7 @@ def test_a_check_of_what_is_no_number_fails():
 
 def test_the_motivating_example_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = measures.motivating_example(encoded(network, tasks), inner_lr=0.4)
+    found = measures.motivating_example(identities.features(network, tasks), inner_lr=0.4)
     S, labels, Q, q_labels = features(network, each(tasks)[0])
     eta = 2 * 0.4 / (6 * 3)
     m = [S[labels == k].sum(0) for k in range(3)]
@@ -199,7 +200,7 @@ def sums(network, task):
 
 def test_the_outer_step_is_that_of_differentiation():
     network, tasks = model()
-    found = measures.outer_step(encoded(network, tasks), **KNOBS)
+    found = measures.outer_step(identities.features(network, tasks), **KNOBS)
     weight, bias = (p.detach() for p in (network.head.weight, network.head.bias))
     for order, first_order in (("fomaml", True), ("somaml", False)):
         norms, drawn, pushed, arrows = [], [], [], []
@@ -232,7 +233,7 @@ def test_the_outer_step_is_that_of_differentiation():
 
 def test_the_memory_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found, (w, b) = measures.memory(encoded(network, tasks), inner_lr=0.4), head(network)
+    found, (w, b) = measures.memory(identities.features(network, tasks), inner_lr=0.4), head(network)
     cosines = []
     for task in each(tasks):
         S, labels, *_ = features(network, task)
@@ -250,7 +251,7 @@ def test_the_memory_is_what_the_formulas_say():
 
 def test_the_noise_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = measures.coefficients(encoded(network, tasks), **KNOBS)
+    found = measures.coefficients(identities.features(network, tasks), **KNOBS)
     wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in each(tasks)])
     assert found["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
     assert found["this_head"]["wrong_among_other"] == pytest.approx(
@@ -262,7 +263,9 @@ def test_the_noise_is_what_the_formulas_say():
 @pytest.mark.parametrize("adapted", ["all", "head"])
 def test_agreement_is_counted_query_by_query(adapted):
     network, tasks = model(tasks=4, queries=5)
-    found = measures.prototypes(network, tasks, encoded(network, tasks), inner_lr=0.4, steps=2, adapted=adapted)
+    found = measures.prototypes(
+        network, tasks, identities.features(network, tasks), inner_lr=0.4, steps=2, adapted=adapted
+    )
     agree, right = [], []
     for task in each(tasks):
         S, labels, Q, q_labels = features(network, task)
@@ -281,7 +284,7 @@ def test_a_tie_counts_as_agreement_with_any_of_its_classes():
     support = tasks.support.clone()
     support[:, 1] = support[:, 0]  # two classes with one image
     tied = tasks._replace(support=support)
-    found = measures.prototypes(network, tied, encoded(network, tied), inner_lr=0.4, steps=1, adapted="all")
+    found = measures.prototypes(network, tied, identities.features(network, tied), inner_lr=0.4, steps=1, adapted="all")
     assert 0 < found["ties"] < found["queries"] and found["zeroed_head"] == [1.0]
     assert "step_1_is_the_prototype_classifier" not in failing(network, tied)
     scores = torch.tensor([[1.0, 1.0 - 1e-15, 0.0]])
@@ -293,7 +296,7 @@ def test_similarity_counts_the_tasks():
     network, tasks = model(tasks=3)
     initial = copy.deepcopy(network)
     torch.nn.init.normal_(initial.encoder[0].weight)
-    found = measures.similarity(network, tasks, encoded(network, tasks), initial)
+    found = measures.similarity(network, tasks, identities.features(network, tasks), initial)
     grew, same = 0, []
     for task in each(tasks):
         gaps = []

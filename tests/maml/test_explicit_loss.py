@@ -9,7 +9,8 @@ from examples import NETWORKS, assert_close, convolutional, images_for, meta_gra
 from fewshot.maml import explicit_loss as explicit
 from fewshot.maml import sequential
 from fewshot.models.head import zero_head
-from fewshot.theory.closed_forms import closed_form_gradients, explicit_loss
+from fewshot.theory.closed_forms import adapt_head, closed_form_gradients
+from fewshot.theory.features import Features
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["first", "second"])
@@ -24,17 +25,17 @@ def drawn_features(K=3, d=4, B=2):
 
     labels = partial(torch.randint, K, generator=random)
     head = torch.randn(K, d, generator=random, dtype=torch.float64), torch.randn(K, generator=random).double()
-    return (features(5), labels(size=(B, 5)), features(7), labels(size=(B, 7)), *head)
+    return Features(features(5), labels(size=(B, 5)), features(7), labels(size=(B, 7)), *head)
 
 
 def test_its_terms_are_the_terms_of_the_closed_form():
     given = drawn_features()
-    closed = closed_form_gradients(*given, inner_lr=0.3, inner_steps=1, first_order=True)
+    closed = closed_form_gradients(given, inner_lr=0.3, inner_steps=1, first_order=True)
 
     def gradient(**terms):
-        loss = explicit_loss(*given, inner_lr=0.3, first_order=True, **terms)
+        loss = adapt_head(given, inner_lr=0.3, inner_steps=1).explicit_loss(first_order=True, **terms)
         assert loss.shape == (2,)
-        return torch.autograd.grad(loss.sum(), (given[0], given[2]), allow_unused=True)
+        return torch.autograd.grad(loss.sum(), (given.support, given.query), allow_unused=True)
 
     for terms, expected in (
         (EXPLICIT, closed.query_features),
@@ -52,8 +53,9 @@ def test_without_noise_the_coefficients_have_the_right_sign():
     for same in (True, False):
         phi_S, _, phi_Q, _, weight, bias = drawn_features(B=1)
         phi_S, phi_Q = phi_S[:, :1], phi_Q[:, :1].detach().requires_grad_()
-        given = (phi_S, torch.tensor([[0]]), phi_Q, torch.tensor([[0 if same else 1]]), weight, bias)
-        loss = explicit_loss(*given, inner_lr=0.3, first_order=True, noise=False, interference=False)
+        given = Features(phi_S, torch.tensor([[0]]), phi_Q, torch.tensor([[0 if same else 1]]), weight, bias)
+        adapted = adapt_head(given, inner_lr=0.3, inner_steps=1)
+        loss = adapted.explicit_loss(first_order=True, noise=False, interference=False)
         (by_query,) = torch.autograd.grad(loss.sum(), phi_Q)
         assert ((by_query * phi_S).sum() < 0) == same  # descent moves phi(q) along phi(s), or against it
 

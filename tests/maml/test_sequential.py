@@ -47,6 +47,7 @@ from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.maml import sequential
 from fewshot.theory.closed_forms import closed_form_gradients
+from fewshot.theory.features import Features
 
 # The arithmetic. theta: A (d, p), a (d,), W (K, d), b (K,).
 
@@ -98,7 +99,7 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
     phi_S, phi_Q = (torch.stack([network.encoder(x) for x in each]) for each in (tasks.support, tasks.query))
     head = network.head.weight, network.head.bias
-    closed = closed_form_gradients(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, *head, **knobs)
+    closed = closed_form_gradients(Features(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, *head), **knobs)
     surrogate = (closed.query_features * phi_Q).sum() + (closed.support_features * phi_S).sum()
     parameters = dict(network.encoder.named_parameters())
     by_encoder = torch.autograd.grad(surrogate / 3, parameters.values())

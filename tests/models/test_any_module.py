@@ -17,6 +17,7 @@ from fewshot.models.any_module import network_from_module
 from fewshot.models.conv4 import conv4_pooled
 from fewshot.models.resnet12 import dropping
 from fewshot.theory.closed_forms import closed_form_gradients
+from fewshot.theory.features import Features
 
 
 class Small(nn.Module):
@@ -168,7 +169,7 @@ def test_the_closed_forms_hold_for_a_foreign_encoder():
     expected, _ = meta_gradient(sequential, network, tasks, first_order=False, adapted="head", **KNOBS)
     phi_s, phi_q = network.encoder(tasks.support[0]), network.encoder(tasks.query[0])
     labels = tasks.support_labels[0], tasks.query_labels[0]
-    given = (
+    given = Features(
         phi_s.detach(),
         labels[0],
         phi_q.detach(),
@@ -176,7 +177,7 @@ def test_the_closed_forms_hold_for_a_foreign_encoder():
         network.head.weight.detach(),
         network.head.bias.detach(),
     )
-    closed = closed_form_gradients(*given, first_order=False, **KNOBS)
+    closed = closed_form_gradients(given, first_order=False, **KNOBS)
     contrast = (closed.query_features * phi_q).sum() + (closed.support_features * phi_s).sum()
     parameters = {f"encoder.{name}": p for name, p in network.encoder.named_parameters()}
     found = dict(zip(parameters, torch.autograd.grad(contrast, list(parameters.values())), strict=True))
@@ -304,7 +305,7 @@ class Ordered(nn.Module):
 
 
 def test_a_network_with_whole_numbers_in_it_is_tested_and_goes_on(run, tmp_path):
-    call = ("model=module", "model.module={_target_: test_foreign.Ordered}")
+    call = ("model=module", "model.module={_target_: test_any_module.Ordered}")
     run(tmp_path, *call)
     (tmp_path / "results.json").unlink()
     assert (run(tmp_path, *call, "iterations=8") / "results.json").exists()

@@ -21,7 +21,7 @@ each_conv4 = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_network = pytest.mark.parametrize(
     "build", [*NETWORKS.values(), partial(resnet12, width=4)], ids=[*NETWORKS, "resnet12"]
 )
-MODEL_FILES = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem != "module")  # test_foreign.py
+MODEL_FILES = sorted(path for path in (CONF / "model").glob("*.yaml") if path.stem != "module")  # test_any_module.py
 per_model_file = pytest.mark.parametrize("path", MODEL_FILES, ids=[path.stem for path in MODEL_FILES])
 
 

@@ -1,5 +1,6 @@
 """The closed forms of docs/method.md section 2: against automatic differentiation, and formula by formula."""
 
+import doctest
 import itertools
 from functools import partial
 
@@ -7,20 +8,21 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import Features, adapted, differentiated, linear
+from by_hand import adapted, differentiated, linear
 from examples import loop, prepared
 from hypothesis import strategies as st
 
 from fewshot.data.task import Task
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_strided
+from fewshot.theory import closed_forms
 from fewshot.theory.closed_forms import (
     Gradients,
-    adapted_head,
-    centred,
+    adapt_head,
     closed_form_gradients,
     contrastive_coefficients,
 )
+from fewshot.theory.features import Features, centred
 
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
 each_loss = pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
@@ -62,7 +64,7 @@ def relative(found, expected):
 def assert_as_differentiated(given, *, inner_lr=0.4, inner_steps=1, first_order, loss="cross_entropy"):
     knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "loss": loss}
     value, query, support, weight, *bias = one_by_one(differentiated, given, **knobs)
-    found = closed_form_gradients(*given, **knobs)
+    found = closed_form_gradients(given, **knobs)
     assert relative(found.loss, value) < 1e-10
     assert relative(found.query_features, query) < 1e-10
     assert relative(found.support_features, support) < 1e-10
@@ -88,7 +90,7 @@ def test_the_gradients_are_those_of_automatic_differentiation(first_order, biase
     assert found.query_features.norm() > 1e-2 and found.weight.norm() > 1e-2
     assert (found.support_features.norm() == 0) if first_order else (found.support_features.norm() > 1e-3)
     if inner_steps > 1:  # the later steps count: more than the tolerance could hide
-        fewer = closed_form_gradients(*given, inner_lr=0.4, inner_steps=inner_steps - 1, first_order=first_order)
+        fewer = closed_form_gradients(given, inner_lr=0.4, inner_steps=inner_steps - 1, first_order=first_order)
         assert relative(fewer.query_features, found.query_features) > 1e-3
 
 
@@ -153,15 +155,15 @@ def predictions(x, labels, query, query_labels, weight, bias, **knobs):
 def test_the_parts_are_interference_and_contrast(biased, inner_steps):
     given = draw(tasks=(2,), counts=(2, 1, 3), biased=biased)
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
-    found = closed_form_gradients(*given, first_order=True, **knobs)
+    found = closed_form_gradients(given, first_order=True, **knobs)
     Q, _ = one_by_one(predictions, given, **knobs)
     interference = (Q - F.one_hot(given.query_labels, 3)) @ given.weight / 6
-    C = contrastive_coefficients(*given, **knobs)
+    C = contrastive_coefficients(given, **knobs)
     assert C.shape == (inner_steps, 2, 6, 6)
     assert relative(found.interference, interference) < 1e-12
     assert relative(found.contrastive, -0.4 / (6 * 6) * C.sum(0) @ given.support) < 1e-12
     assert torch.equal(found.interference + found.contrastive, found.query_features)
-    second = closed_form_gradients(*given, first_order=False, **knobs)
+    second = closed_form_gradients(given, first_order=False, **knobs)
     for part in ("query_features", "interference", "contrastive", "loss"):
         assert torch.equal(getattr(found, part), getattr(second, part))
 
@@ -172,7 +174,7 @@ def test_the_parts_are_interference_and_contrast(biased, inner_steps):
 def test_the_coefficients_are_those_of_the_elementwise_formula(biased, inner_steps, tasks):
     given = draw(tasks=tasks, counts=(2, 1, 3), biased=biased)
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
-    found = contrastive_coefficients(*given, **knobs)
+    found = contrastive_coefficients(given, **knobs)
     assert found.shape == (inner_steps, *tasks, 6, 6)
     Q, P = one_by_one(predictions, given, **knobs)
     for task in itertools.product(*(range(n) for n in tasks)):
@@ -200,12 +202,12 @@ def noise_free(given, **knobs):
 def test_from_a_zero_head_the_coefficients_of_step_one_have_no_noise(biased, counts):
     given = draw(tasks=(3,), counts=counts, head="zero", biased=biased)
     knobs = {"inner_lr": 0.4, "inner_steps": 1}
-    (found,) = contrastive_coefficients(*given, **knobs)
+    (found,) = contrastive_coefficients(given, **knobs)
     assert relative(found, noise_free(given, **knobs)) < 1e-12
     assert torch.equal(found > 0, same_class(given) == 1)
     if len(set(counts)) == 1:
         assert (found > 0).double().mean() == 1 / 5  # exactly 1/K
-    assert not closed_form_gradients(*given, first_order=False, **knobs).interference.any()
+    assert not closed_form_gradients(given, first_order=False, **knobs).interference.any()
 
 
 @pytest.mark.parametrize("inner_steps", [2, 3, 5])
@@ -213,7 +215,7 @@ def test_from_a_zero_head_the_noise_is_back_after_step_one(inner_steps):
     """So that MAML "becomes supervised contrastive learning" holds for one inner step alone (2.6)."""
     given = draw(tasks=(3,), counts=(2,) * 5, head="zero")
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps}
-    first, *later = contrastive_coefficients(*given, **knobs)
+    first, *later = contrastive_coefficients(given, **knobs)
     expected = noise_free(given, **knobs)
     assert relative(first, expected) < 1e-12
     assert all(relative(each, expected) > 1e-2 for each in later)
@@ -224,7 +226,7 @@ def test_from_a_random_head_negative_pairs_get_the_wrong_sign():
     knobs = {"inner_lr": 0.4, "inner_steps": 1}
     negative = same_class(given) == 0
     assert (noise_free(given, **knobs)[negative] < 0).all()
-    assert (contrastive_coefficients(*given, **knobs)[0][negative] > 0).double().mean() > 0.05
+    assert (contrastive_coefficients(given, **knobs)[0][negative] > 0).double().mean() > 0.05
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
@@ -236,7 +238,7 @@ def test_within_a_class_no_coefficient_is_negative(inner_steps):
     u = given.query_labels.unsqueeze(-1)
     q_u, s_u = Q.gather(-1, u), P.gather(-1, u.mT.unsqueeze(1).expand(*P.shape[:-1], -1)).movedim(1, 0)  # (N, B, S, Q)
     together = torch.einsum("bqk,bnsk->nbqs", Q, P) - q_u * s_u.mT  # over all classes but u
-    found, same = contrastive_coefficients(*given, **knobs), same_class(given) == 1
+    found, same = contrastive_coefficients(given, **knobs), same_class(given) == 1
     assert relative(found[:, same], ((1 - q_u) * (1 - s_u.mT) + together)[:, same]) < 1e-10
     assert (found[:, same] > 0).all() and (found[:, ~same] > 0).any()
 
@@ -247,7 +249,7 @@ def test_what_all_classes_share_of_the_head_changes_nothing(first_order, inner_s
     given, knobs = draw(tasks=(2,), counts=(2, 1, 3)), {"inner_lr": 0.4, "inner_steps": inner_steps}
     shifted = given._replace(weight=given.weight + 30 * given.weight[:1], bias=given.bias + 7)
     for field, other in zip(
-        *(closed_form_gradients(*each, **knobs, first_order=first_order) for each in (given, shifted)), strict=True
+        *(closed_form_gradients(each, **knobs, first_order=first_order) for each in (given, shifted)), strict=True
     ):
         torch.testing.assert_close(other, field, rtol=1e-10, atol=1e-12)
     assert relative(centred(shifted.weight), given.weight - given.weight.mean(0)) < 1e-12
@@ -258,12 +260,12 @@ def test_zero_weights_with_a_bias_are_no_zero_head():
     """P = softmax(b) is not uniform: there is noise, and the share of c > 0 is not 1/K (2.6)."""
     given = draw(tasks=(20,), head="zero")._replace(bias=torch.linspace(-2, 2, 5, dtype=torch.float64))
     knobs = {"inner_lr": 0.4, "inner_steps": 1}
-    found = contrastive_coefficients(*given, **knobs)[0]
+    found = contrastive_coefficients(given, **knobs)[0]
     _, P = one_by_one(predictions, given, **knobs)
     torch.testing.assert_close(P, given.bias.softmax(0).expand_as(P))
     assert relative(found, noise_free(given, **knobs)) > 0.1
     assert (found > 0).double().mean() != 1 / 5
-    assert not closed_form_gradients(*given, first_order=True, **knobs).interference.any()
+    assert not closed_form_gradients(given, first_order=True, **knobs).interference.any()
 
 
 @each_head
@@ -272,8 +274,8 @@ def test_the_papers_support_gradient_is_its_first_part_alone(head, bias):
     """-eta/(N_s N_q) C^T Phi_Q: exact where W_0 = 0, whatever the bias, and only there (2.5)."""
     given = draw(tasks=(3,), counts=(2,) * 5, head=head)._replace(bias=torch.arange(5.0).double() if bias else None)
     knobs = {"inner_lr": 0.4, "inner_steps": 1}
-    found = closed_form_gradients(*given, first_order=False, **knobs).support_features
-    first_part = -0.4 / (10 * 10) * contrastive_coefficients(*given, **knobs)[0].mT @ given.query
+    found = closed_form_gradients(given, first_order=False, **knobs).support_features
+    first_part = -0.4 / (10 * 10) * contrastive_coefficients(given, **knobs)[0].mT @ given.query
     if head == "zero":
         assert relative(first_part, found) < 1e-12
     else:
@@ -285,8 +287,9 @@ def test_the_papers_support_gradient_is_its_first_part_alone(head, bias):
 def test_the_adapted_head_is_that_of_the_inner_loop(biased, inner_steps):
     given, knobs = draw(tasks=(2,), counts=(2, 1, 3), biased=biased), {"inner_lr": 0.4, "inner_steps": inner_steps}
     first = tuple(p.clone().requires_grad_() for p in (given.weight, given.bias) if p is not None)
-    found = adapted_head(*given[:2], given.weight, given.bias, **knobs)
-    assert (found[1] is None) == (not biased)
+    head = adapt_head(given, **knobs)
+    found = head.weight, head.bias
+    assert (head.bias is None) == (not biased)
     for task in range(2):
         last = adapted(given.support[task], given.support_labels[task], first, loss="cross_entropy", **knobs)[-1]
         for each, expected in zip(found, last, strict=False):
@@ -300,8 +303,8 @@ def test_the_adapted_head_is_that_of_the_inner_loop(biased, inner_steps):
 def test_the_motivating_example(counts):
     given, eta = draw(counts=counts, head="zero", biased=False), 0.05
     knobs = {"inner_lr": eta, "inner_steps": 1, "loss": "mse"}
-    found = closed_form_gradients(*given, first_order=False, **knobs)
-    (C,) = contrastive_coefficients(*given, **knobs)
+    found = closed_form_gradients(given, first_order=False, **knobs)
+    (C,) = contrastive_coefficients(given, **knobs)
 
     T_S, T_Q = (F.one_hot(labels, 5).double() for labels in (given.support_labels, given.query_labels))
     m = torch.stack([given.support[given.support_labels == k].sum(0) for k in range(5)])
@@ -318,7 +321,7 @@ def test_the_motivating_example(counts):
 
     head = draw(counts=counts, biased=False)  # not zero: W_1 has the memory of W_0 that the data leave
     W_1 = head.weight @ inner + eta * T_S.T @ given.support
-    found = closed_form_gradients(*given._replace(weight=head.weight), first_order=False, **knobs)
+    found = closed_form_gradients(given._replace(weight=head.weight), first_order=False, **knobs)
     assert relative(found.weight, (W_1 @ given.query.T - T_Q.T) @ given.query @ inner) < 1e-12
     assert relative(found.query_features, (given.query @ W_1.T - T_Q) @ W_1) < 1e-12
 
@@ -331,7 +334,7 @@ def test_with_the_mean_of_torchs_mse_loss_eta_is_smaller():
     head = tuple(p - inner_lr * g for p, g in zip(head, gradients, strict=True))
     query_loss = (linear(given.query, head) - T_Q).square().sum() / 2
     eta = 2 * inner_lr / (10 * 5)
-    found = closed_form_gradients(*given, inner_lr=eta, inner_steps=1, first_order=True, loss="mse")
+    found = closed_form_gradients(given, inner_lr=eta, inner_steps=1, first_order=True, loss="mse")
     assert relative(found.loss, query_loss.detach()) < 1e-12
 
 
@@ -355,14 +358,12 @@ def network(*, zeroed=False):
 
 def through_the_closed_form(net, tasks, **knobs):
     """<[dL/dPhi_Q], Phi_Q> + <[dL/dPhi_S], Phi_S>, mean over tasks: the encoder's gradients by name, and Gradients."""
-    support, query = (torch.stack([net.encoder(x) for x in each]) for each in (tasks.support, tasks.query))
-    found = closed_form_gradients(
-        support, tasks.support_labels, query, tasks.query_labels, net.head.weight, net.head.bias, **knobs
-    )
+    features = Features.of(net, tasks)
+    found = closed_form_gradients(features, **knobs)
     assert isinstance(found, Gradients)
-    surrogate = (found.query_features * query).sum() + (found.support_features * support).sum()
+    surrogate = (found.query_features * features.query).sum() + (found.support_features * features.support).sum()
     parameters = dict(net.encoder.named_parameters())
-    gradients = torch.autograd.grad(surrogate / len(support), parameters.values())
+    gradients = torch.autograd.grad(surrogate / len(tasks.support), parameters.values())
     return dict(zip(parameters, gradients, strict=True)), found
 
 
@@ -418,6 +419,11 @@ def test_from_a_zero_head_one_step_of_full_maml_is_head_only_maml(first_order):
 # What comes back, and what is refused
 
 
+def test_the_example_of_the_docstring_runs():
+    results = doctest.testmod(closed_forms)
+    assert results.attempted > 5 and results.failed == 0
+
+
 @each_order
 @each_loss
 @pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.uint8], ids=str)
@@ -426,8 +432,8 @@ def test_float32_in_is_float32_out(first_order, loss, integer):
     knobs = {"inner_lr": 0.05, "inner_steps": 3 if loss == "cross_entropy" else 1, "loss": loss}
     single = Features(*(each.float() if each.is_floating_point() else each.to(integer) for each in given))
     pairs = zip(
-        (*closed_form_gradients(*single, first_order=first_order, **knobs), contrastive_coefficients(*single, **knobs)),
-        (*closed_form_gradients(*given, first_order=first_order, **knobs), contrastive_coefficients(*given, **knobs)),
+        (*closed_form_gradients(single, first_order=first_order, **knobs), contrastive_coefficients(single, **knobs)),
+        (*closed_form_gradients(given, first_order=first_order, **knobs), contrastive_coefficients(given, **knobs)),
         strict=True,
     )
     for found, expected in pairs:
@@ -439,12 +445,12 @@ def test_float32_in_is_float32_out(first_order, loss, integer):
 @pytest.mark.parametrize("enabled", [False, True])
 def test_nothing_is_differentiated(requires_grad, enabled):
     given = draw(tasks=(2,))
-    expected = closed_form_gradients(*given, inner_lr=0.4, inner_steps=2, first_order=False)
+    expected = closed_form_gradients(given, inner_lr=0.4, inner_steps=2, first_order=False)
     given = Features(*(each.requires_grad_(requires_grad) if each.is_floating_point() else each for each in given))
     before = [each.detach().clone() for each in given]
     with torch.set_grad_enabled(enabled):
-        found = closed_form_gradients(*given, inner_lr=0.4, inner_steps=2, first_order=False)
-        coefficients = contrastive_coefficients(*given, inner_lr=0.4, inner_steps=2)
+        found = closed_form_gradients(given, inner_lr=0.4, inner_steps=2, first_order=False)
+        coefficients = contrastive_coefficients(given, inner_lr=0.4, inner_steps=2)
         assert torch.is_grad_enabled() == enabled
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(found, expected, strict=True))
     assert not coefficients.requires_grad
@@ -462,12 +468,12 @@ MISTAKES = {
     "a bias of another type": ({"bias": torch.zeros(5)}, r"bias is \(5,\) torch.float32: give \(5,\) torch.float64"),
     "one vector": (
         {"query": torch.zeros(7).double()},
-        r"query_features is \(7,\) torch.float64: give \(\.\.\., images, 7",
+        r"query is \(7,\) torch.float64: give \(\.\.\., images, 7",
     ),
-    "fewer features": ({"support": torch.zeros(2, 5, 6).double()}, r"support_features is \(2, 5, 6\) .* images, 7\)"),
+    "fewer features": ({"support": torch.zeros(2, 5, 6).double()}, r"support is \(2, 5, 6\) .* images, 7\)"),
     "features of another type": (
         {"query": torch.zeros(2, 10, 7)},
-        r"query_features is \(2, 10, 7\) torch.float32: give",
+        r"query is \(2, 10, 7\) torch.float32: give",
     ),
     "too few labels": (
         {"support_labels": torch.zeros(2, 4).long()},
@@ -486,11 +492,11 @@ MISTAKES = {
     "a negative label": ({"support_labels": torch.full((2, 5), -1)}, r"support_labels are -1\.\.-1: give 0\.\.4"),
     "no image": (
         {"support": torch.zeros(2, 0, 7).double(), "support_labels": torch.zeros(2, 0).long()},
-        r"support_features is \(2, 0, 7\) torch.float64: give at least one image",
+        r"support is \(2, 0, 7\) torch.float64: give at least one image",
     ),
     "other tasks": (
         {"query": torch.zeros(3, 10, 7).double(), "query_labels": torch.zeros(3, 10).long()},
-        r"support_features is \(2, 5, 7\).*query_features \(3, 10, 7\).*: give both the same task dimensions",
+        r"support is \(2, 5, 7\).*query \(3, 10, 7\).*: give both the same task dimensions",
     ),
 }
 
@@ -502,5 +508,5 @@ def test_a_mistake_is_one_clear_line(change, message):
     given = draw(tasks=(2,))._replace(**{name: value for name, value in change.items() if name not in knobs})
     for function in (partial(closed_form_gradients, first_order=True), contrastive_coefficients):
         with pytest.raises(ValueError, match=message) as error:
-            function(*given, **knobs)
+            function(given, **knobs)
         assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import SPLITS, Task
 from fewshot.sweep import figures
-from fewshot.theory.class_similarity import class_similarities
+from fewshot.theory.features import class_similarities
 from fewshot.training import checkpoint
 
 # The experiment, shrunk; `run` shrinks the rest.

@@ -21,12 +21,15 @@ from fewshot.maml import explicit_loss, sequential
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
 from fewshot.theory.closed_forms import closed_form_gradients, contrastive_coefficients
-from fewshot.theory.features import Features, agreement, features
-from fewshot.theory.probes import encode
+from fewshot.theory.features import ROUNDING, Features, agreement
 
 NONE = 0.0  # counts, and products with an exact zero: nothing is rounded
-ROUNDING = 1e-12  # sums of up to a few thousand float64 terms of order one, each rounded to 1e-16
 GRADIENT = 1e-10  # relative; what rounding becomes through convolutions and BatchNorm, as between the engines
+
+
+@torch.no_grad()
+def features(network: Network, tasks: Task) -> Features:
+    return Features.of(network, tasks)
 
 
 class Check(NamedTuple):
@@ -71,7 +74,7 @@ def limits(network: Network, tasks: Task, *, inner_lr: float, inner_steps: int) 
     """
     zero, more_steps = zeroed(network), {"inner_lr": inner_lr, "inner_steps": inner_steps}
     given = features(zero, tasks)
-    later = contrastive_coefficients(*given, **more_steps)[1:]  # C^(p), p >= 1
+    later = contrastive_coefficients(given, **more_steps)[1:]  # C^(p), p >= 1
     q = _logits_after(zero, tasks, InnerLoop(inner_steps, inner_lr, first_order=True, adapted="head"))
     full, head_only = (
         _encoder_gradient(zero, sequential.meta_gradient, tasks, **more_steps, first_order=True, adapted=adapted)
@@ -122,7 +125,7 @@ def _one_vector(zero: Network, tasks: Task, given: Features, inner_lr: float) ->
 
 def _coefficients(zero: Network, tasks: Task, given: Features, inner_lr: float) -> dict[str, Check]:
     """c_qs = 1[t=u] - q_t, with q as the program predicts it, and its sign."""
-    (c,) = contrastive_coefficients(*given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
+    (c,) = contrastive_coefficients(given, inner_lr=inner_lr, inner_steps=1)  # (B, Q, S)
     q = _logits_after(zero, tasks, InnerLoop(1, inner_lr, first_order=True)).softmax(-1)
     undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
     off = (((c > 0) != given.same_class()) & ~undecided).double().mean().item()
@@ -198,13 +201,11 @@ def _split(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
 
 def _through_the_features(network: Network, tasks: Task, loop: InnerLoop) -> None:
     """Adds to .grad what <[dL/dPhi_Q], Phi_Q> + <[dL/dPhi_S], Phi_S> gives the encoder, and the head's own (2.5)."""
-    head, tasks_given = network.head, len(tasks.support)
-    phi_S, phi_Q = encode(network, tasks.support), encode(network, tasks.query)
-    closed = closed_form_gradients(
-        *(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, head.weight, head.bias),
-        **{"inner_lr": loop.inner_lr, "inner_steps": loop.inner_steps, "first_order": loop.first_order},
-    )
-    (((closed.query_features * phi_Q).sum() + (closed.support_features * phi_S).sum()) / tasks_given).backward()
+    head, given = network.head, Features.of(network, tasks)
+    knobs = {"inner_lr": loop.inner_lr, "inner_steps": loop.inner_steps, "first_order": loop.first_order}
+    closed = closed_form_gradients(given, **knobs)
+    by_features = (closed.query_features * given.query).sum() + (closed.support_features * given.support).sum()
+    (by_features / len(tasks.support)).backward()
     head.weight.grad = closed.weight.mean(0)
     if head.bias is not None:
         head.bias.grad = closed.bias.mean(0)

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot.data.task import Task
-from fewshot.evidence.identities import ROUNDING
+from fewshot.evidence.identities import ROUNDING, features
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.network import Network
-from fewshot.theory.class_similarity import class_similarities
-from fewshot.theory.closed_forms import adapted_head, centred, closed_form_gradients, contrastive_coefficients
-from fewshot.theory.features import Features, agreement, features, tied
-from fewshot.theory.probes import cosines, probes
+from fewshot.theory.closed_forms import adapt_head, closed_form_gradients, contrastive_coefficients
+from fewshot.theory.features import Features, agreement, centred, class_similarities, cosines, mean_cosines, tied
+from fewshot.theory.probes import probes
 
 
 def heads(given: Features) -> dict[str, Features]:
@@ -46,14 +45,14 @@ def motivating_example(given: Features, *, inner_lr: float) -> dict[str, Any]:
     W = phi_S.new_zeros(len(phi_S), K, phi_S.shape[2], requires_grad=True)
     each = F.mse_loss(phi_S @ W.mT, F.one_hot(labels_S, K).double(), reduction="none").mean((1, 2))
     W_1 = -inner_lr * torch.autograd.grad(each.sum(), W)[0]
-    m = F.one_hot(labels_S, K).double().mT @ phi_S  # sums of each class's support features
+    m = given.support_sums()
     logits, products = phi_Q @ W_1.mT, eta * phi_Q @ m.mT
     own = F.one_hot(labels_Q, K).bool()
     chosen = [(labels_Q[0] == k).nonzero()[0].item() for k in range(K)]
     same, other = ((logits * which).sum((1, 2)) / which.sum((1, 2)) for which in (own, ~own))  # of each task
     return {
         "inner_lr": eta,
-        "classifier": _plain(_cosines(W_1[0], m[0])),
+        "classifier": _plain(cosines(W_1[0], m[0])),
         "logits": _plain(logits[0, chosen]),
         "inner_products": _plain(products[0, chosen]),
         "classifier_error": _error(W_1, eta * m),
@@ -88,7 +87,7 @@ def outer_step(given: Features, *, inner_lr: float, inner_steps: int) -> dict[st
     for name, each in heads(given).items():
         found[name] = {}
         for order, first_order in (("fomaml", True), ("somaml", False)):
-            moved = closed_form_gradients(*each, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order)
+            moved = closed_form_gradients(each, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order)
             to_Q, to_S = -moved.query_features, -moved.support_features
             change = to_Q @ given.support.mT + given.query @ to_S.mT  # of phi(q).phi(s), (B, Q, S)
             found[name][order] = {
@@ -111,7 +110,7 @@ def coefficients(given: Features, *, inner_lr: float, inner_steps: int) -> dict[
     found = {"inner_steps": inner_steps}
     zero, same = given.zeroed(), given.same_class()
     for name, each, steps in (("this_head", given, 1), ("zeroed_head", zero, 1), ("more_steps", zero, inner_steps)):
-        c = contrastive_coefficients(*each, inner_lr=inner_lr, inner_steps=steps).sum(0)
+        c = contrastive_coefficients(each, inner_lr=inner_lr, inner_steps=steps).sum(0)
         wrong = ((c > 0) != same) & (c.abs() > ROUNDING)  # of a smaller one rounding has made the sign
         found[name] = {
             "first_task": _plain(c[0]),
@@ -127,9 +126,9 @@ def similarity(network: Network, tasks: Task, given: Features, initial: Network)
 
     tasks_where_the_gap_grew: in how many same class less other class is larger than it was.
     """
-    same, other = cosines(given.query, given.support, given.same_class())
+    same, other = mean_cosines(given.query, given.support, given.same_class())
     then = features(initial, tasks)
-    same_then, other_then = cosines(then.query, then.support, then.same_class())
+    same_then, other_then = mean_cosines(then.query, then.support, then.same_class())
     return {
         "first_task": class_similarities(network, Task(*(field[0] for field in tasks))),
         "same_class": same.mean().item(),
@@ -150,7 +149,7 @@ def memory(given: Features, *, inner_lr: float) -> dict[str, Any]:
     mu, found = given.support_means(), {}
     for name, each in heads(given).items():
         w = each.weight
-        after, _ = adapted_head(each.support, each.support_labels, w, each.bias, inner_lr=inner_lr, inner_steps=1)
+        after = adapt_head(each, inner_lr=inner_lr, inner_steps=1).weight
         for moment, W in (("before", w.expand_as(after)), ("after", after)):
             W = centred(W)
             found[f"{name}_{moment}"] = _column_cosines(W, mu) if W.any() else None
@@ -158,7 +157,7 @@ def memory(given: Features, *, inner_lr: float) -> dict[str, Any]:
 
 
 def _column_cosines(W: Tensor, mu: Tensor) -> dict[str, Any]:
-    cosine = _cosines(W, mu)  # (B, K, K)
+    cosine = cosines(W, mu)  # (B, K, K)
     own = torch.eye(cosine.shape[-1], dtype=torch.bool).expand_as(cosine)
     return {
         "first_task": _plain(cosine[0]),
@@ -203,11 +202,6 @@ def measure(
         "prototypes": prototypes(network, tasks, given, inner_lr=inner_lr, steps=steps, adapted=adapted),
         "probes": probes(network, [tasks], **knobs),
     }
-
-
-def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
-    """(..., I, d), (..., J, d) -> (..., I, J)"""
-    return F.normalize(rows, dim=-1) @ F.normalize(columns, dim=-1).mT
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fewshot.data.task import Task, query_accuracy
 from fewshot.inner_loop import InnerLoop
-from fewshot.theory.closed_forms import adapted_logits, closed_form_gradients, explicit_loss
+from fewshot.theory.closed_forms import adapt_head
+from fewshot.theory.features import Features
 
 
 def meta_gradient(
@@ -29,21 +30,19 @@ def meta_gradient(
     Raises:
         ValueError: more than one inner step.
     """
-    if loop.inner_steps != 1:
-        raise ValueError(f"inner_steps={loop.inner_steps}: the explicit loss is that of one inner step")
     head, losses, logits = network.head, [], []
     terms = {"noise": loop.noise, "interference": loop.interference}
     for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
         phi_S, phi_Q = network.encoder(task.support), network.encoder(task.query)
-        given = (phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
-        one_step = {"inner_lr": loop.inner_lr, "inner_steps": 1}
-        loss = explicit_loss(*given, inner_lr=loop.inner_lr, first_order=loop.first_order, **terms)
+        features = Features(phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
+        adapted = adapt_head(features, inner_lr=loop.inner_lr, inner_steps=loop.inner_steps)
+        loss = adapted.explicit_loss(first_order=loop.first_order, **terms)
         (loss / len(tasks.support)).backward()
-        closed = closed_form_gradients(*given, **one_step, first_order=True)
+        closed = adapted.gradients(first_order=True)
         for parameter, gradient in ((head.weight, closed.weight), (head.bias, closed.bias)):
             if parameter is not None:
                 gradient = gradient / len(tasks.support)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         losses.append(closed.loss)
-        logits.append(adapted_logits(*given, **one_step))
+        logits.append(adapted.logits)
     return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)

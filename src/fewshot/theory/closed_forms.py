@@ -2,6 +2,18 @@
 
 The encoder is frozen in the inner loop (EFIL): only the head is adapted. Nothing here differentiates.
 
+>>> phi_S, phi_Q = torch.randn(5, 64), torch.randn(10, 64)  # 5-way 1-shot, two queries per class, one task
+>>> t, u = torch.arange(5), torch.arange(5).repeat(2)
+>>> features = Features(phi_S, t, phi_Q, u, weight=torch.zeros(5, 64), bias=torch.zeros(5))
+>>> gradients = closed_form_gradients(features, inner_lr=0.4, inner_steps=1, first_order=False)
+>>> gradients.support_features.shape  # SOMAML moves the support features too
+torch.Size([5, 64])
+>>> gradients.interference.any()  # the head is zero, so it interferes with nothing
+tensor(False)
+>>> (c,) = contrastive_coefficients(features, inner_lr=0.4, inner_steps=1)
+>>> torch.equal(c > 0, features.same_class())  # and adds no noise to the coefficients
+True
+
 Shapes: ... any leading task dimensions, S support and Q query images per task, K ways, d features, N inner steps.
 
 A bias is the weight of a feature that is always 1. So below, phi = [features, 1] and W = [weight, bias], and the
@@ -14,6 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fewshot.theory.features import Features
 
 
 class Gradients(NamedTuple):
@@ -28,19 +42,8 @@ class Gradients(NamedTuple):
     contrastive: Tensor  # (..., Q, d), through the support features: -eta/(N_s N_q) [sum_p C^(p)] Phi_S
 
 
-@torch.no_grad()
 def closed_form_gradients(
-    support_features: Tensor,
-    support_labels: Tensor,
-    query_features: Tensor,
-    query_labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-    first_order: bool,
-    loss: str = "cross_entropy",
+    features: Features, *, inner_lr: float, inner_steps: int, first_order: bool, loss: str = "cross_entropy"
 ) -> Gradients:
     """The gradients of FOMAML (2.4) or SOMAML (2.5) with respect to features and head, exact for any N and any head.
 
@@ -48,9 +51,6 @@ def closed_form_gradients(
     sum(query_features o Phi_Q) + sum(support_features o Phi_S), both gradients held constant (2.5).
 
     Args:
-        support_features, query_features: (..., S, d) and (..., Q, d), phi(s) and phi(q).
-        support_labels, query_labels: (..., S) and (..., Q), integers 0..K-1; classes may differ in size or be absent.
-        weight, bias: (K, d) and (K,), the head before the inner loop, the same for all tasks.
         inner_lr: eta.
         inner_steps: N >= 1.
         first_order: True for FOMAML, False for SOMAML.
@@ -58,142 +58,51 @@ def closed_form_gradients(
             ways, one inner step (2.1), where eta/(N_s N_q) is eta.
 
     Returns:
-        Gradients, detached. All tensors are of one dtype, float32 or float64.
+        Gradients, detached.
 
     Raises:
-        ValueError: loss or inner_steps, or a tensor's shape, dtype or labels, are not as said here.
+        ValueError: loss, inner_steps or one of the features' fields is not as said here and in `Features`.
     """
-    task = _adapt(
-        support_features, support_labels, query_features, query_labels, weight, bias, inner_lr, inner_steps, loss
-    )
-    E_Q = (task.Q - task.T_Q) / _images(task.T_Q, loss)
-    interference = E_Q @ weight  # E_Q W_0 (2.4)
-    C = _coefficients(task).sum(0)
-    contrastive = -task.rate / _images(task.T_Q, loss) * C @ support_features  # -eta/(N_s N_q) [sum_p C^(p)] Phi_S
-    D, G = torch.zeros_like(task.phi_S), E_Q.mT @ task.phi_Q  # D = 0; G_N = E_Q^T Phi_Q, g_N = E_Q^T 1
-    if not first_order:
-        D, G = _back_through_inner_loop(task, D, G, loss)
-    d = weight.shape[1]
-    return Gradients(
-        loss=_query_loss(task.logits, task.T_Q, loss),
-        query_features=interference + contrastive,
-        support_features=D[..., :d],
-        weight=G[..., :d],
-        bias=None if bias is None else G[..., d],
-        interference=interference,
-        contrastive=contrastive,
-    )
+    return adapt_head(features, inner_lr=inner_lr, inner_steps=inner_steps, loss=loss).gradients(first_order)
 
 
-@torch.no_grad()
 def contrastive_coefficients(
-    support_features: Tensor,
-    support_labels: Tensor,
-    query_features: Tensor,
-    query_labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-    first_order: bool = True,
-    loss: str = "cross_entropy",
+    features: Features, *, inner_lr: float, inner_steps: int, first_order: bool = True, loss: str = "cross_entropy"
 ) -> Tensor:
     """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step moves phi(q) toward phi(s) (2.3).
 
     c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u], t and u the labels of s and q; 1[t=u] - q_t without noise.
-    Of one class it is never negative, with noise or without: (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
-    For "mse" the inner products of the residuals, (W_1 phi(q) - u).(W_0 phi(s) - t): 1[t=u] - eta phi(q).m_t if
-    W_0 = 0 (2.1). Arguments and errors are those of `closed_form_gradients`; the coefficients are the same in both
-    orders, so first_order changes nothing.
+    Within a class it is never negative, with noise or without: (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
+    For "mse" it is the inner product of the residuals, (W_1 phi(q) - u).(W_0 phi(s) - t): 1[t=u] - eta phi(q).m_t if
+    W_0 = 0 (2.1). Arguments and errors are those of `closed_form_gradients`; both orders have the same coefficients.
     """
-    task = _adapt(
-        support_features, support_labels, query_features, query_labels, weight, bias, inner_lr, inner_steps, loss
-    )
-    return _coefficients(task)
-
-
-def explicit_loss(
-    support_features: Tensor,
-    support_labels: Tensor,
-    query_features: Tensor,
-    query_labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inner_lr: float,
-    first_order: bool,
-    noise: bool = True,
-    interference: bool = True,
-) -> Tensor:
-    """The contrastive loss whose gradient with respect to the features is MAML's after one inner step (method.md 5).
-
-    L1 = mean_{q,s} eta [-c_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order; without noise c_qs
-    is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is added. Second order is exact
-    for a zero head only (2.5). Arguments as of `closed_form_gradients`. Returns (...), to be differentiated with
-    respect to the features.
-    """
-    with torch.no_grad():
-        task = _adapt(
-            support_features, support_labels, query_features, query_labels, weight, bias, inner_lr, 1, "cross_entropy"
-        )
-        residual = task.Q - task.T_Q
-        c = -residual @ (task.T_S - (task.P[0] if noise else 0)).mT  # -(Q - T_Q) T_S^T is 1[t=u] - q_t
-    phi_S = support_features.detach() if first_order else support_features
-    loss = -inner_lr * (c * (query_features @ phi_S.mT)).mean((-2, -1))
-    if interference:
-        loss = loss + (residual @ weight.detach() * query_features).sum(-1).mean(-1)
-    return loss
+    return adapt_head(features, inner_lr=inner_lr, inner_steps=inner_steps, loss=loss).coefficients()
 
 
 @torch.no_grad()
-def adapted_logits(
-    support_features: Tensor,
-    support_labels: Tensor,
-    query_features: Tensor,
-    query_labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-) -> Tensor:
-    """Phi_Q W_N^T + b_N, (..., Q, K), by (2.2). Arguments and errors as of `closed_form_gradients`."""
-    return _adapt(
-        *(support_features, support_labels, query_features, query_labels, weight, bias),
-        *(inner_lr, inner_steps, "cross_entropy"),
-    ).logits
+def adapt_head(features: Features, *, inner_lr: float, inner_steps: int, loss: str = "cross_entropy") -> "AdaptedHead":
+    """The inner loop (2.2), run once for whatever is asked of it. Arguments and errors: as `closed_form_gradients`."""
+    _check(features, inner_steps, loss)
+    phi_S, labels_S, phi_Q, labels_Q, W_0, bias = features
+    T_S, T_Q = (F.one_hot(labels.long(), len(W_0)).to(W_0.dtype) for labels in (labels_S, labels_Q))
+    if bias is not None:
+        W_0 = torch.cat([W_0, bias.unsqueeze(1)], dim=1)
+        phi_S, phi_Q = F.pad(phi_S, (0, 1), value=1.0), F.pad(phi_Q, (0, 1), value=1.0)
+    rate = inner_lr / _images(T_S, loss)
+    W, P = [W_0], []
+    for _ in range(inner_steps):
+        P.append(_predictions(phi_S @ W[-1].mT, loss))  # P^(p) = softmax(Phi_S W_p^T + b_p)
+        W.append(W[-1] + rate * (T_S - P[-1]).mT @ phi_S)  # W_{p+1} = W_p + (eta/N_s) (T_S - P^(p))^T Phi_S
+    logits = phi_Q @ W[-1].mT
+    return AdaptedHead(features, inner_lr, loss, phi_S, phi_Q, T_S, T_Q, rate, W, P, logits, _predictions(logits, loss))
 
 
-@torch.no_grad()
-def adapted_head(
-    support_features: Tensor,
-    support_labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-) -> tuple[Tensor, Tensor | None]:
-    """W_N (..., K, d) and b_N (..., K), by (2.2). Arguments and errors as of `closed_form_gradients`."""
-    support = (support_features, support_labels)
-    task = _adapt(*support, *support, weight, bias, inner_lr, inner_steps, "cross_entropy")  # queries play no part
-    W, d = task.W[-1], weight.shape[1]
-    return W[..., :d], None if bias is None else W[..., d]
+class AdaptedHead(NamedTuple):
+    """Tasks after their inner loop, all but `features` detached; phi and W include the bias."""
 
-
-def centred(rows: Tensor) -> Tensor:
-    """What of a head's K rows (..., K, d), or of its bias as (K, 1), the loss can see: they, less their mean.
-
-    Rows of Q - T_Q and of P - T_S sum to 0, so what all classes share interferes with nothing and stays as it is (2.4).
-    """
-    rows = rows - rows[..., :1, :]  # equal rows become 0 exactly, which they need not be less their rounded mean
-    return rows - rows.mean(-2, keepdim=True)
-
-
-class _Adapted(NamedTuple):
-    """A task after its inner loop; phi and W include the bias."""
-
+    features: Features
+    inner_lr: float  # eta
+    loss: str
     phi_S: Tensor  # (..., S, d), with a bias d + 1
     phi_Q: Tensor  # (..., Q, d)
     T_S: Tensor  # (..., S, K), one-hot
@@ -204,59 +113,73 @@ class _Adapted(NamedTuple):
     logits: Tensor  # (..., Q, K), Phi_Q W_N^T + b_N
     Q: Tensor  # (..., Q, K)
 
+    @property
+    def weight(self) -> Tensor:
+        """W_N without the bias, (..., K, d)."""
+        return self.W[-1][..., : self.features.weight.shape[1]]
 
-def _adapt(
-    phi_S: Tensor,
-    labels_S: Tensor,
-    phi_Q: Tensor,
-    labels_Q: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inner_lr: float,
-    inner_steps: int,
-    loss: str,
-) -> _Adapted:
-    _check_loss(loss, inner_steps)
-    _check_head(weight, bias)
-    _check_images("support", phi_S, labels_S, weight)
-    _check_images("query", phi_Q, labels_Q, weight)
-    if phi_S.shape[:-2] != phi_Q.shape[:-2]:
-        raise ValueError(
-            f"support_features is {_said(phi_S)}, query_features {_said(phi_Q)}: give both the same task dimensions"
+    @property
+    def bias(self) -> Tensor | None:
+        """b_N, (..., K)."""
+        return None if self.features.bias is None else self.W[-1][..., -1]
+
+    @torch.no_grad()
+    def gradients(self, first_order: bool) -> Gradients:
+        """See `closed_form_gradients`."""
+        E_Q = (self.Q - self.T_Q) / _images(self.T_Q, self.loss)
+        interference = E_Q @ self.features.weight  # E_Q W_0 (2.4)
+        C = self.coefficients().sum(0)
+        scale = -self.rate / _images(self.T_Q, self.loss)
+        contrastive = scale * C @ self.features.support  # -eta/(N_s N_q) [sum_p C^(p)] Phi_S
+        D, G = torch.zeros_like(self.phi_S), E_Q.mT @ self.phi_Q  # D = 0; G_N = E_Q^T Phi_Q, g_N = E_Q^T 1
+        if not first_order:
+            D, G = self._back_through_inner_loop(D, G)
+        d = self.features.weight.shape[1]
+        return Gradients(
+            loss=_mean_loss(self.logits, self.T_Q, self.loss),
+            query_features=interference + contrastive,
+            support_features=D[..., :d],
+            weight=G[..., :d],
+            bias=None if self.features.bias is None else G[..., d],
+            interference=interference,
+            contrastive=contrastive,
         )
-    T_S, T_Q = (F.one_hot(labels.long(), len(weight)).to(weight.dtype) for labels in (labels_S, labels_Q))
-    W_0 = weight
-    if bias is not None:
-        W_0 = torch.cat([weight, bias.unsqueeze(1)], dim=1)
-        phi_S, phi_Q = F.pad(phi_S, (0, 1), value=1.0), F.pad(phi_Q, (0, 1), value=1.0)
-    rate = inner_lr / _images(T_S, loss)
-    W, P = _inner_loop(phi_S, T_S, W_0, rate, inner_steps, loss)
-    logits = phi_Q @ W[-1].mT
-    return _Adapted(phi_S, phi_Q, T_S, T_Q, rate, W, P, logits, _predictions(logits, loss))
 
+    @torch.no_grad()
+    def coefficients(self) -> Tensor:
+        """See `contrastive_coefficients`."""
+        return torch.stack(
+            [-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P]  # C^(p) = -(Q - T_Q) (T_S - P^(p))^T
+        )
 
-def _inner_loop(
-    phi_S: Tensor, T_S: Tensor, W_0: Tensor, rate: float, inner_steps: int, loss: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    W, P = [W_0], []
-    for _ in range(inner_steps):
-        P.append(_predictions(phi_S @ W[-1].mT, loss))  # P^(p) = softmax(Phi_S W_p^T + b_p) (2.2)
-        W.append(W[-1] + rate * (T_S - P[-1]).mT @ phi_S)  # W_{p+1} = W_p + (eta/N_s) (T_S - P^(p))^T Phi_S
-    return W, P
+    def explicit_loss(self, *, first_order: bool, noise: bool = True, interference: bool = True) -> Tensor:
+        """The contrastive loss whose gradient by the features is MAML's after one inner step (method.md 5).
 
+        L1 = mean_{q,s} eta [-c_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order; without noise
+        c_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is added. Second order
+        is exact for a zero head only (2.5). Returns (...), to be differentiated with respect to the features.
 
-def _coefficients(task: _Adapted) -> Tensor:
-    return torch.stack([-(task.Q - task.T_Q) @ (task.T_S - P).mT for P in task.P])  # C^(p) = -(Q - T_Q) (T_S - P^(p))^T
+        Raises:
+            ValueError: more than one inner step.
+        """
+        if len(self.P) > 1:
+            raise ValueError(f"inner_steps={len(self.P)}: the explicit loss is that of one inner step")
+        phi_S, phi_Q = self.features.support, self.features.query
+        residual = self.Q - self.T_Q
+        c = -residual @ (self.T_S - (self.P[0] if noise else 0)).mT  # -(Q - T_Q) T_S^T is 1[t=u] - q_t
+        loss = -self.inner_lr * (c * (phi_Q @ (phi_S.detach() if first_order else phi_S).mT)).mean((-2, -1))
+        if interference:
+            loss = loss + (residual @ self.features.weight.detach() * phi_Q).sum(-1).mean(-1)
+        return loss
 
-
-def _back_through_inner_loop(task: _Adapted, D: Tensor, G: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """From D = 0 and G_N to D = dL/dPhi_S and G_0 (2.5)."""
-    for W, P in zip(task.W[-2::-1], task.P[::-1], strict=True):  # p = N-1 .. 0
-        A = task.phi_S @ G.mT  # A = Phi_S G_{p+1}^T + 1 g_{p+1}^T
-        M = _logits_gradient(P, A, loss)
-        D = D + task.rate * ((task.T_S - P) @ G - M @ W)  # D += (eta/N_s) [(T_S - P^(p)) G_{p+1} - M W_p]
-        G = G - task.rate * M.mT @ task.phi_S  # G_p = G_{p+1} - (eta/N_s) M^T Phi_S
-    return D, G
+    def _back_through_inner_loop(self, D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """From D = 0 and G_N to D = dL/dPhi_S and G_0 (2.5)."""
+        for W, P in zip(self.W[-2::-1], self.P[::-1], strict=True):  # p = N-1 .. 0
+            A = self.phi_S @ G.mT  # A = Phi_S G_{p+1}^T + 1 g_{p+1}^T
+            M = _logits_gradient(P, A, self.loss)
+            D = D + self.rate * ((self.T_S - P) @ G - M @ W)  # D += (eta/N_s) [(T_S - P^(p)) G_{p+1} - M W_p]
+            G = G - self.rate * M.mT @ self.phi_S  # G_p = G_{p+1} - (eta/N_s) M^T Phi_S
+        return D, G
 
 
 def _images(T: Tensor, loss: str) -> int:
@@ -273,36 +196,38 @@ def _logits_gradient(P: Tensor, A: Tensor, loss: str) -> Tensor:
     return P * (A - (P * A).sum(-1, keepdim=True)) if loss == "cross_entropy" else A  # P o (A - ((P o A) 1) 1^T)
 
 
-def _query_loss(logits: Tensor, T_Q: Tensor, loss: str) -> Tensor:
+def _mean_loss(logits: Tensor, T_Q: Tensor, loss: str) -> Tensor:
     if loss == "cross_entropy":
         return -(T_Q * logits.log_softmax(-1)).sum(-1).mean(-1)
     return (logits - T_Q).square().sum((-2, -1)) / 2  # 1/2 sum_q |W_1 phi(q) - u|^2 (2.1)
 
 
-def _check_loss(loss: str, inner_steps: int) -> None:
+def _check(features: Features, inner_steps: int, loss: str) -> None:
     if loss not in ("cross_entropy", "mse"):
         raise ValueError(f"loss={loss!r}: give 'cross_entropy' or 'mse'")
     if not isinstance(inner_steps, int) or inner_steps < 1:
         raise ValueError(f"inner_steps={inner_steps!r}: give an integer of at least 1")
     if loss == "mse" and inner_steps != 1:
         raise ValueError(f"inner_steps={inner_steps}: loss='mse' takes one step; give 1, or loss='cross_entropy'")
-
-
-def _check_head(weight: Tensor, bias: Tensor | None) -> None:
+    phi_S, labels_S, phi_Q, labels_Q, weight, bias = features
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"weight is {_said(weight)}: give (K, d), torch.float32 or torch.float64")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(f"bias is {_said(bias)}: give ({len(weight)},) {weight.dtype}, one for each row of the weight")
+    for name, phi, labels in (("support", phi_S, labels_S), ("query", phi_Q, labels_Q)):
+        _check_images(name, phi, labels, weight)
+    if phi_S.shape[:-2] != phi_Q.shape[:-2]:
+        raise ValueError(f"support is {_said(phi_S)}, query {_said(phi_Q)}: give both the same task dimensions")
 
 
-def _check_images(name: str, features: Tensor, labels: Tensor, weight: Tensor) -> None:
+def _check_images(name: str, phi: Tensor, labels: Tensor, weight: Tensor) -> None:
     K, d = weight.shape
-    if features.ndim < 2 or features.shape[-1] != d or features.dtype != weight.dtype:
-        raise ValueError(f"{name}_features is {_said(features)}: give (..., images, {d}) {weight.dtype}, as the weight")
-    if labels.shape != features.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"{name}_labels is {_said(labels)}: give {tuple(features.shape[:-1])} integers")
+    if phi.ndim < 2 or phi.shape[-1] != d or phi.dtype != weight.dtype:
+        raise ValueError(f"{name} is {_said(phi)}: give (..., images, {d}) {weight.dtype}, as the weight")
+    if labels.shape != phi.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name}_labels is {_said(labels)}: give {tuple(phi.shape[:-1])} integers")
     if labels.numel() == 0:
-        raise ValueError(f"{name}_features is {_said(features)}: give at least one image")
+        raise ValueError(f"{name} is {_said(phi)}: give at least one image")
     if labels.min() < 0 or labels.max() >= K:
         raise ValueError(f"{name}_labels are {labels.min()}..{labels.max()}: give 0..{K - 1}, a row of the weight each")
 

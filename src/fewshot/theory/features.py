@@ -1,6 +1,6 @@
-"""The features of tasks and the head that meets them: what the theory speaks of, and nothing else of a model.
+"""The features of tasks and the head that meets them: all of a model that the theory speaks of; and their cosines.
 
-Shapes: B tasks, S support and Q query images per task, d features, K ways.
+Shapes: ... any leading task dimensions, B tasks, S support and Q query images per task, d features, K ways.
 """
 
 from typing import NamedTuple
@@ -11,18 +11,26 @@ from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.models.network import Network
-from fewshot.theory.probes import encode
+
+ROUNDING = 1e-12  # sums of up to a few thousand float64 terms of order one, each rounded to 1e-16
 
 
 class Features(NamedTuple):
-    """The arguments of the closed forms in contrast.py."""
+    """Tasks as the head sees them. All but the labels are of one dtype, float32 or float64."""
 
-    support: Tensor  # (B, S, d)
-    support_labels: Tensor  # (B, S)
-    query: Tensor  # (B, Q, d)
-    query_labels: Tensor  # (B, Q)
-    weight: Tensor  # (K, d)
-    bias: Tensor | None  # (K,)
+    support: Tensor  # (..., S, d), phi(s)
+    support_labels: Tensor  # (..., S), integers 0..K-1; classes may differ in size or be absent
+    query: Tensor  # (..., Q, d), phi(q)
+    query_labels: Tensor  # (..., Q)
+    weight: Tensor  # (K, d), of the head before the inner loop, the same for all tasks
+    bias: Tensor | None = None  # (K,)
+
+    @classmethod
+    def of(cls, network: Network, tasks: Task) -> "Features":
+        """Those of the unadapted encoder, (B, ...), through which their gradient reaches its parameters."""
+        w, b = network.head.weight, network.head.bias
+        phi_S, phi_Q = (encode(network, images).to(w.dtype) for images in (tasks.support, tasks.query))
+        return cls(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, b)
 
     def zeroed(self) -> "Features":
         """The same features, met by a head of zeros."""
@@ -30,35 +38,81 @@ class Features(NamedTuple):
         return self._replace(weight=torch.zeros_like(self.weight), bias=bias)
 
     def same_class(self) -> Tensor:
-        """1[t=u], (B, Q, S) bool."""
-        return self.query_labels[:, :, None] == self.support_labels[:, None]
+        """1[t=u], (..., Q, S) bool."""
+        return self.query_labels[..., :, None] == self.support_labels[..., None, :]
+
+    def support_sums(self) -> Tensor:
+        """m_k, the sum of each class's support features, (..., K, d)."""
+        return self._support_of_classes().mT @ self.support
 
     def support_means(self) -> Tensor:
-        """mu_k, (B, K, d)."""
-        of_class = F.one_hot(self.support_labels, len(self.weight)).to(self.support.dtype)
-        return of_class.mT @ self.support / of_class.sum(1).unsqueeze(-1)
+        """mu_k, (..., K, d)."""
+        return self.support_sums() / self._support_of_classes().sum(-2).unsqueeze(-1)
+
+    def _support_of_classes(self) -> Tensor:
+        """T_S, (..., S, K)"""
+        return F.one_hot(self.support_labels, len(self.weight)).to(self.support.dtype)
 
     def prototype_scores(self) -> Tensor:
-        """phi(q).mu_k, (B, Q, K), by which the prototype classifier chooses (2.6)."""
+        """phi(q).mu_k, (..., Q, K), by which the prototype classifier chooses (2.6)."""
         return self.query @ self.support_means().mT
 
 
-@torch.no_grad()
-def features(network: Network, tasks: Task) -> Features:
-    """Of the unadapted encoder."""
-    phi_S, phi_Q = encode(network, tasks.support), encode(network, tasks.query)
-    w, b = network.head.weight.detach(), network.head.bias
-    return Features(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, None if b is None else b.detach())
+def encode(network: Network, images: Tensor) -> Tensor:
+    """(B, I, C, H, W) -> features (B, I, d); task by task, since BatchNorm sees a task at a time."""
+    return torch.stack([network.encoder(images_of_task) for images_of_task in images])
 
 
-ROUNDING = 1e-12  # of the largest score: closer than this, float64 cannot tell two scores apart
+def centred(rows: Tensor) -> Tensor:
+    """What the loss can see of a head's K rows (..., K, d), or of its bias as (K, 1): the rows less their mean.
+
+    Rows of Q - T_Q and of P - T_S sum to 0, so what all classes share interferes with nothing and stays as it is (2.4).
+    """
+    rows = rows - rows[..., :1, :]  # equal rows become 0 exactly; less their rounded mean alone, they need not
+    return rows - rows.mean(-2, keepdim=True)
 
 
 def agreement(scores: Tensor, logits: Tensor) -> Tensor:
-    """Whether the class of the largest logit has the largest score, (..., K), (..., K) -> (...) bool; any, of a tie."""
+    """Whether the class of the largest logit has the largest score, or one tied with it: (..., K) twice -> (...)."""
     return tied(scores).gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def tied(scores: Tensor) -> Tensor:
-    """Which scores are the largest but for rounding, (..., K) bool."""
+    """Which scores are the largest as far as float64 can tell, (..., K) bool."""
     return scores >= scores.amax(-1, keepdim=True) - ROUNDING * scores.abs().amax()
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine similarity of every two rows: (..., I, d), (..., J, d) -> (..., I, J)"""
+    return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
+
+
+def mean_cosines(first: Tensor, second: Tensor, same: Tensor, counted: bool | Tensor = True) -> tuple[Tensor, Tensor]:
+    """Mean cosine similarity of the pairs that are `same` and of the others, among those counted.
+
+    first (B, I, d), second (B, J, d), same (B, I, J) -> (B,), (B,)
+    """
+    similarity = cosines(first, second)
+    same, other = ((similarity * pairs).sum((1, 2)) / pairs.sum((1, 2)) for pairs in (same & counted, ~same & counted))
+    return same, other
+
+
+@torch.no_grad()
+def class_similarities(network: Network, task: Task) -> dict[str, list[list[float]]]:
+    """Mean cosine similarity of the features of every two classes: {"query_support": K x K, "query_query": K x K}.
+
+    Entry [u][t] is the mean over the queries of class u paired with the support images, or with the other queries, of
+    class t (docs/method.md, section 5). The encoder is unadapted; support and queries pass it apart, as in training.
+    """
+    of_S, of_Q = (F.one_hot(labels).double() for labels in (task.support_labels, task.query_labels))  # (S, K), (Q, K)
+    phi_S, phi_Q = (network.encoder(images).double() for images in (task.support, task.query))
+    not_itself = 1 - torch.eye(len(phi_Q), dtype=torch.double, device=phi_Q.device)
+
+    def means(similarity: Tensor, counted: Tensor, of_second: Tensor) -> list[list[float]]:
+        sums, pairs = (of_Q.mT @ values @ of_second for values in (similarity * counted, counted))
+        return [[round(value, 6) for value in row] for row in (sums / pairs).tolist()]
+
+    return {
+        "query_support": means(cosines(phi_Q, phi_S), torch.ones(len(phi_Q), len(phi_S)).to(of_S), of_S),
+        "query_query": means(cosines(phi_Q, phi_Q), not_itself, of_Q),
+    }

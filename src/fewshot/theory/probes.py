@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.models.network import Network
-from fewshot.theory.closed_forms import centred, closed_form_gradients, contrastive_coefficients
+from fewshot.theory.closed_forms import adapt_head
+from fewshot.theory.features import Features, centred, mean_cosines
 
 
 @torch.no_grad()
@@ -29,28 +30,25 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
     sums: dict[str, Tensor] = {}
     tasks = 0
     for batch in batches:
-        for name, values in _probe(network, batch, inner_lr, inner_steps).items():
+        features = Features.of(network, batch)
+        for name, values in _probe(features, inner_lr=inner_lr, inner_steps=inner_steps).items():
             sums[name] = sums.get(name, 0) + values.double().sum()
         tasks += len(batch.support)
     return {name: round((total / tasks).item(), 6) for name, total in sums.items()}
 
 
-def _probe(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> dict[str, Tensor]:
+def _probe(features: Features, **knobs: float) -> dict[str, Tensor]:
     """{name: (B,)}"""
-    w, b = network.head.weight, network.head.bias
-    phi_S, phi_Q = (encode(network, images).to(w.dtype) for images in (tasks.support, tasks.query))
-    given = (phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, b)
-    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": True}
-    gradients = closed_form_gradients(*given, **knobs)
-    c = contrastive_coefficients(*given, **knobs).sum(0)  # (B, Q, S)
-    with_support = tasks.query_labels[:, :, None] == tasks.support_labels[:, None]  # (B, Q, S), 1[t=u]
-    with_query = tasks.query_labels[:, :, None] == tasks.query_labels[:, None]  # (B, Q, Q)
-    biases = () if b is None else (b[:, None],)
-    w0 = centred(torch.cat([w, *biases], dim=1))
-    to_w0 = torch.cat([gradients.weight, *(gradients.bias.unsqueeze(-1) for _ in biases)], dim=-1)  # (B, K, d + 1)
-    same, other = cosines(phi_Q, phi_S, with_support)
+    adapted = adapt_head(features, **knobs)
+    gradients, c = adapted.gradients(first_order=True), adapted.coefficients().sum(0)  # c (B, Q, S)
+    phi_S, phi_Q, w, b = features.support, features.query, features.weight, features.bias
+    with_support = features.same_class()  # (B, Q, S)
+    with_query = features.query_labels[:, :, None] == features.query_labels[:, None]  # (B, Q, Q)
+    w0 = centred(w if b is None else torch.cat([w, b[:, None]], dim=1))
+    to_w0 = gradients.weight if b is None else torch.cat([gradients.weight, gradients.bias.unsqueeze(-1)], dim=-1)
+    same, other = mean_cosines(phi_Q, phi_S, with_support)
     not_itself = ~torch.eye(phi_Q.shape[1], dtype=torch.bool, device=phi_Q.device)
-    same_queries, other_queries = cosines(phi_Q, phi_Q, with_query, not_itself)
+    same_queries, other_queries = mean_cosines(phi_Q, phi_Q, with_query, not_itself)
     return {
         "interference_norm": gradients.interference.flatten(1).norm(dim=1),
         "contrastive_norm": gradients.contrastive.flatten(1).norm(dim=1),
@@ -63,21 +61,3 @@ def _probe(network: Network, tasks: Task, inner_lr: float, inner_steps: int) -> 
         "head_norm": w0.norm().expand(len(c)),
         "cross_task": F.cosine_similarity(w0.flatten().expand(len(c), -1), to_w0.flatten(1)),
     }
-
-
-def encode(network: Network, images: Tensor) -> Tensor:
-    """(B, I, C, H, W) -> features (B, I, d); task by task, since BatchNorm sees a task at a time."""
-    return torch.stack([network.encoder(each) for each in images])
-
-
-def cosines(first: Tensor, second: Tensor, same: Tensor, counted: bool | Tensor = True) -> tuple[Tensor, Tensor]:
-    """Mean cosine similarity of the pairs that are `same` and of the others, among those counted.
-
-    first (B, I, d), second (B, J, d), same (B, I, J) -> (B,), (B,)
-    """
-    similarity = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
-
-    def mean(pairs: Tensor) -> Tensor:
-        return (similarity * pairs).sum((1, 2)) / pairs.sum((1, 2))
-
-    return mean(same & counted), mean(~same & counted)

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from fewshot.files import write_file
-from fewshot.theory.class_similarity import class_similarities
+from fewshot.theory.features import class_similarities
 
 
 class CosineSimilarity(pl.Callback):
