@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from fewshot.processes.surroundings import settle
 
@@ -149,7 +150,7 @@ def count(setting: Setting, machine: Machine) -> tuple[int, int]:
     network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
         sequential.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
-    with Traffic() as traffic:
+    with Traffic() as traffic, mock.patch.object(batched, "rows", return_value=False):
         batched.meta_gradient(network, tasks, **setting.knobs, execute=one_by_one)
     return flops.get_total_flops() * setting.tasks, traffic.bytes
 
@@ -245,8 +246,10 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
         peak = peak or cpu_peak
         if name == "batched" and not machine.on_gpu:  # its threads are out of the profiler's sight
             alone = partial(Torch, ENGINES[name], network, tasks, **setting.knobs, execute=one_by_one)
-            kernels, _ = launches(alone(), machine)  # what a GPU would be given: all tasks at once
-            peak = launches(alone(tasks_at_once=1), machine)[1] * torch.get_num_threads()
+            with mock.patch.object(batched, "rows", return_value=False):  # what a GPU would be given: all tasks at once
+                kernels, _ = launches(alone(), machine)
+            together = batched.tasks_of_a_pass(network, tasks)
+            peak = launches(alone(tasks_at_once=together), machine)[1] * torch.get_num_threads()
     return contestant, max(1, round(TURN / warm)), {"kernels": kernels, "peak_mib": peak / MIB}
 
 

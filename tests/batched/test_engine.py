@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CaptureFailed, CudaGraphs, on_threads, one_by_one
+from fewshot.batched.in_a_row import in_a_row
 from fewshot.batched.side_by_side import Convolution, SideBySide
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
@@ -50,12 +51,15 @@ def test_the_projects_networks_lie_side_by_side(build):
     """So they never take the slower way that is right for any network."""
     tasks = images_for(build, tasks=3)
     network = convolutional(build, tasks)
-    images = tasks.query.transpose(0, 1).flatten(1, 2)
+    images, in_rows = tasks.query.transpose(0, 1).flatten(1, 2), tasks.query.flatten(0, 1)
     theta = batched._copies(network, 3)
     with SideBySide(3):
         logits = functional_call(network, theta, images)
-    expected = torch.cat([network(each) for each in tasks.query], dim=1)
-    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+    with in_a_row(3):
+        rows = functional_call(network, theta, in_rows)
+    expected = torch.stack([network(each) for each in tasks.query])
+    torch.testing.assert_close(logits, expected.transpose(0, 1).flatten(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows, expected.flatten(0, 1), rtol=1e-10, atol=1e-12)
 
 
 class Residual(nn.Module):
@@ -161,10 +165,12 @@ def test_any_network_has_the_gradient_of_the_loop(name, first_order, monkeypatch
     expected, (_, accuracies) = meta_gradient(sequential, network, tasks, first_order=first_order, **KNOBS)
     used = []
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
-    found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
-    assert bool(used) == (name in BY_VMAP)
-    assert_same(found, expected)
-    assert torch.equal(accuracy, accuracies)
+    for rows in (False, True):  # as on a GPU, as on a CPU
+        monkeypatch.setattr(batched, "rows", lambda x, rows=rows: rows)
+        found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
+        assert bool(used) == (name in BY_VMAP)
+        assert_same(found, expected)
+        assert torch.equal(accuracy, accuracies)
 
 
 @pytest.mark.parametrize(
@@ -186,33 +192,37 @@ def test_the_convolution_has_the_first_and_second_derivatives_of_finite_differen
 def test_the_convolution_by_columns_has_them_too(stride, channels):
     """Also where strides leave pixels out and where the kernel's places are side by side; with few channels or more."""
     torch.manual_seed(0)
-    x = torch.randn(2, channels, 6, 5, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(1, 3, channels, 3, 2, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, channels, 6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 3, channels, 3, 2, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def convolution(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        with SideBySide(1):
+        with in_a_row(2):
             return F.conv2d(x, w, b, stride)
 
     y = convolution(x, w, b)
-    torch.testing.assert_close(y, F.conv2d(x, w[0], b[0], stride), rtol=1e-10, atol=1e-12)
+    expected = torch.cat([F.conv2d(*each, stride) for each in zip(x.chunk(2), w, b, strict=True)])
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.autograd.gradgradcheck(convolution, (x, w, b), gen_non_contig_grad_outputs=True)
 
 
-def test_batch_norm_has_the_second_derivatives_of_finite_differences():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_batch_norm_has_the_second_derivatives_of_finite_differences(tasks, layout):
     torch.manual_seed(0)
-    x = torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    gamma, beta = (torch.randn(1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.randn(3 * tasks, 2, 2, 3, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    gamma, beta = (torch.randn(tasks, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        with SideBySide(1):
+        with in_a_row(tasks):
             return F.batch_norm(x, None, None, gamma, beta, training=True)
 
-    with SideBySide(1):  # a scale alone is left to torch
+    with in_a_row(tasks):  # a scale alone is left to torch
         scaled = F.batch_norm(x, None, None, gamma, None, training=True)
     assert torch.autograd.grad(scaled.sum(), gamma)[0].abs().max() < 1e-12
-    expected = F.batch_norm(x, None, None, gamma[0], beta[0], training=True)
+    each = zip(x.chunk(tasks), gamma, beta, strict=True)
+    expected = torch.cat([F.batch_norm(x, None, None, *affine, training=True) for x, *affine in each])
     torch.testing.assert_close(norm(x, gamma, beta), expected, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradgradcheck(norm, (x, gamma, beta), gen_non_contig_grad_outputs=True)
 
@@ -221,7 +231,7 @@ def test_batch_norm_is_as_exact_where_channels_lie_together():
     torch.manual_seed(0)
     x = torch.randn(75, 8, 13, 13).relu().contiguous(memory_format=torch.channels_last)
     gamma, beta = torch.rand(2, 1, 8)
-    with SideBySide(1):
+    with in_a_row(1):
         found = F.batch_norm(x, None, None, gamma, beta, training=True)
     expected = F.batch_norm(x.double(), None, None, gamma[0].double(), beta[0].double(), training=True)
     assert (found - expected).norm() < 5e-7 * expected.norm()
@@ -245,8 +255,9 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("build, size, tasks, share", [(conv4_strided, 28, 32, 0.1), (conv4_pooled, 32, 4, 0.4)])
 @each_order
 @pytest.mark.parametrize("inner_steps", [1, 5])
-def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, first_order, inner_steps):
+def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, first_order, inner_steps, monkeypatch):
     """On a GPU each would be a launch: at most a tenth of the loop's with 32 tasks, 40% with four."""
+    monkeypatch.setattr(batched, "rows", lambda x: False)
     network = build(channels=1, size=size, ways=3, width=4)
     drawn = draw(tasks=tasks, shape=(1, size, size))
     drawn = drawn._replace(support=drawn.support.float(), query=drawn.query.float())
@@ -336,7 +347,7 @@ def test_no_more_tasks_are_in_memory_than_asked_for(monkeypatch, threads, tasks_
     network, tasks = Network(nn.Flatten(), 2, 3).double(), draw(tasks=8, shape=(1, 2))
     meta_gradient(batched, network, tasks, first_order=True, tasks_at_once=tasks_at_once, **KNOBS)
     if tasks_at_once is None:
-        assert most[0] == threads
+        assert threads <= most[0] <= 4 * threads
     else:
         assert min(threads, tasks_at_once) <= most[0] <= tasks_at_once
 

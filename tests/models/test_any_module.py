@@ -153,7 +153,7 @@ def test_dropblock_in_the_batched_engine_treats_each_task_alone():
         meta_gradient(batched, network, tasks, first_order=True, tasks_at_once=3, **KNOBS)
     assert len(seen) == 3  # two inner steps and the queries
     for x, y in seen:
-        kept = (y / x).chunk(3, dim=1)
+        kept = (y / x).chunk(3)
         assert all(part.mean().item() == pytest.approx(1, rel=1e-4) for part in kept)
         assert all(0.05 < (part == 0).float().mean().item() < 0.5 for part in kept)
         assert not any(torch.equal(kept[0], part) for part in kept[1:])

@@ -30,7 +30,7 @@ def engine_of(folder):
 @pytest.mark.parametrize(
     "threads, meta_batch_size, large, engine",
     [
-        (1, 2, 12_000, "sequential (one thread)"),
+        (1, 2, 12_000, "batched (several tasks in a pass)"),
         (2, 1, 12_000, "sequential (one task)"),
         (2, 2, 20_279, "sequential (a layer's output has 0.0 million numbers, above 0.020279)"),
         (2, 2, 20_280, "batched (2 threads)"),  # 15 queries, 8 channels of 13 x 13
@@ -121,7 +121,7 @@ def too_much(*args, **knobs):
     [
         (("engine=sequential",), "sequential", "lower queries, shots or model.width"),
         (("engine=batched", "threads=2"), "batched", "lower tasks_at_once (now 2)"),
-        (("engine=batched",), "batched", "lower queries, shots or model.width"),
+        (("engine=batched",), "batched", "lower tasks_at_once (now 2)"),
         (("engine=batched", "tasks_at_once=1"), "batched", "lower queries, shots or model.width"),
     ],
 )

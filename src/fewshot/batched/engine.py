@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fewshot.batched.execution import Execute, Function, on_threads, one_by_one
+from fewshot.batched.in_a_row import in_a_row
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide
 from fewshot.data.task import Task, query_accuracy
 from fewshot.inner_loop import InnerLoop
@@ -21,6 +22,7 @@ from fewshot.models.head import initial_head
 from fewshot.models.resnet12 import drops
 
 Parameters = dict[str, Tensor]
+FEW_NUMBERS = 300_000  # of the query images in one pass of a thread: beyond, fewer calls from Python save no time
 OfImages = Callable[[Parameters, Tensor], Tensor]
 
 
@@ -38,7 +40,7 @@ def meta_gradient(
 
     Args:
         loop, eta, step_weights: as in maml/sequential.py.
-        tasks_at_once: in memory together; None: on a CPU as many as there are threads, on a GPU all.
+        tasks_at_once: in memory together; None: on a CPU tasks_of_a_pass for each thread, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
     Returns the query loss and the query accuracy after the last inner step, (B,) each.
@@ -78,10 +80,23 @@ def _run(
     size = tasks_at_once or number
     if execute is None and tasks.support.device.type == "cpu":  # `workers` chunks at a time
         workers = min(torch.get_num_threads(), size)
-        size = min((tasks_at_once or workers) // workers, -(-number // workers))
+        together = tasks_at_once // workers if tasks_at_once else tasks_of_a_pass(network, tasks)
+        size = min(together, -(-number // workers))
         execute = partial(on_threads, workers=workers)
     chunks = [Task(*fields) for fields in zip(*(field.split(size) for field in tasks), strict=True)]
     return (execute or one_by_one)(function, network, chunks)
+
+
+def tasks_of_a_pass(network: nn.Module, tasks: Task) -> int:
+    """How many tasks a thread of a CPU takes at once: several where they share small matrix products, else one."""
+    padded = any(layer.padding != (0, 0) for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return 1 if padded else max(1, min(4, FEW_NUMBERS // tasks.query[0].numel()))
+
+
+def default_tasks_at_once(network: nn.Module, tasks: Task) -> int:
+    """How many tasks are in memory together where nothing is asked for."""
+    on_cpu = tasks.support.device.type == "cpu"
+    return tasks_of_a_pass(network, tasks) * torch.get_num_threads() if on_cpu else len(tasks.support)
 
 
 def _outer_gradient(
@@ -186,12 +201,18 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
 
 
+def rows(x: Tensor) -> bool:
+    """Whether the tasks come one after the other, as suits a CPU, or side by side in the channels, as a GPU."""
+    return x.device.type == "cpu"
+
+
 def _outputs(module: nn.Module, theta: Parameters, x: Tensor) -> Tensor:
     """Every task by its own parameters. Of the network: images (B, I, C, H, W) -> logits (B, I, K)."""
-    side_by_side = x.transpose(0, 1).flatten(1, 2)  # (I, B*C, H, W)
+    in_rows = rows(x)
+    mode, images = (in_a_row, x.flatten(0, 1)) if in_rows else (SideBySide, x.transpose(0, 1).flatten(1, 2))
     try:
-        with SideBySide(len(x)):
-            y = functional_call(module, theta, side_by_side)
+        with mode(len(x)):
+            y = functional_call(module, theta, images)
     except NotSideBySide:  # slower, for whatever vmap takes; right as long as all differentiation stays outside of it
         return vmap(partial(functional_call, module))(theta, x)
-    return y.unflatten(1, (len(x), -1)).transpose(0, 1)
+    return y.unflatten(0, (len(x), -1)) if in_rows else y.unflatten(1, (len(x), -1)).transpose(0, 1)

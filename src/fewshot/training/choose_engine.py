@@ -1,7 +1,6 @@
 """Which engine computes a run, and what is said when its memory runs out."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +30,8 @@ class Engine:
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, Tensor]]
     step_accuracies: Callable[..., Tensor]
-    tasks_at_once: int | None = 1  # None: as many as there are CPU threads, on a GPU all
+    tasks_at_once: int | None = 1  # None: `default` of them
+    default: Callable[[Task], int] = len
 
     @contextmanager
     def one_line_out_of_memory(self, tasks: Task, remedy: str = "") -> Iterator[None]:
@@ -46,8 +46,7 @@ class Engine:
             if not wants_memory and "can't allocate memory" not in str(error):
                 raise
             device = tasks.support.device
-            default = torch.get_num_threads() if device.type == "cpu" else sys.maxsize
-            together = min(len(tasks.support), self.tasks_at_once or default)
+            together = min(len(tasks.support), self.tasks_at_once or self.default(tasks))
             lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
             raise UserError(f"engine={self.name}: out of memory on {device}; {remedy}lower {lower}") from error
 
@@ -70,14 +69,15 @@ def choose_engine(
     """
     device, name = trainer.strategy.root_device.type, asked
     if asked == "auto":
-        name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, trainer)
+        name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, tasks_at_once, trainer)
         log.info(f"engine=auto: {name} ({reason})")
     if name == "sequential":
         engine = sequential_engine()
     else:
         how = {"tasks_at_once": tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
         engine = Engine(
-            name, partial(batched.meta_gradient, **how), partial(batched.step_accuracies, **how), tasks_at_once
+            *(name, partial(batched.meta_gradient, **how), partial(batched.step_accuracies, **how), tasks_at_once),
+            default=partial(batched.default_tasks_at_once, network),
         )
         if drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order)):
             # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
@@ -85,17 +85,21 @@ def choose_engine(
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 
-def _engine_on_a_cpu(network: nn.Module, trainer: pl.Trainer) -> tuple[str, str]:
-    """Which, and why: one task per thread, unless there is but one or its tensors are large."""
+def _engine_on_a_cpu(network: nn.Module, tasks_at_once: int | None, trainer: pl.Trainer) -> tuple[str, str]:
+    """Which, and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
     data, precision, numbers = trainer.datamodule, trainer.precision_plugin, [0]
-    if torch.get_num_threads() == 1 or data.meta_batch_size == 1:
-        return "sequential", "one thread" if torch.get_num_threads() == 1 else "one task"
+    if data.meta_batch_size == 1:
+        return "sequential", "one task"
+    tasks = data.samplers["train"](0, 1)
+    if torch.get_num_threads() == 1:
+        several = batched.tasks_of_a_pass(network, tasks) > 1 and tasks_at_once != 1
+        return ("batched", "several tasks in a pass") if several else ("sequential", "one thread")
     hooks = [
         layer.register_forward_hook(lambda layer, inputs, output: numbers.append(output.numel()))
         for layer in network.modules()
     ]
     with torch.no_grad(), precision.forward_context():
-        network(precision.convert_input(data.samplers["train"](0, 1)).query[0])
+        network(precision.convert_input(tasks).query[0])
     for hook in hooks:
         hook.remove()
     if max(numbers) > LARGE:
