@@ -224,6 +224,7 @@ def test_batch_norm_has_the_second_derivatives_of_finite_differences(tasks, layo
     each = zip(x.chunk(tasks), gamma, beta, strict=True)
     expected = torch.cat([F.batch_norm(x, None, None, *affine, training=True) for x, *affine in each])
     torch.testing.assert_close(norm(x, gamma, beta), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(norm(x.mT, gamma, beta), expected.mT, rtol=1e-10, atol=1e-12)  # in no usual order
     assert torch.autograd.gradgradcheck(norm, (x, gamma, beta), gen_non_contig_grad_outputs=True)
 
 
