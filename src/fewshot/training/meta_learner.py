@@ -45,7 +45,7 @@ class MetaLearner(pl.LightningModule):
         engine: see choose_engine; when a run has begun, the name of the one that was chosen.
         test_steps: T >= N, inner steps of the evaluation.
         outer_lr: rho.
-        tasks_at_once: of the batched engine; None: as many as there are CPU threads, or all on a GPU.
+        tasks_at_once: of the batched engine; None: one to four for each CPU thread, or all on a GPU.
     """
 
     def __init__(
