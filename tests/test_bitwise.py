@@ -1,4 +1,7 @@
-"""What the program computes is bit by bit what it computed at commit 2f3a4cf, before the house was rebuilt."""
+"""What the program computes is bit by bit what it computed at commit 2f3a4cf, before the house was rebuilt.
+
+The batched engine has since come to add up in another order: its hashes are of the commit that changed that.
+"""
 
 import hashlib
 import json
