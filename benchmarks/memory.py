@@ -1,14 +1,16 @@
 """Memory and time of one second-order meta-step by the number of inner steps, with and without recompute_steps.
 
-    python benchmarks/memory.py --networks conv4_64 --json FILE
-    python benchmarks/memory.py --networks resnet12 --queries 1 --steps 1 2 5 --contestants sequential,learn2learn
+    python benchmarks/memory.py --json FILE
+    python benchmarks/memory.py --memory glibc --networks resnet12 --steps 1 2 5 --contestants sequential,learn2learn
 
 One task of 84x84 photos, 5-way 5-shot, on the CPU. Every number is of a process of its own: `peak` is the largest
-resident memory during the step less what was resident before it, and the step is the process's first. Linux alone.
+resident memory during the step less what was resident before it, and the step is the process's first. What FILE has
+already is not measured again. Linux alone.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -16,8 +18,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import peers
@@ -43,6 +47,8 @@ CONTESTANTS: dict[str, Callable] = {
     "higher": peers.higher_loop,
     "torchopt": peers.torchopt_loop,
 }
+OTHERS = ("higher", "torchopt")  # the contestants that take part where they are installed
+MEMORY = ("kept", "glibc")  # as every command of this project has it; as others do, with glibc's own defaults
 WAYS, SHOTS, SIZE, INNER_LR = 5, 5, 84, 0.01
 MB = 10**6
 
@@ -58,23 +64,22 @@ def measure(network: str, contestant: str, steps: int, queries: int) -> dict[str
     model = NETWORKS[network](channels=3, size=SIZE, ways=WAYS)
     images = [torch.randn(1, WAYS * each, 3, SIZE, SIZE) for each in (SHOTS, queries)]
     labels = [torch.arange(WAYS).repeat(each)[None] for each in (SHOTS, queries)]
-    if contestant in ("higher", "torchopt"):
+    if contestant in OTHERS:
         importlib.import_module(contestant)
     tasks = Task(images[0], labels[0], images[1], labels[1])
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    wall, cpu = time.perf_counter(), time.process_time()
+    began = time.process_time()
     CONTESTANTS[contestant](model, tasks, inner_lr=INNER_LR, inner_steps=steps, first_order=False)
-    seconds = {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - cpu}
-    return {"peak_mb": (resident("VmHWM") - before) / MB, **seconds}
+    return {"processor_seconds": time.process_time() - began, "peak_mb": (resident("VmHWM") - before) / MB}
 
 
-def in_a_process(*given: str | int, gigabytes: float, seconds: float, threads: int) -> dict[str, float | str]:
+def in_a_process(row: dict, *, gigabytes: float, seconds: float, threads: int) -> dict[str, float | str]:
     """What `measure` returns, or why there is nothing: more memory or time than it may take.
 
     Each may map so much beyond what a process of torch does at its start.
     """
-    command = [sys.executable, __file__, "--one", *map(str, given), "--gigabytes", str(gigabytes)]
+    command = [sys.executable, __file__, "--one", json.dumps(row), "--gigabytes", str(gigabytes)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
@@ -87,53 +92,74 @@ def in_a_process(*given: str | int, gigabytes: float, seconds: float, threads: i
     return {"not_run": done.stderr.strip().splitlines()[-1]}
 
 
-def table(network: str, queries: int, rows: list[dict]) -> Table:
-    steps = list(dict.fromkeys(row["steps"] for row in rows))
-    title = f"{network}, {WAYS}-way {SHOTS}-shot, {queries} queries per class: peak MB (processor seconds)"
-    found = Table(title=title, title_justify="left")
+def too_large(row: dict, rows: list[dict]) -> dict[str, str] | None:
+    """Why it is not tried: with fewer steps it has not fitted."""
+    for old in rows:
+        fewer = old["steps"] < row["steps"] and (row | {"steps": old["steps"]}).items() <= old.items()
+        if fewer and old.get("not_run", "").endswith("GB"):
+            return {"not_run": f"{old['not_run']} with {old['steps']}"}
+    return None
+
+
+def table(memory: str, network: str, queries: int, rows: list[dict]) -> Table:
+    steps = sorted({row["steps"] for row in rows})
+    title = f"{network}, {WAYS}-way {SHOTS}-shot, {queries} queries per class, memory={memory}: peak MB (processor s)"
+    shown = Table(title=title, title_justify="left")
     for heading in ("", *(f"{each} step{'s' * (each > 1)}" for each in steps)):
-        found.add_column(heading, justify="right" if heading else "left")
-    for contestant in dict.fromkeys(row["contestant"] for row in rows):
-        own = {row["steps"]: row for row in rows if row["contestant"] == contestant}
-        cells = (
-            each.get("not_run") or f"{each['peak_mb']:,.0f} ({each['processor_seconds']:.1f})" for each in own.values()
-        )
-        found.add_row(contestant, *cells)
-    return found
+        shown.add_column(heading, justify="right" if heading else "left")
+    for contestant in [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]:
+        cells = dict.fromkeys(steps, "")
+        for row in [row for row in rows if row["contestant"] == contestant]:
+            cells[row["steps"]] = row.get("not_run") or f"{row['peak_mb']:,.0f} ({row['processor_seconds']:.1f})"
+        shown.add_row(contestant, *cells.values())
+    return shown
+
+
+def stored(file: Path | None) -> list[dict]:
+    return json.loads(file.read_text())["rows"] if file and file.exists() else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=MEMORY, help="kept after it was freed, or not")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="separated by commas")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20])
     parser.add_argument("--queries", type=int, default=15, help="per class")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gigabytes", type=float, default=16, help="that a process may take")
-    parser.add_argument("--seconds", type=float, default=180, help="that a process may take, start included")
+    parser.add_argument("--seconds", type=float, default=1200, help="that a process may take, start included")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    keep_memory()  # as every command of this project does
     if asked.one:
+        if asked.one.pop("memory") == "kept":
+            keep_memory()
         mapped = 1024 * int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
         resource.setrlimit(resource.RLIMIT_AS, (mapped + int(asked.gigabytes * 10**9),) * 2)
-        network, contestant, *numbers = asked.one
-        print(json.dumps(measure(network, contestant, *map(int, numbers))))
+        print(json.dumps(measure(**asked.one)))
         return
-    console, rows = Console(), []
+    contestants = asked.contestants.split(",")
+    for name in [name for name in OTHERS if name in contestants and not importlib.util.find_spec(name)]:
+        print(f"{name} is not installed: left out")
+        contestants.remove(name)
     limits = {"gigabytes": asked.gigabytes, "seconds": asked.seconds, "threads": asked.threads}
     machine = Machine("cpu", asked.threads, tf32=False).describe()
-    for network in asked.networks:
-        for contestant in asked.contestants.split(","):
-            for steps in asked.steps:
-                found = in_a_process(network, contestant, steps, asked.queries, **limits)
-                rows.append({"network": network, "contestant": contestant, "steps": steps, **found})
-                print(rows[-1], flush=True)
-                if asked.json:  # after every process: what is stopped leaves what it has
-                    content = {"machine": machine, "queries": asked.queries, "rows": rows}
-                    asked.json.write_text(json.dumps(content, indent=1) + "\n")
-        console.print(table(network, asked.queries, [row for row in rows if row["network"] == network]))
+    rows = stored(asked.json)
+    for place in product(asked.memory, asked.networks, contestants, sorted(asked.steps)):
+        row = dict(zip(("memory", "network", "contestant", "steps"), place, strict=True), queries=asked.queries)
+        if any(row.items() <= old.items() for old in rows):
+            continue
+        row |= too_large(row, rows) or in_a_process(row, **limits)
+        print(row, flush=True)
+        rows = [*(stored(asked.json) or rows), row]
+        if asked.json:  # after every process: what is stopped leaves what it has
+            asked.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["memory"], row["network"], row["queries"]].append(row)
+    for group, own in groups.items():
+        Console().print(table(*group, own))
 
 
 if __name__ == "__main__":

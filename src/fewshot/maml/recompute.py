@@ -20,7 +20,7 @@ def recomputed(function: Function, inputs: Sequence[Tensor], *, draws: bool) -> 
     """function(inputs), of which only the inputs are kept.
 
     Args:
-        function: an inner step of second order, or query logits.
+        function: an inner step of second order, which returns a list shaped as the first inputs are, or query logits.
         inputs: theta_n, learned inner_lr: all that it depends on and that is to have a gradient.
         draws: whether it draws random numbers, which are the same ones the second time.
     """
@@ -39,9 +39,13 @@ class Recomputed(torch.autograd.Function):
         # A GPU's backward pass has a thread of its own, where autocast is off; cached casts would outlive the step.
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         ctx.autocast = {"device_type": device.type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
+        # theta_n+1 stays when the graph goes: it has a place from before the graph, so as to leave no holes behind it.
+        places = [torch.empty_like(each) for each in inputs]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = function(_leaves(inputs, ctx.needs_input_grad[2:]))
-        return outputs.detach() if isinstance(outputs, Tensor) else tuple(each.detach() for each in outputs)
+        if isinstance(outputs, Tensor):
+            return outputs.detach()
+        return tuple(place.copy_(each.detach()) for place, each in zip(places, outputs, strict=False))
 
     @staticmethod
     @once_differentiable
