@@ -58,8 +58,9 @@ def resident(line: str) -> int:
     return 1024 * int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def measure(network: str, contestant: str, steps: int, queries: int) -> dict[str, float]:
+def measure(network: str, contestant: str, steps: int, queries: int, threads: int) -> dict[str, float]:
     """In this process, which has computed nothing yet."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = NETWORKS[network](channels=3, size=SIZE, ways=WAYS)
     images = [torch.randn(1, WAYS * each, 3, SIZE, SIZE) for each in (SHOTS, queries)]
@@ -74,13 +75,13 @@ def measure(network: str, contestant: str, steps: int, queries: int) -> dict[str
     return {"processor_seconds": time.process_time() - began, "peak_mb": (resident("VmHWM") - before) / MB}
 
 
-def in_a_process(row: dict, *, gigabytes: float, seconds: float, threads: int) -> dict[str, float | str]:
+def in_a_process(row: dict, *, gigabytes: float, seconds: float) -> dict[str, float | str]:
     """What `measure` returns, or why there is nothing: more memory or time than it may take.
 
     Each may map so much beyond what a process of torch does at its start.
     """
     command = [sys.executable, __file__, "--one", json.dumps(row), "--gigabytes", str(gigabytes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(row["threads"])}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
@@ -101,12 +102,13 @@ def too_large(row: dict, rows: list[dict]) -> dict[str, str] | None:
     return None
 
 
-def table(memory: str, network: str, queries: int, rows: list[dict]) -> Table:
+def table(memory: str, network: str, queries: int, threads: int, rows: list[dict]) -> Table:
     steps = sorted({row["steps"] for row in rows})
-    title = f"{network}, {WAYS}-way {SHOTS}-shot, {queries} queries per class, memory={memory}: peak MB (processor s)"
-    shown = Table(title=title, title_justify="left")
+    title = f"{network}, {WAYS}-way {SHOTS}-shot, {queries} queries per class, {threads} threads, memory: {memory}"
+    shown = Table()
     for heading in ("", *(f"{each} step{'s' * (each > 1)}" for each in steps)):
         shown.add_column(heading, justify="right" if heading else "left")
+    print(f"\n{title}; peak MB (processor seconds)")
     for contestant in [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]:
         cells = dict.fromkeys(steps, "")
         for row in [row for row in rows if row["contestant"] == contestant]:
@@ -143,11 +145,12 @@ def main() -> None:
     for name in [name for name in OTHERS if name in contestants and not importlib.util.find_spec(name)]:
         print(f"{name} is not installed: left out")
         contestants.remove(name)
-    limits = {"gigabytes": asked.gigabytes, "seconds": asked.seconds, "threads": asked.threads}
+    limits = {"gigabytes": asked.gigabytes, "seconds": asked.seconds}
     machine = Machine("cpu", asked.threads, tf32=False).describe()
     rows = stored(asked.json)
     for place in product(asked.memory, asked.networks, contestants, sorted(asked.steps)):
-        row = dict(zip(("memory", "network", "contestant", "steps"), place, strict=True), queries=asked.queries)
+        row = dict(zip(("memory", "network", "contestant", "steps"), place, strict=True))
+        row |= {"queries": asked.queries, "threads": asked.threads}
         if any(row.items() <= old.items() for old in rows):
             continue
         row |= too_large(row, rows) or in_a_process(row, **limits)
@@ -157,7 +160,7 @@ def main() -> None:
             asked.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     groups = defaultdict(list)
     for row in rows:
-        groups[row["memory"], row["network"], row["queries"]].append(row)
+        groups[row["memory"], row["network"], row["queries"], row["threads"]].append(row)
     for group, own in groups.items():
         Console().print(table(*group, own))
 
