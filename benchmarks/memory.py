@@ -88,9 +88,9 @@ def in_a_process(row: dict, *, gigabytes: float, seconds: float) -> dict[str, fl
         return {"not_run": f"over {seconds:g} s"}
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if "memory" in done.stderr:
+    if re.search("can't allocate memory|MemoryError|bad_alloc", done.stderr):
         return {"not_run": f"over {gigabytes:g} GB"}
-    return {"not_run": done.stderr.strip().splitlines()[-1]}
+    return {"not_run": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
 
 
 def too_large(row: dict, rows: list[dict]) -> dict[str, str] | None:
