@@ -32,17 +32,25 @@ from rich.table import Table
 
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models import resnet12
 from fewshot.models.conv4 import conv4_pooled
+from fewshot.models.network import Network
 from fewshot.processes.surroundings import keep_memory
+
+
+def ours(engine: Callable, model: Network, tasks: Task, **knobs: float | bool) -> None:
+    """An engine of this project, called as those of peers.py are."""
+    engine(model, tasks, InnerLoop(**knobs))
+
 
 NETWORKS = {"conv4_64": partial(conv4_pooled, width=64, norm_first=True), "resnet12": resnet12}
 CONTESTANTS: dict[str, Callable] = {
-    "sequential": sequential.meta_gradient,
-    "sequential+recompute": partial(sequential.meta_gradient, recompute_steps=True),
-    "batched": batched.meta_gradient,
-    "batched+recompute": partial(batched.meta_gradient, recompute_steps=True),
+    "sequential": partial(ours, sequential.meta_gradient),
+    "sequential+recompute": partial(ours, sequential.meta_gradient, recompute_steps=True),
+    "batched": partial(ours, batched.meta_gradient),
+    "batched+recompute": partial(ours, batched.meta_gradient, recompute_steps=True),
     "learn2learn": peers.learn2learn_loop,
     "higher": peers.higher_loop,
     "torchopt": peers.torchopt_loop,
