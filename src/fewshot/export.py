@@ -1,18 +1,14 @@
 """A model to share: python -m fewshot.export checkpoint=RUN out=FOLDER
 
-checkpoint=PATH       the folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt
-out=FOLDER            for model.safetensors, config.yaml and a model card, README.md; made if it is not there
-
 fewshot.load(FOLDER) and python -m fewshot.predict read the folder. There is no pickle in it, no optimiser state and no
 path of the machine that trained.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from fewshot.config.command import one_line_errors, words
+from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError, shown
 from fewshot.files import check_place, write_file
@@ -36,9 +32,9 @@ def export(checkpoint: Path, folder: Path) -> None:
     from safetensors.torch import save
 
     from fewshot.predict.pretrained import CONFIG, WEIGHTS, portable
-    from fewshot.training.checkpoint import read
+    from fewshot.training import checkpoint as stored_run
 
-    content = read(checkpoint)
+    content = stored_run.read(checkpoint)
     config = portable(content["fewshot"]["config"])
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
     splits = content["fewshot"].get("splits", {})
@@ -175,16 +171,29 @@ All queries of a call are normalised together by BatchNorm: what is said of one 
 """
 
 
+COMMAND = Command(
+    "python -m fewshot.export",
+    "writes a model to share, which fewshot.load and python -m fewshot.predict read.",
+    {
+        "checkpoint=PATH": Parameter(
+            "The folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt.",
+            lambda key, text: checkpoint_file(text, "best"),
+            needed=True,
+        ),
+        "out=FOLDER": Parameter(
+            "The folder for model.safetensors, config.yaml and a model card, README.md; it is made if it is not there.",
+            user_path,
+            needed=True,
+        ),
+    },
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
     with one_line_errors():
-        needed = {"checkpoint": "RUN, the folder of a run", "out": "FOLDER"}
-        given = words(arguments, needed, needed)
-        export(checkpoint_file(given["checkpoint"], "best"), user_path("out", given["out"]))
-        print(f"Written to {given['out']}; fewshot.load reads it")
+        values = read(COMMAND, arguments).values
+        export(values["checkpoint"], values["out"])
+        print(f"Written to {values['out']}; fewshot.load reads it")
 
 
 if __name__ == "__main__":

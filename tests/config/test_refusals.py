@@ -1,5 +1,6 @@
 """Calls that are refused: in one line, before torch is imported, with nothing written, whatever is mistyped."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot.config import refusals, schema
+from fewshot.config import help, refusals, schema
 from fewshot.config.check import check_overrides
 from fewshot.config.resolvers import CONF
 from fewshot.config.tree import GROUPS
@@ -70,10 +71,16 @@ CALLS = {  # the line in which it ends
     "train -m ways=range(2,9,0)": "ways=range(2,9,0): is no sweep (",
     "evidence checkpoint=nowhere.ckpt fit=true": "fit=true: nothing is trained here",
     "evidence ways=3": "checkpoint=null: which model?",
-    "sweep": "the following arguments are required: FOLDER; ",
+    "sweep": "FOLDER...: is missing; python -m fewshot.sweep --help says what it is for",
+    "sweep --into x empty": "--into: no such knob; write into=VALUE",
     "sweep nowhere": "nowhere: no run in it; give the folder of a sweep",
     "sweep empty": "empty: no run in it; give the folder of a sweep",
-    "data": "the following arguments are required: list|prepare|show; ",
+    "data": "list|prepare|show: is missing; python -m fewshot.data --help says what it is for",
+    "data lst": "lst: no such knob; did you mean list?",
+    "data list out=x.png": "out=x.png: only show writes a file; leave it out",
+    "export checkpoint=empty": "checkpoint=empty: no checkpoints/best.ckpt in this folder",
+    "export": "checkpoint: is missing; give checkpoint=PATH, the folder of a run",
+    "predict checkpoint='model.ckpt' support='nowhere' query=empty": "support=nowhere: no such file or folder",
     "data prepare dataset=omniglott": "dataset=omniglott: no such choice; did you mean omniglot?",
     "data prepare dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
     "data list inner_lrr=3": "inner_lrr=3: no such knob; did you mean inner_lr?",
@@ -145,16 +152,34 @@ def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
             part = OmegaConf.select(content, place) if place else content
             names |= set() if part is None else {*part} - {"defaults", "hydra"}
     assert found.pop("") | {*GROUPS, "zeroing"} == {*schema.Config.knobs()}
-    found["trainer"] |= {
-        "deterministic",
-        "benchmark",
-        "detect_anomaly",
-        "max_time",
-        "profiler",
-    }  # with a plus: +trainer.profiler=simple
+    found["trainer"] |= {key.removeprefix("trainer.") for key in help.files("trainer")["auto"].added}  # with a plus
     assert found.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more
     for place, names in found.items():
         assert names == {*PARTS[place].knobs()}, place
+
+
+def test_every_knob_has_a_sentence_or_is_another_one():
+    """The default of one that has none is that other knob, ${KNOB}; or it is the name of what a part makes."""
+    for key, _ in help.knobs():
+        values = [file.values.get(key, "") for file in help.files(key.split(".")[0]).values()]
+        assert help.entry(key)[1] or any(value.startswith("${") for value in values), key
+
+
+def test_the_readme_has_the_table_that_the_yaml_and_the_schema_make(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    table = text.split(help.MARKERS[0])[1].split(help.MARKERS[1])[0]
+    assert table == help.table(), "python -m fewshot.config.help README.md writes it anew"
+    (tmp_path / "README.md").write_text(text.replace(table, ""))
+    subprocess.run([sys.executable, "-m", "fewshot.config.help", tmp_path / "README.md"], check=True)
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_help_of_a_command_names_each_parameter_with_a_sentence():
+    for command in ("export", "predict.__main__", "data.__main__", "sweep.__main__", "evidence.__main__"):
+        shown = importlib.import_module(f"fewshot.{command}").COMMAND
+        said = " ".join(shown.help().split())
+        for word, parameter in shown.parameters.items():
+            assert f"{word} {parameter.sentence}" in said and parameter.sentence.endswith(".")
 
 
 def test_knobs_of_ones_own_networks_sources_loggers_and_callbacks_are_free():

@@ -135,7 +135,7 @@ def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, ca
     assert len(list(tmp_path.iterdir())) == 1
     for mistake, line in (
         ("dataset=glyph", "dataset=glyph: no such choice; did you mean glyphs?"),
-        ("+dataset.roto=1", "a + is for"),
+        ("+dataset.roto=1", "only +zeroing and +trainer.KEY may be added"),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
             prepare.main(["prepare", mistake])

@@ -77,7 +77,7 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
     make_run(tmp_path / "a" / "late", config("algo=somaml", "seed=1"), curve=[(0, 0.3)])
     make_run(tmp_path / "b" / "broken", config("algo=somaml", "seed=2"), error="Traceback\n  ...\nValueError: 1 | 2\n")
     make_run(tmp_path / "b" / "again", config("algo=zero", "seed=2", "logger=none"), accuracy=[0, 0])  # the same
-    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), f"into={tmp_path}"])
     rows = table(tmp_path / "summary.csv")
     assert len(rows) == 2 * 2 * 2  # settings, zeroing modes, steps
     found = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
@@ -215,7 +215,7 @@ def test_panels_have_axes_for_each_value(config, tmp_path):
     figure = figures.panels(settings_, ["algo.first_order"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
-    sweep_main([str(tmp_path), "--panels", "algo.first_order,algo.zeroing"])
+    sweep_main([str(tmp_path), "panels=algo.first_order,algo.zeroing"])
     assert (tmp_path / "panels.png").stat().st_size > 10_000
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinis
     (tmp_path / "a" / "cut" / ".hydra" / "config.yaml").touch()
     make_run(tmp_path / "b" / "finished", config("seed=0", "dataset.cache=elsewhere"), accuracy=[0.2, 0.5])
     make_run(tmp_path / "b" / "refused", config("seed=1"), accuracy=[0.2, 0.7], error="another configuration\n")
-    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), "--into", str(tmp_path)])
+    sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), f"into={tmp_path}"])
     assert [(row["step"], row["accuracy"], row["n"]) for row in table(tmp_path / "summary.csv")[:2]] == [
         ("0", "0.200000", "2"),
         ("1", "0.600000", "2"),
@@ -280,7 +280,7 @@ def test_what_was_computed_otherwise_is_another_setting(config, tmp_path):
 def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, line):
     make(tmp_path, config)
     with pytest.raises(SystemExit, match=line) as error:
-        sweep_main([str(tmp_path), "--panels", "innersteps"])
+        sweep_main([str(tmp_path), "panels=innersteps"])
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):
         grouped.read_jobs([tmp_path / "nowhere"])

@@ -10,26 +10,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS
-from fewshot.errors import UserError, nearest, one_line, shown
+from fewshot.config.tree import GROUPS, key_of
+from fewshot.errors import UserError, first_line, nearest, one_line, shown
+from fewshot.inner_loop import InnerLoop
+from fewshot.paths import checkpoint_file
 from fewshot.processes import ranks
 
-# What is made of knobs that stand elsewhere, and where those are: in these parts, or (an empty one) at the top.
+# What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
 
 def knobs() -> set[str]:
-    """The top-level ones."""
+    """The names of the top-level knobs."""
     from fewshot.config.schema import Config  # pydantic takes a third of a second to import
 
     return {*Config.knobs()} - {"zeroing"}
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Refuses what Hydra would take in silence, a key that is added (+zerong=true) or removed, or refuse at length.
+    """Refuses what Hydra would take in silence, such as a key that is added (+zerong=true), or would refuse at length.
 
     Raises:
-        UserError: no key=value; any + but +zeroing and +trainer.X; any ~; a group without a file.
+        UserError: an override is not KNOB=VALUE, or names no file of its group. Only +zeroing and +trainer.KEY may be
+            added; nothing can be removed with ~.
     """
     for text in overrides:
         try:
@@ -41,8 +44,9 @@ def check_overrides(overrides: list[str]) -> None:
         if key.startswith("hydra"):
             continue
         if override.is_delete() or (plus and key != "zeroing" and not key.startswith("trainer.")):
+            remedy = nearest(key, knobs() | {"zeroing"})
             raise UserError(
-                f"{text}: a + is for +zeroing and +trainer.X, a ~ for nothing; {nearest(key, knobs() | {'zeroing'})}"
+                f"{text}: only +zeroing and +trainer.KEY may be added, nothing can be removed with ~; {remedy}"
             )
         if key == "zeroing" and not plus:
             raise UserError(f"{text}: this one takes a plus, +{text}")
@@ -56,7 +60,7 @@ def check_overrides(overrides: list[str]) -> None:
 
 
 def _quoted(override: str) -> str:
-    """What to write instead, where quotes make it one that Hydra can read."""
+    """What to write instead, where Hydra can read the value once it is in quotes."""
     key, _, value = override.partition("=")
     quoted = f"{key}='{value}'"
     with suppress(Exception):
@@ -70,13 +74,17 @@ def _files(group: str) -> str:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises UserError for the first mistake found."""
+    """Raises UserError for the first mistake in a configuration."""
     check_knobs(cfg)
     if cfg.test_steps < cfg.inner_steps:
         raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
-    _check_algo(cfg)
+    loop = InnerLoop.of(cfg)
+    if loop.head == "prototypes" and cfg.model.get("head_bias") is False:
+        raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
+    if cfg.probes and (loop.makes_head or loop.learned_inner_lr):
+        raise UserError("probes=true: they measure a learned head and one inner_lr; this algorithm has none")
     _check_dataset(cfg)
     if cfg.dataset.size < cfg.model.smallest_image:
         least = f"{cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
@@ -86,11 +94,11 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
-    """What schema.py says of each knob by itself.
+    """Raises UserError for the first knob that schema.py refuses, each looked at by itself.
 
-    named: dotted keys, of which alone mistakes are told, and of what is in them; None: all.
+    named: dotted keys; only mistakes in them, or in what is in them, are told. None: all are.
     """
-    from fewshot.config.schema import Unresolved, mistakes
+    from fewshot.config.schema import mistakes
 
     unresolved: list[str] = []
     for knob, value, words in mistakes(_plain(cfg, "", unresolved)):
@@ -107,51 +115,30 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
         raise UserError(one_line(unresolved[0]))
 
 
-def _plain(node: Any, key: str, unresolved: list[str]) -> Any:
-    """A configuration as plain data; what does not resolve is told in `unresolved` and stays as it is written."""
-    from fewshot.config.schema import Unresolved
+class Unresolved(str):
+    """The text of an interpolation that has no value, usually because of another mistake."""
 
-    if OmegaConf.is_dict(node):
-        keys = list(node)
-    elif OmegaConf.is_list(node):
-        keys = range(len(node))
-    else:
+    __slots__ = ()
+
+
+def _plain(node: Any, key: str, unresolved: list[str]) -> Any:
+    """A configuration as plain data; what does not resolve stays as it is written, and `unresolved` gets a line."""
+    if not OmegaConf.is_config(node):
         return node
+    keys = list(node) if OmegaConf.is_dict(node) else range(len(node))
     written, plain = OmegaConf.to_container(node), {}
-    for each in keys:
-        place = f"{key}.{each}".lstrip(".")
+    for name in keys:
+        place = f"{key}.{name}".lstrip(".")
         try:
-            plain[each] = _plain(node[each], place, unresolved)
+            plain[name] = _plain(node[name], place, unresolved)
         except OmegaConfBaseException as error:
-            reason = str(error).split("\n")[0]
-            unresolved.append(f"{place}={written[each]}: has no value ({reason}); give it one")
-            plain[each] = Unresolved(written[each])
+            unresolved.append(f"{place}={written[name]}: has no value ({first_line(error)}); give it one")
+            plain[name] = Unresolved(written[name])
     return plain if OmegaConf.is_dict(node) else list(plain.values())
 
 
-def _check_algo(cfg: DictConfig) -> None:
-    algo = cfg.algo
-    if "noise" in algo and (cfg.inner_steps != 1 or algo.adapted != "head"):
-        raise UserError(
-            f"inner_steps={cfg.inner_steps} algo.adapted={algo.adapted}: the explicit loss of algo=contrastive is "
-            "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
-        )
-    unusual = {"head": "learned", "step_losses": None, "learned_inner_lr": False}
-    if "noise" in algo and (changed := [knob for knob, usual in unusual.items() if algo[knob] != usual]):
-        raise UserError(f"algo.{changed[0]}={algo[changed[0]]}: algo=contrastive has an explicit loss without it")
-    zeroing = cfg.get("zeroing", algo.zeroing)
-    if zeroing and algo.adapted == "encoder":
-        raise UserError("+zeroing=true: with algo.adapted=encoder the head stays zero and nothing is learned from it")
-    if zeroing and algo.head == "prototypes":
-        raise UserError("+zeroing=true: with algo.head=prototypes no head is learned that could be zeroed")
-    if algo.head == "prototypes" and cfg.model.get("head_bias") is False:
-        raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
-    if cfg.probes and (algo.head == "prototypes" or algo.learned_inner_lr):
-        raise UserError("probes=true: they are of a learned head and one inner_lr; leave them out with this algorithm")
-
-
 def processes(cfg: DictConfig) -> int:
-    """That the run asks for, on all its machines."""
+    """How many processes the run asks for, on all its machines."""
     return cfg.trainer.devices * cfg.trainer.get("num_nodes", 1)
 
 
@@ -183,7 +170,7 @@ def _check_dataset(cfg: DictConfig) -> None:
         if len(data[knob]) != data.channels:
             values = shown(list(data[knob]))
             raise UserError(f"dataset.{knob}={values}: must have dataset.channels={data.channels} numbers")
-    if data.source.get("root", "") is None and data.source._target_ == "fewshot.data.sources.folder.load":
+    if data.get("needs_root") and data.root is None and not own:
         plain = " or CLASS/image" if "fractions" in data else ""
         raise UserError(
             f"dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image{plain}"
@@ -208,7 +195,7 @@ def _check_dataset(cfg: DictConfig) -> None:
 
 
 def _check_made(cfg: DictConfig) -> None:
-    """What is made of knobs is told them by the YAML; each is set in one place."""
+    """Raises UserError where an argument that the YAML takes from a knob was set itself."""
     if cfg.trainer.max_steps != cfg.iterations:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}: set iterations={cfg.trainer.max_steps} instead")
     zeroing = cfg.get("zeroing", cfg.algo.zeroing)
@@ -226,9 +213,29 @@ def _check_made(cfg: DictConfig) -> None:
 
 
 def check_files(cfg: DictConfig) -> None:
-    """Raises UserError where the images are to be somewhere where nothing is."""
+    """Raises UserError where dataset.root names nothing that is there."""
     root = cfg.dataset.get("root")
     if root is None or not cfg.dataset.source._target_.startswith("fewshot."):
         return
     if not os.path.exists(os.path.expanduser(root)):
         raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")
+
+
+def refuse(cfg: DictConfig, overrides: list[str]) -> None:
+    """Raises UserError for what a call's YAML shows, and for files that are not there.
+
+    With checkpoint=PATH most of the configuration is in that file, so only what the call itself sets is looked at.
+    """
+    check_overrides(overrides)
+    if cfg.checkpoint is None:
+        check(cfg)
+        check_files(cfg)
+        return
+    keys = {key_of(override) for override in overrides} - {*GROUPS, "experiment"}
+    check_knobs(cfg, keys)
+    try:
+        checkpoint_file(cfg.checkpoint, "last")
+    except UserError:
+        checkpoint_file(cfg.checkpoint, "best")  # which of the two is needed is known later
+    if "dataset.root" in keys:
+        check_files(cfg)

@@ -1,36 +1,150 @@
-"""What all commands share: how they read their words, and the one line in which they end."""
+"""What all commands share: the words that they take, their --help, and the one line in which they end.
 
-import argparse
+A word is KEY=VALUE; three commands also have words without a =, which are no knobs. Commands that compose a
+configuration take its knobs too, as Hydra reads them, and train and evidence Hydra's own flags, such as -m.
+"""
+
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.errors import AtWork, RankGone, Stopped, UserError, nearest
+from fewshot.errors import RankGone, RunLocked, Stopped, UserError, nearest, one_line
 from fewshot.files import write_file
-from fewshot.paths import in_shell
+from fewshot.paths import at_home, in_shell
 from fewshot.processes import ranks
+
+HELP = {"-h", "--help"}
+
+
+class Parameter(NamedTuple):
+    """One of a command's words. read: makes a value of (key, text); None: it is one of the knobs of train.py."""
+
+    sentence: str
+    read: Callable[[str, str], Any] | None = lambda key, text: text
+    needed: bool = False
+
+
+class Command(NamedTuple):
+    """A command, and its parameters as --help shows them: KEY=WHAT, a WORD of a few, or FOLDER... for any words."""
+
+    call: str
+    does: str
+    parameters: Mapping[str, Parameter]
+    knobs: bool = False  # whether it takes those of train.py too
+
+    def help(self) -> str:
+        """One line for each parameter, or as many as its sentence needs."""
+        width = max(map(len, self.parameters)) + 2
+        lines = [
+            textwrap.fill(f"{word:{width}}{parameter.sentence}", line_width(), subsequent_indent=" " * width)
+            for word, parameter in self.parameters.items()
+        ]
+        more = ["", "It also takes the knobs of train.py, which python train.py --help tells of."] * self.knobs
+        return "\n".join([f"{self.call}: {self.does}", "", *lines, *more])
+
+
+class Words(NamedTuple):
+    """What a command was called with."""
+
+    values: dict[str, Any]  # of KEY=VALUE, as its parameter reads it
+    plain: list[str]  # without a =
+    knobs: list[str]  # those of train.py, as they are written
+
+
+def read(command: Command, arguments: list[str] | None = None) -> Words:
+    """Reads the words of a call. It prints the help and ends the program where that is asked for.
+
+    arguments: None: those that the program was called with.
+
+    Raises:
+        UserError: a word that the command does not take, one given twice, or one that is missing.
+    """
+    words = at_home(sys.argv[1:] if arguments is None else arguments)
+    if HELP & {*words}:
+        print(command.help())
+        raise SystemExit
+    own = {shown: parameter for shown, parameter in command.parameters.items() if parameter.read}
+    keyed = {shown.partition("=")[0]: shown for shown in own if "=" in shown}
+    plain = [shown for shown in own if "=" not in shown]
+    texts: dict[str, str] = {}
+    read = Words({}, [], [])
+    for word in words:
+        key, equals, text = word.partition("=")
+        if key in keyed:
+            if not text:
+                raise UserError(f"{word}: give {key}=VALUE")
+            if key in texts:
+                raise UserError(f"{word}: {key} is given twice; {key}={texts[key]} came first")
+            texts[key] = text
+        elif word in plain or ("FOLDER..." in plain and not word.startswith("-") and (not equals or "/" in key)):
+            read.plain.append(word)
+        elif command.knobs and equals:
+            read.knobs.append(word)
+        else:
+            option = key.lstrip("-")
+            remedy = f"write {option}=VALUE" if option in keyed else nearest(key, {*keyed, *plain})
+            raise UserError(f"{word}: no such knob; {remedy}")
+    if plain and not read.plain:
+        raise UserError(f"{'|'.join(plain)}: is missing; {command.call} --help says what it is for")
+    for key, shown in keyed.items():
+        sentence, read_value, needed = command.parameters[shown]
+        if key in texts:
+            read.values[key] = read_value(key, unquoted(texts[key]))
+        elif needed:
+            raise UserError(f"{key}: is missing; give {shown}, {sentence[0].lower()}{sentence[1:].rstrip('.')}")
+    return read
+
+
+def line_width() -> int:
+    """Letters in a line of help: as many as the terminal has, within reason."""
+    return min(max(shutil.get_terminal_size().columns, 60), 120)
+
+
+def unquoted(text: str) -> str:
+    """The text of a value, without quotes where it is in some, as train.py reads it and its lines show it."""
+    with suppress(Exception):  # of the grammar
+        value = OverridesParser.create().parse_override(f"key={text}").value() if text[0] in "'\"" else text
+        return value if isinstance(value, str) else text
+    return text
+
+
+def flag(knob: str, value: str) -> bool:
+    """A word as true or false."""
+    if value not in ("true", "false"):
+        raise UserError(f"{knob}={value}: must be true or false")
+    return value == "true"
+
+
+def integer(knob: str, value: str, smallest: int) -> int:
+    """A word as an integer of at least `smallest`."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", value) or int(value) < smallest:
+        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
+    return int(value)
 
 
 @contextmanager
 def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> Iterator[None]:
-    """A UserError ends the program with its line and status 1, a signal with 128 + its number.
+    """A UserError ends the program with its line and status 1, a signal with status 128 + its number.
 
     HYDRA_FULL_ERROR=1 shows the traceback.
 
-    job: the folder of a job in a sweep, which goes on: any error is left there as error.txt, until a try without one.
-    hint: of how to go on after a signal.
+    job: the folder of a job in a sweep. The sweep goes on; any error stays there as error.txt until a try without one.
+    hint: says how to go on after a signal.
     """
     # Where a log file can no longer be written, logging would print a traceback of its own for every line.
     logging.raiseExceptions = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -48,14 +162,14 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
             error = error.__cause__
         expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
         expected = expected and os.environ.get("HYDRA_FULL_ERROR") != "1"
-        line = " ".join(str(error).split())
+        line = one_line(error)
         if expected and (isinstance(error, RankGone) or ranks.leave_error(line)):
             raise SystemExit(1) from None
         if job is not None:
             text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"
             sys.stderr.write(f"{text}\n")
             with suppress(UserError):  # a full disk is no reason to end the sweep
-                if not isinstance(error, AtWork):
+                if not isinstance(error, RunLocked):
                     write_file(job / "error.txt", f"{text}\n")
             if ranks.launcher():
                 raise SystemExit(1) from None  # the other ranks wait for this one, until the launcher ends them
@@ -66,52 +180,9 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
 
 
 def how_to_go_on() -> str:
-    """After a signal, for whoever reads the line that says so: the call that continues this training or sweep."""
+    """What the line about a signal adds: the call that continues this training or sweep."""
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         return f"; the same command with {in_shell('hydra.sweep.dir', hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
     return f"; python train.py {in_shell('checkpoint', last)} goes on" if last.exists() else ""
-
-
-class Parser(argparse.ArgumentParser):
-    """Of a command's options; what it cannot read is one line too, with the status of any other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help says what there is")
-
-
-def words(arguments: list[str], known: Iterable[str], needed: dict[str, str]) -> dict[str, str]:
-    """The key=value words of a command that composes no configuration; needed: {key: what to give}.
-
-    Raises:
-        UserError: a word that is none, one that is not known, one given twice, one that is missing.
-    """
-    given: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if key not in known:
-            raise UserError(f"{word}: no such knob; {nearest(key, set(known))}")
-        if not equals or not value:
-            raise UserError(f"{word}: give {key}=VALUE")
-        if key in given:
-            raise UserError(f"{word}: {key} is given twice; {key}={given[key]} came first")
-        given[key] = value
-    for key, what in needed.items():
-        if key not in given:
-            raise UserError(f"{key}: is missing; give {key}={what}")
-    return given
-
-
-def flag(knob: str, value: str) -> bool:
-    """true or false, as YAML and the command line write them."""
-    if value not in ("true", "false"):
-        raise UserError(f"{knob}={value}: must be true or false")
-    return value == "true"
-
-
-def integer(knob: str, value: str, smallest: int) -> int:
-    """A word as an integer of at least `smallest`."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,9}", value) or int(value) < smallest:
-        raise UserError(f"{knob}={value}: must be an integer of at least {smallest}")
-    return int(value)

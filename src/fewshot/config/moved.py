@@ -1,12 +1,12 @@
-"""What older versions stored under names that are others today; every reader of a stored configuration asks here.
+"""Names in stored configurations that have changed since; every reader of a stored configuration asks here.
 
-Import paths are not a format: what this program makes of its own is never compared by where it lies.
+Import paths are not a format: two configurations never differ by where something lies in this program.
 """
 
 from typing import Any
 
 OWN = "fewshot."
-TARGETS = {  # where commit a43819a and those after it had what a `_target_` names
+TARGETS = {  # what a `_target_` named at commit a43819a, and what it is called today
     "fewshot.callbacks.CosineSimilarity": "fewshot.training.cosine_similarity.CosineSimilarity",
     "fewshot.callbacks.Progress": "fewshot.training.record.Progress",
     "fewshot.callbacks.Record": "fewshot.training.record.Record",
@@ -34,5 +34,6 @@ def to_today(stored: Any) -> Any:
 
 
 def compared(key: str, value: Any) -> bool:
-    """Whether two configurations can differ in this leaf: a place in this program's own code says nothing of a run."""
-    return not (key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith(OWN))
+    """Whether two configurations can differ in this leaf: what this program calls its own says nothing of a run."""
+    own = key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith(OWN)
+    return not own and key != "dataset.needs_root"  # which older runs lack

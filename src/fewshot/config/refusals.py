@@ -1,4 +1,4 @@
-"""What is wrong with a call of a command that Hydra composes, said in one line before anything is made for it."""
+"""A command that Hydra composes: what is wrong with a call is said in one line before anything is made for it."""
 
 import argparse
 import os
@@ -20,22 +20,25 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from fewshot.config.check import check, check_files, check_knobs, check_overrides, knobs
-from fewshot.config.command import one_line_errors
+from fewshot.config.check import check_overrides, knobs, refuse
+from fewshot.config.command import HELP, Command, one_line_errors
 from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS, given_overrides
-from fewshot.errors import UserError, nearest, one_line
-from fewshot.paths import at_home, checkpoint_file
+from fewshot.config.tree import GROUPS, given_overrides, key_of
+from fewshot.errors import UserError, first_line, nearest, one_line
+from fewshot.paths import at_home
 
 
 def hydra_command(
-    task: Callable[[DictConfig], Any], first: Callable[[argparse.Namespace], None] = lambda asked: None
+    task: Callable[[DictConfig], Any],
+    first: Callable[[argparse.Namespace], None] = lambda asked: None,
+    command: Command | None = None,
 ) -> Callable[[], None]:
-    """`task` as a command, as hydra.main makes it, where what Hydra would say at length is said in one line.
+    """`task` as hydra.main makes a command of it, but what Hydra would say at length is said in one line.
 
     first: raises UserError for what this command in particular does not take.
+    command: what its --help tells of; None: of the knobs.
     """
-    command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     compose_config = Hydra.compose_config
 
     def composed(hydra: Hydra, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
@@ -50,15 +53,21 @@ def hydra_command(
     @wraps(task)
     def main() -> None:
         with one_line_errors():
+            if any(word.split("=")[0] in HELP for word in sys.argv[1:]):
+                from fewshot.config.help import page
+
+                words = [word.removeprefix("--help=") for word in sys.argv[1:] if word not in HELP]
+                print(command.help() if command else page(words))
+                return
             sys.argv[1:] = at_home(sys.argv[1:])
             asked = _arguments(sys.argv[1:])
-            if not (asked.help or asked.hydra_help or asked.shell_completion):
+            if not (asked.hydra_help or asked.shell_completion):
                 check_overrides(asked.overrides)
                 if not (asked.cfg or asked.info):
                     first(asked)
         Hydra.compose_config = composed
         try:
-            command()
+            run()
         finally:
             Hydra.compose_config = compose_config
 
@@ -66,12 +75,12 @@ def hydra_command(
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
-    """Raises UserError for what Hydra would refuse with status 2 or a traceback."""
+    """Hydra's reading of the words. Raises UserError for what it would refuse with status 2 or a traceback."""
     parser = get_args_parser()
     parser.error = _refuse
     asked = parser.parse_args(arguments)
     actions = [asked.run, asked.multirun, asked.cfg, asked.info, asked.shell_completion]
-    if len([each for each in actions if each]) > 1 or (asked.resolve and not (asked.cfg or asked.help)):
+    if sum(map(bool, actions)) > 1 or (asked.resolve and not (asked.cfg or asked.help)):
         raise UserError(
             f"{' '.join(arguments)}: --cfg, --info and -m are each for a call alone, --resolve is for --cfg"
         )
@@ -89,46 +98,42 @@ def _refuse(message: str) -> None:
 
 
 def not_composed(error: Exception, overrides: list[str], composed: Callable[[list[str]], DictConfig]) -> UserError:
-    """What to do about an error of Hydra, whose own advice is at times what is refused here (+inner_lrr=0.1)."""
+    """What to do about an error of Hydra; its own advice is at times what is refused here (+inner_lrr=0.1).
+
+    composed: composes a configuration of some of the overrides.
+    """
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return UserError(f"{group}={name}: no such choice; {nearest(name, set(error.options))}")
     if unknown := re.match(r"Could not override '(.+)'", text):
-        call = next((each for each in overrides if each.lstrip("+").split("=")[0] == unknown[1]), unknown[1])
+        call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
         inside = "" if unknown[1].startswith(key) else f" {key} in it"
         with suppress(Exception):  # chosen groups whose files are there
-            chosen = composed(
-                [each for each in overrides if re.match(rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)=", each)]
-            )
+            groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
+            chosen = composed([override for override in overrides if re.match(groups, override)])
             return UserError(f"{call}: no such knob{inside}; {_nearest_knob(key, chosen)}")
         return UserError(f"{call}: no such knob{inside}; {nearest(key, knobs())}")
     if several := re.match("(?:Ambiguous value for argument|Sweep parameters) '(.+)'(?:\n| requires)", text):
         return UserError(f"{several[1]}: several values are a sweep, with -m; a list is [A,B], a comma in a text 'A,B'")
     if there := re.match("Could not append to config. An item is already at '(.+)'", text):
-        call = next((each for each in overrides if each.startswith(f"+{there[1]}=")), there[1])
+        call = next((override for override in overrides if override.startswith(f"+{there[1]}=")), there[1])
         return UserError(f"{call}: is there already; leave the + out")
     if merged := re.match("Error merging override (.+)", text):
-        return UserError(
-            f"{merged[1]}: is of another kind than the value of this knob ({_first_line(error.__cause__)})"
-        )
-    given = " ".join(each for each in overrides if not each.startswith("hydra.mode="))
-    return UserError(one_line(f"{given}: cannot be composed ({_first_line(error)}); --help names the knobs"))
-
-
-def _first_line(error: BaseException | None) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
+        return UserError(f"{merged[1]}: is of another kind than the value of this knob ({first_line(error.__cause__)})")
+    call = " ".join(override for override in overrides if not override.startswith("hydra.mode="))
+    return UserError(one_line(f"{call}: cannot be composed ({first_line(error)}); --help names the knobs"))
 
 
 def _nearest_knob(key: str, cfg: DictConfig) -> str:
-    """What to try in place of a knob that cfg has not: one of the same name elsewhere, or one beside it."""
+    """What to try in place of a knob that cfg lacks: one of the same name elsewhere, or one beside it."""
     place, _, name = key.rpartition(".")
-    there = [each.rpartition(".") for each in names(OmegaConf.to_container(cfg))]
-    own = [each for each in there if each[0].startswith("hydra") == key.startswith("hydra")]
-    if same := sorted(("".join(each) for each in own if each[2] == name != "_target_"), key=len):
+    known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
+    parts = [knob.rpartition(".") for knob in known]
+    if same := sorted(("".join(part) for part in parts if part[2] == name != "_target_"), key=len):
         return f"did you mean {same[0]}?"
-    return nearest(name, {each[2] for each in own if each[0] == place} or knobs())
+    return nearest(name, {part[2] for part in parts if part[0] == place} or knobs())
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
@@ -138,28 +143,8 @@ def names(node: Any, prefix: str = "") -> Iterator[str]:
         yield from names(value, f"{prefix}{key}.")
 
 
-def refuse(cfg: DictConfig, overrides: list[str]) -> None:
-    """Raises UserError for what a call's YAML shows, and for files that are not there.
-
-    With checkpoint=PATH most of the configuration is in that file, and only what the call itself sets is looked at.
-    """
-    check_overrides(overrides)
-    if cfg.checkpoint is None:
-        check(cfg)
-        check_files(cfg)
-        return
-    keys = {each.lstrip("+").split("=")[0] for each in overrides} - {*GROUPS, "experiment"}
-    check_knobs(cfg, keys)
-    try:
-        checkpoint_file(cfg.checkpoint, "last")
-    except UserError:
-        checkpoint_file(cfg.checkpoint, "best")  # which of the two is needed is known later
-    if "dataset.root" in keys:
-        check_files(cfg)
-
-
 def refuse_sweep(config: DictConfig, config_name: str) -> None:
-    """Raises UserError where `refuse` does for a job of the sweep, for the first of them."""
+    """Raises UserError for the first job of the sweep that `refuse` refuses."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     check_overrides(arguments := [*params, *given_overrides(config.hydra)])
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -168,16 +153,15 @@ def refuse_sweep(config: DictConfig, config_name: str) -> None:
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.BasicSweeper":
             batches = BasicSweeper.split_arguments(parsed, config.hydra.sweeper.max_batch_size)
             jobs = [job for batch in batches for job in batch]
-        else:  # one that picks values: each of them once
-            values = {each.get_key_element(): _values(each) for each in parsed}
-            choices = [[f"{key}={value}" for value in each] for key, each in values.items()]
-            jobs = [[*(first for first, *_ in choices), value] for each in choices for value in each]
+        else:  # a sweeper that picks values itself: each value once, beside the first of the other knobs
+            choices = [[f"{knob.get_key_element()}={value}" for value in _values(knob)] for knob in parsed]
+            jobs = [[*(first for first, *_ in choices), value] for values in choices for value in values]
     except Exception as error:  # a range without an end, for example
-        raise UserError(one_line(f"{' '.join(arguments)}: is no sweep ({_first_line(error)})")) from error
+        raise UserError(one_line(f"{' '.join(arguments)}: is no sweep ({first_line(error)})")) from error
     seen: set[Any] = set()
     for job in jobs:
-        # Composing takes its time: of jobs that differ in their seed alone one is tried, and one with each seed.
-        seeds = [each for each in job if each.startswith("seed=")]
+        # Composing takes time: of jobs that differ only in their seed one is tried, and one job with each seed.
+        seeds = [override for override in job if override.startswith("seed=")]
         parts = {frozenset(job).difference(seeds), *seeds}
         if not parts <= seen:
             refuse(compose(config_name, job), job)
@@ -185,7 +169,7 @@ def refuse_sweep(config: DictConfig, config_name: str) -> None:
 
 
 def _values(override: Override) -> list[str]:
-    """All that the jobs of a sweep have, or, of an interval, its ends."""
+    """The values that the jobs of a sweep can have; of an interval its ends."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if override.is_interval_sweep():

@@ -1,4 +1,4 @@
-"""Where the YAML files lie, and the functions that stand in them as ${name:...}."""
+"""Where the YAML files lie, and the functions that they call as ${name:...}."""
 
 import hashlib
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import ListConfig, OmegaConf
 
+from fewshot.config.tree import key_of
 from fewshot.paths import run_folder, user_path
 
 # Beside this file in a wheel, at the top of a checkout.
@@ -13,14 +14,14 @@ CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__)
 
 
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
-    """Where a run writes: training that continues from RUN or RUN/checkpoints/x.ckpt goes on in RUN, else in `new`."""
+    """Where a run writes: training that goes on from RUN or RUN/checkpoints/x.ckpt writes in RUN, all else in `new`."""
     return str(run_folder(user_path("checkpoint", checkpoint))) if checkpoint and fit else new
 
 
 def job_folder(overrides: list[str] | ListConfig) -> str:
-    """A job's folder in a sweep, named by its overrides alone, in any order; safe in a path and in checkpoint=."""
+    """A job's folder in a sweep: a pure function of its overrides, in any order; safe in a path and in checkpoint=."""
     overrides = OmegaConf.to_container(overrides) if OmegaConf.is_list(overrides) else overrides
-    pairs = dict(override.lstrip("+").split("=", 1) for override in overrides)
+    pairs = {key_of(override): override.partition("=")[2] for override in overrides}
     exact = [f"{key}-{value}" for key, value in sorted(pairs.items())]
     name = re.sub("[^A-Za-z0-9._-]+", "-", "__".join(exact))
     if name != "__".join(exact) or name.count("__") >= max(1, len(pairs)) or len(name) > 150:
@@ -29,13 +30,13 @@ def job_folder(overrides: list[str] | ListConfig) -> str:
 
 
 def _job_number(number: int | None) -> str:
-    """What the log lines of a sweep's job begin with: two may run side by side."""
+    """What the log lines of a sweep's job begin with, since two jobs may run side by side."""
     return "" if number is None else f"#{number} "
 
 
 RESOLVERS = {
     "at_least": max,
-    "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: a class in four directions
+    "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: each class in four directions
     "run_folder": _run_folder,
     "job_folder": job_folder,
     "job_number": _job_number,

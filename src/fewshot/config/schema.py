@@ -1,8 +1,8 @@
-"""Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in config.py."""
+"""Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in check.py."""
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -14,19 +14,13 @@ LARGEST = 3.4e38  # of 32-bit floating-point numbers
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
 
 
-class Unresolved(str):
-    """The text of an interpolation whose value cannot be found: as a rule another mistake is the cause."""
-
-    __slots__ = ()
-
-
 # Types that say what a value must be
 
 
 def must_be(
     words: str, kind: Any, limit: tuple[float, str] | None = None, refused: Callable[[Any], bool] = lambda value: False
 ) -> Any:
-    """`kind` but for what is refused; of any other value the words are said, of a number from `limit` on its own."""
+    """`kind`, less what is `refused`. The words say what a value must be; limit: (a number, words for that or more)."""
 
     def check(value: Any, validate: Callable[[Any], Any]) -> Any:
         with suppress(ValidationError):
@@ -35,21 +29,23 @@ def must_be(
         large = limit is not None and type(value) in (int, float) and limit[0] <= value < float("inf")
         raise PydanticCustomError("knob", f"must be {limit[1] if large else words}")
 
-    return Annotated[kind, WrapValidator(check)]
+    most = f", {limit[1]}" if limit and limit[0] < 10**9 else ""
+    return Annotated[kind, WrapValidator(check), Field(description=words + most)]
 
 
 def optional(kind: Any) -> Any:
-    """`kind` or null, which is said too."""
+    """`kind` or null; the words add "or null"."""
 
     def check(value: Any, validate: Callable[[Any], Any]) -> Any:
         try:
             return None if value is None else validate(value)
         except ValidationError as error:
-            if [each for each in error.errors() if each["loc"]]:
+            if any(mistake["loc"] for mistake in error.errors()):
                 raise
             raise PydanticCustomError("knob", f"{error.errors()[0]['msg']}, or null") from None
 
-    return Annotated[kind, WrapValidator(check)]
+    words = [f"{note.description}, or null" for note in get_args(kind) if getattr(note, "description", None)]
+    return Annotated[kind, WrapValidator(check), Field(description="".join(words) or None)]
 
 
 def integer(least: int, most: int = 10**9) -> Any:
@@ -78,7 +74,7 @@ def one_of(*names: str) -> Any:
 
 
 def only(value: Any, why: str) -> Any:
-    return must_be(f"{shown(value)}; {why}", Literal[value])
+    return Annotated[must_be(f"{shown(value)}; {why}", Literal[value]), Field(description=f"only {shown(value)}")]
 
 
 def text(words: str, pattern: str = r".+") -> Any:
@@ -95,7 +91,7 @@ WandbName = text("a text of at most 128 characters, in quotes if it is a number"
 
 
 class Part(BaseModel):
-    """Some knobs, and no others; instead: for others that one may look for, where to find what they would do."""
+    """Some knobs, and no others. instead: {a knob of Lightning's: ours that does what it would do}."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     instead: ClassVar[dict[str, str]] = {}
@@ -120,22 +116,21 @@ class Part(BaseModel):
         return values
 
 
-class Made(Part):
-    """What Hydra makes by a call, with arguments of its own."""
+class Made(Part, extra="allow"):
+    """What Hydra makes by calling `_target_` with the other knobs."""
 
-    model_config = ConfigDict(extra="allow")
     target: Target = Field(alias="_target_")
 
 
 def part(ours: type[Part], own: type[Part] = Made, maker: str | None = None) -> Any:
-    """`ours`, or, where what it makes (what the knob `maker` makes) is not of this program, `own`."""
+    """`ours`; but `own` where `_target_` (that of the knob `maker`) names something that is not this program's."""
 
     def check(values: Any) -> Part:
         made = values.get(maker) if maker and isinstance(values, dict) else values
         target = made.get("_target_") if isinstance(made, dict) else None
         return (own if isinstance(target, str) and not target.startswith("fewshot.") else ours).model_validate(values)
 
-    return Annotated[Any, PlainValidator(check)]
+    return Annotated[Any, PlainValidator(check), (ours,)]  # in a tuple, which pydantic takes for a note
 
 
 # The configuration. What is not in every YAML of its group has a default here, which nothing reads.
@@ -152,22 +147,19 @@ class Algo(Part):
     interference: Flag = True
 
 
-class OwnAlgo(Algo):
+class OwnAlgo(Algo, extra="allow"):
     """One's own algorithm, named by algo._target_; it may make the head of each task itself."""
 
-    model_config = ConfigDict(extra="allow")
     head: one_of(*HEADS)
 
 
-class OwnModel(Part):
-    model_config = ConfigDict(extra="allow")
+class OwnModel(Part, extra="allow"):
     name: Name
     smallest_image: integer(1)
     network: Made
 
 
-class Model(OwnModel):
-    model_config = ConfigDict(extra="forbid")
+class Model(OwnModel, extra="forbid"):
     head_bias: Flag
     width: integer(1) = 1
     drop_block: from_zero(below=1) = 0
@@ -195,8 +187,7 @@ class Splits(Part):
     lake: Classes
 
 
-class OwnDataset(Part):
-    model_config = ConfigDict(extra="allow")
+class OwnDataset(Part, extra="allow"):
     tasks: one_of(*TASKS)
     device: one_of("auto", "cpu", "cuda")
     other_split: Flag
@@ -210,11 +201,11 @@ class OwnDataset(Part):
     source: Made
 
 
-class Dataset(OwnDataset):
-    model_config = ConfigDict(extra="forbid")
+class Dataset(OwnDataset, extra="forbid"):
     origin: must_be("a text", str)
     cache: optional(Path)
     root: optional(Path) = None
+    needs_root: Flag = False
     labels: optional(Path) = None
     largest_image: integer(1, 1000) = 1
     trust: Flag = False
@@ -274,21 +265,18 @@ class Trainer(Part):
     profiler: optional(one_of("simple", "advanced", "pytorch")) = None
 
 
-class Logger(Made):
-    model_config = ConfigDict(extra="forbid")
+class Logger(Made, extra="forbid"):
     project: Project
     mode: optional(one_of("online", "offline", "disabled"))
     group: optional(WandbName)
     name: optional(WandbName)
 
 
-class ZeroHead(Made):
-    model_config = ConfigDict(extra="forbid")
+class ZeroHead(Made, extra="forbid"):
     enabled: Flag
 
 
-class Record(Made):
-    model_config = ConfigDict(extra="forbid")
+class Record(Made, extra="forbid"):
     val_every: integer(1)
     val_tasks: integer(2)
     test_every: optional(integer(1))
@@ -297,15 +285,13 @@ class Record(Made):
     probes: Flag
 
 
-class CosineSimilarity(Made):
-    model_config = ConfigDict(extra="forbid")
+class CosineSimilarity(Made, extra="forbid"):
     every: integer(1)
 
 
-class Callbacks(Part):
+class Callbacks(Part, extra="allow"):
     """And any of the user's own."""
 
-    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Made]
     zero_head: part(ZeroHead)
     record: part(Record)
@@ -347,15 +333,16 @@ class Config(Part):
 
 
 def mistakes(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """(dotted knob, its value, what would be right) of each, in the order of the knobs above.
-
-    values: a configuration as plain data.
-    """
+    """(dotted knob, its value, what would be right) for each mistake in a plain configuration, in the order above."""
     try:
         Config.model_validate(values)
     except ValidationError as error:
         return [
-            (".".join(map(str, each["loc"])), each["input"], "is missing" if each["type"] == "missing" else each["msg"])
-            for each in error.errors()
+            (
+                ".".join(map(str, wrong["loc"])),
+                wrong["input"],
+                "is missing" if wrong["type"] == "missing" else wrong["msg"],
+            )
+            for wrong in error.errors()
         ]
     return []

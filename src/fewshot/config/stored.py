@@ -1,6 +1,7 @@
-"""What is read from files that others may have written: of the form that it must have, or one line says what has not.
+"""Reads files that others may have written: what is not of the form that it must have ends in one line.
 
-A form is an `Is`, an `Each`, or a dictionary of forms by key, where a key that ends in ? may be missing.
+A form is an `Is`, an `Each`, or a dictionary of forms by key, where a key that ends in ? may be missing. schema.py has
+words of its own, because it says what a knob takes, and because a sweep's table need not wait for pydantic.
 """
 
 import io
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config.moved import to_today
 from fewshot.config.tree import MODES
-from fewshot.errors import UserError, shown
+from fewshot.errors import UserError, one_line, shown
 from fewshot.files import is_regular
 from fewshot.inner_loop import ADAPTED, HEADS
 
@@ -25,14 +26,14 @@ MEBIBYTE = 2**20
 
 
 class Is(NamedTuple):
-    """A value of which `test` holds; words: what it must be."""
+    """A value that passes `test`; words: what it must be."""
 
     words: str
     test: Callable[[Any], bool]
 
 
 class Each(NamedTuple):
-    """A list of `of`, or with keys=True a dictionary of text to `of`."""
+    """A list whose members are of one form; keys=True: a dictionary of them, with text as keys."""
 
     of: "Form"
     keys: bool = False
@@ -52,7 +53,7 @@ def text(pattern: str, words: str = "text") -> Is:
 
 def one_of(*values: Any) -> Is:
     words = f"one of {', '.join(map(shown, values))}"
-    return Is(words, lambda value: any(type(value) is type(each) and value == each for each in values))
+    return Is(words, lambda value: any(type(value) is type(one) and value == one for one in values))
 
 
 def none_or(form: Is) -> Is:
@@ -64,13 +65,13 @@ def _finite(value: Any) -> bool:
 
 
 ANY = Is("anything", lambda value: True)
-REAL = Is("a number", lambda value: type(value) in (int, float))  # or none at all, NaN
+REAL = Is("a number", lambda value: type(value) in (int, float))  # NaN too
 NUMBER = Is("a finite number", _finite)
 ABOVE_ZERO = Is("a finite number above 0", lambda value: _finite(value) and value > 0)
 FLAG = one_of(True, False)
 NAME = text(r"[^\x00-\x1f]{1,200}", "a line of text")
 
-# What of a run's configuration makes its model, and what is said of it. The bounds are far above what anybody trains.
+# The part of a run's configuration that makes its model, and what is said of it. Bounds are above what anybody trains.
 CONFIG: Form = {
     **{knob: integer(2 if knob == "ways" else 1, 10_000) for knob in ("ways", "shots", "queries")},
     "inner_steps": integer(1, 1000),
@@ -102,7 +103,7 @@ MODEL: Form = {
 }  # old results have none
 CURVE = Each(NUMBER)
 SCORES: Form = {"tasks": integer(1), **{mode: {"accuracy": CURVE, "ci95": CURVE} for mode in MODES}}
-RESULTS: Form = {  # results.json; what is optional here not all its readers need
+RESULTS: Form = {  # results.json; not all its readers need what is optional here
     "test": SCORES,
     "val?": SCORES,
     "iterations?": integer(0),
@@ -110,7 +111,7 @@ RESULTS: Form = {  # results.json; what is optional here not all its readers nee
     "config": {"fit": FLAG},
     "versions?": Each(NAME, keys=True),
 }
-# The forms of ${...} in this program's own YAML files; no ${oc.env:...}, nor any other that is not of the values alone.
+# The forms of ${...} in this program's own YAML files; ${oc.env:...}, and all that reads more than values, is none.
 KEY = r"[\w-]+(?:\.[\w-]+)*"
 SIMPLE = rf"\$\{{{KEY}\}}"
 NESTED = rf"\$\{{{KEY}\.{SIMPLE}(?:\.{KEY})?\}}"
@@ -132,7 +133,7 @@ def _is_square(value: Any) -> bool:
 
 
 def check(where: str, value: Any, form: Form, key: str = "") -> None:
-    """Raises UserError naming the first key of which the value is not of its form. where: how the line begins."""
+    """Raises UserError naming the first key whose value is not of its form. where: how the line begins."""
     if isinstance(form, Is):
         if not form.test(value):
             raise UserError(f"{where}: {key or 'it'} must be {form.words}, and is {brief(value)}")
@@ -154,7 +155,7 @@ def check(where: str, value: Any, form: Form, key: str = "") -> None:
 
 
 def check_config(where: str, config: Any) -> None:
-    """Raises UserError where it is not the configuration of a run."""
+    """Raises UserError where `config` is not the configuration of a run."""
     check_plain(where, config)
     where = f"{where}: is not the configuration of a run"
     check(where, config, CONFIG)
@@ -166,7 +167,7 @@ def check_config(where: str, config: Any) -> None:
 
 
 def check_plain(where: str, content: Any, most: int = 20_000, deepest: int = 20) -> None:
-    """Raises UserError where it is not plain data with text as keys, or large: a list may hold itself many times."""
+    """Raises UserError where it is not plain data with text as keys, or is large: a list may hold itself many times."""
     waiting, number = [(content, 0)], 0
     while waiting:
         value, depth = waiting.pop()
@@ -176,25 +177,25 @@ def check_plain(where: str, content: Any, most: int = 20_000, deepest: int = 20)
         if isinstance(value, dict):
             if not all(type(key) is str and key.isprintable() and len(key) < 1000 for key in value):
                 raise UserError(f"{where}: holds keys that are no text")
-            waiting += [(each, depth + 1) for each in value.values()]
+            waiting += [(member, depth + 1) for member in value.values()]
         elif isinstance(value, list | tuple):
             if len(value) > most:
                 raise UserError(f"{where}: holds a list of {len(value)} values")
-            waiting += [(each, depth + 1) for each in value]
+            waiting += [(member, depth + 1) for member in value]
         elif not (value is None or type(value) in (str, bool, float) or (type(value) is int and abs(value) < 2**63)):
             raise UserError(f"{where}: holds a {type(value).__name__}, which is no plain value")
 
 
 def is_simple(value: str) -> bool:
-    """Whether a text, be its ${ escaped or not, has at most one interpolation, and that one of a key alone."""
+    """Whether a text has at most one ${...}, escaped or not, and in it nothing but a key."""
     value = value.replace("\\", "")
     return "${" not in value or (value.count("${") == 1 and re.search(SIMPLE, value) is not None)
 
 
 def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000) -> None:
-    """Raises UserError where a text has another form of ${...} than this program's YAML files, or makes much of little.
+    """Raises UserError where a ${...} has a form that this program's YAML lacks, or would make much of little.
 
-    Nothing is resolved here: counted are the values, and hundreds of letters, that would be read.
+    Nothing is resolved here: the values that would be read are counted, and their hundreds of letters.
     """
     sizes: dict[str | int, float] = {}
 
@@ -224,7 +225,7 @@ def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000)
 
 
 def _at(node: Any, key: str) -> Any:
-    """What is at a dotted key, or on the way there an interpolation that leads to it; None where nothing is."""
+    """What is at a dotted key, or an interpolation on the way there; None where nothing is."""
     for part in key.split("."):
         if isinstance(node, str):
             break
@@ -243,10 +244,7 @@ def brief(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Raises UserError where the file cannot be read."""
     try:
         return json.loads(read_text(path, 256 * MEBIBYTE))
     except (ValueError, RecursionError) as error:
@@ -273,7 +271,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values of a small YAML file, read as OmegaConf does: no aliases, which could make much of little.
+    """The plain values of a small YAML file, as OmegaConf reads it, without aliases, which could make much of little.
 
     Raises:
         UserError: it cannot be read.
@@ -292,10 +290,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_text(path: Path, most: int) -> str:
-    """
-    Raises:
-        UserError: it is no file, cannot be read, is not UTF-8, or has more than so many bytes.
-    """
+    """Raises UserError where it is no file, cannot be read, is not UTF-8, or has more than so many bytes."""
     is_regular("file", path)
     try:
         if path.stat().st_size > most:
@@ -306,4 +301,4 @@ def read_text(path: Path, most: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]

@@ -3,12 +3,11 @@
 python -m fewshot.data list
 python -m fewshot.data prepare dataset=omniglot
 python -m fewshot.data show dataset=omniglot dataset.rotations=true out=omniglot.png
-
-On a cluster whose nodes have no network `prepare` is for the machine that has one.
 """
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -16,11 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from fewshot.config.check import check_overrides
-from fewshot.config.command import Parser, one_line_errors
+from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.refusals import not_composed, refuse
 from fewshot.config.resolvers import CONF
-from fewshot.errors import UserError
-from fewshot.paths import at_home, user_path
+from fewshot.errors import UserError, shown
+from fewshot.paths import user_path
 
 
 def configuration(overrides: list[str]) -> DictConfig:
@@ -57,17 +56,16 @@ def prepare(overrides: list[str]) -> None:
     print(f"Ready in {cache_folder(cfg.dataset.cache)}; where runs use another cache, give them dataset.cache")
 
 
-def show(overrides: list[str]) -> None:
-    """Writes a contact sheet to the PNG file that out= names."""
-    out = [user_path("out", override.removeprefix("out=")) for override in overrides if override.startswith("out=")]
-    if len(out) != 1 or out[0].suffix.lower() != ".png":
-        raise UserError(f"out={', '.join(map(str, out)) or 'null'}: give out=FILE.png, the contact sheet to be written")
-    _, splits = read_images([override for override in overrides if not override.startswith("out=")])
+def show(overrides: list[str], out: Path | None = None) -> None:
+    """Writes a contact sheet to the PNG file `out`."""
+    if out is None or out.suffix.lower() != ".png":
+        raise UserError(f"out={shown(out)}: give out=FILE.png, the contact sheet to be written")
+    _, splits = read_images(overrides)
     from fewshot.data.sheet import contact_sheet
     from fewshot.files import write_atomically
 
-    write_atomically(out[0], partial(contact_sheet(splits).save, format="PNG"))
-    print(f"Written to {out[0]}")
+    write_atomically(out, partial(contact_sheet(splits).save, format="PNG"))
+    print(f"Written to {out}")
 
 
 def list_datasets(overrides: list[str]) -> None:
@@ -99,24 +97,30 @@ def _here(data: DictConfig) -> str:
     return "no" if "root" in data else "needs nothing"
 
 
-COMMANDS = {
-    "list": (list_datasets, "which datasets there are, and which of them are on this machine"),
-    "prepare": (prepare, "downloads and decodes the images of a dataset into the cache"),
-    "show": (show, "draws some images of each split into out=FILE.png"),
-}
+COMMAND = Command(
+    "python -m fewshot.data",
+    "the datasets. On a cluster whose nodes have no network, `prepare` is for the machine that has one.",
+    {
+        "list": Parameter("Which datasets there are, and which of them are on this machine."),
+        "prepare": Parameter("Downloads and decodes the images of a dataset into the cache."),
+        "show": Parameter("Draws some images of each split into a file."),
+        "dataset=NAME": Parameter("The dataset; left out: glyphs, and `list` lists them all.", None),
+        "out=FILE.png": Parameter("The file that `show` writes.", user_path),
+    },
+    knobs=True,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m fewshot.data", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
-    for name, (function, does) in COMMANDS.items():
-        command = commands.add_parser(name, help=does, description=does)
-        command.add_argument("overrides", nargs="*", metavar="dataset=NAME", help="and its knobs, as for train.py")
-        command.set_defaults(function=function)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
-        asked = parser.parse_args(arguments)
-        asked.function(at_home(asked.overrides))
+        words = read(COMMAND, arguments)
+        if len(words.plain) > 1:
+            raise UserError(f"{' '.join(words.plain)}: give one of them at a time")
+        if words.values and words.plain != ["show"]:
+            raise UserError(f"out={words.values['out']}: only show writes a file; leave it out")
+        does = {"list": list_datasets, "prepare": prepare, "show": partial(show, **words.values)}
+        does[words.plain[0]](words.knobs)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,5 @@
 """The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN
 
-checkpoint=PATH       the folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt
-hydra.run.dir=FOLDER  writes FOLDER/evidence/ instead of RUN/evidence/: report.html, evidence.json and the pictures
-test_tasks=N          tasks of the test; the first 32 of them are measured; as in training if it is left out
-test_steps=N          inner steps of the test; as in training if it is left out
-dataset=NAME          another dataset of the same image size, with dataset.other_split=true; so all of its knobs
-threads=N             CPU threads
-trainer=cpu           not on the GPU
-
 It trains nothing, and takes every knob of train.py but fit; those that the model was trained with hold if left out.
 """
 
@@ -24,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot.config.check import check, processes
-from fewshot.config.command import one_line_errors
+from fewshot.config.command import Command, Parameter, one_line_errors
 from fewshot.config.refusals import hydra_command
 from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
@@ -33,6 +25,26 @@ log = logging.getLogger(__name__)
 
 FEATURE_TASKS = 32  # the first of the test tasks, on which features and predictions are measured, in float64
 GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, again and again
+
+
+COMMAND = Command(
+    "python -m fewshot.evidence",
+    "puts the theory to a trained model, and trains nothing. Left out, a knob is as in training.",
+    {
+        "checkpoint=PATH": Parameter(
+            "The folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt."
+        ),
+        "hydra.run.dir=FOLDER": Parameter(
+            "Writes report.html, evidence.json and the pictures into FOLDER/evidence/ instead of RUN/evidence/."
+        ),
+        "test_tasks=N": Parameter("Tasks of the test; the first 32 of them are measured."),
+        "test_steps=N": Parameter("Inner steps of the test."),
+        "dataset=NAME": Parameter("Another dataset of the same image size, with dataset.other_split=true."),
+        "threads=N": Parameter("CPU threads."),
+        "trainer=cpu": Parameter("Leaves a GPU alone."),
+    },
+    knobs=True,
+)
 
 
 def _refuse(asked: argparse.Namespace) -> None:
@@ -44,7 +56,7 @@ def _refuse(asked: argparse.Namespace) -> None:
         raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
 
 
-@partial(hydra_command, first=_refuse)
+@partial(hydra_command, first=_refuse, command=COMMAND)
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -100,9 +112,6 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        raise SystemExit
     # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
     overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
     first = next(overrides, len(sys.argv))

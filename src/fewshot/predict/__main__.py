@@ -1,13 +1,5 @@
 """Images of one's own, after training: python -m fewshot.predict checkpoint=PATH support=FOLDER query=FOLDER
 
-checkpoint=PATH       the folder of a run, RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote
-support=FOLDER        one folder of images for each class; a zip of that will do
-query=FOLDER          the images to classify, however deep; or a zip
-steps=N               inner steps; as many as in training if it is left out
-test_zeroing=BOOL     true: adapt from a zeroed head, to any number of classes; as in training if it is left out
-out=FOLDER            for predictions.csv and contact_sheet.png; a new one in outputs/ if it is left out
-trust=true            build a network that the checkpoint names and fewshot.models does not define
-
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
 
@@ -15,16 +7,16 @@ import csv
 import io
 import logging
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewshot.config.command import flag, integer, one_line_errors, words
+from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
+from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, printable
 from fewshot.files import check_place, write_file
 from fewshot.paths import claimed, model_path, user_path
@@ -172,32 +164,35 @@ def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> 
     write_file(path, text.getvalue().encode(errors="surrogateescape"))  # a file's name in the very bytes that it has
 
 
-READ: dict[str, Callable[[str], Any]] = {
-    "checkpoint": str,
-    "support": str,
-    "query": str,
-    "steps": lambda value: integer("steps", value, 1),
-    "test_zeroing": lambda value: flag("test_zeroing", value),
-    "out": lambda value: user_path("out", value),
-    "trust": lambda value: flag("trust", value),
-}
-
-NEEDED = {
-    "checkpoint": "RUN, the folder of a run, or a folder that was exported",
-    "support": "FOLDER with a folder of images for each class",
-    "query": "FOLDER of images to classify",
-}
+COMMAND = Command(
+    "python -m fewshot.predict",
+    "adapts a model to the images in `support` and classifies those in `query`.",
+    {
+        "checkpoint=PATH": Parameter(
+            "The folder of a run, RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote.",
+            needed=True,
+        ),
+        "support=FOLDER": Parameter("A folder or zip with one folder of images for each class.", needed=True),
+        "query=FOLDER": Parameter("A folder or zip of images to classify, however deep.", needed=True),
+        "steps=N": Parameter("Inner steps; left out: as many as in training.", partial(integer, smallest=1)),
+        "test_zeroing=BOOL": Parameter(
+            "true: adapts from a zeroed head, to any number of classes; left out: as in training.", flag
+        ),
+        "out=FOLDER": Parameter(
+            "The folder for predictions.csv and contact_sheet.png; left out: a new one in outputs/.", user_path
+        ),
+        "trust=BOOL": Parameter(
+            "true: builds a network that the checkpoint names and fewshot.models does not define.", flag
+        ),
+    },
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print((__doc__ or "").split("\n\nShapes")[0])
-        return
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with one_line_errors():
-        given = {key: READ[key](value) for key, value in words(arguments, READ, NEEDED).items()}
-        run(given.pop("checkpoint"), given.pop("support"), given.pop("query"), given.pop("out", None), **given)
+        values = read_words(COMMAND, arguments).values
+        run(values.pop("checkpoint"), values.pop("support"), values.pop("query"), values.pop("out", None), **values)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,35 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fewshot.config import stored
-from fewshot.config.command import Parser, one_line_errors
+from fewshot.config.command import Command, Parameter, one_line_errors, read
+from fewshot.paths import user_path
 from fewshot.sweep.tables import summarise
 
-if TYPE_CHECKING:
-    pass
+COMMAND = Command(
+    "python -m fewshot.sweep",
+    "makes one table and one figure of many runs.",
+    {
+        "FOLDER...": Parameter("The folders of sweeps, or of runs."),
+        "into=FOLDER": Parameter(
+            "The folder to write into; left out: FOLDER, or the current folder if there are several.", user_path
+        ),
+        "panels=KNOBS": Parameter(
+            "Knobs, with commas between them; panels.png has axes of their own for each of their values.",
+            lambda key, text: text.split(","),
+        ),
+    },
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m fewshot.sweep", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a sweep, or of a run")
-    parser.add_argument("--into", type=Path, help="where to write; default: FOLDER, with several the current folder")
-    parser.add_argument("--panels", default=None, help="knobs, with commas; panels.png has axes for each value")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
-        asked = parser.parse_args(arguments)
-        into = asked.into or (asked.folders[0] if len(asked.folders) == 1 else Path.cwd())
-        panels = asked.panels.split(",") if asked.panels is not None else _panels_of(asked.folders[0])
-        summarise(asked.folders, into, panels)
+        words = read(COMMAND, arguments)
+        folders = [user_path("FOLDER", word) for word in words.plain]
+        into = words.values.get("into", folders[0] if len(folders) == 1 else Path.cwd())
+        summarise(folders, into, words.values.get("panels", _panels_of(folders[0])))
 
 
 def _panels_of(folder: Path) -> list[str]:
