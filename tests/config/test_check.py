@@ -272,6 +272,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "algo.first_order=maybe": ("algo.first_order=maybe: ", "true or false"),
     "algo.zeroing=1": ("algo.zeroing=1: ", "true or false"),
     "algo.adapted=tail": ("algo.adapted=tail: ", "one of all, head, encoder"),
+    "algo.head=own": ("algo.head=own: ", "one of learned, shared, prototypes"),
     "algo.head=none": ("algo.head=none: ", "one of learned, shared, prototypes"),
     "algo.step_losses=0": ("algo.step_losses=0: ", "at least 1"),
     "algo.learned_inner_lr=1": ("algo.learned_inner_lr=1: ", "true or false"),

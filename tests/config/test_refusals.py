@@ -188,6 +188,7 @@ def test_knobs_of_ones_own_networks_sources_loggers_and_callbacks_are_free():
     cfg.model = {"name": "mine", "smallest_image": 1, "depth": [1, 2], "network": {"_target_": "mine.Net", "size": 7}}
     cfg.dataset.source = {"_target_": "mine.load", "size": 7}
     cfg.dataset.licence = "mine"
+    cfg.algo.update({"_target_": "mine.Loop", "head": "own", "strength": 3})
     cfg.logger = {"_target_": "mine.logger", "token": 3}
     cfg.callbacks.mine = {"_target_": "mine.Callback", "every": "hour"}
     refusals.refuse(cfg, [])
