@@ -18,10 +18,10 @@ from torch import nn
 from fewshot.config.check import check_overrides
 from fewshot.config.moved import compared
 from fewshot.config.stored import is_simple
-from fewshot.config.tree import GROUPS, entries, leaves, settings
+from fewshot.config.tree import GROUPS, entries, key_of, leaves, settings
 from fewshot.data.meta_batches import MetaData
 from fewshot.data.task import SPLITS
-from fewshot.errors import UserError, first_few, shown
+from fewshot.errors import UserError, first_few, first_line, one_line, shown
 from fewshot.paths import checkpoint_file
 from fewshot.training.checkpoint import Describe, read, refuse_misfit
 
@@ -176,7 +176,7 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         asked, stored = overrides, content["fewshot"]["overrides"]
         _check_call(stored, path)
         own = ("dataset.trust",) if cfg.fit else OF_THIS_CALL
-        stored = [each for each in stored if not _is_of(own, _key(each)) and (cfg.fit or _key(each) != "trainer")]
+        stored = [each for each in stored if not _is_of(own, key_of(each)) and (cfg.fit or key_of(each) != "trainer")]
         overrides = _merged(stored, asked)
         if not cfg.fit:
             _refuse_interpolations([each for each in overrides if each not in asked], path)
@@ -196,13 +196,9 @@ def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any
     """
     stored = dict(leaves(trained))
     for key in CHANGED_DEFAULTS:
-        named = any(override.lstrip("+").startswith(f"{key}=") for override in calls)
+        named = any(key_of(override) == key for override in calls)
         if not named and isinstance(OmegaConf.select(cfg, key), int) and isinstance(stored.get(key), int):
             OmegaConf.update(cfg, key, stored[key])
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").split("=", 1)[0].strip()
 
 
 def _is_of(keys: Iterable[str], key: str) -> bool:
@@ -216,7 +212,7 @@ def _composed(overrides: list[str], path: Path) -> DictConfig:
         cfg = compose("config", overrides)
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # whatever Hydra makes of it
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise UserError(f"checkpoint={path}: its call and this one together are no configuration ({reason})") from None
     return cfg
 
@@ -227,7 +223,7 @@ def _check_call(stored: list[str], path: Path) -> None:
         check_overrides(stored)
     except UserError as error:
         raise UserError(f"checkpoint={path}: its call has {str(error)[:300]}") from None
-    if own := [each for each in stored if each.lstrip("+~").startswith("hydra")]:
+    if own := [override for override in stored if key_of(override).startswith("hydra")]:
         raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
 
 
@@ -238,7 +234,7 @@ def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None
     if refused:
         raise UserError(
             f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {most} knobs from there that "
-            f"refer to another, each to one; name {shown(refused[0].split('=')[0])} in this call too"
+            f"refer to another, each to one; name {refused[0].partition('=')[0]} in this call too"
         )
 
 
@@ -253,9 +249,8 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
         named = compose("config", _merged(chosen, asked))
         OmegaConf.resolve(named)
     except Exception as error:  # whatever a resolver makes of a knob that the checkpoint's call has and this has not
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"checkpoint={path}: give the knobs that your own YAML files need in this call too ({reason})"
+            f"checkpoint={path}: give the knobs that your own YAML files need in this call too ({first_line(error)})"
         ) from None
     known = dict(entries(OmegaConf.to_container(named)))
     for key, value in entries(OmegaConf.to_container(cfg)):
@@ -275,9 +270,9 @@ def _merged(trained: list[str], asked: list[str]) -> list[str]:
 
     When a group gets another choice, earlier overrides inside that group are dropped.
     """
-    latest = {_key(override): override for override in trained}
+    latest = {key_of(override): override for override in trained}
     for override in asked:
-        key = _key(override)
+        key = key_of(override)
         group = key.split(".")[0]
         if group != key and latest.get(group) in (f"{group}=none", f"{group}=null"):
             del latest[group]  # a knob of what was left out in training, as logger.mode after logger=none

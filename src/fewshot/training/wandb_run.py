@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fewshot.config.tree import MODES
-from fewshot.errors import Stopped, UserError, shown
+from fewshot.errors import Stopped, UserError, one_line, shown
 from fewshot.processes import ranks
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ def wandb_logger(
             reinit="finish_previous",
         )
     except (wandb.errors.Error, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"logger.mode={shown(mode)}: {reason}; use logger.mode=offline, or logger=none") from error
+        raise UserError(
+            f"logger.mode={shown(mode)}: {one_line(error)}; use logger.mode=offline, or logger=none"
+        ) from error
     logger = EachOnce(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
     for pattern in METRICS:
