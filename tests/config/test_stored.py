@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 import fewshot
 from fewshot.config import stored
 from fewshot.config.resolvers import CONF
+from fewshot.config.tree import settings
 from fewshot.errors import UserError
 from fewshot.results import record_files
 from fewshot.sweep.hydra_callbacks import OutputFolder
-from fewshot.sweep.settings import read_job
-from fewshot.training import checkpoint
+from fewshot.sweep.settings import identity, read_job
+from fewshot.training import checkpoint, resume
 
 MADE = Path(__file__).parents[1] / "fixtures" / "a43819a"
 BEST = MADE / "run" / "checkpoints" / "best.ckpt"
@@ -243,6 +244,14 @@ def test_every_configuration_of_this_program_is_one_that_is_resolved(config):
         for path in sorted((CONF / group).glob("*.yaml")):
             cfg = OmegaConf.to_container(config(f"{group}={path.stem}"))
             stored.check_interpolations(f"{group}={path.stem}", {k: v for k, v in cfg.items() if k != "hydra"})
+
+
+def test_a_key_that_older_runs_lack_is_no_difference(config):
+    cfg = config("dataset=folder", "dataset.root=photos")
+    trained = settings(cfg)
+    del trained["dataset"]["needs_root"]
+    resume.refuse_difference(cfg, trained, Path("last.ckpt"))
+    assert identity(settings(cfg)) == identity(trained)
 
 
 def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it(config, tmp_path):

@@ -80,7 +80,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.error = _refuse
     asked = parser.parse_args(arguments)
     actions = [asked.run, asked.multirun, asked.cfg, asked.info, asked.shell_completion]
-    if sum(map(bool, actions)) > 1 or (asked.resolve and not (asked.cfg or asked.help)):
+    if sum(map(bool, actions)) > 1 or (asked.resolve and not asked.cfg):
         raise UserError(
             f"{' '.join(arguments)}: --cfg, --info and -m are each for a call alone, --resolve is for --cfg"
         )
