@@ -1,7 +1,7 @@
 """What all commands share: the words that they take, their --help, and the one line in which they end.
 
-A word is KEY=VALUE; three commands also have words without a =, which are no knobs. Commands that compose a
-configuration take its knobs too, as Hydra reads them, and train and evidence Hydra's own flags, such as -m.
+A word is KEY=VALUE; sweep also takes folders, and data what it is to do. Commands that compose a configuration take its
+knobs too, as Hydra reads them; train and evidence take Hydra's own flags, such as -m.
 """
 
 import logging
