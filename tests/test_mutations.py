@@ -262,7 +262,7 @@ def summarised(folder: Path) -> None:
     """What a sweep says of it, less its pictures."""
     settings = grouped.group([job for job in grouped.read_jobs([folder]) if job.results or job.curves])
     if settings:
-        tables.as_csv(settings)
+        tables.as_rows(settings)
         tables.as_markdown(settings, [])
 
 

@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from fewshot.config.output_folder import OutputFolder
 from fewshot.config.resolvers import CONF
 from fewshot.errors import UserError
 from fewshot.paths import at_home, checkpoint_file, claimed, escaped, in_shell, override, run_folder, user_path
-from fewshot.sweep.hydra_callbacks import OutputFolder
 
 SIGNS = "ab1.-_/ ,;:=[](){}<>'\"`~!@#$%^&*|?+\\\n\täé漢\u0301\udcff"  # the last: a byte that is no UTF-8
 

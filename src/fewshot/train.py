@@ -6,16 +6,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fewshot.config.check import check, processes
+from fewshot.config.output_folder import calling
 from fewshot.config.refusals import hydra_command
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
-from fewshot.results.record_files import read, validation_accuracy
-from fewshot.sweep.hydra_callbacks import calling
+from fewshot.results.record_files import announce, read, validation_accuracy
 
 
 @hydra_command
 def main(cfg: DictConfig) -> float:
     with calling(cfg) as (overrides, folder, signals):  # mistakes in one line, the folder's lock, signals
+        announce(folder, cfg)
         return run(cfg, overrides, folder, signals)
     return 0.0  # a job of a sweep that failed: to a search, the worst there is
 

@@ -15,7 +15,7 @@ from fewshot.config.check import check
 from fewshot.config.resolvers import CONF
 from fewshot.config.tree import settings
 from fewshot.errors import UserError, shown
-from fewshot.sweep.hydra_callbacks import announce
+from fewshot.results.record_files import announce
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CONFIGS = [

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import fewshot
 from fewshot.config import stored
+from fewshot.config.output_folder import OutputFolder
 from fewshot.config.resolvers import CONF
 from fewshot.config.tree import settings
 from fewshot.errors import UserError
 from fewshot.results import record_files
-from fewshot.sweep.hydra_callbacks import OutputFolder
-from fewshot.sweep.settings import identity, read_job
+from fewshot.sweep.settings import fingerprint, read_job
 from fewshot.training import checkpoint, resume
 
 MADE = Path(__file__).parents[1] / "fixtures" / "a43819a"

@@ -25,7 +25,7 @@ from fewshot.results.figures import accuracy_over_steps
 from fewshot.sweep import figures, tables
 from fewshot.sweep import settings as grouped
 from fewshot.sweep.__main__ import main as sweep_main
-from fewshot.sweep.settings import identity
+from fewshot.sweep.settings import fingerprint
 from fewshot.training import checkpoint
 
 KEYS = st.sampled_from(["algo", "inner_steps", "seed", "+zeroing", "dataset.root", "algo.first_order"])
@@ -306,14 +306,16 @@ def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
     for job in jobs:
         cfg = composed(*job)
         check(cfg)
-        seen.add(identity(settings(cfg)))
+        seen.add(fingerprint(settings(cfg)))
     assert len(seen) == len(jobs)
 
 
 def test_memory_is_no_setting():
     """Runs that are older than recompute_steps are runs of the same setting."""
     today = settings(composed())
-    assert identity({name: value for name, value in today.items() if name != "recompute_steps"}) == identity(today)
+    assert fingerprint({name: value for name, value in today.items() if name != "recompute_steps"}) == fingerprint(
+        today
+    )
 
 
 def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, main, run, tmp_path, capsys):

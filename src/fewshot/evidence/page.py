@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from fewshot.evidence.sections import Section, Statement, Statements, Table, counted_steps, head_is_zero, is_trained
 from fewshot.evidence.sections import sections as sections_of
-from fewshot.labels import title
+from fewshot.results.record_files import title
 
 HERE = Path(__file__).parent
 # In a wheel it lies here, in a checkout where people look for it.

@@ -1,6 +1,7 @@
 """Recorded numbers -> pictures; trains nothing."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fewshot.config.tree import MODES
-from fewshot.labels import title
+from fewshot.files import write_file
+from fewshot.results.record_files import read_metrics, title
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
@@ -70,6 +72,19 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
         _with_legend(figure, axes)
     figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10, parse_math=False)
     return figure
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """The figures of a run, from its results and its metrics.csv."""
+    config = results["config"]
+    pictures = {"accuracy_over_steps": accuracy_over_steps(results, config)}
+    if (folder / "metrics.csv").exists():
+        curves = read_metrics(folder / "metrics.csv")
+        pictures["accuracy_over_iterations"] = accuracy_over_iterations(curves, config)
+        if any(name.startswith("probe/") for name in curves):
+            pictures["probes"] = probes(curves, config)
+    for name, picture in pictures.items():
+        write_file(folder / "figures" / f"{name}.png", png(picture))
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:

@@ -1,10 +1,12 @@
-"""What a run leaves for its reader: metrics.csv, results.json, the table on the terminal."""
+"""What a run says of itself: its first line, metrics.csv, splits.json, results.json, the table on the terminal."""
 
 import csv
 import io
 import json
 import logging
+import os
 import platform
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.table
+from omegaconf import DictConfig
 
 from fewshot.config import stored
 from fewshot.config.stored import read_text
-from fewshot.config.tree import MODES
-from fewshot.errors import UserError
+from fewshot.config.tree import MODES, settings
+from fewshot.errors import UserError, printable
 from fewshot.files import write_file
+from fewshot.inner_loop import InnerLoop
 from fewshot.processes import ranks
 
 if TYPE_CHECKING:
@@ -38,14 +42,38 @@ PACKAGES = (
 )
 
 
+def title(config: dict[str, Any], algorithm: bool = True) -> str:
+    """E.g. "FOMAML + zeroing, glyphs 5-way 1-shot"."""
+    task = f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
+    return printable(f"{InnerLoop.of(config).name}, {task}" if algorithm else task)
+
+
+def announce(folder: Path, cfg: DictConfig) -> None:
+    """The first line of a run, before torch is imported: what is done, with what, and where its results go."""
+    if ranks.rank() or ranks.PARENT in os.environ:
+        return
+    there = cfg.checkpoint is not None or any(
+        (folder / name).exists() for name in ("results.json", "checkpoints/last.ckpt")
+    )
+    if not cfg.fit:
+        line = f"Testing {cfg.checkpoint}; the results go to {folder}"
+    elif there:
+        line = f"Going on with the run in {folder}; if it is finished, its results are shown"
+    else:
+        line = f"Training {title(settings(cfg))}, {cfg.iterations} iterations; the results go to {folder}"
+    log.info(printable(line))
+
+
+def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     """metrics.csv: one row per logged iteration, first column `iteration`, empty where a metric was not logged."""
     columns = ["iteration", *sorted({key for row in rows for key in row if key != "iteration"}, key=_column_order)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue())
+    write_file(path, as_csv([columns, *([row.get(column, "") for column in columns] for row in rows)]))
 
 
 def _column_order(name: str) -> tuple[int, str, int]:
@@ -76,11 +104,11 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run computes, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # wandb under logger=none, for example
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -128,17 +156,7 @@ def content(
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """The figures of a run, then results.json, by which it is known to have finished."""
-    from fewshot.results import figures  # matplotlib takes seconds to import
-
-    pictures = {"accuracy_over_steps": figures.accuracy_over_steps(results, results["config"])}
-    if (folder / "metrics.csv").exists():
-        curves = read_metrics(folder / "metrics.csv")
-        pictures["accuracy_over_iterations"] = figures.accuracy_over_iterations(curves, results["config"])
-        if any(name.startswith("probe/") for name in curves):
-            pictures["probes"] = figures.probes(curves, results["config"])
-    for name, picture in pictures.items():
-        write_file(folder / "figures" / f"{name}.png", figures.png(picture))
+    """results.json, by which a run is known to have finished."""
     write_file(folder / "results.json", _as_json(results))
 
 
@@ -171,19 +189,19 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """Query accuracy per inner step with its confidence interval, both test-time zeroing modes; in train.log too."""
     if ranks.rank():
         return
-    test, config = results["test"], results["config"]
-    title = (
-        f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot: query accuracy in % on "
-        f"{test['tasks']} test tasks, model of iteration {results['best_iteration']}"
+    test = results["test"]
+    heading = (
+        f"{title(results['config'], algorithm=False)}: query accuracy in % on {test['tasks']} test tasks, "
+        f"model of iteration {results['best_iteration']}"
     )
     table = rich.table.Table()
     table.add_column("inner step", justify="right")
-    for heading in ("test zeroing off", "test zeroing on"):
-        table.add_column(heading, justify="right")
+    for mode in MODES:
+        table.add_column(f"test {mode.replace('_', ' ')}", justify="right")
     for step in range(len(test["zeroing_off"]["accuracy"])):
         cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
         table.add_row(str(step), *cells)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:
         console.print(table)
-    log.info("%s\n%sWritten to %s", title, drawn.get(), folder)
+    log.info("%s\n%sWritten to %s", heading, drawn.get(), folder)

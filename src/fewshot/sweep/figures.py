@@ -1,27 +1,23 @@
 """The runs of a sweep -> pictures; trains nothing."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
-from scipy.special import stdtrit  # scipy.stats takes seconds to import
 
-from fewshot.labels import is_maml, panel_title, title
 from fewshot.results.figures import DRAWN, OFF, ON, plain
-
-if TYPE_CHECKING:
-    from fewshot.sweep.tables import Setting
-
+from fewshot.results.record_files import title
+from fewshot.sweep.settings import Setting, mean_and_ci95, panel_title
 
 COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, less the yellow
 
 LINES = ("-", "--", ":", "-.")  # once the colours are used up
 
 
-def sweep(settings: list["Setting"]) -> Figure:
+def sweep(settings: list[Setting]) -> Figure:
     """Accuracy over inner steps and outer iterations: mean and interval over seeds, both test-time zeroing modes."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     for (by_step, by_update), (mode, (*_, zeroing)) in zip(
@@ -44,11 +40,11 @@ def sweep(settings: list["Setting"]) -> Figure:
     return _of_all(figure, figure.axes, settings)
 
 
-def panels(settings: list["Setting"], knobs: list[str]) -> Figure:
+def panels(settings: list[Setting], knobs: list[str]) -> Figure:
     """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
     across, down = (_unlike([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
     down = down if len(knobs) > 1 else [None]
-    maml = all(is_maml(setting.config["algo"]) for setting in settings)
+    maml = all(setting.loop.is_maml for setting in settings)
     labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
     figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
     grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
@@ -78,7 +74,7 @@ def _accuracies(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> Non
         _mean_and_interval(axes, number, line, x, values, within=(0, 1), **how)
 
 
-def _of_all(figure: Figure, axes: Any, settings: list["Setting"]) -> Figure:
+def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
     """One legend for all axes, outside them, and what the figure is of."""
     found = {}
     for each in np.ravel(axes):
@@ -101,7 +97,7 @@ def _over_seeds(numbers: Iterable[int]) -> str:
     return f"mean and 95% confidence interval over {seeds} seeds (Student t)"
 
 
-def _splits(settings: list["Setting"], mode: str) -> str:
+def _splits(settings: list[Setting], mode: str) -> str:
     return " or ".join(dict.fromkeys({"val": "validation"}.get(s.curve(mode)[0], "test") for s in settings))
 
 
@@ -147,20 +143,6 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     _as_text(above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center"))
     _class_matrices(below, updates, matrices)
     return figure
-
-
-OVER_SEEDS = (
-    "± is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
-    "All seeds share the test tasks, so it leaves out what other test tasks would change.\n"
-)
-
-
-def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
-    n = len(values)
-    if n < 2:
-        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / n**0.5
 
 
 def _mean_and_interval(

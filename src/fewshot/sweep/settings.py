@@ -11,12 +11,12 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot import labels
 from fewshot.config import stored
 from fewshot.config.moved import compared, to_today
 from fewshot.config.tree import MODES, leaves
 from fewshot.config.tree import settings as resolved
 from fewshot.errors import UserError, printable, shown
+from fewshot.inner_loop import ORDERS, InnerLoop
 from fewshot.results.record_files import over, read_metrics
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ def read_jobs(folders: list[Path]) -> list[Job]:
     jobs: dict[tuple[str, str], Job] = {}
     for folder in folders:
         inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
-        found = [job for path in inside if (job := read_job(path))]
-        if not found:
+        runs = [job for path in inside if (job := read_job(path))]
+        if not runs:
             raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
-        for job in found:
+        for job in runs:
             # What cannot be read is no other's equal.
-            key = (identity(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
+            key = (fingerprint(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
             first = jobs.setdefault(key, job)
             if job.results and not first.results:
                 jobs[key] = job
@@ -79,6 +79,7 @@ def read_job(folder: Path) -> Job | None:
     try:
         results = stored.read_results(result_file) if result_file else None
         config = results["config"] if results else _begun(begun)
+        InnerLoop.of(config)  # it can be named
         curves = read_metrics(metrics) if metrics else {}
         results = results if results and over(results) else None
     except UserError as problem:
@@ -108,7 +109,7 @@ def _begun(path: Path) -> dict[str, Any]:
     return config
 
 
-def identity(config: dict[str, Any]) -> str:
+def fingerprint(config: dict[str, Any]) -> str:
     """The resolved settings less the seed, as text."""
     kept = {}
     for key, value in leaves(config):
@@ -137,18 +138,36 @@ def read_similarities(path: Path) -> dict[str, Any] | None:
     return content
 
 
-FOLLOWING = ("test_steps", "dataset", "model")  # left out of a setting's name where the other knobs tell it
+HEADS = {  # (zeroing, init_scale): the poster's three
+    (False, 1): "random head",
+    (False, 0): "zero at the start",
+    (True, 1): "zeroed every update",
+}
 
 
 class Setting(NamedTuple):
-    """Runs that differ in their seed alone. knobs: those in which the settings at hand differ."""
+    """Runs that differ in their seed alone. knobs: those in which the settings of a sweep differ, and their values."""
 
     knobs: dict[str, Any]
     jobs: list[Job]
 
     def label(self, without: Iterable[str] = ()) -> str:
-        algo = self.config["algo"]
-        return labels.setting_label(self.knobs, algo, without) or labels.algorithm_name(algo)
+        """E.g. "SOMAML, zeroing, inner_steps=3": the algorithm, where settings differ in it, and the knobs that differ.
+
+        without: knobs that are said elsewhere.
+        """
+        knobs = {knob: value for knob, value in self.knobs.items() if knob not in without}
+        parts = _knobs_as_words(knobs)
+        if self.loop.head != "learned":  # its name says where the head begins
+            parts = [part for part in parts if part != "random head"]
+        if any(knob.startswith("algo.") and knob != "algo.zeroing" for knob in knobs):
+            maml = "MAML" if "algo.first_order" in without else ""
+            parts = [self.loop.named(maml, order="algo.first_order" in knobs), *parts]
+        return printable(", ".join(parts) or self.loop.name)
+
+    @property
+    def loop(self) -> InnerLoop:
+        return InnerLoop.of(self.config)
 
     def value(self, knob: str) -> Any:
         return dict(leaves(self.config)).get(knob)
@@ -164,12 +183,12 @@ class Setting(NamedTuple):
     def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Accuracy after inner_steps over outer updates: of which split, (I,) updates, (jobs, I) accuracies.
 
-        The test curve where there is one, else validation; at the updates that all jobs have (the finished ones, if
-        any: a mean over those that happen to have gone far would be of the slow ones).
+        The test curve where there is one, else validation. Only updates that all finished jobs have (all jobs, if none
+        has finished); otherwise the curve's end would average over a few jobs.
         """
-        split, found = self.curves(mode)
-        common = sorted(set.intersection(*map(set, found))) if found else []
-        return split, np.array(common), np.array([[each[update] for update in common] for each in found])
+        split, curves = self.curves(mode)
+        common = sorted(set.intersection(*map(set, curves)))
+        return split, np.array(common), np.array([[curve[update] for update in common] for curve in curves])
 
     def curves(self, mode: str) -> tuple[str, list[dict[int, float]]]:
         """Of which split, and {outer update: accuracy after inner_steps} of each job, as far as it went."""
@@ -179,22 +198,53 @@ class Setting(NamedTuple):
         return split, [dict(job.curves.get(f"{split}{step}", ())) for job in jobs]
 
 
+def panel_title(knobs: dict[str, Any], maml: bool) -> str:
+    """What all settings in a panel share; maml: they are FOMAML or SOMAML, with or without zeroing."""
+    parts = []
+    for knob, value in knobs.items():
+        if knob == "algo.first_order":
+            parts.append(("FOMAML" if value else "SOMAML") if maml else ORDERS[value])
+        elif knob.startswith("algo.") and knob != "algo.zeroing":
+            parts.append(f"{knob}={shown(value)}")
+    return printable(", ".join([*parts, *_knobs_as_words(knobs)]))
+
+
+def _knobs_as_words(knobs: dict[str, Any]) -> list[str]:
+    """What becomes of the head, then the other knobs as they are set; those of the algorithm are in its name."""
+    others = {knob: value for knob, value in knobs.items() if not knob.startswith("algo.")}
+    parts = []
+    if head := HEADS.get((knobs.get("algo.zeroing"), others.get("init_scale"))):
+        parts = [head]
+        del others["init_scale"]
+    elif "algo.zeroing" in knobs:
+        parts = ["zeroing" if knobs["algo.zeroing"] else "no zeroing"]
+    return [*parts, *(f"{knob}={shown(value)}" for knob, value in others.items())]
+
+
+FOLLOWING = ("test_steps", "dataset", "model")  # a setting is named by none of these where its other knobs tell it
+
+
 def group(jobs: list[Job]) -> list[Setting]:
     """Jobs by their resolved settings; each setting by the knobs that tell it from the others."""
     together: dict[str, list[Job]] = {}
     for job in jobs:
-        together.setdefault(identity(job.config), []).append(job)
+        together.setdefault(fingerprint(job.config), []).append(job)
     configs = [json.loads(text) for text in together]
-    varied = [key for key in sorted(set().union(*configs)) if len({shown(each.get(key)) for each in configs}) > 1]
-    for key in [key for key in varied if key.split(".")[0] in FOLLOWING and key not in ("dataset.name", "model.name")]:
-        others = [other for other in varied if other != key]
-        if len({tuple(shown(each.get(other)) for other in others) for each in configs}) == len(configs):
+
+    def different(knobs: list[str]) -> int:
+        return len({tuple(shown(config.get(knob)) for knob in knobs) for config in configs})
+
+    varied = [knob for knob in sorted(set().union(*configs)) if different([knob]) > 1]
+    for knob in [*varied]:
+        others = [other for other in varied if other != knob]
+        follows = knob.split(".")[0] in FOLLOWING and knob not in ("dataset.name", "model.name")
+        if follows and different(others) == len(configs):
             varied = others
-    found = [
-        Setting({key: config.get(key) for key in varied}, sorted(members, key=lambda job: job.config["seed"]))
+    settings = [
+        Setting({knob: config.get(knob) for knob in varied}, sorted(members, key=lambda job: job.config["seed"]))
         for config, members in zip(configs, together.values(), strict=True)
     ]
-    return sorted(found, key=lambda setting: [_order(*knob) for knob in setting.knobs.items()])
+    return sorted(settings, key=lambda setting: [_order(*knob) for knob in setting.knobs.items()])
 
 
 def _order(knob: str, value: Any) -> tuple[bool, float, str]:
@@ -202,3 +252,19 @@ def _order(knob: str, value: Any) -> tuple[bool, float, str]:
     size = float(value) if number else 0.0
     downwards = knob in ("algo.first_order", "init_scale")  # FOMAML before SOMAML, a random head before a zero one
     return number, -size if downwards else size, shown(value)
+
+
+OVER_SEEDS = (
+    "± is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
+    "All seeds share the test tasks, so it leaves out what other test tasks would change.\n"
+)
+
+
+def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
+    from scipy.special import stdtrit  # scipy.stats takes seconds to import
+
+    n = len(values)
+    if n < 2:
+        return values.mean(axis=0), np.full(values.shape[1:], np.nan)
+    return values.mean(axis=0), stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / n**0.5

@@ -3,24 +3,55 @@
 Runs that differ in their seed alone are one setting; what is said of a setting is a mean over its seeds.
 """
 
-import csv
-import io
 import logging
+import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
-from fewshot import labels
+from fewshot.config.command import one_line_errors
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, printable, shown
 from fewshot.files import write_file
 from fewshot.paths import in_shell
-from fewshot.sweep.settings import Job, Setting, group, read_job, read_jobs, read_similarities
+from fewshot.results.record_files import as_csv, title
+from fewshot.sweep.settings import (
+    OVER_SEEDS,
+    Job,
+    Setting,
+    group,
+    mean_and_ci95,
+    read_job,
+    read_jobs,
+    read_similarities,
+)
 
 log = logging.getLogger(__name__)
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
+
+
+class Summary(Callback):
+    """Ends a sweep with its tables and figures, and with status 1 if a job failed.
+
+    Args:
+        panels: knobs; panels.png has axes of their own for each of their values.
+    """
+
+    def __init__(self, panels: list[str]) -> None:
+        self.panels = list(panels)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            with one_line_errors():
+                conclude(Path(config.hydra.sweep.dir), self.panels)
+        except Exception:  # Hydra would turn it into a warning and status 0
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
 
 def conclude(folder: Path, panels: list[str]) -> None:
@@ -64,7 +95,7 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
 
     settings = group([job for job in jobs if job.results or job.curves])
     text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
-    write_file(into / "summary.csv", as_csv(settings))
+    write_file(into / "summary.csv", as_csv(as_rows(settings)))
     write_file(into / "summary.md", text)
     write_file(into / "summary.png", png(figures.sweep(settings)))
     print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
@@ -77,36 +108,24 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
         write_file(into / "panels.png", png(figures.panels(settings, panels)))
         print(f"Written to {into}/panels.png")
     if recorded := _similarities(settings):
-        of = labels.title(settings[0].config, algorithm=False)
+        of = title(settings[0].config, algorithm=False)
         write_file(into / "cosine_similarity.png", png(figures.cosine_similarity(recorded, of)))
         print(f"Written to {into}/cosine_similarity.png")
 
 
-def as_csv(settings: list[Setting]) -> str:
+def as_rows(settings: list[Setting]) -> list[list[Any]]:
     """Long: one row per setting, zeroing mode and step."""
-    from fewshot.sweep import figures
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["setting", *settings[0].knobs, "test_zeroing", "step", "accuracy", "ci95", "n"])
-    for setting in settings:
-        for mode in MODES:
-            values = setting.accuracies(mode)
-            if not len(values):
-                continue
-            for step, (mean, ci95) in enumerate(zip(*figures.mean_and_ci95(values), strict=True)):
-                cells = [shown(value) for value in setting.knobs.values()]
-                half = "" if np.isnan(ci95) else f"{ci95:.6f}"
-                writer.writerow(
-                    [setting.label(), *cells, mode.removeprefix("zeroing_"), step, f"{mean:.6f}", half, len(values)]
-                )
-    return text.getvalue()
+    rows: list[list[Any]] = [["setting", *settings[0].knobs, "test_zeroing", "step", "accuracy", "ci95", "n"]]
+    for setting, mode in product(settings, MODES):
+        if len(values := setting.accuracies(mode)):
+            named = [setting.label(), *map(shown, setting.knobs.values()), mode.removeprefix("zeroing_")]
+            for step, (mean, ci95) in enumerate(zip(*mean_and_ci95(values), strict=True)):
+                rows.append([*named, step, f"{mean:.6f}", "" if np.isnan(ci95) else f"{ci95:.6f}", len(values)])
+    return rows
 
 
 def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without (new) results."""
-    from fewshot.sweep import figures
-
     parts = []
     finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
     for mode in MODES if finished else ():
@@ -114,7 +133,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         rows = []
         for setting in finished:
             values = setting.accuracies(mode)
-            cells = [_percent(mean, ci95) for mean, ci95 in zip(*figures.mean_and_ci95(values), strict=True)]
+            cells = [_percent(mean, ci95) for mean, ci95 in zip(*mean_and_ci95(values), strict=True)]
             rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
         heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
         parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
@@ -127,7 +146,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     if without:
         rows = [[job.folder.name, job.state, job.error or ""] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
-    return "\n".join([*parts, figures.OVER_SEEDS])
+    return "\n".join([*parts, OVER_SEEDS])
 
 
 def _updates_to(setting: Setting) -> list[str]:
@@ -135,7 +154,7 @@ def _updates_to(setting: Setting) -> list[str]:
     split, curves = setting.curves("zeroing_off")
     cells = []
     for target in TARGETS:
-        reached = [[update for update, accuracy in each.items() if accuracy >= target] for each in curves]
+        reached = [[update for update, accuracy in curve.items() if accuracy >= target] for curve in curves]
         there = [min(updates) for updates in reached if updates]
         if len(there) == len(curves):
             cells.append(f"{np.mean(there):.0f}")
@@ -162,9 +181,9 @@ def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
 
 def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
     """{setting: what its jobs recorded of the cosine similarities between classes}"""
-    found = {}
+    recorded = {}
     for setting in settings:
         paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
         if contents := [content for path in paths if path.exists() and (content := read_similarities(path))]:
-            found[setting.label()] = contents
-    return found
+            recorded[setting.label()] = contents
+    return recorded

@@ -103,6 +103,9 @@ class Run:
             splits=self.tasks.manifest,
         )
         if not ranks.rank():
+            from fewshot.results import figures  # matplotlib takes seconds to import
+
+            figures.write(self.start.folder, results)
             record_files.write(self.start.folder, results)
             for logger in self.trainer.loggers:
                 wandb_run.summarise(logger, results)
