@@ -251,7 +251,7 @@ def test_a_key_that_older_runs_lack_is_no_difference(config):
     trained = settings(cfg)
     del trained["dataset"]["needs_root"]
     resume.refuse_difference(cfg, trained, Path("last.ckpt"))
-    assert identity(settings(cfg)) == identity(trained)
+    assert fingerprint(settings(cfg)) == fingerprint(trained)
 
 
 def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it(config, tmp_path):

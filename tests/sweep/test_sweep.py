@@ -98,12 +98,17 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
 def test_a_summary_and_the_list_of_datasets_need_no_torch(config, tmp_path):
     make_run(tmp_path / "run", config("algo=zero"), accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     program = f"""
-import sys
+import importlib, pkgutil, sys
+import fewshot.results, fewshot.sweep
+for package in (fewshot.results, fewshot.sweep):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
 from fewshot.sweep.__main__ import main as sweep_main
 from fewshot.data import __main__ as data
 sweep_main([{str(tmp_path)!r}])
 data.main(["list", "dataset=glyphs", "dataset=folder"])
-print([name for name in ("torch", "pytorch_lightning", "scipy.stats") if name in sys.modules])
+slow = ("torch", "pytorch_lightning", "lightning_fabric", "wandb", "scipy.stats")
+print([name for name in slow if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANG)
     assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "summary.png").exists()
