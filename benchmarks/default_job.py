@@ -21,6 +21,7 @@ from fewshot.batched import engine as batched
 from fewshot.config.resolvers import CONF
 from fewshot.data.meta_batches import MetaData
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.training.meta_learner import MetaLearner
 
@@ -51,7 +52,7 @@ def main(rounds: int) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         # One validation at the start and one at the end, outside of the turns that count.
         cfg = compose("config", [f"iterations={iterations}", f"val_every={iterations}", "val_tasks=2", "logger=none"])
-    knobs = {"inner_lr": cfg.inner_lr, "inner_steps": cfg.inner_steps, "first_order": cfg.algo.first_order}
+    loop = InnerLoop.of(cfg)
     data, module = MetaData.from_config(cfg), MetaLearner.from_config(cfg, "sequential")
     network = instantiate(cfg.model.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.outer_lr)
@@ -59,7 +60,7 @@ def main(rounds: int) -> None:
 
     def bare() -> None:
         optimizer.zero_grad()
-        sequential.meta_gradient(network, tasks, **knobs)
+        sequential.meta_gradient(network, tasks, loop)
         optimizer.step()
 
     turns = TakeTurns(bare, rounds)
@@ -75,19 +76,19 @@ def main(rounds: int) -> None:
         f"meta-iteration, {cfg.meta_batch_size} tasks, {torch.get_num_threads()} threads, {len(ours)} turns of {TURN}:"
     )
     print(f"  train.py {statistics.median(ours):.4f} s, bare loop {statistics.median(theirs):.4f} s, ratio {ratio:.3f}")
-    evaluation(network, tasks, knobs, cfg.test_steps, rounds)
+    evaluation(network, tasks, loop, cfg.test_steps, rounds)
 
 
-def evaluation(network: torch.nn.Module, tasks: Task, knobs: dict, test_steps: int, rounds: int) -> None:
+def evaluation(network: torch.nn.Module, tasks: Task, loop: InnerLoop, test_steps: int, rounds: int) -> None:
     """Milliseconds per task of training and of evaluation (every step, both zeroing modes), engines in turn."""
     seconds = {}
     for _ in range(rounds):
         for engine in (sequential, batched):
             name = {sequential: "sequential", batched: "batched"}[engine]
             began = time.perf_counter()
-            engine.meta_gradient(network, tasks, **knobs)
+            engine.meta_gradient(network, tasks, loop)
             trained = time.perf_counter()
-            engine.step_accuracies(network, tasks, inner_lr=knobs["inner_lr"], steps=test_steps, zeroing=(False, True))
+            engine.step_accuracies(network, tasks, [loop.evaluation(test_steps, zeroing) for zeroing in (False, True)])
             seconds.setdefault(f"{name} training", []).append(trained - began)
             seconds.setdefault(f"{name} evaluation", []).append(time.perf_counter() - trained)
     for what, each in seconds.items():

@@ -37,13 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.data.task import Task
-from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
 
 ENGINES: dict[str, Callable] = {
-    "sequential": sequential.meta_gradient,
-    "batched": batched.meta_gradient,
-    "eager": batched.meta_gradient,  # without CUDA graphs
+    "sequential": peers.sequential,
+    "batched": peers.batched,
+    "eager": peers.batched,  # without CUDA graphs
     "im2col": peers.im2col,
     "learn2learn": peers.learn2learn_loop,
     "higher": peers.higher_loop,
@@ -149,9 +148,9 @@ def count(setting: Setting, machine: Machine) -> tuple[int, int]:
     """
     network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
-        sequential.meta_gradient(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
+        peers.sequential(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
     with Traffic() as traffic, mock.patch.object(batched, "rows", return_value=False):
-        batched.meta_gradient(network, tasks, **setting.knobs, execute=one_by_one)
+        peers.batched(network, tasks, **setting.knobs, execute=one_by_one)
     return flops.get_total_flops() * setting.tasks, traffic.bytes
 
 
@@ -159,7 +158,7 @@ def exact_gradients(setting: Setting, machine: Machine) -> dict[str, Tensor]:
     """The outer gradient in float64, one task after the other: what every contestant is held against."""
     network, tasks = setting.start(machine.device)
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
-    exact = Torch(sequential.meta_gradient, network.double(), tasks, **setting.knobs)
+    exact = Torch(peers.sequential, network.double(), tasks, **setting.knobs)
     exact()
     return {name: gradient.cpu() for name, gradient in exact.gradients().items()}
 

@@ -1,7 +1,7 @@
 """What others offer for the same meta-step, each written as its own public MAML example writes it.
 
-The torch ones have the signature of fewshot.maml.sequential.meta_gradient: they add the mean outer gradient over the
-tasks to the .grad of the network's parameters. They differ from their examples only where the work would differ: tasks
+The torch ones add the mean outer gradient over the tasks to the .grad of the network's parameters; so do the two
+engines, called here by the same knobs. They differ from their examples only where the work would differ: tasks
 come from a Task, and where an example has no first-order switch its gradients are detached in the way its library
 offers.
 """
@@ -15,9 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot.batched import engine as batched
-from fewshot.batched import side_by_side
+from fewshot.batched import engine, side_by_side
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
+
+
+def sequential(network: nn.Module, tasks: Task, **fields: Any):
+    """fields: of the InnerLoop."""
+    from fewshot.maml.sequential import meta_gradient
+
+    return meta_gradient(network, tasks, InnerLoop(**fields))
+
+
+def batched(network: nn.Module, tasks: Task, tasks_at_once: int | None = None, execute: Any = None, **fields: Any):
+    """fields: of the InnerLoop."""
+    loop = InnerLoop(**fields)
+    return engine.meta_gradient(network, tasks, loop, tasks_at_once=tasks_at_once, execute=execute)
 
 
 def learn2learn_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool):
@@ -60,7 +73,7 @@ def im2col(network: nn.Module, tasks: Task, **knobs: Any):
         return y.flatten(1, 2).unflatten(2, (height, -1))
 
     with mock.patch.dict(side_by_side.OWN, {F.conv2d: convolution}):
-        return batched.meta_gradient(network, tasks, **knobs)
+        return batched(network, tasks, **knobs)
 
 
 def higher_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps: int, first_order: bool):

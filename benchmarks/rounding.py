@@ -8,6 +8,7 @@ weights, on the same tasks: prints the relative difference of the encoders' weig
 
 import copy
 import sys
+from functools import partial
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -16,11 +17,11 @@ from torch import nn
 
 from fewshot.config.resolvers import CONF
 from fewshot.data.meta_batches import MetaData
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss, sequential
 from fewshot.models.head import zero_head
 
 SHOWN = (1, 2, 4, 8, 16)  # outer updates
-ONE_STEP = {"inner_lr": 0.1, "inner_steps": 1}
 
 
 def main(overrides: list[str]) -> None:
@@ -42,12 +43,8 @@ def main(overrides: list[str]) -> None:
 def difference(network: nn.Module, data: MetaData, first_order: bool) -> list[float]:
     """Of the two encoders' weights, relative to their size, after the updates SHOWN."""
     ways = (
-        lambda network, tasks: sequential.meta_gradient(
-            network, tasks, **ONE_STEP, first_order=first_order, adapted="head"
-        ),
-        lambda network, tasks: explicit_loss.meta_gradient(
-            network, tasks, **ONE_STEP, first_order=first_order, noise=False, interference=False
-        ),
+        partial(sequential.meta_gradient, loop=InnerLoop(1, 0.1, first_order, adapted="head")),
+        partial(explicit_loss.meta_gradient, loop=InnerLoop(1, 0.1, first_order, noise=False, interference=False)),
     )
     networks = [copy.deepcopy(network) for _ in ways]
     optimizers = [torch.optim.Adam(each.parameters(), lr=0.001) for each in networks]

@@ -90,6 +90,8 @@ def work(name: str, steps: int | None) -> None:
 
     job, engine, *at_once = name.split("/")
     job = JOBS[job]
+    from fewshot.inner_loop import InnerLoop
+
     if engine == "sequential":
         from fewshot.maml.sequential import meta_gradient
     else:
@@ -107,7 +109,7 @@ def work(name: str, steps: int | None) -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        meta_gradient(network, tasks, inner_lr=0.01, inner_steps=job.inner_steps, first_order=job.first_order)
+        meta_gradient(network, tasks, InnerLoop(job.inner_steps, 0.01, job.first_order))
         optimizer.step()
 
     step()

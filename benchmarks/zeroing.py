@@ -18,6 +18,7 @@ import torch
 
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_strided
 from fewshot.processes.surroundings import keep_memory
@@ -42,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = conv4_strided(channels=1, size=28, ways=WAYS)
-    engines = {"sequential": sequential.meta_gradient, "batched": batched.meta_gradient}
+    engines = {"sequential": peers.sequential, "batched": peers.batched}
     entered, found = {}, {}
     for shots, steps in ((1, 1), (1, 2), (1, 5), (5, 1), (5, 2), (5, 5)):
         for order in ("first", "second"):
@@ -55,7 +56,8 @@ def main() -> None:
             entered["learn2learn", shots, steps, order, "none"] = call
         for name, engine in {"sequential": sequential, "batched": batched}.items() if steps == 1 else ():
             for modes in ((False,), (True,), (False, True)):
-                call = partial(engine.step_accuracies, network, tasks(shots), inner_lr=0.4, steps=3, zeroing=modes)
+                loops = [InnerLoop(3, inner_lr=0.4, first_order=True, zeroing=zeroing) for zeroing in modes]
+                call = partial(engine.step_accuracies, network, tasks(shots), loops)
                 entered[name, shots, 3, "evaluation", modes] = call
     for _ in range(args.rounds + 1):
         for key, call in entered.items():

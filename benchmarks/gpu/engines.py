@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
@@ -34,7 +35,7 @@ CASES = {  # name: network, channels, size, tasks, what else the engines are tol
         1,
         28,
         2 if SMALL else 8,
-        {"inner_lr": 0.4, "inner_steps": 2, "prototypes": True},
+        {"inner_lr": 0.4, "inner_steps": 2, "head": "prototypes"},
     ),
     "photos84": (partial(conv4_pooled, width=32), 3, 42 if SMALL else 84, 2, {"inner_lr": 0.01, "inner_steps": 5}),
 }
@@ -60,7 +61,8 @@ def draw(network: type, channels: int, size: int, tasks: int, dtype: torch.dtype
 
 def gradient(engine: object, network: nn.Module, tasks: Task, **knobs: object) -> dict[str, Tensor]:
     network = copy.deepcopy(network)
-    engine.meta_gradient(network, tasks, **knobs)
+    execute = {"execute": knobs.pop("execute")} if "execute" in knobs else {}
+    engine.meta_gradient(network, tasks, InnerLoop(**knobs), **execute)
     return {name: p.grad.double().cpu() for name, p in network.named_parameters()}
 
 
@@ -98,7 +100,7 @@ def training(updates: int) -> float:
         optimizer = torch.optim.Adam(trained.parameters(), lr=0.001)
         for _ in range(updates):
             optimizer.zero_grad()
-            batched.meta_gradient(trained, tasks, inner_lr=0.4, inner_steps=2, first_order=True, execute=execute)
+            batched.meta_gradient(trained, tasks, InnerLoop(2, 0.4, first_order=True), execute=execute)
             optimizer.step()
             zero_head(trained.head)
         weights.append(nn.utils.parameters_to_vector(trained.parameters()))

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.inner_loop import InnerLoop
 from fewshot.models.conv4 import conv4_strided
 
 
@@ -30,9 +31,7 @@ def busy(intervals: list[tuple[float, float]]) -> float:
 def profiled(first_order: bool, graphs: bool) -> dict:
     network, tasks = draw(conv4_strided, 1, 28, 2 if REHEARSE else 32, torch.float32)
     execute = CudaGraphs() if graphs else one_by_one
-    step = partial(
-        batched.meta_gradient, network, tasks, inner_lr=0.4, inner_steps=2, first_order=first_order, execute=execute
-    )
+    step = partial(batched.meta_gradient, network, tasks, InnerLoop(2, 0.4, first_order), execute=execute)
     for _ in range(2 if REHEARSE else 5):
         network.zero_grad()
         step()

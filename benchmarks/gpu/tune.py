@@ -30,6 +30,7 @@ from fewshot.batched import engine as batched
 from fewshot.batched import side_by_side
 from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
@@ -110,7 +111,7 @@ class Variant:
         self._reset()
         with self._inside():
             self.network.zero_grad()
-            batched.meta_gradient(self.network, self.tasks, **self.knobs, execute=self.execute)
+            batched.meta_gradient(self.network, self.tasks, InnerLoop(**self.knobs), execute=self.execute)
         return {name: parameter.grad for name, parameter in self.network.named_parameters()}
 
     def __call__(self) -> None:
@@ -122,7 +123,7 @@ class Variant:
 
     def _step(self) -> None:
         self.network.zero_grad()
-        batched.meta_gradient(self.network, self.tasks, **self.knobs, execute=self.execute)
+        batched.meta_gradient(self.network, self.tasks, InnerLoop(**self.knobs), execute=self.execute)
         self.adam.step()
         zero_head(self.network.head)
 
@@ -179,7 +180,7 @@ def compare(setting: str, first_order: bool, machine: Machine) -> list[dict]:
     knobs = knobs | {"first_order": first_order}
     weights, exact_tasks = draw(network, channels, size, tasks, torch.float64)
     exact = copy.deepcopy(weights)
-    sequential.meta_gradient(exact, exact_tasks, **knobs)
+    sequential.meta_gradient(exact, exact_tasks, InnerLoop(**knobs))
     reference = {name: parameter.grad.cpu() for name, parameter in exact.named_parameters()}
     weights, batch = draw(network, channels, size, tasks, torch.float32)
     rows, entered, warms = [], {}, {}
