@@ -15,11 +15,7 @@ from fewshot.theory.features import Features
 
 
 def meta_gradient(
-    network: nn.Module,
-    tasks: Task,
-    loop: InnerLoop,
-    eta: Sequence[Tensor] = (),
-    step_weights: Tensor | None = None,
+    network: nn.Module, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
 

@@ -79,11 +79,7 @@ def adapt(
 
 
 def meta_gradient(
-    network: nn.Module,
-    tasks: Task,
-    loop: InnerLoop,
-    eta: Sequence[Tensor] = (),
-    step_weights: Tensor | None = None,
+    network: nn.Module, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 

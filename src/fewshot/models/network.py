@@ -36,7 +36,7 @@ class Network(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Network":
-        """Training is no mode: BatchNorm takes the batch at hand always, and what drops features is DropBlock alone."""
+        """Always in eval mode: BatchNorm uses the batch's statistics, and only DropBlock drops features."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:

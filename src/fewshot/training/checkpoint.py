@@ -67,7 +67,7 @@ def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
 
 def _is_row(value: Any) -> bool:
     named = isinstance(value, dict) and all(isinstance(name, str) and ROW.fullmatch(name) for name in value)
-    return named and type(value.get("iteration")) is int and all(type(each) in (int, float) for each in value.values())
+    return named and type(value.get("iteration")) is int and all(type(n) in (int, float) for n in value.values())
 
 
 def check_weights(where: str, weights: Any) -> None:
@@ -188,9 +188,9 @@ def _is_adams(state: Any, shape: torch.Size | None) -> bool:
 
 
 def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
-    """Raises UserError naming the first tensor in which the weights found at path are not those of the module, or NaN.
+    """Raises UserError for the first tensor in which the weights at path are not those of the module, or NaN.
 
-    trained: the configuration found beside them.
+    trained: the configuration beside them.
     """
     ours = module.state_dict()
     for name in sorted({*weights, *ours}, key=lambda name: ("head" not in name, name)):

@@ -74,14 +74,12 @@ def choose_engine(
     if name == "sequential":
         engine = sequential_engine()
     else:
-        how = {"tasks_at_once": tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
-        engine = Engine(
-            *(name, partial(batched.meta_gradient, **how), partial(batched.step_accuracies, **how), tasks_at_once),
-            default=partial(batched.default_tasks_at_once, network),
-        )
+        limits = {"tasks_at_once": tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
+        gradient, accuracies = (partial(call, **limits) for call in (batched.meta_gradient, batched.step_accuracies))
+        engine = Engine(name, gradient, accuracies, tasks_at_once, partial(batched.default_tasks_at_once, network))
         if drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order)):
             # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
-            engine = replace(engine, meta_gradient=partial(batched.meta_gradient, **how | {"execute": one_by_one}))
+            engine = replace(engine, meta_gradient=partial(batched.meta_gradient, **limits | {"execute": one_by_one}))
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 

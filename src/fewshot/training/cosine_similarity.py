@@ -34,9 +34,9 @@ class CosineSimilarity(pl.Callback):
         precision = trainer.precision_plugin
         with precision.forward_context():
             task = precision.convert_input(trainer.datamodule.samplers["train"].one_task())
-            found = class_similarities(module.network, task)
+            matrices = class_similarities(module.network, task)
         self.content["updates"].append(trainer.global_step)
-        for name, matrix in found.items():
+        for name, matrix in matrices.items():
             self.content[name].append(matrix)
         path = Path(trainer.default_root_dir) / "cosine_similarity.json"
         if trainer.is_global_zero:

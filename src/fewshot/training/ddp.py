@@ -30,9 +30,9 @@ class TasksOverRanks(DDPStrategy):
     def configure_ddp(self) -> None:
         pass
 
-    def barrier(self, *given: Any, **named: Any) -> None:  # Lightning waits in it too, after a checkpoint for example
+    def barrier(self, *args: Any, **kwargs: Any) -> None:  # Lightning waits in it too, after a checkpoint for example
         with _others_there():
-            super().barrier(*given, **named)
+            super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         with _others_there():
@@ -65,7 +65,7 @@ def of_all_ranks(values: list[T]) -> list[T]:
     lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     with _others_there():
         dist.all_gather_object(lists, values)
-    return [value for each in lists for value in each]
+    return [value for own in lists for value in own]
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:

@@ -78,14 +78,8 @@ class MetaLearner(pl.LightningModule):
         loop = _loop_class(cfg).of(cfg)
         network = instantiate(cfg.model.network)
         _check_network(network, cfg)
-        return cls(
-            network,
-            loop,
-            engine=engine,
-            test_steps=cfg.test_steps,
-            outer_lr=cfg.outer_lr,
-            tasks_at_once=cfg.tasks_at_once,
-        )
+        knobs = {"test_steps": cfg.test_steps, "outer_lr": cfg.outer_lr, "tasks_at_once": cfg.tasks_at_once}
+        return cls(network, loop, engine=engine, **knobs)
 
     def setup(self, stage: str) -> None:
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.

@@ -50,13 +50,9 @@ class Record(pl.Callback):
         self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
 
     def state_dict(self) -> dict[str, Any]:
-        pending = [{name: value.cpu() for name, value in each.items()} for each in self._pending]
-        return {
-            "rows": self.rows,
-            "best_accuracy": self.best_accuracy,
-            "stopped": self.stopped,
-            "pending": pending,
-        }
+        pending = [{name: value.cpu() for name, value in metrics.items()} for metrics in self._pending]
+        state = {"rows": self.rows, "best_accuracy": self.best_accuracy, "stopped": self.stopped}
+        return state | {"pending": pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.stopped = state_dict["rows"], state_dict["stopped"]
@@ -67,7 +63,7 @@ class Record(pl.Callback):
             write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._pending = [{name: value.to(module.device) for name, value in each.items()} for each in self._pending]
+        self._pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self._pending]
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
         if not self.rows:
             self._record(trainer, module, {"iteration": 0})
@@ -131,8 +127,9 @@ class Record(pl.Callback):
 
     def _trained(self, iteration: int) -> dict[str, float]:
         """Means of the training metrics since the last row."""
-        losses = torch.stack([each["loss"] for each in self._pending]).tolist()
-        accuracies = torch.stack([each["query_accuracy"] for each in self._pending]).tolist()
+        losses, accuracies = (
+            torch.stack([metrics[name] for metrics in self._pending]).tolist() for name in ("loss", "query_accuracy")
+        )
         first = iteration - len(self._pending) + 1
         self._pending.clear()
         for number, loss in enumerate(losses, first):

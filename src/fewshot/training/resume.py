@@ -30,30 +30,15 @@ OF_THIS_CALL = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("dataset.trust", "dataset.other_split"),
 )
-# May differ between a run and its continuation: where things lie, where they are reported to, when it stops, what
-# memory it takes.
+# May differ between a run and its continuation: where things lie and are reported to, when it stops, its memory.
+PLACES = ("root", "cache", "labels", "largest_image", "source", "device", "origin", "other_split", "trust")
 FREE = (
-    "checkpoint",
-    "fit",
-    "logger",
-    "recompute_steps",
-    "dataset.root",
-    "dataset.cache",
-    "dataset.labels",
-    "dataset.largest_image",
-    "dataset.source",
-    "dataset.device",
-    "dataset.origin",
-    "dataset.other_split",
-    "dataset.trust",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.profiler",
-    "stop_at_accuracy",
-    "callbacks.record.stop_at_accuracy",
-    "iterations",
+    *("checkpoint", "fit", "logger", "recompute_steps", "iterations"),
+    *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),
+    *(f"dataset.{knob}" for knob in PLACES),
+    *("trainer.max_steps", "trainer.max_time", "trainer.profiler"),
 )
-# Numbers that the YAML files gave otherwise at commit a43819a: a run that neither call names one for keeps its own.
+# Their defaults were other numbers at commit a43819a: where no call names one, a run of that time keeps its own.
 CHANGED_DEFAULTS = ("algo.step_losses",)
 
 
@@ -176,10 +161,10 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         asked, stored = overrides, content["fewshot"]["overrides"]
         _check_call(stored, path)
         own = ("dataset.trust",) if cfg.fit else OF_THIS_CALL
-        stored = [each for each in stored if not _is_of(own, key_of(each)) and (cfg.fit or key_of(each) != "trainer")]
+        stored = [word for word in stored if not _is_of(own, key_of(word)) and (cfg.fit or key_of(word) != "trainer")]
         overrides = _merged(stored, asked)
         if not cfg.fit:
-            _refuse_interpolations([each for each in overrides if each not in asked], path)
+            _refuse_interpolations([word for word in overrides if word not in asked], path)
         cfg = _composed(overrides, path)
         if not cfg.fit:
             _refuse_unnamed(cfg, stored, asked, path)
@@ -202,12 +187,12 @@ def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any
 
 
 def _is_of(keys: Iterable[str], key: str) -> bool:
-    """Whether it is one of the keys, or of what is in one of them."""
-    return any(key == each or key.startswith(f"{each}.") for each in keys)
+    """Whether it is one of the keys, or lies in one of them."""
+    return any(f"{key}.".startswith(f"{part}.") for part in keys)
 
 
 def _composed(overrides: list[str], path: Path) -> DictConfig:
-    """The configuration of a call, a part of which is stored at path; resolved: what is checked will be called."""
+    """The configuration of a call, a part of which is stored at path. It is resolved, so what is checked is called."""
     try:
         cfg = compose("config", overrides)
         OmegaConf.resolve(cfg)
@@ -229,8 +214,8 @@ def _check_call(stored: list[str], path: Path) -> None:
 
 def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None:
     """Raises UserError where what is left of a checkpoint's call could make much of little, or read the environment."""
-    made = [each for each in stored if "${" in each.replace("\\", "")]  # Hydra takes the one out of $\{
-    refused = [each for each in made if not is_simple(each)] or made[most:]
+    made = [word for word in stored if "${" in word.replace("\\", "")]  # Hydra takes the backslash out of $\{
+    refused = [word for word in made if not is_simple(word)] or made[most:]
     if refused:
         raise UserError(
             f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {most} knobs from there that "
@@ -244,7 +229,7 @@ def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: 
     cfg: resolved; stored, asked: the checkpoint's call and this one.
     """
     groups = "|".join((*GROUPS, "experiment"))
-    chosen = [each for each in stored if re.fullmatch(rf"({groups})=['\w/,. \[\]-]+", each) and ".." not in each]
+    chosen = [word for word in stored if re.fullmatch(rf"({groups})=['\w/,. \[\]-]+", word) and ".." not in word]
     try:
         named = compose("config", _merged(chosen, asked))
         OmegaConf.resolve(named)
@@ -277,14 +262,14 @@ def _merged(trained: list[str], asked: list[str]) -> list[str]:
         if group != key and latest.get(group) in (f"{group}=none", f"{group}=null"):
             del latest[group]  # a knob of what was left out in training, as logger.mode after logger=none
         if "." not in key and latest.get(key, override) != override:
-            latest = {other: each for other, each in latest.items() if not other.startswith(f"{key}.")}
+            latest = {other: word for other, word in latest.items() if not other.startswith(f"{key}.")}
         latest[key] = override
     return list(latest.values())
 
 
 def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> None:
-    """Raises UserError naming the first knob in which cfg differs from the configuration found at path."""
-    asked, trained = (dict(leaf for leaf in leaves(each) if compared(*leaf)) for each in (settings(cfg), trained))
+    """Raises UserError for the first knob in which cfg differs from the configuration that is stored at path."""
+    asked, trained = (dict(leaf for leaf in leaves(one) if compared(*leaf)) for one in (settings(cfg), trained))
     for key in sorted({*asked, *trained}):
         if not _is_of(FREE, key) and asked.get(key) != trained.get(key):
             raise UserError(

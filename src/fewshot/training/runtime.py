@@ -47,7 +47,7 @@ def not_found(*packages: str) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.meta_path[:] = [each.finder if isinstance(each, _Without) else each for each in sys.meta_path]
+        sys.meta_path[:] = [one.finder if isinstance(one, _Without) else one for one in sys.meta_path]
 
 
 class _Without:
