@@ -23,9 +23,9 @@ def main(cfg: DictConfig) -> float:
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path, signals: Signals) -> float:
     """Returns the validation accuracy of the model that was tested, after inner_steps."""
+    began = time.monotonic()
     from fewshot.training.runtime import import_lightning  # torch takes seconds, for which no mistake has to wait
 
-    began = time.monotonic()
     import_lightning(cfg, folder)
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run, finished
