@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from fewshot.batched import engine as batched
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.data.meta_batches import MetaData
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop

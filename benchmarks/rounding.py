@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.data.meta_batches import MetaData
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss, sequential

@@ -25,8 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from fewshot import train
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS
+from fewshot.config.tree import CONF, GROUPS
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import keep_memory
 

@@ -12,8 +12,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 from fewshot.config.check import check
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import settings
+from fewshot.config.tree import CONF, settings
 from fewshot.errors import UserError, shown
 from fewshot.results.record_files import announce
 
@@ -555,7 +554,7 @@ def test_composing_and_checking_every_file_imports_no_torch():
 import sys
 import hydra
 from fewshot.config.check import check
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.config.tree import settings
 for overrides in {[valid(override) for override in CONFIGS]!r}:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -9,7 +9,7 @@ import torch
 from data_files import make_cifar100, make_mini, make_tiered
 from hydra.utils import instantiate
 
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.data.task import SPLITS
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

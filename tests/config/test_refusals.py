@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from fewshot.config import help, refusals, schema
 from fewshot.config.check import check_overrides
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS
+from fewshot.config.tree import CONF, GROUPS
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 

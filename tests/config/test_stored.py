@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 import fewshot
 from fewshot.config import stored
 from fewshot.config.output_folder import OutputFolder
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import settings
+from fewshot.config.tree import CONF, settings
 from fewshot.errors import UserError
 from fewshot.results import record_files
 from fewshot.sweep.settings import fingerprint, read_job

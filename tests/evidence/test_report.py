@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from fewshot import train
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.evidence import claims, figures, identities, measures, write

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fewshot.config.resolvers import CONF
+from fewshot.config.tree import CONF
 from fewshot.models import resnet12
 from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import prototype_head, zero_head

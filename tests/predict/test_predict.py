@@ -21,8 +21,7 @@ from torch import Tensor
 
 import fewshot
 from fewshot import export
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import settings
+from fewshot.config.tree import CONF, settings
 from fewshot.data.meta_batches import MetaData
 from fewshot.data.sources import glyphs
 from fewshot.data.task import SPLITS

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fewshot.config.check import check
-from fewshot.config.resolvers import CONF, job_folder
-from fewshot.config.tree import settings
+from fewshot.config.tree import CONF, job_folder, settings
 from fewshot.errors import UserError
 from fewshot.results.figures import accuracy_over_steps
 from fewshot.sweep import figures, tables

@@ -9,8 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS, key_of
+from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
 from fewshot.inner_loop import InnerLoop
 from fewshot.paths import checkpoint_file

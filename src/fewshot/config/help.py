@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewshot.config.command import line_width
-from fewshot.config.resolvers import CONF
 from fewshot.config.schema import Config, Made, Part
-from fewshot.config.tree import GROUPS, key_of
+from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, nearest
 
 MARKERS = ("<!-- written by: python -m fewshot.config.help README.md -->\n", "<!-- end of the knobs -->\n")

@@ -22,8 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fewshot.config.check import check_overrides, knobs, refuse
 from fewshot.config.command import HELP, Command, one_line_errors
-from fewshot.config.resolvers import CONF
-from fewshot.config.tree import GROUPS, given_overrides, key_of
+from fewshot.config.tree import CONF, GROUPS, given_overrides, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line
 from fewshot.paths import at_home
 

@@ -1,10 +1,17 @@
-"""A composed configuration as plain data: its settings, its leaves, the overrides of the call."""
+"""Where the YAML files lie, the functions that they call as ${name:...}, and a composed configuration as plain data."""
 
+import hashlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fewshot.paths import run_folder, user_path
+
+# Beside this file in a wheel, at the top of a checkout.
+CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[3] / "conf") if path.is_dir())
 GROUPS = ("algo", "model", "dataset", "augment", "trainer", "logger", "callbacks")
 
 # The test adapts the head as it was trained, and a copy that was zeroed: each mode's name in results.json, and what the
@@ -45,3 +52,35 @@ def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
         if nested:
             yield from entries(value, f"{prefix}{key}.")
+
+
+def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
+    """Where a run writes: training that goes on from RUN or RUN/checkpoints/x.ckpt writes in RUN, all else in `new`."""
+    return str(run_folder(user_path("checkpoint", checkpoint))) if checkpoint and fit else new
+
+
+def job_folder(overrides: list[str] | ListConfig) -> str:
+    """A job's folder in a sweep: a pure function of its overrides, in any order; safe in a path and in checkpoint=."""
+    overrides = OmegaConf.to_container(overrides) if OmegaConf.is_list(overrides) else overrides
+    pairs = {key_of(override): override.partition("=")[2] for override in overrides}
+    exact = [f"{key}-{value}" for key, value in sorted(pairs.items())]
+    name = re.sub("[^A-Za-z0-9._-]+", "-", "__".join(exact))
+    if name != "__".join(exact) or name.count("__") >= max(1, len(pairs)) or len(name) > 150:
+        name = f"{name[:150]}-{hashlib.sha256(repr(exact).encode()).hexdigest()[:8]}"
+    return name or "defaults"
+
+
+def _job_number(number: int | None) -> str:
+    """What the log lines of a sweep's job begin with, since two jobs may run side by side."""
+    return "" if number is None else f"#{number} "
+
+
+RESOLVERS = {
+    "at_least": max,
+    "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: each class in four directions
+    "run_folder": _run_folder,
+    "job_folder": job_folder,
+    "job_number": _job_number,
+}
+for _name, _resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)

@@ -15,7 +15,7 @@ from submitit import AutoExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 from submitit.slurm.slurm import SlurmJob
 
-from fewshot.config.resolvers import job_folder
+from fewshot.config.tree import job_folder
 from fewshot.files import write_file
 
 log = logging.getLogger(__name__)
