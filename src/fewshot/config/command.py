@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command, and its parameters as --help shows them: KEY=WHAT, a WORD of a few, or FOLDER... for any words."""
+    """A command. --help shows its parameters by their keys: KEY=WHAT, a word as it is, or FOLDER... for several."""
 
     call: str
     does: str
@@ -82,7 +82,7 @@ def read(command: Command, arguments: list[str] | None = None) -> Words:
     keyed = {shown.partition("=")[0]: shown for shown in own if "=" in shown}
     plain = [shown for shown in own if "=" not in shown]
     texts: dict[str, str] = {}
-    read = Words({}, [], [])
+    call = Words({}, [], [])
     for word in words:
         key, equals, text = word.partition("=")
         if key in keyed:
@@ -92,22 +92,22 @@ def read(command: Command, arguments: list[str] | None = None) -> Words:
                 raise UserError(f"{word}: {key} is given twice; {key}={texts[key]} came first")
             texts[key] = text
         elif word in plain or ("FOLDER..." in plain and not word.startswith("-") and (not equals or "/" in key)):
-            read.plain.append(word)
+            call.plain.append(word)
         elif command.knobs and equals:
-            read.knobs.append(word)
+            call.knobs.append(word)
         else:
             option = key.lstrip("-")
             remedy = f"write {option}=VALUE" if option in keyed else nearest(key, {*keyed, *plain})
             raise UserError(f"{word}: no such knob; {remedy}")
-    if plain and not read.plain:
+    if plain and not call.plain:
         raise UserError(f"{'|'.join(plain)}: is missing; {command.call} --help says what it is for")
     for key, shown in keyed.items():
         sentence, read_value, needed = command.parameters[shown]
         if key in texts:
-            read.values[key] = read_value(key, unquoted(texts[key]))
+            call.values[key] = read_value(key, unquoted(texts[key]))
         elif needed:
             raise UserError(f"{key}: is missing; give {shown}, {sentence[0].lower()}{sentence[1:].rstrip('.')}")
-    return read
+    return call
 
 
 def line_width() -> int:
@@ -116,7 +116,7 @@ def line_width() -> int:
 
 
 def unquoted(text: str) -> str:
-    """The text of a value, without quotes where it is in some, as train.py reads it and its lines show it."""
+    """A value without the quotes around it, as train.py reads it and as its lines show paths."""
     with suppress(Exception):  # of the grammar
         value = OverridesParser.create().parse_override(f"key={text}").value() if text[0] in "'\"" else text
         return value if isinstance(value, str) else text

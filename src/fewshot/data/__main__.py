@@ -99,10 +99,12 @@ def _here(data: DictConfig) -> str:
 
 COMMAND = Command(
     "python -m fewshot.data",
-    "the datasets. On a cluster whose nodes have no network, `prepare` is for the machine that has one.",
+    "lists, prepares and shows the datasets.",
     {
         "list": Parameter("Which datasets there are, and which of them are on this machine."),
-        "prepare": Parameter("Downloads and decodes the images of a dataset into the cache."),
+        "prepare": Parameter(
+            "Downloads and decodes the images of a dataset into the cache, for a cluster whose nodes have no network."
+        ),
         "show": Parameter("Draws some images of each split into a file."),
         "dataset=NAME": Parameter("The dataset; left out: glyphs, and `list` lists them all.", None),
         "out=FILE.png": Parameter("The file that `show` writes.", user_path),
