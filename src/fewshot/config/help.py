@@ -44,7 +44,7 @@ class File(NamedTuple):
 @cache
 def read(path: Path, group: str = "") -> File:
     """group: the one that the keys of the file are in, unless it says that they are absolute."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     above = [] if "# @package _global_" in lines or not group else [group]
     file, parents, comment, in_head = File("", {}, {}, set()), {}, [], True
     for line in lines:
@@ -68,7 +68,7 @@ def read(path: Path, group: str = "") -> File:
 
 def files(group: str) -> dict[str, File]:
     """The files of a group by what one writes behind GROUP=, the default first, and those that others share."""
-    default = re.search(rf"^  - {group}: (.*)$", (CONF / "config.yaml").read_text(), re.MULTILINE)
+    default = re.search(rf"^  - {group}: (.*)$", (CONF / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     paths = {path.relative_to(CONF / group).with_suffix("").as_posix(): path for path in (CONF / group).rglob("*.yaml")}
     names = sorted(paths, key=lambda name: (name.startswith("shared/"), default is None or name != default[1], name))
     return {name: read(paths[name], group) for name in names}
@@ -150,9 +150,9 @@ def table() -> str:
 def main() -> None:
     """Writes the table into the file that the call names."""
     path = Path(sys.argv[1])
-    before, rest = path.read_text().split(MARKERS[0])
+    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
-    path.write_text("".join([before, MARKERS[0], table(), MARKERS[1], after]))
+    path.write_text("".join([before, MARKERS[0], table(), MARKERS[1], after]), encoding="utf-8")
 
 
 if __name__ == "__main__":
