@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot.data.task import Task
+from fewshot.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class CudaGraphs:
             except CaptureFailed as failed:
                 CudaGraphs.possible = False
                 self._recorded.clear()
-                reason = str(failed.__cause__).splitlines()[0]
+                reason = first_line(failed.__cause__)
                 log.info(f"engine=batched: no CUDA graph ({reason}); kernels are launched one by one")
                 return function(network, chunk)
             finally:

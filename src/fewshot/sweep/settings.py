@@ -15,7 +15,7 @@ from fewshot.config import stored
 from fewshot.config.moved import compared, to_today
 from fewshot.config.tree import MODES, leaves
 from fewshot.config.tree import settings as resolved
-from fewshot.errors import UserError, printable, shown
+from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.inner_loop import ORDERS, InnerLoop
 from fewshot.results.record_files import over, read_metrics
 
@@ -104,7 +104,7 @@ def _begun(path: Path) -> dict[str, Any]:
     try:
         config = to_today(resolved(OmegaConf.create(config)))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be resolved ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: cannot be resolved ({one_line(error)[:200]})") from None
     stored.check_config(str(path), config)
     return config
 

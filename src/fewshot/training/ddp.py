@@ -16,7 +16,7 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from fewshot.errors import RankGone, UserError
+from fewshot.errors import RankGone, UserError, first_line
 from fewshot.processes import ranks
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's "connection closed by peer" and the like
-        raise RankGone(f"another rank is gone ({str(error).splitlines()[0]})") from error
+        raise RankGone(f"another rank is gone ({first_line(error)})") from error
 
 
 def cluster() -> ClusterEnvironment:
