@@ -405,6 +405,27 @@ def test_without_slurm_its_launcher_is_refused_in_one_line(program, monkeypatch,
     assert errors == "hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted\n"
 
 
+def test_a_job_that_slurm_lost_is_one_failure(main, monkeypatch, tmp_path):
+    """Slurm's programs are scripts here: every job is taken, and soon the queue knows none of them."""
+    slurm = pytest.importorskip("fewshot.sweep.slurm")
+    monkeypatch.setattr(slurm.Job, "_results_timeout_s", 0)  # nobody writes the results that submitit waits for
+    for name, said in (("sbatch", "Submitted batch job 7"), ("srun", ""), ("squeue", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {said}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    folder = tmp_path / "sweep"
+    call = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.mem_gb=3", "logger=none")
+    ended = main("-m", *call, "seed=0,1", f"hydra.sweep.dir={folder}", small=True)
+    assert ended == f"{folder}: none of the 2 runs in it has finished"
+    errors = sorted(path.read_text() for path in folder.glob("*/error.txt"))
+    for number, error in enumerate(errors):
+        assert error.startswith(f"Slurm job 7_{number}: cancelled, or lost with its node; its log is {folder}")
+    assert len(errors) == 2
+    (asked,) = (path.read_text() for path in folder.glob(".submitit/**/*.sh") if not path.is_symlink())
+    for flag in ("--partition=gpu", "--mem=3GB", "--array=0-1%2", "--time=240"):
+        assert f"#SBATCH {flag}\n" in asked
+
+
 def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp_path):
     """Two at a time by joblib, one of which fails; what W&B is to be told, read back from its offline files."""
     folder = tmp_path / "a sweep"

@@ -28,7 +28,7 @@ RECORD = ("config", "hydra", "overrides")  # files of .hydra/
 
 
 class OutputFolder(Callback):
-    """Ends a call that cannot be done in one line, before Hydra makes its folder."""
+    """Refuses in one line a call that cannot be carried out, before Hydra makes its folder."""
 
     made: ClassVar[list[Path]] = []  # folders that were not there before this call, the run's first
 
@@ -60,7 +60,7 @@ class OutputFolder(Callback):
 
 
 def _job(config: DictConfig, folder: str) -> DictConfig:
-    """What a run gets of the whole configuration, where ${hydra:...} means what it will mean there."""
+    """The part of the whole configuration that a run gets; ${hydra:...} means here what it will mean there."""
     job = copy.deepcopy(config)
     with open_dict(job), read_write(job):
         job.hydra.runtime.output_dir = os.path.abspath(folder)
@@ -111,18 +111,18 @@ def record(folder: Path, cfg: DictConfig) -> None:
 
 
 def _by_the_clock(config: DictConfig, kind: str) -> bool:
-    """Whether the folder of the run or sweep is named after the time, which others may have been started at."""
+    """Whether the folder of the run or sweep is named after the time, at which another call may have started too."""
     return "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)["dir"])
 
 
 def _settle_folder(config: DictConfig, kind: str, new: bool) -> None:
-    """From here on a name and nothing else, for the jobs of a sweep too; a new one is nobody else's."""
-    knob, given = f"hydra.{kind}.dir", config.hydra[kind].dir
-    if not given:
-        raise UserError(f"{knob}={shown(given)}: must be a folder")
-    folder = Path(os.path.abspath(user_path(knob, given)))
+    """Fixes the folder's name for this call and its sweep's jobs. A new folder is claimed: no other call has it."""
+    knob, name = f"hydra.{kind}.dir", config.hydra[kind].dir
+    if not name:
+        raise UserError(f"{knob}={shown(name)}: must be a folder")
+    folder = Path(os.path.abspath(user_path(knob, name)))
     fresh, missing = new or not folder.exists(), [place for place in folder.parents if not place.exists()]
-    with suppress(OSError):  # the next line but one says why
+    with suppress(OSError):  # check_writable says why
         folder = claimed(folder) if new else folder
     OutputFolder.made = [folder] * fresh + missing
     (files.refuse_links if kind == "run" else files.refuse_links_of_jobs)(folder)

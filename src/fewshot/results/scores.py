@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
     """After which inner step the logits of some task were not finite, and what would help; None: after none.
 
-    start: what would help where they were not before any inner step.
+    start: what would help if they were not even before the first inner step.
     """
     bad = [step for scores in results.values() for step, accuracy in enumerate(scores.accuracy) if math.isnan(accuracy)]
     if not bad:

@@ -1,4 +1,4 @@
-"""The runs of a sweep -> pictures; trains nothing."""
+"""The figures of a sweep."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +12,8 @@ from fewshot.results.figures import DRAWN, OFF, ON, plain
 from fewshot.results.record_files import title
 from fewshot.sweep.settings import Setting, mean_and_ci95, panel_title
 
-COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, less the yellow
-
-LINES = ("-", "--", ":", "-.")  # once the colours are used up
+COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
+LINES = ("-", "--", ":", "-.")  # the next one each time that the colours are used up
 
 
 def sweep(settings: list[Setting]) -> Figure:
@@ -42,7 +41,7 @@ def sweep(settings: list[Setting]) -> Figure:
 
 def panels(settings: list[Setting], knobs: list[str]) -> Figure:
     """The same curves over outer iterations, side by side for the values of one knob, or of two across and down."""
-    across, down = (_unlike([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
+    across, down = (_distinct([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
     down = down if len(knobs) > 1 else [None]
     maml = all(setting.loop.is_maml for setting in settings)
     labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
@@ -63,25 +62,24 @@ def panels(settings: list[Setting], knobs: list[str]) -> Figure:
     return _of_all(figure, grid, settings)
 
 
-def _unlike(values: list[Any]) -> list[Any]:
+def _distinct(values: list[Any]) -> list[Any]:
     return [value for number, value in enumerate(values) if value not in values[:number]]
 
 
-def _accuracies(axes: Axes, number: int, x: Any, values: Any, **how: Any) -> None:
+def _accuracies(axes: Axes, number: int, x: Any, values: Any, **style: Any) -> None:
     """values: (seeds, len(x))"""
     if len(x):
         line = LINES[number // len(COLOURS) % len(LINES)]
-        _mean_and_interval(axes, number, line, x, values, within=(0, 1), **how)
+        _mean_and_interval(axes, number, line, x, values, within=(0, 1), **style)
 
 
 def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
-    """One legend for all axes, outside them, and what the figure is of."""
-    found = {}
-    for each in np.ravel(axes):
-        handles, labels = each.get_legend_handles_labels()
-        found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
-    legend = figure.legend(found.values(), found.keys(), frameon=False, fontsize=9, loc="outside right upper")
-    _as_text(legend)
+    """Adds one legend for all axes, outside them, and a line that says what the figure shows."""
+    handles = {}  # the first of each label
+    for panel in np.ravel(axes):
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    _as_text(figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, loc="outside right upper"))
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
     seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
     figure.suptitle(f"{of}: {seeds}", fontsize=10, parse_math=False)
@@ -89,7 +87,7 @@ def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
 
 
 def _over_seeds(numbers: Iterable[int]) -> str:
-    """numbers: of seeds, one for each setting."""
+    """numbers: how many seeds each setting has."""
     numbers = sorted(set(numbers))
     if numbers == [1]:
         return "1 seed"
@@ -102,7 +100,7 @@ def _splits(settings: list[Setting], mode: str) -> str:
 
 
 def _as_text(legend: Legend) -> None:
-    """A knob's value is no formula."""
+    """A $ in a knob's value does not begin a formula."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -146,11 +144,17 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
 
 
 def _mean_and_interval(
-    axes: Axes, number: int, line: str, x: Any, values: Any, within: tuple[float, float] = (-np.inf, np.inf), **how: Any
+    axes: Axes,
+    number: int,
+    line: str,
+    x: Any,
+    values: Any,
+    within: tuple[float, float] = (-np.inf, np.inf),
+    **style: Any,
 ) -> None:
     """values: (runs, len(x)); a single run has no interval, and none is drawn beyond `within`."""
     (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
-    axes.plot(x, mean, line, color=colour, linewidth=1.4, **how)
+    axes.plot(x, mean, line, color=colour, linewidth=1.4, **style)
     axes.fill_between(
         x, *((mean + sign * ci95).clip(*within) for sign in (-1, 1)), color=colour, alpha=0.2, linewidth=0
     )

@@ -1,4 +1,4 @@
-"""The runs of a sweep as they lie in their folders, finished or not, and when two of them are of one setting."""
+"""The runs of a sweep, read from their folders, and the settings that they are runs of."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ from fewshot.results.record_files import over, read_metrics
 
 log = logging.getLogger(__name__)
 
-# No part of a setting: the seed, where and on what it ran, in what memory, and knobs that are others again.
+# No part of a setting: the seed, where and on what a run was computed, its memory, and knobs that repeat others.
 ELSEWHERE = (
     *("seed", "fit", "logger", "dataset.cache", "dataset.source", "dataset.device", "dataset.origin", "dataset.trust"),
-    *("model.network", "callbacks.zero_head"),
+    *("model.network", "callbacks.zero_head", "augment"),  # of augment, fingerprint keeps a short form
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
     *("trainer.max_time", "trainer.profiler", "recompute_steps"),
@@ -46,10 +46,10 @@ class Job(NamedTuple):
 
 
 def read_jobs(folders: list[Path]) -> list[Job]:
-    """The runs in sweeps' folders, or run folders themselves; of a run that is there twice the first that finished.
+    """The runs in the folders of sweeps or of single runs; of one that is there twice, the first that has finished.
 
     Raises:
-        UserError: a folder is none, or without a run in it.
+        UserError: there is no such folder, or no run in it.
     """
     jobs: dict[tuple[str, str], Job] = {}
     for folder in folders:
@@ -58,7 +58,7 @@ def read_jobs(folders: list[Path]) -> list[Job]:
         if not runs:
             raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
         for job in runs:
-            # What cannot be read is no other's equal.
+            # A run that cannot be read is like no other.
             key = (fingerprint(job.config), shown(job.config["seed"])) if job.config else (str(job.folder), "")
             first = jobs.setdefault(key, job)
             if job.results and not first.results:
@@ -70,7 +70,7 @@ def read_jobs(folders: list[Path]) -> list[Job]:
 
 
 def read_job(folder: Path) -> Job | None:
-    """None where there has been no run."""
+    """The run in a folder; None if there has been none."""
     paths = [folder / name for name in ("results.json", ".hydra/config.yaml", "metrics.csv", "error.txt")]
     result_file, begun, metrics, failed = (path if path.exists() else None for path in paths)
     error = _last_line(failed) if failed else None
@@ -79,7 +79,7 @@ def read_job(folder: Path) -> Job | None:
     try:
         results = stored.read_results(result_file) if result_file else None
         config = results["config"] if results else _begun(begun)
-        InnerLoop.of(config)  # it can be named
+        InnerLoop.of(config)  # refuses an algorithm that has no name
         curves = read_metrics(metrics) if metrics else {}
         results = results if results and over(results) else None
     except UserError as problem:
@@ -88,7 +88,7 @@ def read_job(folder: Path) -> Job | None:
 
 
 def _last_line(path: Path) -> str:
-    """Of error.txt, as far as it can be printed."""
+    """The last line of error.txt, or why it cannot be read."""
     try:
         lines = [printable(line) for line in stored.read_text(path, 2**24).split("\n") if line.strip()]
     except UserError as problem:
@@ -110,15 +110,17 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """The resolved settings less the seed, as text."""
+    """All that makes a run one of its setting, as text: two runs that differ in their seed alone have the same."""
+    left_out = [*ELSEWHERE]
+    if config["fit"]:
+        left_out.append("checkpoint")  # from which it went on; a test is of that checkpoint
+    if "fractions" not in config["dataset"]:
+        left_out.append("dataset.root")  # where a known dataset lies; any other is what lies there
     kept = {}
     for key, value in leaves(config):
-        again = key.startswith("callbacks.") and key.split(".")[-1] in config
-        moved = (key == "dataset.root" and "fractions" not in config["dataset"]) or (
-            key == "checkpoint" and config["fit"]
-        )
-        elsewhere = any(key == part or key.startswith(f"{part}.") for part in (*ELSEWHERE, "augment"))
-        if value is None or again or moved or elsewhere or not compared(key, value):
+        repeats = key.startswith("callbacks.") and key.split(".")[-1] in config  # a top-level knob
+        elsewhere = any(key == part or key.startswith(f"{part}.") for part in left_out)
+        if value is None or repeats or elsewhere or not compared(key, value):
             continue
         kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
     if transforms := config.get("augment"):
@@ -128,7 +130,7 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 
 def read_similarities(path: Path) -> dict[str, Any] | None:
-    """cosine_similarity.json; None, and a warning, where it is not as a run writes it."""
+    """The content of cosine_similarity.json; None, and a warning, if it is not as a run writes it."""
     try:
         content = stored.read_json(path)
         stored.check(str(path), content, stored.SIMILARITIES)
@@ -177,11 +179,11 @@ class Setting(NamedTuple):
         return self.jobs[0].config
 
     def accuracies(self, mode: str) -> np.ndarray:
-        """Of the final test, (finished jobs, test_steps + 1)."""
+        """Accuracies of the final test, (finished jobs, test_steps + 1)."""
         return np.array([job.results["test"][mode]["accuracy"] for job in self.jobs if job.results])
 
     def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
-        """Accuracy after inner_steps over outer updates: of which split, (I,) updates, (jobs, I) accuracies.
+        """Accuracy after inner_steps over outer updates: the name of its split, (I,) updates, (jobs, I) accuracies.
 
         The test curve where there is one, else validation. Only updates that all finished jobs have (all jobs, if none
         has finished); otherwise the curve's end would average over a few jobs.
@@ -191,7 +193,7 @@ class Setting(NamedTuple):
         return split, np.array(common), np.array([[curve[update] for update in common] for curve in curves])
 
     def curves(self, mode: str) -> tuple[str, list[dict[int, float]]]:
-        """Of which split, and {outer update: accuracy after inner_steps} of each job, as far as it went."""
+        """The name of the split, and for each job {outer update: accuracy after inner_steps}, as far as it went."""
         step = f"{MODES[mode]}/query_accuracy/step_{self.config['inner_steps']}"
         jobs = [job for job in self.jobs if job.results] or self.jobs
         split = "test" if all(f"test{step}" in job.curves for job in jobs) else "val"

@@ -1,4 +1,4 @@
-"""Many runs -> one table and one figure: python -m fewshot.sweep FOLDER...
+"""The tables of a sweep, and the files that they are written to with its figures.
 
 Runs that differ in their seed alone are one setting; what is said of a setting is a mean over its seeds.
 """
@@ -55,12 +55,12 @@ class Summary(Callback):
 
 
 def conclude(folder: Path, panels: list[str]) -> None:
-    """The end of a sweep in `folder`: summarises it, names the jobs that have no result.
+    """Summarises the sweep in `folder` and names the jobs that have no result.
 
     Raises:
-        SystemExit: 1, there are some.
+        SystemExit: status 1, there is such a job; or the line that says why nothing can be summarised.
     """
-    # Not read_jobs, for which a failed job is nothing where another one with the same settings has finished.
+    # read_jobs would leave out a failed job if another one with the same settings has finished.
     jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := read_job(path))]
     missing, complaint = [job for job in jobs if job.error or not job.results], None
     try:
@@ -150,7 +150,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
 
 
 def _updates_to(setting: Setting) -> list[str]:
-    """Mean over seeds; where not all get there, how many of how many; - for none."""
+    """Per target the mean over seeds; "1 of 3 seeds" if not all get there, "-" if none does."""
     split, curves = setting.curves("zeroing_off")
     cells = []
     for target in TARGETS:
