@@ -51,7 +51,7 @@ def test_an_old_run_is_tested_and_goes_on(run, tmp_path, commit):
     assert [pytest.approx(row, rel=1e-4, abs=0.02) for row in known] == numbers(rows(made))
     norms = {name: weight.double().norm().item() for name, weight in read(last)["state_dict"].items()}
     assert norms == pytest.approx(continued["norms"], rel=1e-3, abs=1e-6)
-    sweep_main([str(made), "--into", str(tmp_path / "summary")])
+    sweep_main([str(made), f"into={tmp_path / 'summary'}"])
     assert (tmp_path / "summary" / "summary.csv").exists()
 
 
@@ -66,7 +66,7 @@ def test_an_old_checkpoint_and_an_old_exported_folder_predict_what_they_did(comm
 
 @pytest.mark.parametrize("commit", COMMITS)
 def test_an_old_sweep_has_the_table_that_it_had(tmp_path, commit):
-    sweep_main([str(FIXTURES / commit / "sweep"), "--into", str(tmp_path)])
+    sweep_main([str(FIXTURES / commit / "sweep"), f"into={tmp_path}"])
     assert (tmp_path / "summary.csv").read_bytes() == (FIXTURES / commit / "sweep" / "summary.csv").read_bytes()
 
 
