@@ -1,6 +1,7 @@
 """python -m fewshot.evidence: its numbers against loops in NumPy and differentiation, its verdicts, its files."""
 
 import copy
+import importlib
 import json
 import os
 import re
@@ -23,10 +24,24 @@ from fewshot import train
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.evidence import claims, figures, identities, measures, write
+from fewshot.evidence import claims, equations, report, section
+from fewshot.evidence import model as measured
 from fewshot.evidence.__main__ import run
-from fewshot.evidence.page import page
-from fewshot.evidence.sections import sections
+from fewshot.evidence.claims import (
+    accuracy,
+    identities,
+    limits,
+    memory,
+    motivating_example,
+    noise,
+    outer_step,
+    prototypes,
+    similarity,
+)
+from fewshot.evidence.model import Model
+from fewshot.evidence.pictures import Shown
+from fewshot.evidence.report import page
+from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
 from fewshot.processes.signals import Signals
@@ -47,6 +62,13 @@ def model(name="conv4_strided", *, bias=True, **shape):
     if not bias:
         network.head.bias = None
     return network, tasks
+
+
+def measuring(network, tasks, *, initial=None, adapted="all", steps=2):
+    """What a claim measures."""
+    loop = InnerLoop(**KNOBS, first_order=True, adapted=adapted)
+    tested = {mode: torch.full((6, steps + 1), 0.5) for mode in ("zeroing_off", "zeroing_on")}
+    return Model(network, initial or network, loop, steps, tasks, len(tasks.support), tested)
 
 
 def features(network, task):
@@ -73,27 +95,30 @@ def stepped(S, labels, w, b, eta):
 # The identities, and what does not hold
 
 
+def limits_of(network, tasks):
+    return limits.measure(measuring(network, tasks))["limits"]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("bias", "shots", "queries"), [(True, 1, 3), (False, 2, 2)])
 def test_the_identities_hold_for_any_model_and_the_limits_do_not(name, bias, shots, queries):
     network, tasks = model(name, bias=bias, shots=shots, queries=queries)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    found = identities.identities(network, tasks, **KNOBS)
-    assert found.keys() | {"bias_after_one_step"} == claims.IDENTITIES.keys() | claims.SPLITS.keys()
-    assert ("bias_after_one_step" in found) == bias
-    assert {key: check for key, check in found.items() if not check.passed} == {}
-    limits = identities.limits(network, tasks, **KNOBS)
-    assert limits.keys() | {"uniform_with_the_bias_kept"} == claims.LIMITS.keys() == LIMITS
-    assert ("uniform_with_the_bias_kept" in limits) == bias
-    assert all(check.value > 1e-3 and not check.passed for check in limits.values())
+    checks = identities.measure(measuring(network, tasks))["identities"]
+    assert checks.keys() | {"bias_after_one_step"} == identities.IDENTITIES.keys() | identities.SPLITS.keys()
+    assert ("bias_after_one_step" in checks) == bias
+    assert {key: check for key, check in checks.items() if not check["pass"]} == {}
+    beyond = limits_of(network, tasks)
+    assert beyond.keys() | {"uniform_with_the_bias_kept"} == limits.LIMITS.keys() == LIMITS
+    assert ("uniform_with_the_bias_kept" in beyond) == bias
+    assert all(check["value"] > 1e-3 and not check["pass"] for check in beyond.values())
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_the_limits_about_its_own_head_hold_for_a_model_whose_head_is_zero():
     network, tasks = model()
     zero_head(network.head)
-    limits = identities.limits(network, tasks, **KNOBS)
-    assert {name for name, check in limits.items() if check.passed} == {
+    assert {name for name, check in limits_of(network, tasks).items() if check["pass"]} == {
         *("uniform_without_zeroing", "uniform_with_the_bias_kept", "papers_somaml_loss_with_this_head"),
         "full_is_head_only_with_this_head",
     }
@@ -101,7 +126,7 @@ def test_the_limits_about_its_own_head_hold_for_a_model_whose_head_is_zero():
 
 def test_the_limits_are_what_the_formulas_say():
     network, tasks = model()
-    limits = identities.limits(network, tasks, **KNOBS)
+    beyond = {name: check["value"] for name, check in limits_of(network, tasks).items()}
     w, b = head(network)
     noise = uniform = 0.0
     for task in each(tasks):
@@ -113,27 +138,27 @@ def test_the_limits_are_what_the_formulas_say():
         for i, u in enumerate(q_labels):
             for j in range(len(S)):
                 noise = max(noise, abs(q[i] @ P[j] - P[j][u]))
-    assert limits["no_noise_beyond_one_step"].value == pytest.approx(noise, rel=1e-9)
-    assert limits["uniform_without_zeroing"].value == pytest.approx(uniform, rel=1e-9)
+    assert beyond["no_noise_beyond_one_step"] == pytest.approx(noise, rel=1e-9)
+    assert beyond["uniform_without_zeroing"] == pytest.approx(uniform, rel=1e-9)
     kept = np.abs(softmax(b[None]) - 1 / 3).max()
-    assert limits["uniform_with_the_bias_kept"].value == pytest.approx(kept, rel=1e-9)
+    assert beyond["uniform_with_the_bias_kept"] == pytest.approx(kept, rel=1e-9)
 
 
 def failing(network, tasks):
-    found = identities.identities(network, tasks, **KNOBS)
-    return {name for name, check in found.items() if not check.passed}
+    checks = identities.measure(measuring(network, tasks))["identities"]
+    return {name for name, check in checks.items() if not check["pass"]}
 
 
 def test_a_trick_that_zeroes_half_of_the_head_is_found_out(monkeypatch):
     network, tasks = model()
-    monkeypatch.setattr(identities, "zero_head", lambda head: torch.nn.init.zeros_(head.weight))
+    monkeypatch.setattr(measured, "zero_head", lambda head: torch.nn.init.zeros_(head.weight))
     assert failing(network, tasks) == {
         *("coefficient_is_free_of_noise", "sign_of_coefficients", "head_after_one_step"),
         *("bias_after_one_step", "fomaml_is_the_explicit_loss", "somaml_is_the_explicit_loss"),
         "step_1_independent_of_inner_lr",
     }
-    monkeypatch.setattr(identities, "zero_head", lambda head: torch.nn.init.zeros_(head.bias))
-    assert failing(network, tasks) == {*claims.IDENTITIES}
+    monkeypatch.setattr(measured, "zero_head", lambda head: torch.nn.init.zeros_(head.bias))
+    assert failing(network, tasks) == {*identities.IDENTITIES}
 
 
 def test_an_unbalanced_support_is_found_out():
@@ -158,16 +183,13 @@ def test_a_wrong_formula_is_found_out(monkeypatch):
         return torch.stack([-(task.Q - task.T_Q) @ (1.01 * task.T_S - P).mT for P in task.P])
 
     monkeypatch.setattr(closed_forms.AdaptedHead, "coefficients", stronger)
-    zero = identities.zeroed(network)
-    assert not identities._coefficients(zero, tasks, identities.features(zero, tasks), 0.4)[
-        "coefficient_is_free_of_noise"
-    ].passed
+    assert "coefficient_is_free_of_noise" in failing(network, tasks)
 
 
 def test_a_check_of_what_is_no_number_fails():
-    assert not identities.Check(float("nan"), 1.0).passed
-    assert identities._worst([0.0, float("nan"), 1.0]) != identities._worst([1.0])
-    assert claims.of_check({"value": None, "bound": 0.0, "pass": False}).words == "does not hold (not a number)"
+    assert not equations.measured_one(float("nan"), 1.0)["pass"]
+    assert equations.worst([0.0, float("nan"), 1.0]) != equations.worst([1.0])
+    assert equations.verdict_on({"value": None, "bound": 0.0, "pass": False}).words == "does not hold (not a number)"
 
 
 # What is measured
@@ -175,7 +197,7 @@ def test_a_check_of_what_is_no_number_fails():
 
 def test_the_motivating_example_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = measures.motivating_example(identities.features(network, tasks), inner_lr=0.4)
+    found = motivating_example.measure(measuring(network, tasks))["motivating_example"]
     S, labels, Q, q_labels = features(network, each(tasks)[0])
     eta = 2 * 0.4 / (6 * 3)
     m = [S[labels == k].sum(0) for k in range(3)]
@@ -200,7 +222,7 @@ def sums(network, task):
 
 def test_the_outer_step_is_that_of_differentiation():
     network, tasks = model()
-    found = measures.outer_step(identities.features(network, tasks), **KNOBS)
+    found = outer_step.measure(measuring(network, tasks))["outer_step"]
     weight, bias = (p.detach() for p in (network.head.weight, network.head.bias))
     for order, first_order in (("fomaml", True), ("somaml", False)):
         norms, drawn, pushed, arrows = [], [], [], []
@@ -233,7 +255,7 @@ def test_the_outer_step_is_that_of_differentiation():
 
 def test_the_memory_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found, (w, b) = measures.memory(identities.features(network, tasks), inner_lr=0.4), head(network)
+    found, (w, b) = memory.measure(measuring(network, tasks))["memory"], head(network)
     cosines = []
     for task in each(tasks):
         S, labels, *_ = features(network, task)
@@ -251,7 +273,7 @@ def test_the_memory_is_what_the_formulas_say():
 
 def test_the_noise_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = measures.coefficients(identities.features(network, tasks), **KNOBS)
+    found = noise.measure(measuring(network, tasks))["coefficients"]
     wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in each(tasks)])
     assert found["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
     assert found["this_head"]["wrong_among_other"] == pytest.approx(
@@ -263,9 +285,7 @@ def test_the_noise_is_what_the_formulas_say():
 @pytest.mark.parametrize("adapted", ["all", "head"])
 def test_agreement_is_counted_query_by_query(adapted):
     network, tasks = model(tasks=4, queries=5)
-    found = measures.prototypes(
-        network, tasks, identities.features(network, tasks), inner_lr=0.4, steps=2, adapted=adapted
-    )
+    found = prototypes.measure(measuring(network, tasks, adapted=adapted))["prototypes"]
     agree, right = [], []
     for task in each(tasks):
         S, labels, Q, q_labels = features(network, task)
@@ -284,7 +304,7 @@ def test_a_tie_counts_as_agreement_with_any_of_its_classes():
     support = tasks.support.clone()
     support[:, 1] = support[:, 0]  # two classes with one image
     tied = tasks._replace(support=support)
-    found = measures.prototypes(network, tied, identities.features(network, tied), inner_lr=0.4, steps=1, adapted="all")
+    found = prototypes.measure(measuring(network, tied, steps=1))["prototypes"]
     assert 0 < found["ties"] < found["queries"] and found["zeroed_head"] == [1.0]
     assert "step_1_is_the_prototype_classifier" not in failing(network, tied)
     scores = torch.tensor([[1.0, 1.0 - 1e-15, 0.0]])
@@ -296,7 +316,7 @@ def test_similarity_counts_the_tasks():
     network, tasks = model(tasks=3)
     initial = copy.deepcopy(network)
     torch.nn.init.normal_(initial.encoder[0].weight)
-    found = measures.similarity(network, tasks, identities.features(network, tasks), initial)
+    found = similarity.measure(measuring(network, tasks, initial=initial))["similarity"]
     grew, same = 0, []
     for task in each(tasks):
         gaps = []
@@ -321,19 +341,18 @@ def test_a_head_may_have_one_feature_two_ways_and_many():
         network = Network(encoder, width, ways).double()
         labels = torch.arange(ways)[None]
         tasks = Task(torch.randn(1, ways, 1, 4, 4).double(), labels, torch.randn(1, ways, 1, 4, 4).double(), labels)
-        found = write.finite(measures.measure(network, tasks, initial=network, **KNOBS, steps=2, adapted="all"))
-        shown = figures.Shown(*(np.random.rand(ways, 4, 4), labels[0].numpy()) * 2)
-        found["test"] = {mode: {"accuracy": [0.5] * 3, "ci95": [0.1] * 3} for mode in ("zeroing_off", "zeroing_on")}
+        found = report.finite({**report.measure(measuring(network, tasks)), "tasks": {"features": 1, "gradients": 1}})
+        shown = Shown(*(np.random.rand(ways, 4, 4), labels[0].numpy()) * 2)
         assert np.isnan(np.array(found["similarity"]["first_task"]["query_query"], float)[0, 0])  # one query a class
         found["config"] = config_of(ways)
-        for name, figure in write.draw(found, shown).items():
+        for name, figure in report.draw(found, shown).items():
             if ways == 2 or name in ("motivating_example", "outer_step"):  # what many classes change, and one feature
                 figure.draw_without_rendering()
 
 
 def config_of(ways):
     algo = {"first_order": True, "adapted": "all", "zeroing": False}
-    return {"algo": algo, "dataset": {"name": "none"}, "ways": ways, "shots": 1}
+    return {"algo": algo, "dataset": {"name": "none"}, "ways": ways, "shots": 1, "inner_steps": 2}
 
 
 # The words
@@ -344,36 +363,48 @@ def config_of(ways):
     [(3.3e-16, "3.3e−16"), (1e-12, "1e−12"), (0.0, "0"), (0.98, "0.98"), (-0.25, "−0.25"), (None, "not a number")],
 )
 def test_numbers_in_short(value, said):
-    assert claims.short(value) == said
+    assert section.short(value) == said
 
 
 def test_all_and_none_are_said_of_all_and_none_alone():
-    assert [claims.percent(x) for x in (1.0, 0.99999, 0.8279, 0.00001, 0.0)] == [
+    assert [section.percent(x) for x in (1.0, 0.99999, 0.8279, 0.00001, 0.0)] == [
         *("100%", "> 99.9%", "82.8%", "< 0.1%", "0%")
     ]
-    assert claims.decimals(-0.001) == "0.00"
+    assert section.decimals(-0.001) == "0.00"
+
+
+def kinds(verdicts):
+    return [verdict.kind for verdict in verdicts.values()]
 
 
 def test_a_verdict_follows_its_number():
-    assert claims.of_check({"value": 3e-16, "bound": 1e-12, "pass": True}) == ("holds", "holds exactly (3e−16 ≤ 1e−12)")
-    assert claims.of_check({"value": 0.4, "bound": 1e-12, "pass": False}) == ("fails", "does not hold (0.4 > 1e−12)")
-    assert [claims.similarity(alike(kept), True).kind for kept in (32, 31, 3)] == ["holds", "partly", "fails"]
-    agreements = ({"zeroed_head": [1, x], "this_head": [x, 1]} for x in (1, 0.999, 0.4))
-    assert [[v.kind for v in claims.prototypes(found, False)] for found in agreements] == [
-        [kind, kind] for kind in ("holds", "partly", "fails")
-    ]
-    assert claims.prototypes({"zeroed_head": [1], "this_head": [0.4]}, False)[0].kind == "untested"
+    no_head = {"same_for_all": {"weight": True, "bias": True}}
+    own_head = {"same_for_all": {"weight": False, "bias": True}, "model": {"iteration": 1}}
+    assert equations.verdict_on({"value": 3e-16, "bound": 1e-12, "pass": True}) == (
+        *("holds", "holds exactly (3e−16 ≤ 1e−12)"),
+    )
+    assert equations.verdict_on({"value": 0.4, "bound": 1e-12, "pass": False}) == (
+        *("fails", "does not hold (0.4 > 1e−12)"),
+    )
+    for kept, kind in ((32, "holds"), (31, "partly"), (3, "fails")):
+        assert kinds(similarity.verdict({**own_head, "similarity": alike(kept)})) == [kind]
+    for share, kind in ((1, "holds"), (0.999, "partly"), (0.4, "fails")):
+        shares = {"zeroed_head": [1, share], "this_head": [share, 1]}
+        assert kinds(prototypes.verdict({**own_head, "prototypes": shares})) == [kind, kind]
+    shares = {"zeroed_head": [1], "this_head": [0.4]}
+    assert kinds(prototypes.verdict({**own_head, "prototypes": shares})) == ["untested", "fails"]
     right_way = {"same_class_drawn": 1.0, "other_class_pushed": 0.9}
     moved = {"this_head": {"fomaml": right_way, "somaml": {**right_way, "same_class_drawn": 0.2}}}
-    assert [verdict.kind for verdict in claims.outer_step(moved)] == ["partly", "fails"]
-    for this, later, kinds in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
+    assert kinds(outer_step.verdict({"outer_step": moved})) == ["partly", "fails"]
+    for this, later, expected in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
         signs = {"this_head": {"wrong_among_other": this}, "more_steps": {"wrong_among_other": later}, "inner_steps": 2}
-        assert [verdict.kind for verdict in claims.noise(signs, False)] == kinds
+        assert kinds(noise.verdict({**own_head, "coefficients": signs})) == expected
     for larger, kind in ((4, "holds"), (3, "partly"), (1, "fails")):
         example = {"tasks": 4, "tasks_where_own_is_larger": larger, "same_class": 0.5, "other_class": 0.1}
-        assert claims.motivating_example(example).kind == kind
+        assert kinds(motivating_example.verdict({"motivating_example": example})) == [kind]
     for gain, kind in ((0.02, "holds"), (0.005, "partly"), (-0.02, "fails")):
-        assert claims.accuracy({"gain": {"accuracy": [gain], "ci95": [0.01]}}, 0, False, True).kind == kind
+        test = {"gain": {"accuracy": [gain], "ci95": [0.01]}}
+        assert kinds(accuracy.verdict({**own_head, "config": {"inner_steps": 0}, "test": test})) == [kind]
     passed, failed = ({"value": value, "bound": 1e-12, "pass": value == 0} for value in (0, 1))
     zero, own = ({"weight": same, "bias": same} for same in (True, False))
     for name, same, kind in (
@@ -382,9 +413,9 @@ def test_a_verdict_follows_its_number():
         ("bias", {**zero, "bias": False}, "holds"),
     ):
         limit = {"weight": "papers_somaml_loss_with_this_head", "bias": "uniform_with_the_bias_kept"}[name]
-        assert claims.of_limit(limit, passed, same).kind == kind
-    both = claims.of_limits({"uniform_without_zeroing": passed, "no_noise_beyond_one_step": failed}, zero)
-    assert both.words.startswith("1 of the 1 ")
+        assert limits.verdict_on_limit(limits.LIMITS[limit], passed, same).kind == kind
+    both = {**no_head, "limits": {"uniform_without_zeroing": passed, "no_noise_beyond_one_step": failed}}
+    assert limits.verdict(both)[""].words.startswith("1 of the 1 ")
 
 
 def alike(kept):
@@ -394,14 +425,6 @@ def alike(kept):
 
 def everything(network, tasks, iteration=3):
     """evidence.json, as far as the page reads it, less the accuracy of a test."""
-    checks = {
-        "identities": identities.identities(network, tasks, **KNOBS),
-        "limits": identities.limits(network, tasks, **KNOBS),
-    }
-    groups = {
-        group: {name: {"value": c.value, "bound": c.bound, "pass": c.passed} for name, c in found.items()}
-        for group, found in checks.items()
-    }
     scores = {"accuracy": [0.2, 0.5, 0.6], "ci95": [0.0, 0.1, 0.1]}
     modes = dict.fromkeys(("zeroing_off", "zeroing_on", "gain"), scores)
     config = {**config_of(3), "queries": 3, "inner_lr": 0.4, "inner_steps": 2, "test_steps": 2, "seed": 0}
@@ -409,10 +432,9 @@ def everything(network, tasks, iteration=3):
     initial = convolutional(
         NETWORKS["conv4_strided"], images_for(NETWORKS["conv4_strided"], tasks=1, shots=1, queries=3)
     )
-    return write.finite(
+    return report.finite(
         {
-            **measures.measure(network, tasks, initial=initial, **KNOBS, steps=2, adapted="all"),
-            **groups,
+            **report.measure(measuring(network, tasks, initial=initial)),
             "test": {"tasks": 6, **modes},
             "tasks": {"features": 2, "gradients": 2},
             "model": {"checkpoint": "runs/one/checkpoints/best.ckpt", "iteration": iteration, "trained_with": config},
@@ -420,6 +442,39 @@ def everything(network, tasks, iteration=3):
             "versions": {"python": "3"},
         }
     )
+
+
+CLAIM = """
+from matplotlib.figure import Figure
+from fewshot.evidence.section import Picture, Section, either
+
+def measure(model):
+    return {"spread": {"norm": model.features.query.norm(dim=-1).mean().item()}}
+
+def section(evidence):
+    picture = Picture("spread", "An empty picture", "Nothing to see.")
+    return Section("spread", "One's own", "Features are not zero", "As if they could be (§2.1).", [], picture=picture)
+
+def draw(evidence, shown):
+    return Figure()
+
+def verdict(evidence):
+    return {"They are not.": either(evidence["spread"]["norm"] > 0, "really <b>")}
+"""
+
+
+def test_a_claim_is_added_in_one_file_and_one_entry(tmp_path, monkeypatch):
+    (tmp_path / "spread.py").write_text(CLAIM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(claims, "CLAIMS", [*claims.CLAIMS, importlib.import_module("spread")])
+    monkeypatch.setattr(report, "png", partial(png, dpi=20))
+    network, tasks = model()
+    found = everything(network, tasks)
+    report.write(tmp_path, found, Shown(*images_of(tasks)))
+    assert json.loads((tmp_path / "evidence.json").read_text())["spread"]["norm"] > 0
+    text = assert_self_contained((tmp_path / "report.html").read_text(), len(PICTURES) + 1)
+    assert text.count("Features are not zero") == 2 and text.count("holds: really <b>") == 2  # summary and section
+    assert Image.open(tmp_path / "spread.png").size[0] > 0
 
 
 PICTURES = dict.fromkeys(
@@ -430,9 +485,10 @@ PICTURES = dict.fromkeys(
 def verdicts(found):
     """Of every section and statement: its words, and how it is judged; numbers of rounding's size left out."""
     said = []
-    for part in sections(found):
+    for claim in claims.CLAIMS:
+        part = claim.section(found)
         rows = [row for table in part.tables if table.kind == "statements" for row in table.rows]
-        for about, verdict in [*part.verdicts, *(each for row in rows for each in row.verdicts)]:
+        for about, verdict in [*claim.verdict(found).items(), *(item for row in rows for item in row.verdicts.items())]:
             said.append((part.anchor, about, verdict.kind, re.sub(r"\([^)]* ≤ [^)]*\)", "", verdict.words)))
     return said
 
@@ -454,8 +510,8 @@ def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():
         network.head.bias[0] += 1  # predictions before the step are no longer uniform
     kinds = {words: kind for *_, kind, words in verdicts(everything(network, tasks))}
     assert kinds["4 of the 4 statements tested do not hold"] == "fails"
-    assert not any(claims.SAME_FOR_ALL in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
-    for figure in write.draw({**everything(network, tasks)}, figures.Shown(*images_of(tasks))).values():
+    assert not any(section.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
+    for figure in report.draw({**everything(network, tasks)}, Shown(*images_of(tasks))).values():
         assert figure.axes
 
 
@@ -478,7 +534,8 @@ def test_an_untrained_model_gets_a_banner_and_no_verdict_on_training():
 
 
 def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
-    parts = {part.anchor: part for part in sections(everything(*model()))}
+    found = everything(*model())
+    parts = {claim.section(found).anchor: (claim.section(found), claim.verdict(found)) for claim in claims.CLAIMS}
     for anchor, said in (
         ("outer-step", "FOMAML moves queries only"),
         ("noise", "(1 − q_{u})(1 − s_{u}) + Σ_{j≠u} q_{j} s_{j} ≥ 0"),
@@ -486,10 +543,10 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
         ("motivating-example", "Column i of w becomes η m_{i}"),
         ("prototypes", "From a zeroed head one inner step is exactly this classifier"),
     ):
-        part = parts[anchor]
-        assert said in part.theorem and not any(said in about for about, _ in part.verdicts)
-    assert not any("same class" in head for table in parts["noise"].tables for head in table.heads)
-    assert "interference" not in " ".join(claims.IDENTITIES)
+        part, judged = parts[anchor]
+        assert said in part.theorem and not any(said in about for about in judged)
+    assert not any("same class" in head for table in parts["noise"][0].tables for head in table.heads)
+    assert "interference" not in " ".join(identities.IDENTITIES)
 
 
 def test_every_section_of_the_method_that_is_named_is_on_the_page():
@@ -533,7 +590,7 @@ def trained(cache, tmp_path_factory):
 @pytest.fixture
 def evidence(config, monkeypatch):
     """evidence(checkpoint, folder, *overrides) does what the program does, in this process and in rough pictures."""
-    monkeypatch.setattr(write, "png", partial(png, dpi=20))
+    monkeypatch.setattr(report, "png", partial(png, dpi=20))
 
     def evidence(checkpoint, folder, *overrides):
         overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]
@@ -681,15 +738,15 @@ def test_images_are_shown_as_they_were():
     config = {"dataset": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}}
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in config["dataset"].values())
     labels = torch.arange(2)[None]
-    shown = write._shown(Task((pixels - mean) / std, labels, (pixels - mean) / std, labels), config)
+    shown = Shown.first_of(Task((pixels - mean) / std, labels, (pixels - mean) / std, labels), config["dataset"])
     np.testing.assert_allclose(shown.support, pixels[0].permute(0, 2, 3, 1), atol=1e-12)
     grey = {"dataset": {"mean": [0.0], "std": [1.0]}}
-    shown = write._shown(Task(pixels[:, :, :1], labels, pixels[:, :, :1], labels), grey)
+    shown = Shown.first_of(Task(pixels[:, :, :1], labels, pixels[:, :, :1], labels), grey["dataset"])
     assert shown.query.shape == (2, 4, 4)
 
 
 def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monkeypatch):
-    monkeypatch.setattr(identities, "zero_head", lambda head: None)
+    monkeypatch.setattr(measured, "zero_head", lambda head: None)
     found, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
     failed = [name for name, check in found["identities"].items() if not check["pass"]]
     text = assert_self_contained(html, 7)

@@ -1,7 +1,4 @@
-"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN
-
-It trains nothing, and takes every knob of train.py but fit; those that the model was trained with hold if left out.
-"""
+"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN"""
 
 import argparse
 import copy
@@ -20,6 +17,7 @@ from fewshot.config.command import Command, Parameter, one_line_errors
 from fewshot.config.refusals import hydra_command
 from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
+from fewshot.inner_loop import InnerLoop
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ COMMAND = Command(
         "hydra.run.dir=FOLDER": Parameter(
             "Writes report.html, evidence.json and the pictures into FOLDER/evidence/ instead of RUN/evidence/."
         ),
-        "test_tasks=N": Parameter("Tasks of the test; the first 32 of them are measured."),
+        "test_tasks=N": Parameter("Tasks of the test; features are measured on the first 32 of them."),
         "test_steps=N": Parameter("Inner steps of the test."),
         "dataset=NAME": Parameter("Another dataset of the same image size, with dataset.other_split=true."),
         "threads=N": Parameter("CPU threads."),
@@ -50,9 +48,9 @@ COMMAND = Command(
 def _refuse(asked: argparse.Namespace) -> None:
     if asked.multirun:
         raise UserError("-m: one model is measured at a time; call it once for each checkpoint")
-    if fit := [each for each in asked.overrides if each.startswith("fit=")]:
+    if fit := [word for word in asked.overrides if word.startswith("fit=")]:
         raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
-    if not [each for each in asked.overrides if each.startswith("checkpoint=") and each != "checkpoint=null"]:
+    if not [word for word in asked.overrides if word.startswith("checkpoint=") and word != "checkpoint=null"]:
         raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
 
 
@@ -67,13 +65,13 @@ def main(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
-    """Measures the model of cfg.checkpoint and writes figures, evidence.json and report.html into `folder`."""
+    """Measures the model of cfg.checkpoint; writes evidence.json, pictures and report.html into `folder`."""
     began = time.monotonic()
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
-    from fewshot.data.task import Task
-    from fewshot.evidence import write
-    from fewshot.evidence.identities import identities, limits
-    from fewshot.evidence.measures import measure
+    from fewshot.evidence import report
+    from fewshot.evidence.model import Model
+    from fewshot.evidence.pictures import Shown
+    from fewshot.results.record_files import versions
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run
 
@@ -82,33 +80,41 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
-    if cfg.algo.head == "prototypes" or cfg.algo.adapted == "encoder" or cfg.algo.learned_inner_lr:
-        raise UserError(f"checkpoint={start.path}: the theory is of a learned head that adapts with one inner_lr")
+    loop = InnerLoop.of(cfg)
+    _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
     initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))
     network.load_state_dict({name.removeprefix("network."): w for name, w in start.content["state_dict"].items()})
     tasks = measured.tasks.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
-    few, knobs = Task(*(field[:GRADIENT_TASKS] for field in tasks)), {"inner_lr": cfg.inner_lr}
-    log.info(f"measuring the identities on {len(few.support)} tasks, the features on {len(tasks.support)}")
-    steps = {"inner_steps": cfg.inner_steps, "steps": cfg.test_steps}
-    found = {
-        "identities": identities(network, few, **knobs, inner_steps=cfg.inner_steps),
-        "limits": limits(network, few, **knobs, inner_steps=max(2, cfg.inner_steps)),
-        **measure(network, tasks, initial=initial, **knobs, **steps, adapted=cfg.algo.adapted),
-    }
     log.info(f"testing on {cfg.test_tasks} tasks")
     measured.test()
-    write.write(
-        folder,
-        found,
-        measured.learner.tested["test"],
-        tasks,
-        start=start,
-        gradient_tasks=len(few.support),
-        seconds=time.monotonic() - began,
-        config=settings(cfg),
-    )
+    few = min(GRADIENT_TASKS, len(tasks.support))
+    log.info(f"measuring the identities on {few} tasks, the features on {len(tasks.support)}")
+    model = Model(network, initial, loop, cfg.test_steps, tasks, few, measured.learner.tested["test"])
+    evidence = {
+        **report.measure(model),
+        "tasks": {"features": len(tasks.support), "gradients": few},
+        "model": {
+            "checkpoint": str(start.path),
+            "iteration": start.iteration,
+            "trained_with": start.content["fewshot"]["config"],
+        },
+        "seconds": round(time.monotonic() - began, 2),
+        "config": settings(cfg),
+        "versions": versions(),
+    }
+    report.write(folder, evidence, Shown.first_of(tasks, evidence["config"]["dataset"]))
+    checks = evidence["identities"].values()
+    print(f"{sum(check['pass'] for check in checks)} of {len(checks)} identities hold. Read {folder / 'report.html'}")
+
+
+def _refuse_beyond_theory(loop: InnerLoop, path: Path) -> None:
+    if not loop.theory_applies:
+        beyond = f"algo.head={loop.head}" if loop.makes_head else f"algo.adapted={loop.adapted}"
+        beyond = "algo.learned_inner_lr=true" if loop.learned_inner_lr else beyond
+        covered = "the theory covers a learned, adapting head and a single inner_lr"
+        raise UserError(f"checkpoint={path}: {covered}; this model has {beyond}")
 
 
 if __name__ == "__main__":

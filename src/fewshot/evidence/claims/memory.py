@@ -1,0 +1,98 @@
+"""Question 2: in the inner loop the classifier memorises support features (2.2, 2.6)."""
+
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fewshot.evidence.model import Model, plain
+from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, number_columns, size_of
+from fewshot.evidence.section import Picture, Section, Table, Verdicts, by_share, decimals, head_is_zero, percent
+from fewshot.theory.closed_forms import adapt_head
+from fewshot.theory.features import centred, cosines, tied
+
+
+def measure(model: Model) -> dict[str, Any]:
+    """Cosines of the K columns of w, less their mean, and the K classes' support means, before and after one step.
+
+    "first_task" (K, K); "same_class" and "other_class" means of all tasks; "nearest_is_own": the share of the columns
+    that are closer to their own class's mean than to any other's. Where nothing is left of the columns there are none.
+    """
+    mu, measured = model.features.support_means(), {}
+    for name, features in model.heads.items():
+        after = adapt_head(features, inner_lr=model.loop.inner_lr, inner_steps=1).weight
+        for moment, W in (("before", features.weight.expand_as(after)), ("after", after)):
+            measured[f"{name}_{moment}"] = _columns(centred(W), mu)
+    return {"memory": measured}
+
+
+def _columns(W: Tensor, mu: Tensor) -> dict[str, Any] | None:
+    if not W.any():
+        return None
+    cosine = cosines(W, mu)  # (B, K, K)
+    own = torch.eye(cosine.shape[-1], dtype=torch.bool).expand_as(cosine)
+    return {
+        "first_task": plain(cosine[0]),
+        "same_class": cosine[own].mean().item(),
+        "other_class": cosine[~own].mean().item(),
+        "nearest_is_own": tied(cosine)[own].double().mean().item(),
+    }
+
+
+def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+    """Before and after one inner step."""
+    memory = evidence["memory"]
+    cases = {
+        "this_head_before": "this head, before\nthe inner step",
+        "this_head_after": "this head, after\none inner step",
+        "zeroed_head_after": "head zeroed, after\none inner step",
+    }
+    if head_is_zero(evidence):
+        cases = {"zeroed_head_after": "head zero, after\none inner step"}
+    cases = {name: title for name, title in cases.items() if memory[name]}
+    figure = Figure(figsize=size_of(len(cases)), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for axes, (name, title) in zip(panels, cases.items(), strict=True):
+        image = heat_map(axes, memory[name]["first_task"], 1, title)
+        beside(axes, shown.prototypes, "columns")
+        number_columns(axes, shown.ways)
+    panels[0].set_ylabel("column of the classifier", fontsize=10)
+    figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="cosine similarity")
+    return figure
+
+
+def section(evidence: dict[str, Any]) -> Section:
+    cases = {
+        "this_head_before": "this head, before the step",
+        "this_head_after": "this head, after one step",
+        "zeroed_head_after": "head zeroed, after one step",
+    }
+    rows = [
+        (name, decimals(columns["same_class"]), decimals(columns["other_class"]), percent(columns["nearest_is_own"]))
+        for case, name in cases.items()
+        if (columns := evidence["memory"][case])
+    ]
+    return Section(
+        anchor="memory",
+        overline="Question 2",
+        claim="In the inner loop the classifier memorises support features",
+        lead="One inner step on cross entropy adds the support features of class i to column i of the classifier and "
+        "takes those of the others away (§2.2). So afterwards column i should look like the mean support feature of "
+        "its class. What all columns have in common changes no prediction, so their mean is taken off first.",
+        theorem="From a zeroed head column i becomes (η/K)(μ_{i} − mean μ), as the support predictions are 1/K (§2.6).",
+        picture=Picture(
+            "memory",
+            "Heat maps of cosines between classifier columns and support means",
+            "One test task: cosine similarity of column i of the classifier, less the mean of all columns, and each "
+            "class’s mean support feature.",
+            small=head_is_zero(evidence),
+        ),
+        tables=[Table(("mean cosine similarity", "own class", "other classes", "nearest is own class"), rows)],
+    )
+
+
+def verdict(evidence: dict[str, Any]) -> Verdicts:
+    nearest = evidence["memory"]["this_head_after"]["nearest_is_own"]
+    words = f"after the step {percent(nearest)} of the columns are nearest to their own class"
+    return {"Columns memorise the support of their class.": by_share(nearest, words)}

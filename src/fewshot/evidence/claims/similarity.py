@@ -1,0 +1,82 @@
+"""Question 1: MAML learns features that are alike within a class."""
+
+from dataclasses import replace
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fewshot.data.task import Task
+from fewshot.evidence.model import Model
+from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, size_of
+from fewshot.evidence.section import UNTRAINED, Picture, Section, Table, Verdicts, by_share, decimals, is_trained
+from fewshot.theory.features import class_similarities, mean_cosines
+
+
+def measure(model: Model) -> dict[str, Any]:
+    """Cosines between the classes of the first task, (K, K), and of all tasks: means, now and of the initial network.
+
+    tasks_where_the_gap_grew: in how many same class less other class is larger than it was.
+    """
+
+    now, then = model.features, replace(model, network=model.initial).features
+    (same, other), (same_then, other_then) = (mean_cosines(f.query, f.support, f.same_class()) for f in (now, then))
+    return {
+        "similarity": {
+            "first_task": class_similarities(model.network, Task(*(field[0] for field in model.tasks))),
+            "same_class": same.mean().item(),
+            "other_class": other.mean().item(),
+            "tasks": len(same),
+            "initially_same_class": same_then.mean().item(),
+            "initially_other_class": other_then.mean().item(),
+            "tasks_where_the_gap_grew": int((same - other > same_then - other_then).sum()),
+        }
+    }
+
+
+def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+    """Mean cosines between the classes, query x support and query x query."""
+    matrices = evidence["similarity"]["first_task"]
+    figure = Figure(figsize=size_of(2), layout="constrained")
+    left, right = panels = figure.subplots(1, 2)
+    for axes, name, other in ((left, "query_support", "support images"), (right, "query_query", "other queries")):
+        image = heat_map(axes, matrices[name], 1, f"queries (rows)\nand {other} (columns)")
+        beside(axes, shown.queries, "rows")
+    beside(left, shown.prototypes, "columns")
+    beside(right, shown.queries, "columns")
+    figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="mean cosine similarity")
+    return figure
+
+
+def section(evidence: dict[str, Any]) -> Section:
+    means = evidence["probes"]
+    rows = [
+        (name, decimals(means[f"cosine_same{suffix}"]), decimals(means[f"cosine_other{suffix}"]))
+        for name, suffix in (("a query and a support image", ""), ("two queries", "_queries"))
+    ]
+    return Section(
+        anchor="similarity",
+        overline="Question 1",
+        claim="MAML learns features that are alike within a class",
+        lead="If the outer loop is a contrastive learner, then images of one class must have similar features and "
+        "images of different classes must not, before anything is adapted.",
+        picture=Picture(
+            "similarity",
+            "Heat maps of mean cosine similarity between classes",
+            "One test task, features of the unadapted encoder: mean cosine similarity of the images of every two "
+            "classes, an image with itself left out.",
+        ),
+        tables=[Table(("mean cosine similarity", "within a class", "across classes"), rows)],
+    )
+
+
+def verdict(evidence: dict[str, Any]) -> Verdicts:
+    """Whether training drew classes apart: an untrained network too finds images of a class more alike than others."""
+    means = evidence["similarity"]
+    grew, tasks = means["tasks_where_the_gap_grew"], means["tasks"]
+    now, then = (
+        f"{decimals(means[f'{when}same_class'])} within a class, {decimals(means[f'{when}other_class'])} across"
+        for when in ("", "initially_")
+    )
+    words = f"{now}; before training {then}; further apart in {grew} of {tasks} tasks"
+    judged = by_share(grew / tasks, words) if is_trained(evidence) else UNTRAINED
+    return {"Training made them alike within a class, unlike across.": judged}

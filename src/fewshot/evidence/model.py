@@ -1,0 +1,97 @@
+"""A trained model and the test tasks on which the claims are measured, in float64; nothing here changes it.
+
+Shapes: B tasks, S support and Q query images per task, d features, K ways, N inner steps, T steps of the evaluation.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewshot.data.task import Task
+from fewshot.inner_loop import InnerLoop
+from fewshot.maml import explicit_loss, sequential
+from fewshot.models.head import zero_head
+from fewshot.models.network import Network
+from fewshot.theory.features import Features, centred
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    network: Network
+    initial: Network  # before training
+    loop: InnerLoop  # of training
+    test_steps: int  # T
+    tasks: Task
+    gradient_tasks: int  # the first of the tasks, on which gradients are taken, again and again
+    tested: dict[str, Tensor]  # accuracies of the test by mode, (tasks, T + 1)
+
+    @cached_property
+    def features(self) -> Features:
+        """Those of the unadapted encoder, and the head."""
+        with torch.no_grad():
+            features = Features.of(self.network, self.tasks)
+        return Features(*(field if field is None else field.detach() for field in features))
+
+    @property
+    def heads(self) -> dict[str, Features]:
+        return {"this_head": self.features, "zeroed_head": self.features.zeroed()}
+
+    @property
+    def same_for_all(self) -> dict[str, bool]:
+        """Whether all classes have one weight vector, and one bias: then they have no effect, as if they were zero."""
+        w, b = self.features.weight, self.features.bias
+        return {"weight": not centred(w).any().item(), "bias": b is None or not centred(b[:, None]).any().item()}
+
+    def zeroed(self) -> "Model":
+        """The same model with a zero head."""
+        network = copy.deepcopy(self.network)
+        zero_head(network.head)
+        return replace(self, network=network)
+
+    def on_few_tasks(self) -> "Model":
+        """The same model on the tasks for gradients alone."""
+        return replace(self, tasks=Task(*(field[: self.gradient_tasks] for field in self.tasks)))
+
+    def maml(self, **fields: Any) -> InnerLoop:
+        """One inner step of all parameters with this model's inner_lr, in first order, but for the fields given."""
+        return replace(InnerLoop(1, self.loop.inner_lr, first_order=True), **fields)
+
+    def logits(self, **fields: Any) -> Tensor:
+        """What the program computes for the queries after the last inner step, (B, Q, K)."""
+        loop = self.maml(**fields)
+        return sequential.step_logits(self.network, self.tasks, loop, first=loop.inner_steps)[:, 0]
+
+    def predictions(self, **fields: Any) -> Tensor:
+        return self.logits(**fields).softmax(-1)
+
+    def gradient(self, **fields: Any) -> Tensor:
+        """The program's outer gradient as one vector, the head's part last; with noise=... of the explicit loss."""
+        loop = self.maml(**fields)
+        if loop not in self._gradients:
+            engine = explicit_loss if loop.explicit else sequential
+            self.network.zero_grad(set_to_none=True)
+            engine.meta_gradient(self.network, self.tasks, loop)
+            self._gradients[loop] = self.taken_gradient()
+        return self._gradients[loop]
+
+    @cached_property
+    def _gradients(self) -> dict[InnerLoop, Tensor]:
+        return {}
+
+    def encoder_gradient(self, **fields: Any) -> Tensor:
+        return self.gradient(**fields)[: -sum(p.numel() for p in self.network.head.parameters())]
+
+    def taken_gradient(self) -> Tensor:
+        """What is in the parameters' .grad, which is emptied."""
+        parts = [p.grad.flatten() for module in (self.network.encoder, self.network.head) for p in module.parameters()]
+        self.network.zero_grad(set_to_none=True)
+        return torch.cat(parts)
+
+
+def plain(numbers: Tensor) -> list:
+    """A matrix as lists, to six digits."""
+    return [[float(f"{value:.6g}") for value in row] for row in numbers.tolist()]

@@ -1,0 +1,129 @@
+"""Every claim measured, drawn and judged: evidence.json, pictures, and report.html to be read from top to bottom."""
+
+import json
+import math
+import re
+from base64 import b64encode
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from fewshot.evidence import claims
+from fewshot.evidence.model import Model
+from fewshot.evidence.pictures import Shown
+from fewshot.evidence.section import Statement, Statements, Table, counted_steps, head_is_zero, is_trained
+from fewshot.files import write_file
+from fewshot.results.figures import png
+from fewshot.results.record_files import title
+from fewshot.theory.probes import probes
+
+HERE = Path(__file__).parent
+# In a wheel it lies here, in a checkout where people look for it.
+METHOD = next(path for path in (HERE / "method.md", HERE.parents[2] / "docs" / "method.md") if path.is_file())
+
+
+def measure(model: Model) -> dict[str, Any]:
+    """What all claims measure, and what several of them read."""
+    knobs = {"inner_lr": model.loop.inner_lr, "inner_steps": model.loop.inner_steps}
+    evidence = {"same_for_all": model.same_for_all, "probes": probes(model.network, [model.tasks], **knobs)}
+    for claim in claims.CLAIMS:
+        evidence |= claim.measure(model)
+    return evidence
+
+
+def write(folder: Path, evidence: dict[str, Any], shown: Shown) -> None:
+    """evidence.json, the pictures, and the page that shows both."""
+    evidence = finite(evidence)
+    pictures = {name: png(figure) for name, figure in draw(evidence, shown).items()}
+    files = {
+        "evidence.json": json.dumps(evidence, indent=2, allow_nan=False),
+        **{f"{name}.png": picture for name, picture in pictures.items()},
+        "report.html": page(evidence, pictures),
+    }
+    for name, content in files.items():
+        write_file(folder / name, content)
+
+
+def draw(evidence: dict[str, Any], shown: Shown) -> dict[str, Figure]:
+    sections = [(claim, claim.section(evidence)) for claim in claims.CLAIMS]
+    return {part.picture.name: claim.draw(evidence, shown) for claim, part in sections if part.picture}
+
+
+def finite(content: Any) -> Any:
+    """JSON has no nan and no infinity; they become null."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def page(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    """pictures: PNGs by name. Whatever text is in `evidence` is shown as text; the page needs no network, no script."""
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters["pieces"] = _pieces
+    parts = [(claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
+    summary = [Statement(section.claim, verdicts, anchor=section.anchor) for section, verdicts in parts]
+    return templates.get_template("report.html.jinja").render(
+        subtitle=_subtitle(evidence),
+        trained=is_trained(evidence),
+        head_is_zero=head_is_zero(evidence),
+        summary=Statements(("claim", "verdict"), summary),
+        parts=parts,
+        pictures={name: b64encode(png).decode() for name, png in pictures.items()},
+        how=_how(evidence),
+        method=_method(METHOD.read_text(encoding="utf-8")),
+    )
+
+
+def _pieces(plain: str) -> list[tuple[str, str, str]]:
+    """(text, index, number): a piece ends with an index, as in x_{2}, a section's number, as in §2.6, or neither."""
+    words = [word or "" for word in re.split(r"_\{(.+?)\}|§(\d(?:\.\d)?)", plain)]
+    return list(zip(words[::3], [*words[1::3], ""], [*words[2::3], ""], strict=True))
+
+
+class _Chapter(NamedTuple):
+    number: str  # "2.6"; empty: of the title
+    heading: str
+    text: str
+
+
+def _method(markdown: str) -> list[_Chapter]:
+    """The method by its headings, each with the text below it as it is written: formulas in plain characters."""
+    _, *pieces = re.split(r"^#+ (.+)$", markdown, flags=re.MULTILINE)
+    return [
+        _Chapter(number[1] if (number := re.match(r"(\d(?:\.\d)?)", heading)) else "", heading, text.strip("\n"))
+        for heading, text in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+
+
+def _subtitle(evidence: dict[str, Any]) -> str:
+    here, model = evidence["config"]["dataset"]["name"], evidence["model"]
+    measured = f", measured on {here}" if here != model["trained_with"]["dataset"]["name"] else ""
+    return f"{title(model['trained_with'])}, after {model['iteration']} outer updates{measured}"
+
+
+def _how(evidence: dict[str, Any]) -> Table:
+    """How it was measured."""
+    config, model, tasks = evidence["config"], evidence["model"], evidence["tasks"]
+    trained = model["trained_with"]
+    adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
+    rows = {
+        "Checkpoint": "/".join(Path(model["checkpoint"]).parts[-3:]),
+        "Model": f"{title(trained)}, {trained['model']['name']}, {model['iteration']} outer updates, "
+        f"seed {trained['seed']}",
+        "Test tasks": f"{config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot, "
+        f"{config['queries']} queries per class; the same in every run; {evidence['test']['tasks']} for accuracy, the "
+        f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
+        "Inner loop": f"η = {config['inner_lr']}; {counted_steps(config['inner_steps'])}, {config['test_steps']} at "
+        f"test; adapts {adapts} (trained with η = {trained['inner_lr']}, {counted_steps(trained['inner_steps'])}, "
+        f"{trained['shots']}-shot)",
+        "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
+        "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
+        "Versions": ", ".join(f"{name} {version}" for name, version in evidence["versions"].items()),
+    }
+    return Table((), list(rows.items()), "plain")
