@@ -22,15 +22,23 @@ GRADIENT = 1e-10  # relative; what rounding becomes through convolutions and Bat
 class Equation(NamedTuple):
     """It holds where the number, how far its sides are apart, is at most the bound."""
 
+    name: str  # in evidence.json
     says: str
-    number: str  # what it is
-    bound: float
     apart: Callable[[Model], float | None]  # None: the model has nothing that it could speak of
+    bound: float
+    number: str  # what it is
+    why_not: str = ""  # for an equation that does not hold
+    parts: tuple[str, ...] = ()  # of the model's own head: where all classes have the same, it says nothing
 
 
-def measured(equations: dict[str, Equation], model: Model) -> dict[str, dict[str, Any]]:
-    numbers = ((name, equation.bound, equation.apart(model)) for name, equation in equations.items())
-    return {name: measured_one(apart, bound) for name, bound, apart in numbers if apart is not None}
+def equation(bound: float, number: str, why_not: str = "", parts: tuple[str, ...] = ()) -> Callable[..., Equation]:
+    """Makes an Equation of the function that measures it: its name is the function's, what it says the docstring."""
+    return lambda apart: Equation(apart.__name__, apart.__doc__, apart, bound, number, why_not, parts)
+
+
+def measured(equations: list[Equation], model: Model) -> dict[str, dict[str, Any]]:
+    numbers = ((equation, equation.apart(model)) for equation in equations)
+    return {equation.name: measured_one(apart, equation.bound) for equation, apart in numbers if apart is not None}
 
 
 def measured_one(apart: float, bound: float) -> dict[str, Any]:
@@ -60,6 +68,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return difference / size if size else math.inf if difference else 0.0
 
 
-def without_noise(features: Features, q: Tensor) -> Tensor:
-    """1[t=u] - q_t, (B, Q, S); q (B, Q, K)."""
-    return features.same_class().double() - q.gather(-1, features.support_labels[:, None].expand(-1, q.shape[1], -1))
+def noise_of(c: Tensor, features: Features, q: Tensor) -> Tensor:
+    """What coefficients (..., B, Q, S) are besides 1[t=u] - q_t; q (B, Q, K)."""
+    q_t = q.gather(-1, features.support_labels[:, None].expand(-1, q.shape[1], -1))
+    return c - (features.same_class().double() - q_t)
