@@ -129,17 +129,6 @@ def fingerprint(config: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def read_similarities(path: Path) -> dict[str, Any] | None:
-    """The content of cosine_similarity.json; None, and a warning, if it is not as a run writes it."""
-    try:
-        content = stored.read_json(path)
-        stored.check(str(path), content, stored.SIMILARITIES)
-    except UserError as problem:
-        log.warning(f"{problem}; left out")
-        return None
-    return content
-
-
 HEADS = {  # (zeroing, init_scale): the poster's three
     (False, 1): "random head",
     (False, 0): "zero at the start",

@@ -1,4 +1,4 @@
-"""A sweep as one Slurm job array. What submitit would make of a job that Slurm ended is said differently here."""
+"""A sweep as one Slurm job array, submitted by submitit; a job that Slurm ends for good is one failure of the sweep."""
 
 import logging
 import subprocess
@@ -20,19 +20,17 @@ from fewshot.files import write_file
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 5  # between two questions to squeue about one job
-
 
 class Job(SlurmJob[Any]):
     """A job that has also ended when the queue no longer knows it: without accounting (sacct) submitit would wait for
     a job that was cancelled forever."""
 
-    asked = 0.0  # when squeue was
+    asked = 0.0  # when squeue was asked last, at most every five seconds
 
     def done(self, force_check: bool = False) -> bool:
         if super().done(force_check):
             return True
-        if self.state != "UNKNOWN" or time.monotonic() < self.asked + POLL_SECONDS:
+        if self.state != "UNKNOWN" or time.monotonic() < self.asked + 5:
             return False
         self.asked = time.monotonic()
         command = ["squeue", "--noheader", "--all", "--jobs", self.job_id, "--format=%T"]
@@ -58,28 +56,25 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
         jobs = _submit(launcher, calls, **launcher.params)
     except (FailedJobError, FailedSubmissionError):  # sbatch has said why
         raise SystemExit("hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*") from None
-    return [_result(job, _folder(launcher, overrides)) for job, overrides in zip(jobs, job_overrides, strict=True)]
+    return [_result(launcher, *pair) for pair in zip(jobs, job_overrides, strict=True)]
 
 
 def _submit(
     function: Callable[..., Any], calls: list[tuple[Any, ...]], submitit_folder: str, max_num_timeout: int, **knobs: Any
 ) -> list[Job]:
     executor = AutoExecutor(submitit_folder, cluster="slurm", slurm_max_num_timeout=max_num_timeout)
-    shared = {field.name for field in fields(BaseQueueConf)}  # by the executors of all kinds of clusters
+    shared = {field.name for field in fields(BaseQueueConf)}  # the knobs of every kind of cluster
     executor.update_parameters(**{knob if knob in shared else f"slurm_{knob}": knobs[knob] for knob in knobs})
     jobs = executor.map_array(function, *zip(*calls, strict=True))
     return [Job(executor.folder, job.job_id, range(job.num_tasks)) for job in jobs]
 
 
-def _folder(launcher: Any, overrides: Sequence[str]) -> Path:
-    own = [override for override in overrides if not override.startswith("hydra")]
-    return Path(launcher.config.hydra.sweep.dir) / job_folder(own)
-
-
-def _result(job: Job, folder: Path) -> JobReturn:
+def _result(launcher: Any, job: Job, overrides: Sequence[str]) -> JobReturn:
     try:
         return job.results()[0]
     except (UncompletedJobError, FailedJobError):
         state = "cancelled, or lost with its node" if job.state == "UNKNOWN" else job.state
-        write_file(folder / "error.txt", f"Slurm job {job.job_id}: {state}; its log is {job.paths.stderr}\n")
+        own = [override for override in overrides if not override.startswith("hydra")]
+        error = Path(launcher.config.hydra.sweep.dir) / job_folder(own) / "error.txt"
+        write_file(error, f"Slurm job {job.job_id}: {state}; its log is {job.paths.stderr}\n")
         return JobReturn(_return_value=0.0, status=JobStatus.COMPLETED)

@@ -13,6 +13,7 @@ import numpy as np
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from fewshot.config import stored
 from fewshot.config.command import one_line_errors
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, printable, shown
@@ -27,7 +28,6 @@ from fewshot.sweep.settings import (
     mean_and_ci95,
     read_job,
     read_jobs,
-    read_similarities,
 )
 
 log = logging.getLogger(__name__)
@@ -180,10 +180,15 @@ def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
-    """{setting: what its jobs recorded of the cosine similarities between classes}"""
-    recorded = {}
+    """For each setting, the cosine_similarity.json of its finished jobs; what is not as a run writes it is left out."""
+    recorded: dict[str, list[dict[str, Any]]] = {}
     for setting in settings:
-        paths = [job.folder / "cosine_similarity.json" for job in setting.jobs if job.results]
-        if contents := [content for path in paths if path.exists() and (content := read_similarities(path))]:
-            recorded[setting.label()] = contents
+        for job in setting.jobs:
+            path = job.folder / "cosine_similarity.json"
+            if job.results and path.exists():
+                try:
+                    stored.check(str(path), content := stored.read_json(path), stored.SIMILARITIES)
+                    recorded.setdefault(setting.label(), []).append(content)
+                except UserError as problem:
+                    log.warning(f"{problem}; left out")
     return recorded
