@@ -151,6 +151,17 @@ def test_an_algorithm_is_called_by_its_papers_name(config, tmp_path):
     assert setting.label() == "UnicornMAML (first order) + zeroing"
 
 
+def test_an_algorithm_of_ones_own_is_named_and_not_imported(config, tmp_path):
+    """A stored configuration may be of anybody; the module that it names is not even there."""
+    for name in ("own", "fomaml"):
+        make_run(tmp_path / name, config("algo=fomaml"), accuracy=[0.2])
+    results = json.loads((tmp_path / "own" / "results.json").read_text())
+    results["config"]["algo"] |= {"_target_": "not_there.Reptile", "head": "own"}
+    (tmp_path / "own" / "results.json").write_text(json.dumps(results))
+    labels = {setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))}
+    assert labels == {"FOMAML", "Reptile"}
+
+
 def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config, tmp_path):
     for seed, accuracy in enumerate((0.48, 0.52)):
         curve = [(0, 0.2), (10, accuracy)]
