@@ -24,7 +24,7 @@ from fewshot import train
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.evidence import claims, equations, report, section
+from fewshot.evidence import claims, equations, page, report
 from fewshot.evidence import model as measured
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.claims import (
@@ -40,7 +40,7 @@ from fewshot.evidence.claims import (
 )
 from fewshot.evidence.model import Model
 from fewshot.evidence.pictures import Shown
-from fewshot.evidence.report import page
+from fewshot.evidence.report import render
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
@@ -356,7 +356,7 @@ def test_a_head_may_have_one_feature_two_ways_and_many():
 
 def config_of(ways):
     algo = {"first_order": True, "adapted": "all", "zeroing": False}
-    return {"algo": algo, "dataset": {"name": "none"}, "ways": ways, "shots": 1, "inner_steps": 2}
+    return {"algo": algo, "dataset": {"name": "none"}, "ways": ways, "shots": 1, "inner_steps": 2, "inner_lr": 0.4}
 
 
 # The words
@@ -367,14 +367,14 @@ def config_of(ways):
     [(3.3e-16, "3.3e−16"), (1e-12, "1e−12"), (0.0, "0"), (0.98, "0.98"), (-0.25, "−0.25"), (None, "not a number")],
 )
 def test_numbers_in_short(value, said):
-    assert section.short(value) == said
+    assert page.short(value) == said
 
 
 def test_all_and_none_are_said_of_all_and_none_alone():
-    assert [section.percent(x) for x in (1.0, 0.99999, 0.8279, 0.00001, 0.0)] == [
+    assert [page.percent(x) for x in (1.0, 0.99999, 0.8279, 0.00001, 0.0)] == [
         *("100%", "> 99.9%", "82.8%", "< 0.1%", "0%")
     ]
-    assert section.decimals(-0.001) == "0.00"
+    assert page.decimals(-0.001) == "0.00"
 
 
 def kinds(verdicts):
@@ -450,20 +450,20 @@ def everything(network, tasks, iteration=3):
 
 CLAIM = """
 from matplotlib.figure import Figure
-from fewshot.evidence.section import Picture, Section, either
+from fewshot.evidence import page
 
 def measure(model):
     return {"spread": {"norm": model.features.query.norm(dim=-1).mean().item()}}
 
 def section(evidence):
-    picture = Picture("spread", "An empty picture", "Nothing to see.")
-    return Section("spread", "One's own", "Features are not zero", "As if they could be (§2.1).", [], picture=picture)
+    picture = page.Picture("spread", "An empty picture", "Nothing to see.")
+    return page.Section("spread", "One's own", "Features are not zero", "As if they could (§2.1).", [], picture=picture)
 
 def draw(evidence, shown):
     return Figure()
 
 def verdict(evidence):
-    return {"They are not.": either(evidence["spread"]["norm"] > 0, "really <b>")}
+    return {"They are not.": page.either(evidence["spread"]["norm"] > 0, "really <b>")}
 """
 
 
@@ -509,12 +509,12 @@ def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():
     assert found["same_for_all"] == {"weight": True, "bias": True} and found["memory"]["this_head_before"] is None
     assert verdicts(found) == verdicts(zero)
     assert len([kind for *_, kind, _ in verdicts(found) if kind == "untested"]) >= 7
-    assert "the same for every class" in page(found, PICTURES)
+    assert "the same for every class" in render(found, PICTURES)
     with torch.no_grad():
         network.head.bias[0] += 1  # predictions before the step are no longer uniform
     kinds = {words: kind for *_, kind, words in verdicts(everything(network, tasks))}
     assert kinds["4 of the 4 statements tested do not hold"] == "fails"
-    assert not any(section.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
+    assert not any(page.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
     for figure in report.draw({**everything(network, tasks)}, Shown(*images_of(tasks))).values():
         assert figure.axes
 
@@ -526,13 +526,13 @@ def images_of(tasks):
 
 def test_an_untrained_model_gets_a_banner_and_no_verdict_on_training():
     found = everything(*model(), iteration=0)
-    html = page(found, PICTURES)
+    html = render(found, PICTURES)
     assert "has had no outer update" in html.split("<section")[0] and 'class="banner"' in html
     judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
     assert judged["similarity"] == judged["accuracy"] == "untested"
     found["model"]["iteration"] = 1
     judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
-    assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in page(
+    assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in render(
         found, PICTURES
     )
 
@@ -554,7 +554,7 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
 
 
 def test_every_section_of_the_method_that_is_named_is_on_the_page():
-    html = page(everything(*model()), PICTURES)
+    html = render(everything(*model()), PICTURES)
     checked = Page(html)
     assert {f"#method-2.{number}" for number in range(1, 8)} <= set(checked.links)
     assert all(link[1:] in checked.anchors for link in checked.links) and "§" not in html
@@ -573,7 +573,7 @@ def test_no_text_becomes_a_tag():
     config |= {"dataset": {"name": f"{EVIL} 2"}, "trainer": {"precision": EVIL}}
     checkpoint = f"run/{EVIL.replace('/', '')}/a.ckpt"
     found["model"] = {"checkpoint": checkpoint, "iteration": 3, "trained_with": trained}
-    checked = Page(page({**found, "config": config, "versions": {EVIL: EVIL}}, PICTURES))
+    checked = Page(render({**found, "config": config, "versions": {EVIL: EVIL}}, PICTURES))
     assert all(source.startswith("data:image/png") for source in checked.images)
     assert len(checked.images) == len(PICTURES) and "".join(checked.text).count(EVIL) >= 12
 
@@ -649,8 +649,8 @@ def assert_self_contained(html, pictures):
         source.startswith("data:image/png;base64,") for source in checked.images
     )
     assert checked.links and all(link.startswith("#") and link[1:] in checked.anchors for link in checked.links)
-    page, method = html.split('id="method"')  # the method as it is written has addresses and braces, all escaped
-    assert "@import" not in html and "url(" not in html and "http" not in re.sub(r"base64,[^\"]*", "", page)
+    above, method = html.split('id="method"')  # the method as it is written has addresses and braces, all escaped
+    assert "@import" not in html and "url(" not in html and "http" not in re.sub(r"base64,[^\"]*", "", above)
     assert not re.search(r"<(?!/?(h3|pre|section|body|html)\b)", method)
     text = "".join(checked.text).split("0. The poster's claims")[0]
     assert not re.search(r"[{}]|\bNone\b|\bnan\b|\binf\b|tensor\(", text), "something was not filled in"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.section import Verdict, short
 from fewshot.theory.features import Features
 
 NONE = 0.0  # counts, and products with an exact zero: nothing is rounded
@@ -46,12 +46,12 @@ def measured_one(apart: float, bound: float) -> dict[str, Any]:
     return {"value": apart, "bound": bound, "pass": apart <= bound}
 
 
-def verdict_on(check: dict[str, Any]) -> Verdict:
+def verdict_on(check: dict[str, Any]) -> page.Verdict:
     """check: as in evidence.json, where None is no finite number."""
-    value, bound = short(check["value"]), short(check["bound"])
+    value, bound = page.short(check["value"]), page.short(check["bound"])
     if check["pass"]:
-        return Verdict("holds", f"holds exactly ({value} ≤ {bound})")
-    return Verdict("fails", f"does not hold ({value if check['value'] is None else f'{value} > {bound}'})")
+        return page.Verdict("holds", f"holds exactly ({value} ≤ {bound})")
+    return page.Verdict("fails", f"does not hold ({value if check['value'] is None else f'{value} > {bound}'})")
 
 
 def largest(difference: Tensor) -> float:

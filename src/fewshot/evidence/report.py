@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from fewshot.evidence import claims
+from fewshot.evidence import claims, page
 from fewshot.evidence.model import Model
 from fewshot.evidence.pictures import Shown
-from fewshot.evidence.section import Statement, Statements, Table, counted_steps, head_is_zero, is_trained
 from fewshot.files import write_file
 from fewshot.results.figures import png
 from fewshot.results.record_files import title
@@ -40,7 +39,7 @@ def write(folder: Path, evidence: dict[str, Any], shown: Shown) -> None:
     files = {
         "evidence.json": json.dumps(evidence, indent=2, allow_nan=False),
         **{f"{name}.png": picture for name, picture in pictures.items()},
-        "report.html": page(evidence, pictures),
+        "report.html": render(evidence, pictures),
     }
     for name, content in files.items():
         write_file(folder / name, content)
@@ -60,19 +59,19 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def page(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def render(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """pictures: PNGs by name. Whatever text is in `evidence` is shown as text; the page needs no network, no script."""
     templates = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters["pieces"] = _pieces
     parts = [(claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
-    summary = [Statement(section.claim, verdicts, anchor=section.anchor) for section, verdicts in parts]
+    summary = [page.Statement(section.claim, verdicts, anchor=section.anchor) for section, verdicts in parts]
     return templates.get_template("report.html.jinja").render(
         subtitle=_subtitle(evidence),
-        trained=is_trained(evidence),
-        head_is_zero=head_is_zero(evidence),
-        summary=Statements(("claim", "verdict"), summary),
+        trained=page.is_trained(evidence),
+        head_is_zero=page.head_is_zero(evidence),
+        summary=page.Statements(("claim", "verdict"), summary),
         parts=parts,
         pictures={name: b64encode(png).decode() for name, png in pictures.items()},
         how=_how(evidence),
@@ -107,7 +106,7 @@ def _subtitle(evidence: dict[str, Any]) -> str:
     return f"{title(model['trained_with'])}, after {model['iteration']} outer updates{measured}"
 
 
-def _how(evidence: dict[str, Any]) -> Table:
+def _how(evidence: dict[str, Any]) -> page.Table:
     """How it was measured."""
     config, model, tasks = evidence["config"], evidence["model"], evidence["tasks"]
     trained = model["trained_with"]
@@ -119,11 +118,11 @@ def _how(evidence: dict[str, Any]) -> Table:
         "Test tasks": f"{config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot, "
         f"{config['queries']} queries per class; the same in every run; {evidence['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
-        "Inner loop": f"η = {config['inner_lr']}; {counted_steps(config['inner_steps'])}, {config['test_steps']} at "
-        f"test; adapts {adapts} (trained with η = {trained['inner_lr']}, {counted_steps(trained['inner_steps'])}, "
+        "Inner loop": f"η = {config['inner_lr']}; {page.counted_steps(config['inner_steps'])}, {config['test_steps']} "
+        f"at test; adapts {adapts} (trained with η = {trained['inner_lr']}, {page.counted_steps(trained['inner_steps'])}, "
         f"{trained['shots']}-shot)",
         "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
         "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
         "Versions": ", ".join(f"{name} {version}" for name, version in evidence["versions"].items()),
     }
-    return Table((), list(rows.items()), "plain")
+    return page.Table((), list(rows.items()), "plain")

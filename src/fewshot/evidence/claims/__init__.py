@@ -5,7 +5,7 @@ Each file has
     measure(model)           what it adds to evidence.json, {key: numbers}
     section(evidence)        its section of the page, where evidence is all of evidence.json
     draw(evidence, shown)    the section's picture, if it has one
-    verdict(evidence)        {what: Verdict}
+    verdict(evidence)        {what: page.Verdict}
 """
 
 from fewshot.evidence.claims import (

@@ -5,20 +5,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fewshot.config.tree import MODES
+from fewshot.evidence import page
 from fewshot.evidence.model import Model
 from fewshot.evidence.pictures import Shown
-from fewshot.evidence.section import (
-    HEAD_IS_ZERO,
-    UNTRAINED,
-    Picture,
-    Section,
-    Table,
-    Verdict,
-    Verdicts,
-    head_is_zero,
-    interval,
-    is_trained,
-)
 from fewshot.results.figures import accuracy_over_steps
 from fewshot.results.scores import Scores
 
@@ -35,40 +24,44 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return accuracy_over_steps(evidence, evidence["config"])
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     test = evidence["test"]
     modes = [zip(test[mode]["accuracy"], test[mode]["ci95"], strict=True) for mode in MODES]
-    rows = [(str(step), *(interval(*score) for score in both)) for step, both in enumerate(zip(*modes, strict=True))]
-    return Section(
+    rows = [
+        (str(step), *(page.interval(*score) for score in both)) for step, both in enumerate(zip(*modes, strict=True))
+    ]
+    return page.Section(
         anchor="accuracy",
         overline="Accuracy",
         claim="The head need not be remembered between tasks",
         lead="What a head keeps from one task to the next are features of unrelated tasks (§2.7). If that is mere "
         "noise, a head that is zeroed before it adapts to a test task does as well.",
-        picture=Picture(
+        picture=page.Picture(
             "accuracy",
             "Test accuracy over inner steps, with and without zeroing the head",
             f"Query accuracy after every inner step: mean over {test['tasks']} test tasks and 95% confidence interval.",
         ),
-        tables=[Table(("inner step", "test zeroing off", "test zeroing on"), rows)],
+        tables=[page.Table(("inner step", "test zeroing off", "test zeroing on"), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Whether test-time zeroing costs accuracy after the inner steps of training."""
     return {"Zeroing the head at test time costs nothing.": _judged(evidence)}
 
 
-def _judged(evidence: dict[str, Any]) -> Verdict:
-    if not is_trained(evidence):
-        return UNTRAINED
-    if head_is_zero(evidence):
-        return HEAD_IS_ZERO
+def _judged(evidence: dict[str, Any]) -> page.Verdict:
+    if not page.is_trained(evidence):
+        return page.UNTRAINED
+    if page.head_is_zero(evidence):
+        return page.HEAD_IS_ZERO
     step, gained = evidence["config"]["inner_steps"], evidence["test"]["gain"]
     gain, ci95 = gained["accuracy"][step], gained["ci95"][step]
-    words = f"zeroing changes accuracy by {interval(gain, ci95)} after step {step}"
+    words = f"zeroing changes accuracy by {page.interval(gain, ci95)} after step {step}"
     if gain + ci95 < 0:
-        return Verdict("fails", f"does not hold: {words}")
+        return page.Verdict("fails", f"does not hold: {words}")
     return (
-        Verdict("holds", f"holds, and more: {words}") if gain > ci95 else Verdict("partly", f"not told apart: {words}")
+        page.Verdict("holds", f"holds, and more: {words}")
+        if gain > ci95
+        else page.Verdict("partly", f"not told apart: {words}")
     )

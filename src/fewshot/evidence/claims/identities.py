@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewshot.evidence import page
 from fewshot.evidence.equations import (
     GRADIENT,
     NONE,
@@ -21,7 +22,6 @@ from fewshot.evidence.equations import (
     worst,
 )
 from fewshot.evidence.model import Model
-from fewshot.evidence.section import Section, Statement, Statements, Verdict, Verdicts, counted_steps
 from fewshot.theory.closed_forms import closed_form_gradients, contrastive_coefficients
 from fewshot.theory.features import ROUNDING, Features, agreement
 
@@ -185,15 +185,15 @@ def measure(model: Model) -> dict[str, Any]:
     return {"identities": {**measured(IDENTITIES, own.zeroed()), **measured(SPLITS, own)}}
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     checks, config = evidence["identities"], evidence["config"]
 
-    def table(equations: list[Equation], heading: str) -> Statements:
+    def table(equations: list[Equation], heading: str) -> page.Statements:
         held = [(equation, checks[equation.name]) for equation in equations if equation.name in checks]
-        rows = [Statement(equation.says, {"": verdict_on(check)}, (equation.number,)) for equation, check in held]
-        return Statements(("statement, and what its number is", "verdict"), rows, heading)
+        rows = [page.Statement(equation.says, {"": verdict_on(check)}, (equation.number,)) for equation, check in held]
+        return page.Statements(("statement, and what its number is", "verdict"), rows, heading)
 
-    return Section(
+    return page.Section(
         anchor="identities",
         overline="Identities",
         claim="With a zeroed head and one inner step, MAML is supervised contrastive learning",
@@ -207,15 +207,15 @@ def section(evidence: dict[str, Any]) -> Section:
         "E_{Q} sum to 0, so it vanishes too where all classes have the same weights.",
         tables=[
             table(IDENTITIES, "With the head zeroed, one inner step"),
-            table(SPLITS, f"With this model’s own head, {counted_steps(config['inner_steps'])} of the head"),
+            table(SPLITS, f"With this model’s own head, {page.counted_steps(config['inner_steps'])} of the head"),
         ],
         note="" if "bias_after_one_step" in checks else "This model’s head has no bias.",
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     checks = evidence["identities"].values()
     held = sum(check["pass"] for check in checks)
     if held == len(checks):
-        return {"": Verdict("holds", f"all {held} identities hold exactly")}
-    return {"": Verdict("fails", f"{len(checks) - held} of {len(checks)} identities do not hold")}
+        return {"": page.Verdict("holds", f"all {held} identities hold exactly")}
+    return {"": page.Verdict("fails", f"{len(checks) - held} of {len(checks)} identities do not hold")}

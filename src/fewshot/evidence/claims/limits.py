@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fewshot.evidence import page
 from fewshot.evidence.equations import (
     GRADIENT,
     Equation,
@@ -15,7 +16,6 @@ from fewshot.evidence.equations import (
     verdict_on,
 )
 from fewshot.evidence.model import Model
-from fewshot.evidence.section import HEAD_IS_ZERO, Section, Statement, Statements, Verdict, Verdicts
 from fewshot.theory.closed_forms import contrastive_coefficients
 from fewshot.theory.features import ROUNDING
 
@@ -105,37 +105,37 @@ def measure(model: Model) -> dict[str, Any]:
     return {"limits": measured(LIMITS, model.on_few_tasks())}
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     rows = [
-        Statement(f"Expected: {limit.says}", {"": judged}, (limit.why_not, f"Measured: {limit.number}."))
+        page.Statement(f"Expected: {limit.says}", {"": judged}, (limit.why_not, f"Measured: {limit.number}."))
         for limit, judged in _judged(evidence)
     ]
-    return Section(
+    return page.Section(
         anchor="limits",
         overline="Where it ends",
         claim="What does not hold",
         lead="Statements that are in the paper, or easily read into it, and that its formulas do not bear out (§2.5, "
         "§2.6), measured like the identities and on the same tasks; where it takes more than one inner step, with "
         f"{evidence['coefficients']['inner_steps']}.",
-        tables=[Statements(("expected and found", "verdict"), rows)],
+        tables=[page.Statements(("expected and found", "verdict"), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     kinds = [judged.kind for _, judged in _judged(evidence)]
     failed, tested = kinds.count("fails"), len(kinds) - kinds.count("untested")
-    return {"": Verdict("fails" if failed else "holds", f"{failed} of the {tested} statements tested do not hold")}
+    return {"": page.Verdict("fails" if failed else "holds", f"{failed} of the {tested} statements tested do not hold")}
 
 
-def _judged(evidence: dict[str, Any]) -> list[tuple[Equation, Verdict]]:
+def _judged(evidence: dict[str, Any]) -> list[tuple[Equation, page.Verdict]]:
     checks, same = evidence["limits"], evidence["same_for_all"]
     measured = [limit for limit in LIMITS if limit.name in checks]
     return [(limit, verdict_on_limit(limit, checks[limit.name], same)) for limit in measured]
 
 
-def verdict_on_limit(limit: Equation, check: dict[str, Any], same_for_all: dict[str, bool]) -> Verdict:
+def verdict_on_limit(limit: Equation, check: dict[str, Any], same_for_all: dict[str, bool]) -> page.Verdict:
     """same_for_all: of which parts of this model's head all classes have the same."""
     if limit.parts and check["pass"] and all(same_for_all[part] for part in limit.parts):
-        words = HEAD_IS_ZERO.words
-        return HEAD_IS_ZERO._replace(words=words.replace("head", "bias") if limit.parts == ("bias",) else words)
+        words = page.HEAD_IS_ZERO.words
+        return page.HEAD_IS_ZERO._replace(words=words.replace("head", "bias") if limit.parts == ("bias",) else words)
     return verdict_on(check)

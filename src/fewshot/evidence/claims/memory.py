@@ -6,9 +6,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
 from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, number_columns, size_of
-from fewshot.evidence.section import Picture, Section, Table, Verdicts, by_share, decimals, head_is_zero, percent
 from fewshot.theory.closed_forms import adapt_head
 from fewshot.theory.features import centred, cosines, tied
 
@@ -48,7 +48,7 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
         "this_head_after": "this head, after\none inner step",
         "zeroed_head_after": "head zeroed, after\none inner step",
     }
-    if head_is_zero(evidence):
+    if page.head_is_zero(evidence):
         cases = {"zeroed_head_after": "head zero, after\none inner step"}
     cases = {name: title for name, title in cases.items() if memory[name]}
     figure = Figure(figsize=size_of(len(cases)), layout="constrained")
@@ -62,18 +62,23 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     cases = {
         "this_head_before": "this head, before the step",
         "this_head_after": "this head, after one step",
         "zeroed_head_after": "head zeroed, after one step",
     }
     rows = [
-        (name, decimals(columns["same_class"]), decimals(columns["other_class"]), percent(columns["nearest_is_own"]))
+        (
+            name,
+            page.decimals(columns["same_class"]),
+            page.decimals(columns["other_class"]),
+            page.percent(columns["nearest_is_own"]),
+        )
         for case, name in cases.items()
         if (columns := evidence["memory"][case])
     ]
-    return Section(
+    return page.Section(
         anchor="memory",
         overline="Question 2",
         claim="In the inner loop the classifier memorises support features",
@@ -81,18 +86,18 @@ def section(evidence: dict[str, Any]) -> Section:
         "takes those of the others away (§2.2). So afterwards column i should look like the mean support feature of "
         "its class. What all columns have in common changes no prediction, so their mean is taken off first.",
         theorem="From a zeroed head column i becomes (η/K)(μ_{i} − mean μ), as the support predictions are 1/K (§2.6).",
-        picture=Picture(
+        picture=page.Picture(
             "memory",
             "Heat maps of cosines between classifier columns and support means",
             "One test task: cosine similarity of column i of the classifier, less the mean of all columns, and each "
             "class’s mean support feature.",
-            small=head_is_zero(evidence),
+            small=page.head_is_zero(evidence),
         ),
-        tables=[Table(("mean cosine similarity", "own class", "other classes", "nearest is own class"), rows)],
+        tables=[page.Table(("mean cosine similarity", "own class", "other classes", "nearest is own class"), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     nearest = evidence["memory"]["this_head_after"]["nearest_is_own"]
-    words = f"after the step {percent(nearest)} of the columns are nearest to their own class"
-    return {"Columns memorise the support of their class.": by_share(nearest, words)}
+    words = f"after the step {page.percent(nearest)} of the columns are nearest to their own class"
+    return {"Columns memorise the support of their class.": page.by_share(nearest, words)}

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
 from fewshot.evidence.pictures import BAR, COSINE, Shown, beside, heat_map, number_columns, size_of
-from fewshot.evidence.section import Picture, Section, Table, Verdicts, by_share, decimals, short
 from fewshot.theory.features import cosines
 
 
@@ -72,15 +72,18 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     example = evidence["motivating_example"]
     rows = [
-        ("Mean logit of a query’s own class, which the loss wants to be 1", decimals(example["same_class"])),
-        ("Mean logit of the other classes, which it wants to be 0", decimals(example["other_class"])),
-        ("The program’s largest relative difference from the theorem, columns", short(example["classifier_error"])),
-        ("The same, logits", short(example["logits_error"])),
+        ("Mean logit of a query’s own class, which the loss wants to be 1", page.decimals(example["same_class"])),
+        ("Mean logit of the other classes, which it wants to be 0", page.decimals(example["other_class"])),
+        (
+            "The program’s largest relative difference from the theorem, columns",
+            page.short(example["classifier_error"]),
+        ),
+        ("The same, logits", page.short(example["logits_error"])),
     ]
-    return Section(
+    return page.Section(
         anchor="motivating-example",
         overline="Motivating example",
         claim="One inner step writes the support features into the classifier",
@@ -89,21 +92,21 @@ def section(evidence: dict[str, Any]) -> Section:
         "1 within a class and 0 across, is a contrastive loss.",
         theorem="Column i of w becomes η m_{i}, where m_{i} is the sum of class i’s support features, and the logits "
         "become η φ(q)·m_{i}: at w = 0 the gradient of the loss is −m_{i}, for the predictions in it are 0.",
-        picture=Picture(
+        picture=page.Picture(
             "motivating_example",
             "Three heat maps: cosines of classifier columns and support features, logits, inner products",
             "One test task. A column of each map is a class, shown by its first support image; a row of the two maps "
             "on the right is a query. Left: column i of the classifier has cosine 1 with class i. Middle and right are "
             "the same numbers, one from an inner step, the other from the features alone.",
         ),
-        tables=[Table((), rows)],
+        tables=[page.Table((), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Whether the features give the outer loss of the example what it wants."""
     example = evidence["motivating_example"]
     larger, tasks = example["tasks_where_own_is_larger"], example["tasks"]
-    own, others = decimals(example["same_class"]), decimals(example["other_class"])
+    own, others = page.decimals(example["same_class"]), page.decimals(example["other_class"])
     words = f"{own} for a query’s own class, {others} for the others; larger in {larger} of {tasks} tasks"
-    return {"With these features the logit of a query’s own class is the larger.": by_share(larger / tasks, words)}
+    return {"With these features the logit of a query’s own class is the larger.": page.by_share(larger / tasks, words)}

@@ -6,19 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
 from fewshot.evidence.pictures import SIGNED, Shown
-from fewshot.evidence.section import (
-    HEAD_IS_ZERO,
-    Picture,
-    Section,
-    Table,
-    Verdicts,
-    by_share,
-    either,
-    head_is_zero,
-    percent,
-)
 from fewshot.theory.closed_forms import contrastive_coefficients
 from fewshot.theory.features import ROUNDING
 
@@ -54,7 +44,7 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
         "zeroed_head": "head zeroed,\none step",
         "more_steps": f"head zeroed,\n{coefficients['inner_steps']} steps, summed",
     }
-    if head_is_zero(evidence):
+    if page.head_is_zero(evidence):
         del cases["this_head"]
     values = {name: np.array(coefficients[name]["first_task"]) for name in cases}
     most = max(np.abs(c).max() for c in values.values())
@@ -87,13 +77,14 @@ def _middles(labels: np.ndarray) -> tuple[list[float], list[str]]:
     return [np.flatnonzero(labels == k).mean() for k in np.unique(labels)], [str(k + 1) for k in np.unique(labels)]
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     c = evidence["coefficients"]
     cases = {"this_head": "this head, one step", "more_steps": f"head zeroed, {c['inner_steps']} steps"}
     rows = [
-        (name, percent(c[case]["wrong_sign"]), percent(c[case]["wrong_among_other"])) for case, name in cases.items()
+        (name, page.percent(c[case]["wrong_sign"]), page.percent(c[case]["wrong_among_other"]))
+        for case, name in cases.items()
     ]
-    return Section(
+    return page.Section(
         anchor="noise",
         overline="Noise",
         claim="Zeroing the head takes the noise out of the contrastive coefficients, for one inner step",
@@ -102,25 +93,25 @@ def section(evidence: dict[str, Any]) -> Section:
         theorem="Within a class no sign is ever wrong: c_{qs} = (1 − q_{u})(1 − s_{u}) + Σ_{j≠u} q_{j} s_{j} ≥ 0. From "
         "a zeroed head and in one step no sign at all is wrong: the support predictions are 1/K, so c_{qs} = 1[t=u] − "
         "q_{t}, and 0 < q_{t} < 1 (§2.6).",
-        picture=Picture(
+        picture=page.Picture(
             "coefficients",
             "Heat maps of the contrastive coefficients of queries and support images",
             "One test task: a row for each query, a column for each support image. Orange draws together, blue pushes "
             "apart. A dot marks a sign that is wrong for the pair.",
         ),
-        tables=[Table(("wrong signs", "of all pairs", "of pairs of different classes"), rows)],
+        tables=[page.Table(("wrong signs", "of all pairs", "of pairs of different classes"), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Of this head in one step, and of a zeroed one in more: how many pairs of different classes draw together."""
     c = evidence["coefficients"]
     this, later = (c[case]["wrong_among_other"] for case in ("this_head", "more_steps"))
     together = "of the pairs of different classes are drawn together"
-    with_this = either(this > 0, f"in one step {percent(this)} {together}")
+    with_this = page.either(this > 0, f"in one step {page.percent(this)} {together}")
     return {
-        "This model’s head draws different classes together.": HEAD_IS_ZERO if head_is_zero(evidence) else with_this,
-        "From a zeroed head, later steps turn no sign.": by_share(
-            1 - later, f"over {c['inner_steps']} steps {percent(later)} {together}"
+        "This model’s head draws different classes together.": page.of_own_head(evidence, with_this),
+        "From a zeroed head, later steps turn no sign.": page.by_share(
+            1 - later, f"over {c['inner_steps']} steps {page.percent(later)} {together}"
         ),
     }

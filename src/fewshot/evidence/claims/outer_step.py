@@ -10,19 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
 from fewshot.evidence.pictures import Shown
-from fewshot.evidence.section import (
-    Picture,
-    Section,
-    Table,
-    Verdicts,
-    by_share,
-    counted_steps,
-    head_is_zero,
-    percent,
-    short,
-)
 from fewshot.theory.closed_forms import closed_form_gradients
 
 ORDERS = {"fomaml": True, "somaml": False}
@@ -73,7 +63,7 @@ def measure(model: Model) -> dict[str, Any]:
 def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     """FOMAML beside SOMAML, from this model's head and from a zeroed one."""
     step, heads = evidence["outer_step"], {"this_head": "this model's head", "zeroed_head": "head zeroed"}
-    if head_is_zero(evidence):
+    if page.head_is_zero(evidence):
         heads = {"zeroed_head": "head zero"}
     support, query = np.array(step["support"]), np.array(step["query"])
     everything = np.concatenate([support, query])
@@ -125,18 +115,18 @@ def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarra
             )
 
 
-def section(evidence: dict[str, Any]) -> Section:
-    step, terms = evidence["outer_step"], evidence["probes"]
+def section(evidence: dict[str, Any]) -> page.Section:
+    step, terms, steps = evidence["outer_step"], evidence["probes"], evidence["config"]["inner_steps"]
     rows = [
         (
             f"{order.upper()}, {name}",
-            *(short(step[head][order][key]) for key in ("query_norm", "support_norm")),
-            *(percent(step[head][order][key]) for key in ("same_class_drawn", "other_class_pushed")),
+            *(page.short(step[head][order][key]) for key in ("query_norm", "support_norm")),
+            *(page.percent(step[head][order][key]) for key in ("same_class_drawn", "other_class_pushed")),
         )
         for head, name in (("this_head", "this head"), ("zeroed_head", "head zeroed"))
         for order in ORDERS
     ]
-    return Section(
+    return page.Section(
         anchor="outer-step",
         overline="The contrastive perspective",
         claim="FOMAML moves the queries, SOMAML moves queries and support",
@@ -145,33 +135,35 @@ def section(evidence: dict[str, Any]) -> Section:
         "inner loop is that of the head alone.",
         theorem="FOMAML moves queries only: it takes what the inner loop made of the support features for constants, "
         "so their gradient is 0. SOMAML’s gradient goes back through the inner loop, which is made of them.",
-        picture=Picture(
+        picture=page.Picture(
             "outer_step",
             "Features of a task in two dimensions with arrows, FOMAML left and SOMAML right",
             "The features of one test task along their two principal directions, which hold "
-            f"{percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go against the "
-            f"gradient with respect to the features after {counted_steps(evidence['config']['inner_steps'])}; queries "
-            "and support have a scale each in every row, the same left and right. The encoder, which serves all images "
-            "at once, can follow them only roughly.",
+            f"{page.percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go against "
+            f"the gradient with respect to the features after {page.counted_steps(steps)}; queries and support have a "
+            "scale each in every row, the same left and right. The encoder, which serves all images at once, can "
+            "follow them only roughly.",
         ),
         tables=[
-            Table(("", "step of the queries", "step of the support", "same class drawn", "other classes pushed"), rows)
+            page.Table(
+                ("", "step of the queries", "step of the support", "same class drawn", "other classes pushed"), rows
+            )
         ],
         note=f"Steps are norms of the gradient, means over {evidence['tasks']['features']} tasks. The last two columns "
         "count the pairs of a query and a support image whose inner product a small step moves the right way, up "
         "within a class and down across; steps add up, so not every pair moves its way. With this model’s head the "
-        f"queries’ step is the sum of an interference term of norm {short(terms['interference_norm'])} and a "
-        f"contrastive term of norm {short(terms['contrastive_norm'])}; with a zeroed head it is the latter alone.",
+        f"queries’ step is the sum of an interference term of norm {page.short(terms['interference_norm'])} and a "
+        f"contrastive term of norm {page.short(terms['contrastive_norm'])}; with a zeroed head it is the latter alone.",
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Of FOMAML and of SOMAML, with this head: whether pairs of query and support move the right way."""
     verdicts = {}
     for order in ORDERS:
         of_order = evidence["outer_step"]["this_head"][order]
-        drawn, pushed = of_order["same_class_drawn"], of_order["other_class_pushed"]
+        drawn, pushed = page.percent(of_order["same_class_drawn"]), page.percent(of_order["other_class_pushed"])
         about = f"{order.upper()}’s outer step moves pairs of a query and a support image the right way."
-        words = f"{percent(drawn)} of the pairs of a class are drawn together, {percent(pushed)} of the others apart"
-        verdicts[about] = by_share(min(drawn, pushed), words)
+        words = f"{drawn} of the pairs of a class are drawn together, {pushed} of the others apart"
+        verdicts[about] = page.by_share(min(of_order["same_class_drawn"], of_order["other_class_pushed"]), words)
     return verdicts

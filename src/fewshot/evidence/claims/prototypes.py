@@ -4,19 +4,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fewshot.evidence import page
 from fewshot.evidence.model import Model
 from fewshot.evidence.pictures import Shown
-from fewshot.evidence.section import (
-    HEAD_IS_ZERO,
-    Picture,
-    Section,
-    Table,
-    Verdict,
-    Verdicts,
-    by_share,
-    head_is_zero,
-    percent,
-)
 from fewshot.maml import sequential
 from fewshot.results.figures import OFF, ON, plain
 from fewshot.theory.features import agreement, tied
@@ -45,7 +35,7 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
     lines = [("this_head", OFF, "o", "from this model's head"), ("zeroed_head", ON, "s", "from a zeroed head")]
-    if head_is_zero(evidence):
+    if page.head_is_zero(evidence):
         lines = [("zeroed_head", ON, "s", "from this model's head,\nwhich is zero")]
     for name, colour, marker, label in lines:
         shares = evidence["prototypes"][name]
@@ -59,12 +49,12 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     agreements = evidence["prototypes"]
     shares = zip(agreements["this_head"], agreements["zeroed_head"], strict=True)
     ties, queries = agreements["ties"], agreements["queries"]
     with_ties = f"{ties} of the {queries} queries have a tie, any class of which counts as agreement."
-    return Section(
+    return page.Section(
         anchor="prototypes",
         overline="Question 3",
         claim="Support features act as prototypes",
@@ -72,32 +62,32 @@ def section(evidence: dict[str, Any]) -> Section:
         "support feature has the largest inner product with the query’s, argmax_{k} φ(q)·μ_{k}.",
         theorem="From a zeroed head one inner step is exactly this classifier, whatever the inner learning rate: the "
         "logits are (η/K)(φ(q)·μ_{k} − what is the same for all k), and the encoder has not moved (§2.6).",
-        picture=Picture(
+        picture=page.Picture(
             "prototypes",
             "Agreement with the prototype classifier over inner steps",
             "Share of the queries to which the adapted model and the prototype classifier give the same class.",
         ),
         tables=[
-            Table(
+            page.Table(
                 ("inner step", "from this head", "from a zeroed head"),
-                [(str(step), *(percent(share) for share in both)) for step, both in enumerate(shares, 1)],
+                [(str(step), *(page.percent(share) for share in both)) for step, both in enumerate(shares, 1)],
             )
         ],
         note=f"Of {queries} queries the prototype classifier, which adapts nothing, gets "
-        f"{percent(agreements['accuracy'])} right. {with_ties if ties else 'No query has a tie.'}",
+        f"{page.percent(agreements['accuracy'])} right. {with_ties if ties else 'No query has a tie.'}",
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """From a zeroed head after more than the one step of the theorem, and from this head after one."""
     this, *_ = evidence["prototypes"]["this_head"]
     _, *later = evidence["prototypes"]["zeroed_head"]
-    zeroed = Verdict("untested", "not tested: one inner step is measured, add test_steps=2")
+    zeroed = page.Verdict("untested", "not tested: one inner step is measured, add test_steps=2")
     if later:
-        agree = f"from a zeroed head {percent(later[-1])} of the predictions agree after {1 + len(later)} steps"
-        zeroed = by_share(later[-1], agree)
-    with_this = by_share(this, f"from this head {percent(this)} agree after one step")
+        agree = f"from a zeroed head {page.percent(later[-1])} of the predictions agree after {1 + len(later)} steps"
+        zeroed = page.by_share(later[-1], agree)
+    with_this = page.by_share(this, f"from this head {page.percent(this)} agree after one step")
     return {
         "With the head zeroed, beyond the first step.": zeroed,
-        "With this head.": HEAD_IS_ZERO if head_is_zero(evidence) else with_this,
+        "With this head.": page.of_own_head(evidence, with_this),
     }

@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fewshot.data.task import Task
+from fewshot.evidence import page
 from fewshot.evidence.model import Model
 from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, size_of
-from fewshot.evidence.section import UNTRAINED, Picture, Section, Table, Verdicts, by_share, decimals, is_trained
 from fewshot.theory.features import class_similarities, mean_cosines
 
 
@@ -47,36 +47,36 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def section(evidence: dict[str, Any]) -> Section:
+def section(evidence: dict[str, Any]) -> page.Section:
     means = evidence["probes"]
     rows = [
-        (name, decimals(means[f"cosine_same{suffix}"]), decimals(means[f"cosine_other{suffix}"]))
+        (name, page.decimals(means[f"cosine_same{suffix}"]), page.decimals(means[f"cosine_other{suffix}"]))
         for name, suffix in (("a query and a support image", ""), ("two queries", "_queries"))
     ]
-    return Section(
+    return page.Section(
         anchor="similarity",
         overline="Question 1",
         claim="MAML learns features that are alike within a class",
         lead="If the outer loop is a contrastive learner, then images of one class must have similar features and "
         "images of different classes must not, before anything is adapted.",
-        picture=Picture(
+        picture=page.Picture(
             "similarity",
             "Heat maps of mean cosine similarity between classes",
             "One test task, features of the unadapted encoder: mean cosine similarity of the images of every two "
             "classes, an image with itself left out.",
         ),
-        tables=[Table(("mean cosine similarity", "within a class", "across classes"), rows)],
+        tables=[page.Table(("mean cosine similarity", "within a class", "across classes"), rows)],
     )
 
 
-def verdict(evidence: dict[str, Any]) -> Verdicts:
+def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Whether training drew classes apart: an untrained network too finds images of a class more alike than others."""
     means = evidence["similarity"]
     grew, tasks = means["tasks_where_the_gap_grew"], means["tasks"]
-    now, then = (
-        f"{decimals(means[f'{when}same_class'])} within a class, {decimals(means[f'{when}other_class'])} across"
-        for when in ("", "initially_")
+    same, other, same_then, other_then = (
+        page.decimals(means[f"{when}{which}_class"]) for when in ("", "initially_") for which in ("same", "other")
     )
-    words = f"{now}; before training {then}; further apart in {grew} of {tasks} tasks"
-    judged = by_share(grew / tasks, words) if is_trained(evidence) else UNTRAINED
+    before = f"before training {same_then} within a class, {other_then} across"
+    words = f"{same} within a class, {other} across; {before}; further apart in {grew} of {tasks} tasks"
+    judged = page.by_share(grew / tasks, words) if page.is_trained(evidence) else page.UNTRAINED
     return {"Training made them alike within a class, unlike across.": judged}

@@ -1,4 +1,4 @@
-"""A section of the page: claim, theorem, picture, numbers and verdicts, in words.
+"""What the page is made of: sections with their claim, theorem, picture, tables and verdicts; numbers in words.
 
 Texts are plain: x_{i} is an index and §2.6 a section of docs/method.md, of which the template makes tags. What holds by
 construction is a theorem with its reason; a verdict is of what could come out otherwise. `evidence`: evidence.json.
@@ -66,6 +66,10 @@ def is_trained(evidence: dict[str, Any]) -> bool:
 
 HEAD_IS_ZERO = Verdict("untested", "not tested: this model’s head is zero, or the same for every class")
 UNTRAINED = Verdict("untested", "not asked: this model has had no outer update")
+
+
+def of_own_head(evidence: dict[str, Any], verdict: Verdict) -> Verdict:
+    return HEAD_IS_ZERO if head_is_zero(evidence) else verdict
 
 
 def either(holds: bool, words: str) -> Verdict:
