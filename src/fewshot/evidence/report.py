@@ -119,8 +119,8 @@ def _how(evidence: dict[str, Any]) -> page.Table:
         f"{config['queries']} queries per class; the same in every run; {evidence['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
         "Inner loop": f"η = {config['inner_lr']}; {page.counted_steps(config['inner_steps'])}, {config['test_steps']} "
-        f"at test; adapts {adapts} (trained with η = {trained['inner_lr']}, {page.counted_steps(trained['inner_steps'])}, "
-        f"{trained['shots']}-shot)",
+        f"at test; adapts {adapts} (trained with η = {trained['inner_lr']}, "
+        f"{page.counted_steps(trained['inner_steps'])}, {trained['shots']}-shot)",
         "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
         "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
         "Versions": ", ".join(f"{name} {version}" for name, version in evidence["versions"].items()),

@@ -139,10 +139,10 @@ def section(evidence: dict[str, Any]) -> page.Section:
             "outer_step",
             "Features of a task in two dimensions with arrows, FOMAML left and SOMAML right",
             "The features of one test task along their two principal directions, which hold "
-            f"{page.percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go against "
-            f"the gradient with respect to the features after {page.counted_steps(steps)}; queries and support have a "
-            "scale each in every row, the same left and right. The encoder, which serves all images at once, can "
-            "follow them only roughly.",
+            f"{page.percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go "
+            f"against the gradient with respect to the features after {page.counted_steps(steps)}; queries and support "
+            "have a scale each in every row, the same left and right. The encoder, which serves all images at once, "
+            "can follow them only roughly.",
         ),
         tables=[
             page.Table(
