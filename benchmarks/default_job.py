@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 
 from fewshot.batched import engine as batched
 from fewshot.config.tree import CONF
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
@@ -53,7 +53,7 @@ def main(rounds: int) -> None:
         # One validation at the start and one at the end, outside of the turns that count.
         cfg = compose("config", [f"iterations={iterations}", f"val_every={iterations}", "val_tasks=2", "logger=none"])
     loop = InnerLoop.of(cfg)
-    data, module = MetaData.from_config(cfg), MetaLearner.from_config(cfg, "sequential")
+    data, module = TaskDataModule.from_config(cfg), MetaLearner.from_config(cfg, "sequential")
     network = instantiate(cfg.model.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=cfg.outer_lr)
     tasks = data.samplers["train"](0, cfg.meta_batch_size)

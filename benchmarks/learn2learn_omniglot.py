@@ -21,7 +21,7 @@ from torch import nn, optim
 from torchvision import transforms
 from torchvision.datasets import Omniglot
 
-from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import conv4_strided
 
 WAYS, SHOTS, QUERIES = 5, 1, 15
 INNER_STEPS, INNER_LR, OUTER_LR, META_BATCH_SIZE = 2, 0.4, 0.001, 32

@@ -35,8 +35,7 @@ from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
 from fewshot.models import resnet12
-from fewshot.models.conv4 import conv4_pooled
-from fewshot.models.network import Network
+from fewshot.models.network import Network, conv4_pooled
 from fewshot.processes.surroundings import keep_memory
 
 

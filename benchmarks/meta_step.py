@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.data.task import Task
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
+from fewshot.models.network import conv4_pooled, conv4_strided
 
 ENGINES: dict[str, Callable] = {
     "sequential": peers.sequential,

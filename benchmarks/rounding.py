@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from fewshot.config.tree import CONF
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss, sequential
 from fewshot.models.head import zero_head
@@ -28,7 +28,7 @@ def main(overrides: list[str]) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", ["model.head_bias=false", "meta_batch_size=8", "seed=0", *overrides])
     torch.set_num_threads(1)
-    data = MetaData.from_config(cfg)
+    data = TaskDataModule.from_config(cfg)
     torch.manual_seed(cfg.seed)
     network = instantiate(cfg.model.network)
     zero_head(network.head)
@@ -40,7 +40,7 @@ def main(overrides: list[str]) -> None:
             print(f"{str(dtype)[6:]}    {order}  ", *(f"{each:.1e}   " for each in apart))
 
 
-def difference(network: nn.Module, data: MetaData, first_order: bool) -> list[float]:
+def difference(network: nn.Module, data: TaskDataModule, first_order: bool) -> list[float]:
     """Of the two encoders' weights, relative to their size, after the updates SHOWN."""
     ways = (
         partial(sequential.meta_gradient, loop=InnerLoop(1, 0.1, first_order, adapted="head")),

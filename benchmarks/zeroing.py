@@ -20,7 +20,7 @@ from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import conv4_strided
 from fewshot.processes.surroundings import keep_memory
 
 WAYS, QUERIES, TASKS = 5, 15, 8

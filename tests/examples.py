@@ -11,9 +11,8 @@ from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
-from fewshot.models.network import Network
+from fewshot.models.network import Network, conv4_pooled, conv4_strided
 
 KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
 

@@ -19,7 +19,7 @@ from examples import evaluations, loop
 from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import conv4_strided
 from fewshot.training.meta_learner import MetaLearner
 
 FIGURES = json.loads((Path(__file__).parent / "authors_code.json").read_text())

@@ -121,6 +121,24 @@ def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):
         assert line in (tmp_path / f"out{number}" / "README.md").read_text()
 
 
+def test_names_of_others_are_no_markdown_and_no_html_in_a_card(trained, tmp_path):
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    name = "<script>alert(1)</script> [a](http://b) | `c` *d* \\| &lt;"
+    for part in ("dataset", "model"):
+        content["fewshot"]["config"][part]["name"] = name
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "run" / "checkpoints" / "best.ckpt")
+    results = json.loads((trained / "results.json").read_text())
+    results["config"]["dataset"]["name"] = name
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    export(tmp_path / "run" / "checkpoints" / "best.ckpt", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    escaped = r"\<script\>alert(1)\</script\> \[a\](http\://b) \| \`c\` \*d\* \\\| \&lt;"
+    assert card.count(escaped) == 5 and name not in card and "<script" not in card.replace(r"\<", "")
+    rows = [line for line in card.splitlines() if line.startswith(("| trained on", "| network"))]
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows) and len(rows) == 2
+
+
 def test_an_export_overwrites_nothing(trained, exported, tmp_path):
     before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):

@@ -1,5 +1,6 @@
 """Files are written whole, by one process at a time, and never through a link that somebody else left."""
 
+import fcntl
 import logging
 import os
 import re
@@ -16,8 +17,8 @@ from fewshot import files
 from fewshot.config.command import one_line_errors
 from fewshot.data import cache
 from fewshot.data.download import download
-from fewshot.data.lock import alone
 from fewshot.errors import UserError
+from fewshot.files import exclusive
 from fewshot.processes import ranks
 
 
@@ -59,7 +60,7 @@ def test_a_lock_file_that_is_a_link_or_a_pipe_is_refused(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [".lock", ".photos.tar.part", ".photos.bin.lock", ".photos-v3.bin.1.part"])
+@pytest.mark.parametrize("name", [".lock", ".photos.tar.part", ".photos.json.lock", ".photos-8x8x3-v4-val.npy.1.part"])
 @pytest.mark.parametrize("kind", ["dangling", "link", "pipe"])
 def test_what_stands_in_the_place_of_a_lock_or_a_part_in_the_cache_is_neither_written_nor_waited_for(
     tmp_path, name, kind
@@ -71,18 +72,36 @@ def test_what_stands_in_the_place_of_a_lock_or_a_part_in_the_cache_is_neither_wr
     os.mkfifo(place) if kind == "pipe" else place.symlink_to(victim)
     line = rf"^{re.escape(str(place))}: is (a link to {re.escape(str(victim))}|no regular file); remove it$"
     if name.startswith(".photos-"):
-        assert cache._save(tmp_path / "photos" / "photos.bin", "key", dict)
+        assert cache._save(tmp_path / "photos" / "photos.json", "key", (3, 8, 8), dict)
         assert os.path.lexists(place)
     else:
         with pytest.raises(UserError, match=line):
-            if name == ".photos.bin.lock":
-                with alone(place, "makes photos"):
+            if name == ".photos.json.lock":
+                with exclusive(place, "makes photos"):
                     pass
             else:
                 sources = {"photos.tar": ("file:///nowhere", "0")}
                 how = {"folder": "photos", "cache": str(tmp_path), "holds": "the photos"}
                 download("photos", ["photos.tar"], lambda: sources, **how)
     assert (victim.read_text() == "mine") if kind == "link" else not victim.exists()
+
+
+def test_where_nothing_can_be_locked_one_line_says_so_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with ranks.locked(tmp_path / "run"):
+        files.write_atomically(tmp_path / "run" / "last.ckpt", lambda file: file.write(b"1"))
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"hydra.run.dir={tmp_path / 'run'}: cannot be locked ([Errno 37] No locks available); ")
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == b"1"
+
+
+def test_no_lock_of_unix_is_needed_to_import_what_locks():
+    code = "import sys; sys.modules['fcntl'] = None; import fewshot.files, fewshot.data.download, fewshot.config.check"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_writers_at_once_never_give_a_torn_file(tmp_path):
@@ -112,7 +131,7 @@ def test_two_writers_at_once_never_give_a_torn_file(tmp_path):
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file_is_not(tmp_path):
     """One is killed while it writes a cache file, one lives."""
-    path = tmp_path / "images.bin"
+    path = tmp_path / "images.json"
     code = (
         "import sys, time; from pathlib import Path; from fewshot.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as file:\n"
@@ -124,7 +143,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file
         assert len(list(tmp_path.iterdir())) == 2
         writers[0].kill()
         writers[0].wait()
-        assert cache._save(path, "key", dict)
+        assert cache._save(path, "key", (3, 8, 8), dict)
         assert len(list(tmp_path.iterdir())) == 2  # the cache file, and what the other one is writing
     finally:
         for writer in writers:

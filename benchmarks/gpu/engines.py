@@ -17,8 +17,8 @@ from fewshot.batched.execution import CudaGraphs
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
+from fewshot.models.network import conv4_pooled, conv4_strided
 
 SMALL = REHEARSE
 CASES = {  # name: network, channels, size, tasks, what else the engines are told

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.inner_loop import InnerLoop
-from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import conv4_strided
 
 
 def busy(intervals: list[tuple[float, float]]) -> float:

@@ -32,8 +32,8 @@ from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
 from fewshot.models.head import zero_head
+from fewshot.models.network import conv4_pooled, conv4_strided
 
 SETTINGS = {  # network, channels, size, tasks, the inner loop
     "omniglot 5w1s 2 steps": (

@@ -5,33 +5,29 @@ path of the machine that trained.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.config.tree import MODES
-from fewshot.errors import UserError, shown
+from fewshot.config.tree import MODES, portable
+from fewshot.errors import UserError, one_line, shown
 from fewshot.files import check_place, write_file
-from fewshot.paths import checkpoint_file, user_path
+from fewshot.paths import EXPORTED, EXPORTED_CONFIG, checkpoint_file, user_path
 
 CARD = "README.md"
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Writes the model of a checkpoint into a folder that has none yet.
-
-    Raises:
-        UserError: not a checkpoint of this program, or the folder holds such files already.
-    """
+    """Writes the model of a checkpoint into a folder; one that holds such files already is a UserError."""
     check_place("out", folder)
-    for name in ("model.safetensors", "config.yaml", CARD):
+    for name in (EXPORTED, EXPORTED_CONFIG, CARD):
         if os.path.lexists(folder / name):
             raise UserError(f"out={folder}: holds a {name}; name another folder")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from omegaconf import OmegaConf
     from safetensors.torch import save
 
-    from fewshot.predict.pretrained import CONFIG, WEIGHTS, portable
     from fewshot.training import checkpoint as stored_run
 
     content = stored_run.read(checkpoint)
@@ -41,8 +37,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     card = model_card(config, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card,
-        CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)),
-        WEIGHTS: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
+        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)),
+        EXPORTED: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
     }
     for name, data in files.items():
         write_file(folder / name, data)
@@ -98,11 +94,16 @@ def model_card(
         ),
     }
     return CARD_TEXT.format(
-        title=f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot",
-        facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
+        title=plain_markdown(f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot"),
+        facts="\n".join(f"| {name} | {plain_markdown(fact)} |" for name, fact in facts.items()),
         numbers=_table(results) if results else f"None: {why_not}.",
         ways=_ways(algo, ways),
     )
+
+
+def plain_markdown(text: str) -> str:
+    """A line that Markdown and HTML show as it is: names of others may stand in it."""
+    return re.sub(r"[\\`*_{}\[\]<>|~&:@$]", r"\\\g<0>", one_line(text))
 
 
 def _ways(algo: dict[str, Any], ways: int) -> str:
@@ -116,7 +117,7 @@ def _ways(algo: dict[str, Any], ways: int) -> str:
 
 
 def _table(results: dict[str, Any]) -> str:
-    test, data = results["test"], results["config"]["dataset"]["name"]
+    test, data = results["test"], plain_markdown(results["config"]["dataset"]["name"])
     lines = [
         f"Query accuracy in % on {test['tasks']} tasks of the test split of {data}, with the half width of its 95% "
         f"confidence interval over tasks, from one run (seed {results['config']['seed']}). Test zeroing: the head is "
@@ -139,8 +140,8 @@ tags: [few-shot-learning, meta-learning, maml]
 
 # {title}
 
-A model trained with MAML: shown a few images of each of some new classes, it adapts to them and tells
-them apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classification* (Kao, Chiu, Chen; ICLR 2022).
+A model trained with MAML: it adapts to a few images of each of some new classes and tells these classes
+apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classification* (Kao, Chiu, Chen; ICLR 2022).
 
 | | |
 | --- | --- |
@@ -165,7 +166,7 @@ predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).label
 ```
 
 It adapts to {ways}.
-All queries of a call are normalised together by BatchNorm: what is said of one depends on the others.
+BatchNorm normalises all queries of a call together, so the prediction for one depends on the others.
 
 `model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.
 """

@@ -1,18 +1,22 @@
 """Files that are written whole or not at all, by one process at a time and never through a link."""
 
 import errno
-import fcntl
+import logging
 import os
 import platform
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
-from fewshot.errors import AtWork, UserError
+from filelock import lock_descriptor
+
+from fewshot.errors import RunLocked, UserError
+
+log = logging.getLogger(__name__)
 
 # What a run writes into by these names. In a folder of somebody else's each could be a link to a file of the user.
 OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", ".lock", ".lock-ranks", "error.txt")
@@ -63,12 +67,7 @@ def create(path: Path, flags: int = os.O_WRONLY) -> int:
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
-    """A descriptor of a regular file; no link is followed and no pipe waited for.
-
-    Raises:
-        UserError: something else stands there.
-        OSError: it cannot be opened for another reason.
-    """
+    """A descriptor of a regular file; no link is followed and no pipe waited for, which are a UserError."""
     descriptor = None
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -85,6 +84,9 @@ def open_own(path: Path, flags: int = os.O_RDWR) -> int:
     return descriptor
 
 
+# Writing
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path` to write into, which takes its place at the end: a reader sees all of it or nothing.
@@ -92,7 +94,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Two writers at once have a file each. What a killed one left is removed by the next: whoever writes holds a lock.
 
     Raises:
-        UserError: the run's folder was removed, or another one has taken its place, while this process held its lock.
+        UserError: the run's folder was removed or replaced while this process held its lock.
         OSError: no space or no permission; what was there before is untouched.
     """
     for lock, descriptor in _locked:
@@ -104,7 +106,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         with open(create(temporary), "wb") as file:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_descriptor(file.fileno(), blocking=False)
             if not os.fstat(file.fileno()).st_nlink:
                 continue  # another process took it for a leftover before it was locked
             try:
@@ -119,11 +121,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls write(file) on a temporary binary file beside `path` and renames it, as `replacing` does.
-
-    Raises:
-        UserError: no space or no permission; what was there before is untouched.
-    """
+    """Calls write(file) as `replacing` does; no space or no permission is a UserError."""
     try:
         with replacing(path) as file:
             write(file)
@@ -142,19 +140,15 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Removes what processes that were killed left half written."""
+    """Removes what processes that were killed left half written; what is locked is still being written."""
     for leftover in folder.glob(pattern):
         with suppress(OSError, UserError), open(open_own(leftover)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer is gone
-            leftover.unlink()
+            if lock_descriptor(file.fileno(), blocking=False):
+                leftover.unlink()
 
 
 def check_writable(knob: str, folder: Path) -> None:
-    """Makes the folder.
-
-    Raises:
-        UserError: it cannot be made, or nothing be written into it.
-    """
+    """Makes the folder; raises UserError where that is not possible, or nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -165,43 +159,77 @@ def check_writable(knob: str, folder: Path) -> None:
         raise UserError(f"{knob}={folder}: cannot be written ({error.strerror}); name a folder that can") from None
 
 
+# Locks. A lock goes with the process that holds it, however it ends. Only filelock's lock on a descriptor is used: its
+# FileLock takes a pipe for a lock file, and keeps to itself the descriptor that shows whether the file is still there.
+
+
 @contextmanager
 def locked(lock: Path) -> Iterator[None]:
     """One process at a time writes into the folder of this lock file, and nothing once the lock file is gone.
 
-    The lock goes with the process that holds it, however it ends; the file stays.
+    Where the file system has no locks, a line says so and the run goes on. The lock file stays.
 
     Raises:
-        AtWork: another process holds it.
-        UserError: the lock file is a link or no file.
+        RunLocked: another process holds it.
+        UserError: the lock file is a link or no file, or cannot be opened.
     """
     lock = lock.absolute()
-    while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file, problem = _open_locked(lock)
+    except OSError as error:
+        raise UserError(f"{lock}: cannot be opened as a lock file ({error.strerror}); remove it") from None
+    with file:
+        if problem:
+            log.warning(
+                "hydra.run.dir=%s: cannot be locked (%s); start no second process on this run", lock.parent, problem
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        _locked.append((lock, file.fileno()))
         try:
-            descriptor = open_own(lock, os.O_RDWR | os.O_CREAT)
+            yield
+        finally:
+            _locked.remove((lock, file.fileno()))
+
+
+@contextmanager
+def exclusive(lock: Path, doing: str) -> Iterator[None]:
+    """One process does the work; the others wait and then find it done.
+
+    Where no file can be written or locked, all do the work. A lock file that is a link or no file is a UserError.
+
+    doing: what the process that works does, for those that wait.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            file, problem = _open_locked(lock, doing)
+            held.enter_context(file)
+            if not problem:
+                held.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+def _open_locked(path: Path, doing: str = "") -> tuple[BinaryIO, OSError | None]:
+    """The lock file, opened and locked; and where it cannot be locked, why.
+
+    doing: what the process that holds it does; this one waits for it. Without `doing` it raises RunLocked.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, problem = open(open_own(path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0), None  # noqa: SIM115
+        try:
+            if not lock_descriptor(file.fileno(), blocking=False):
+                if not doing:
+                    with file:
+                        who = file.read(200).decode(errors="replace").strip()
+                    raise RunLocked(f"hydra.run.dir={path.parent}: {who} is at work on this run; wait for it or end it")
+                log.info("another process %s, waiting for it", doing)
+                lock_descriptor(file.fileno())
         except OSError as error:
-            raise UserError(f"{lock}: cannot be opened as a lock file ({error.strerror}); remove it") from None
-        with open(descriptor, "r+b", buffering=0) as file:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = file.read(200).decode(errors="replace").strip()
-                raise AtWork(
-                    f"hydra.run.dir={lock.parent}: {who} is at work on this run; wait for it or end it"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            if not _is_still(lock, descriptor):
-                continue  # whoever held it has removed it: nobody else will meet this one
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}".encode())
-            _locked.append((lock, descriptor))
-            try:
-                yield
-            finally:
-                _locked.remove((lock, descriptor))
-        return
+            problem = error
+        if _is_still(path, file.fileno()):  # else its holder has removed it: no other process will meet this one
+            return file, problem
+        file.close()
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

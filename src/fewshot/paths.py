@@ -12,7 +12,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from fewshot.errors import UserError
 
-EXPORTED = "model.safetensors"  # the weights in the folder of an exported model
+# In the folder of an exported model: its weights and its settings.
+EXPORTED, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
 PLAIN = re.compile(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*")  # needs no quotes, and is neither a number nor null
 
 

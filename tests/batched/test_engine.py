@@ -36,8 +36,7 @@ from fewshot.batched.execution import CaptureFailed, CudaGraphs, on_threads, one
 from fewshot.batched.in_a_row import in_a_row
 from fewshot.batched.side_by_side import Convolution, SideBySide
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
-from fewshot.models.network import Network
+from fewshot.models.network import Network, conv4_pooled, conv4_strided
 
 each_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 each_order = pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])

@@ -323,6 +323,8 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),
     "experiment=cosine_similarity callbacks.cosine_similarity.every=0": ("callbacks.cosine_similarity.every=0: ", "1"),
     # the split, and where the images lie
+    "dataset=omniglot dataset.resample=nearest": ("dataset.resample=nearest: ", "one of bilinear, lanczos"),
+    "dataset=fc100 dataset.archive=../x": ("dataset.archive=../x: ", "the name of a folder in the cache"),
     "dataset.device=gpu": ("dataset.device=gpu: ", "one of auto, cpu, cuda"),
     "dataset.other_split=yes": ("dataset.other_split=yes: ", "true or false"),
     "dataset=omniglot dataset.split=mine": ("dataset.split=mine: ", "one of vinyals, random1200, lake"),

@@ -441,7 +441,8 @@ def test_tables_of_many_classes_take_a_time_in_proportion(tmp_path, monkeypatch)
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, load):
     (tmp_path / "cache").mkdir()
-    names = [f".folder-8x8x3-v{version}-{'0' * 16}.bin.{'a' * 32}.part" for version in (2, 3)]
+    files = ("v3", ".bin"), ("v4", "-train.npy")
+    names = [f".folder-8x8x3-{version}-{'0' * 16}{end}.{'a' * 32}.part" for version, end in files]
     for name in (*names, "mine.part"):
         (tmp_path / "cache" / name).write_bytes(b"half")
     with open(tmp_path / "cache" / names[1], "ab") as file:

@@ -132,7 +132,7 @@ def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, ca
     monkeypatch.setattr(glyphs, "_build", lambda size: splits)
     prepare.main(["prepare", f"dataset.cache={tmp_path}"])
     assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", *[".npy"] * 3]
     for mistake, line in (
         ("dataset=glyph", "dataset=glyph: no such choice; did you mean glyphs?"),
         ("+dataset.roto=1", "only +zeroing and +trainer.KEY may be added"),

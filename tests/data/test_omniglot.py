@@ -114,7 +114,7 @@ def test_rotations_are_classes(root, load):
                 expected = Image.fromarray(upright[0].numpy()).rotate(90 * quarters)  # to the left
                 assert image[0].tolist() == [[expected.getpixel((x, y)) for x in range(28)] for y in range(28)]
                 break
-    assert len(list((root.parent / "cache").iterdir())) == 1  # upright in the cache, for both
+    assert len(cache_files(root.parent)) == 4  # upright in the cache, for both
 
 
 @pytest.mark.parametrize("zipped", [["images_evaluation"], ["images_background", "images_evaluation"]])
@@ -240,9 +240,12 @@ def built(monkeypatch):
     return calls
 
 
-def cache_file(tmp_path):
-    [path] = (tmp_path / "cache").iterdir()
-    return path
+def cache_files(tmp_path):
+    """{what of it: a file of the one cache in the folder}, the description as "json"."""
+    description, *arrays = sorted((tmp_path / "cache").iterdir(), key=lambda path: (path.suffix, path.name))
+    files = {path.stem.removeprefix(f"{description.stem}-"): path for path in arrays}
+    assert list(files) == ["test", "train", "val"] and description.suffix == ".json"
+    return {"json": description, **files}
 
 
 def test_the_second_load_reads_the_cache(root, load, built):
@@ -267,17 +270,21 @@ def test_changed_files_are_noticed(root, load, built):
     assert (after["train"].images[4] == 0).all()
 
 
-@pytest.mark.parametrize("damage", ["header", "pixel", "short", "long", "empty"])
-def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, damage):
+@pytest.mark.parametrize("kind", ["json", "val"])
+@pytest.mark.parametrize("damage", ["header", "pixel", "short", "long", "empty", "gone"])
+def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, damage, kind):
     first = copy.deepcopy(load(root))  # what was loaded is the file itself
-    path = cache_file(tmp_path)
+    path = cache_files(tmp_path)[kind]
     content = bytearray(path.read_bytes())
     if damage in ("header", "pixel"):
         content[100 if damage == "header" else -100] ^= 1
     path.write_bytes({"short": content[:-1], "long": content + b"x", "empty": b""}.get(damage, content))
+    if damage == "gone":
+        path.unlink()
     assert same(load(root), first)
     assert len(built) == 2
-    assert f"cache file {path} is damaged" in caplog.text
+    told = f"cache file {cache_files(tmp_path)['json']} is damaged" in caplog.text
+    assert told != (damage == "gone" and kind == "json")  # then nothing is there
     assert same(load(root), first)
     assert len(built) == 2
 
@@ -289,7 +296,7 @@ def test_images_are_mapped_and_written_as_they_come(tmp_path):
             yield random.integers(0, 256, (3, 64, 64), dtype=np.uint8)
 
     def build():
-        return {name: cache_module.Unread(images(n), [n], (name,)) for name, n in (("train", 1600), ("test", 400))}
+        return {name: cache_module.LazySplit(images(n), [n], (name,)) for name, n in (("train", 1600), ("test", 400))}
 
     tracemalloc.start()
     splits = cache_module.cached("made", [], size=64, channels=3, cache=str(tmp_path), build=build)
@@ -299,9 +306,9 @@ def test_images_are_mapped_and_written_as_they_come(tmp_path):
     for name, number in (("train", 1600), ("test", 400)):
         assert np.array_equal(splits[name].images, np.stack(list(images(number))))
     if Path("/proc/self/maps").exists():
-        [path] = tmp_path.iterdir()
-        [mapping] = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
-        assert mapping[1].startswith("r-")
+        for path in tmp_path.glob("*.npy"):
+            [mapping] = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+            assert mapping[1].startswith("r-")
 
 
 def test_no_partial_file_stays_when_writing_fails(root, load, tmp_path, monkeypatch, caplog):
@@ -326,7 +333,7 @@ def test_several_at_once_make_the_images_once(tmp_path):
     def build():
         made.append(None)
         time.sleep(0.2)  # the others come meanwhile
-        return {"train": cache_module.Unread([np.full((1, 2, 2), 7, np.uint8)], [1], ("a",))}
+        return {"train": cache_module.LazySplit([np.full((1, 2, 2), 7, np.uint8)], [1], ("a",))}
 
     def rank(_):
         return cache_module.cached("made", [], size=2, channels=1, cache=str(tmp_path / "cache"), build=build)
@@ -335,7 +342,7 @@ def test_several_at_once_make_the_images_once(tmp_path):
     with ThreadPoolExecutor(4) as ranks:  # what locks them out of each other does so between processes, too
         found = list(ranks.map(rank, range(4)))
     assert len(made) == 1 and [int(each["train"].images.sum()) for each in found] == [28] * 4
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".bin"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".npy"]
 
 
 def test_two_at_once_do_not_hurt_each_other_where_nothing_can_be_locked(root, load, tmp_path, monkeypatch):
@@ -355,7 +362,7 @@ def test_two_at_once_do_not_hurt_each_other_where_nothing_can_be_locked(root, lo
     outer = load(root)
     assert same(outer, inner[0])
     assert same(outer, load(root))
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".bin", ".lock"]
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".lock", *[".npy"] * 3]
 
 
 def test_the_users_cache_folder(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from fewshot.errors import UserError
 from fewshot.maml import sequential
 from fewshot.models import resnet12
 from fewshot.models.any_module import network_from_module
-from fewshot.models.conv4 import conv4_pooled
+from fewshot.models.network import conv4_pooled
 from fewshot.models.resnet12 import dropping
 from fewshot.theory.closed_forms import closed_form_gradients
 from fewshot.theory.features import Features

@@ -21,16 +21,17 @@ from torch import Tensor
 
 import fewshot
 from fewshot import export
+from fewshot.config.moved import to_today
 from fewshot.config.tree import CONF, settings
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
+from fewshot.data.sheet import contact_sheet
 from fewshot.data.sources import glyphs
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
 from fewshot.models.head import share_rows
-from fewshot.predict import predict
-from fewshot.predict.__main__ import main, run
+from fewshot.predict import Predictions, predict
+from fewshot.predict.__main__ import SHEET_CLASSES, _sheet_rows, main, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
-from fewshot.results import figures
 from fewshot.training.meta_learner import MetaLearner
 
 WAYS = 3
@@ -169,6 +170,8 @@ def test_numbers_that_are_not_finite_are_no_prediction():
 
 # Preprocessing
 
+SMOOTH = "dataset.resample=bilinear"
+
 
 def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
@@ -186,9 +189,28 @@ def test_an_image_is_seen_as_in_training(config, tmp_path):
     knobs = (f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}", "dataset.size=32")
     cfg = config("dataset=folder", *knobs, "ways=2", "shots=1", "queries=1", "val_tasks=2", "test_tasks=2")
     preprocess = Preprocess.from_config(settings(cfg)["dataset"])
-    tasks = MetaData.from_config(cfg).samplers["train"](0, 8)
+    tasks = TaskDataModule.from_config(cfg).samplers["train"](0, 8)
     seen = {image.numpy().tobytes() for images in (tasks.support, tasks.query) for image in images.flatten(0, 1)}
     assert seen == {preprocess((tmp_path / name).read_bytes()).numpy().tobytes() for name in names[:4]}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("omniglot", ()), ("omniglot", ("dataset.resample=bilinear",)), ("glyphs", ())]
+)
+def test_an_image_is_made_smaller_as_the_dataset_says_and_an_older_omniglot_by_lanczos(config, name, knobs):
+    """dataset.resample is a key of today; before, the name of the dataset said it."""
+    stored = settings(config(f"dataset={name}", *knobs))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (105, 105), dtype=np.uint8))
+    sharp, smooth = (
+        torch.tensor(np.asarray(picture.resize((28, 28), how)))[None]
+        for how in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR)
+    )
+    expected = sharp if (name, knobs) == ("omniglot", ()) else smooth
+    assert torch.equal(Preprocess.from_config(stored["dataset"]).pixels(picture), expected)
+    del stored["dataset"]["source"]
+    older = to_today({"dataset": {key: value for key, value in stored["dataset"].items() if key != "resample"}})
+    expected = sharp if name == "omniglot" else smooth
+    assert torch.equal(Preprocess.from_config(older["dataset"]).pixels(picture), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -275,12 +297,24 @@ def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
 
 
 def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():
-    image = np.zeros((4, 4, 3), np.uint8)
-    support = {f"class {number}": [image] for number in range(figures.SHEET_CLASSES + 1)}
-    (axes,) = figures.contact_sheet(support, [(image, "a.png", f"class {figures.SHEET_CLASSES}", 0.5)]).axes
-    said = [text.get_text() for text in axes.texts]
-    assert said[0] == "support, the first 50 of 51 classes: what the model adapted to"
-    assert len(axes.images) == 50 + 1 and "51 class 50" in said[-3:]
+    image, number = torch.zeros(3, 4, 4, dtype=torch.uint8), SHEET_CLASSES + 1
+    support = {f"class {place}": [image] for place in range(number)}
+    found = Predictions(tuple(support), np.eye(number)[[number - 1]] / 2)
+    rows = _sheet_rows(support, [("sub/a.png", image)], found)
+    assert rows[0].label == "support, the first 50 of 51 classes: what the model adapted to"
+    assert sum(len(row.images) for row in rows) == 50 + 1 and rows[-1].captions == [("51 class 50", "0.50", "a.png")]
+    few, more = (
+        _sheet_rows({"a": [image] * shots}, [("a.png", image)] * 11, Predictions(("a",), np.ones((11, 1))))
+        for shots in (10, 13)
+    )
+    assert [(row.label, len(row.images)) for row in more[1:]] == [
+        ("1 a (+3)", 10),
+        ("queries: predicted class and its probability", 0),
+        ("", 10),
+        ("", 1),
+    ]
+    drawn, same = np.asarray(contact_sheet(few, side=140)), contact_sheet(few, side=140)
+    assert drawn.shape[2] == 3 and np.array_equal(drawn, same) and same.width > 10 * 140
 
 
 def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path, monkeypatch):

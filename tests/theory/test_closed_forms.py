@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fewshot.data.task import Task
 from fewshot.maml import sequential
-from fewshot.models.conv4 import conv4_strided
+from fewshot.models.network import conv4_strided
 from fewshot.theory import closed_forms
 from fewshot.theory.closed_forms import (
     Gradients,

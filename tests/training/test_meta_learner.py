@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fewshot.batched import engine as batched
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
 from fewshot.errors import UserError
 from fewshot.maml import sequential
 from fewshot.models.network import Network
@@ -152,7 +152,7 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
     run(tmp_path, *knobs)
     cfg = config(*SMALL, *knobs, f"dataset.cache={cache}")
     prepare(seed=cfg.seed, threads=1, accelerator="cpu", precision="64-true")
-    network, sampler = instantiate(cfg.model.network).double(), MetaData.from_config(cfg).samplers["train"]
+    network, sampler = instantiate(cfg.model.network).double(), TaskDataModule.from_config(cfg).samplers["train"]
     head = [nn.Parameter(p[0].detach().clone()) for p in network.head.parameters()]
     optimizer = torch.optim.Adam([*network.encoder.parameters(), *head], lr=cfg.outer_lr)
 

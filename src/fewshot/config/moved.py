@@ -21,15 +21,24 @@ TARGETS = {  # what a `_target_` named at commit a43819a, and what it is called 
     "fewshot.foreign.wrapped": "fewshot.models.any_module.network_from_module",
     "fewshot.logger.wandb_logger": "fewshot.training.wandb_run.wandb_logger",
 }
+ADDED = {  # keys of datasets that those commits did not have, by the dataset's name
+    "omniglot": {"resample": "lanczos"},
+    "cifarfs": {"archive": "cifar100"},
+    "fc100": {"archive": "cifar100"},
+}
 
 
 def to_today(stored: Any) -> Any:
     """A stored configuration, or a part of one, as plain data with today's names."""
     if isinstance(stored, dict):
-        return {
+        today = {
             key: TARGETS.get(value, value) if key == "_target_" and isinstance(value, str) else to_today(value)
             for key, value in stored.items()
         }
+        dataset = today.get("dataset")
+        if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
+            today["dataset"] = ADDED.get(dataset["name"], {}) | dataset
+        return today
     return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
 
 

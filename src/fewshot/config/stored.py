@@ -87,6 +87,7 @@ CONFIG: Form = {
         "name": NAME,
         "size": integer(1, 1024),
         "channels": one_of(1, 3),
+        "resample?": one_of("bilinear", "lanczos"),
         "mean": Each(NUMBER),
         "std": Each(ABOVE_ZERO),
     },

@@ -36,6 +36,22 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
+# No part of a model: what only training needs, and where things lie on the machine that trained.
+NOT_THE_MODEL = (
+    *("trainer", "logger", "callbacks", "checkpoint", "fit", "augment"),
+    *(f"dataset.{key}" for key in ("root", "labels", "cache", "archive", "source", "device", "trust")),
+)
+
+
+def portable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What of a run's settings belongs to its model, and may be shown to others."""
+    return {
+        key: portable(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if prefix + key not in NOT_THE_MODEL
+    }
+
+
 def leaves(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested settings as (dotted.key, value); a list is a value."""
     pairs = []

@@ -36,11 +36,7 @@ def configuration(overrides: list[str]) -> DictConfig:
 
 
 def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration and its splits, which are downloaded, decoded and put into the cache where they are not yet.
-
-    Raises:
-        UserError: as a run with these overrides would.
-    """
+    """The configuration and its splits, which are downloaded, decoded and put into the cache where they are not yet."""
     refuse(cfg := configuration(overrides), overrides)
     splits = instantiate(cfg.dataset.source)
     for name, split in splits.items():
@@ -61,10 +57,10 @@ def show(overrides: list[str], out: Path | None = None) -> None:
     if out is None or out.suffix.lower() != ".png":
         raise UserError(f"out={shown(out)}: give out=FILE.png, the contact sheet to be written")
     _, splits = read_images(overrides)
-    from fewshot.data.sheet import contact_sheet
+    from fewshot.data.sheet import contact_sheet, dataset_rows
     from fewshot.files import write_atomically
 
-    write_atomically(out, partial(contact_sheet(splits).save, format="PNG"))
+    write_atomically(out, partial(contact_sheet(dataset_rows(splits)).save, format="PNG"))
     print(f"Written to {out}")
 
 
@@ -79,20 +75,21 @@ def list_datasets(overrides: list[str]) -> None:
         numbers = "as found" if None in classes else "/".join(map(str, classes))
         images = f"{sum(classes) * data.images_per_class:,}" if data.images_per_class else "as found"
         size = f"{data.size}x{data.size} {'grey' if data.channels == 1 else 'colour'}"
-        rows.append((choice.removeprefix("dataset="), numbers, images, size, data.get("origin", ""), _here(data)))
+        rows.append(
+            (choice.removeprefix("dataset="), numbers, images, size, data.get("origin", ""), _on_this_machine(data))
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _here(data: DictConfig) -> str:
+def _on_this_machine(data: DictConfig) -> str:
     from fewshot.data.cache import cache_folder, file_stem
 
-    folder = cache_folder(data.cache)
-    if files := list(folder.glob(f"{file_stem(data.name, data.size, data.channels)}-*.bin")):
-        return f"prepared, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB"
-    downloads = {"cifarfs": "cifar100", "fc100": "cifar100"}  # two splits of one archive
-    if (folder / downloads.get(data.name, data.name)).is_dir():
+    folder, stem = cache_folder(data.cache), file_stem(data.name, data.size, data.channels)
+    if list(folder.glob(f"{stem}-*.json")):
+        return f"prepared, {sum(file.stat().st_size for file in folder.glob(f'{stem}-*')) / 1e6:.0f} MB"
+    if (folder / data.get("archive", data.name)).is_dir():
         return "downloaded"
     return "no" if "root" in data else "needs nothing"
 

@@ -19,9 +19,8 @@ from urllib.request import Request, urlopen
 from rich import progress
 
 from fewshot.data.cache import cache_folder
-from fewshot.data.lock import alone
 from fewshot.errors import UserError
-from fewshot.files import open_own
+from fewshot.files import exclusive, open_own
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +36,14 @@ def download(
 ) -> Path:
     """The folder with the files `names`, downloaded where they are not there yet.
 
-    A file gets its name once it is whole and has its MD5. What came of an interrupted one stays as a hidden .part,
-    which the next call continues. Other processes wait for the one that downloads.
+    A file gets its name once it is whole and has its MD5. An interrupted one stays as a hidden .part, which the next
+    call continues. Other processes wait for the one that downloads.
 
     Args:
-        title: of the data set, for messages.
-        names: the files.
-        find: where they are, asked only when one is missing.
+        title: of the data set, for messages; `holds`, too: what dataset.root could be instead.
+        find: tells where they are; it is called only when one is missing.
         folder: of the data set, in the cache folder.
         cache: the cache folder, None for the user's own.
-        holds: what dataset.root could be instead, for messages.
 
     Raises:
         UserError: no network, no room, or another checksum.
@@ -57,7 +54,7 @@ def download(
         if all((place / name).is_file() for name in names):
             return place
         place.mkdir(parents=True, exist_ok=True)
-        with alone(place / ".lock", f"downloads into {place}"):
+        with exclusive(place / ".lock", f"downloads into {place}"):
             missing = [name for name in names if not (place / name).is_file()]
             sources = find() if missing else {}
             for name in missing:
@@ -72,14 +69,9 @@ def download(
 
 
 def zenodo(record: int, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Address and MD5 of files of a Zenodo record, as it publishes them.
+    """Address and MD5 of files of the Zenodo record of this number; names: {name here: name there}.
 
-    Args:
-        record: its number.
-        names: file name here: file name there.
-
-    Raises:
-        OSError, LookupError, ValueError: no answer, or not one with these files in it.
+    Raises OSError, LookupError or ValueError where there is no answer, or not one with these files in it.
     """
     with urlopen(f"{ZENODO}/api/records/{record}", timeout=TIMEOUT) as response:
         answer = json.load(response)
@@ -89,7 +81,7 @@ def zenodo(record: int, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def md5(file: BinaryIO) -> str:
-    """Of all that a file holds; it is at its beginning afterwards."""
+    """The MD5 of a whole file, which is at its beginning afterwards."""
     file.seek(0)
     digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     file.seek(0)
@@ -111,11 +103,11 @@ def _fetch(url: str, expected: str, path: Path) -> None:
             log.info("the connection broke, going on after %d bytes (%s)", part.stat().st_size, error)
             time.sleep(PAUSE)
     with open(part, "rb") as file:
-        found = md5(file)
+        actual = md5(file)
         os.fsync(file.fileno())
-    if found != expected:
+    if actual != expected:
         part.unlink()
-        raise OSError(f"{url} has the MD5 {found} instead of {expected}")
+        raise OSError(f"{url} has the MD5 {actual} instead of {expected}")
     os.replace(part, path)
 
 
@@ -128,7 +120,7 @@ def _transfer(url: str, part: Path) -> None:
     try:
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == 416:  # there is nothing beyond what is here; the checksum will tell
+        if error.code == 416:  # the server has nothing beyond what is here; the checksum tells whether that is all
             return
         raise
     with response, open(open_own(part, os.O_RDWR | os.O_APPEND), "ab") as file, _bar() as bar:

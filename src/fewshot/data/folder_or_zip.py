@@ -1,10 +1,16 @@
-"""The files of a folder or a zip, under names that do not depend on the system or program that wrote them."""
+"""The files of a folder or a zip, under names that do not depend on the system or program that wrote them.
 
+Also the tables (CSV) that say which file is of which class.
+"""
+
+import csv
+import io
 import os
 import re
 import stat
 import unicodedata
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +18,9 @@ from typing import Any
 
 from fewshot.errors import UserError
 
-# A file that is larger, or unpacks to more, is no photo (a zip bomb is one line, not a full memory).
+# A file that is larger, or unpacks to more, is no photo. (So a zip bomb ends in one line, not in a full memory.)
 LARGEST_FILE = 256 * 2**20
-# Of bzip2 and LZMA, Python's zipfile unpacks as much as there is, whatever size the zip claims.
+# Not bzip2 and LZMA: of these Python's zipfile unpacks as much as there is, whatever size the zip claims.
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 UTF8_NAME = 0x800  # flag bit 11 of a zip's entry
 # What macOS, Windows, Linux and network drives put beside one's files; names that begin with a dot are hidden anyway.
@@ -22,8 +28,11 @@ SYSTEM = frozenset(
     {"__macosx", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini", "lost+found"}
     | {"@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb"}
 )
-# Control characters, line separators and what turns the direction of a text: a name is shown on one line.
+# Control characters, line separators and what turns the direction of a text: a name has to be shown on one line.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+LARGEST_TABLE = 64 * 2**20  # bytes; a million images
+COLUMNS = {"file": ("file", "filename"), "label": ("label", "class"), "split": ("split",)}
 
 
 @dataclass(frozen=True)
@@ -32,44 +41,43 @@ class Source:
 
     root: as the user gave it, for messages
     names: sorted paths relative to the folder that holds the wanted top folders; a folder's own name ends with "/"
-    identity: changes whenever a file does
+    fingerprint: changes whenever a file does
     read: a name's bytes, also of one beside the top folders; raises OSError, LookupError or ValueError
     """
 
     root: Path
     names: tuple[str, ...]
-    identity: Any
+    fingerprint: Any
     read: Callable[[str], bytes]
 
 
-def open_source(root: Path, tops: Iterable[str] = ()) -> Source:
+def open_source(root: Path, tops: Iterable[str] = (), knob: str = "dataset.root") -> Source:
     """What lies under the folders `tops` of a folder or zip, which may wrap them in one enclosing folder.
 
-    Without tops: all that it holds, as it lies there. What the system put there is left out in any case.
+    Without `tops`: everything in it, as it lies there. What the system put there is always left out.
+
+    knob: names the root in messages.
 
     Raises:
         UserError: `root` does not exist, cannot be read, or is a file but not a sound zip; two of its names are one.
     """
-    tops = frozenset(tops)
+    tops, where = frozenset(tops), f"{knob}={root}"
     try:
         if root.is_dir():
-            return _open_folder(root, tops)
+            return _open_folder(root, tops, where)
         if root.is_file():
-            return _open_zip(root, tops)
+            return _open_zip(root, tops, where)
         if root.exists():
-            raise UserError(f"dataset.root={root}: neither a folder nor a regular file; give a folder or zip")
+            raise UserError(f"{where}: neither a folder nor a regular file; give a folder or zip")
     except OSError as error:
-        raise UserError(f"dataset.root={root}: cannot be read: {error}") from error
-    raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")
+        raise UserError(f"{where}: cannot be read: {error}") from error
+    raise UserError(f"{where}: no such file or folder; give the folder or zip that holds the images")
 
 
 def canonical(path: str) -> str:
-    """A path in the one form of this program: parts joined by "/", their text as `plain_text` has it.
+    """A path in the form that this program uses: parts joined by "/", their text as `plain_text` makes it.
 
-    A folder's path ends with "/".
-
-    Raises:
-        ValueError: it leads out of the folder or zip that it is in.
+    A folder's path ends with "/". Raises ValueError where it leads out of its folder or zip.
     """
     path = path.replace("\\", "/")  # as some programs for Windows write them
     parts = path.split("/")
@@ -80,7 +88,7 @@ def canonical(path: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """A name with its letters composed (NFC) on one line; bytes that are no text, and controls, as \\xNN."""
+    """A name on one line with composed letters (NFC); bytes that are no text and control characters become \\xNN."""
     if text.isascii() and text.isprintable():
         return text
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -89,11 +97,7 @@ def plain_text(text: str) -> str:
 
 
 def read_file(path: str | Path) -> bytes:
-    """A regular file's bytes; never those of a device, which may have no end.
-
-    Raises:
-        OSError, ValueError: there is none, or it is too large.
-    """
+    """The bytes of a regular file; raises OSError or ValueError for a device, a large file, or none."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
@@ -106,21 +110,19 @@ def read_file(path: str | Path) -> bytes:
     return data
 
 
-def _add(files: dict[str, str], root: Path, raw: str) -> str | None:
+def _add(files: dict[str, str], raw: str, where: str, kind: str) -> str | None:
     """The canonical name of a path, which is noted in `files`; None where the system put it there.
 
-    Raises:
-        UserError: it leads out of root, or another path has the same name.
+    Raises UserError where it leads out of the folder or zip, or another path has the same name.
     """
     try:
         name = canonical(raw)
     except ValueError:
-        kind = "folder" if root.is_dir() else "zip"
-        raise UserError(f"dataset.root={root}: unsafe path {raw!r} in the {kind}; make the {kind} anew") from None
+        raise UserError(f"{where}: unsafe path {raw!r} in the {kind}; make the {kind} anew") from None
     if not name or any(_of_the_system(part) for part in name.split("/")):
         return None
     if files.setdefault(name, raw) != raw and not name.endswith("/"):
-        raise UserError(f"dataset.root={root}: {files[name]!r} and {raw!r} are one name; rename or remove one")
+        raise UserError(f"{where}: {files[name]!r} and {raw!r} are one name; rename or remove one")
     return name
 
 
@@ -128,7 +130,7 @@ def _of_the_system(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def _open_folder(root: Path, tops: frozenset[str]) -> Source:
+def _open_folder(root: Path, tops: frozenset[str], where: str) -> Source:
     def holds_tops(folder: Path) -> bool:
         return any((folder / top).is_dir() for top in tops)
 
@@ -140,8 +142,8 @@ def _open_folder(root: Path, tops: frozenset[str]) -> Source:
         base = wrappers[0] if len(wrappers) == 1 else root
     files: dict[str, str] = {}
     entries: list[list[Any]] = [["", str(base.resolve())]]
-    for raw, status in _walk(root, base, tops):
-        if name := _add(files, root, raw):
+    for raw, status in _walk(base, tops, where):
+        if name := _add(files, raw, where, "folder"):
             regular = status is not None and stat.S_ISREG(status.st_mode)
             entries.append([name, status.st_size, status.st_mtime_ns] if status and regular else [name])
     entries.sort(key=lambda entry: entry[0])
@@ -149,13 +151,11 @@ def _open_folder(root: Path, tops: frozenset[str]) -> Source:
     return Source(root, names, entries, lambda name: read_file(base / files.get(name, name)))
 
 
-def _walk(root: Path, base: Path, tops: frozenset[str]) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Path below base, and status, of all that lies in it or in its folders `tops`.
+def _walk(base: Path, tops: frozenset[str], where: str) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Path below base and status of all that lies in base, or in its folders `tops`.
 
-    A folder's path ends with "/". No status: a link that leads nowhere.
-
-    Raises:
-        UserError: a link leads to a folder that is there already, in which one could go on for ever.
+    A folder's path ends with "/". A link that leads nowhere has no status; one that leads to a folder that was seen
+    before is a UserError, because the walk could go on for ever.
     """
     seen: dict[tuple[int, int], tuple[str, bool]] = {}
     pending = [(f"{top}/", os.path.islink(base / top)) for top in sorted(tops) if (base / top).is_dir()]
@@ -166,9 +166,7 @@ def _walk(root: Path, base: Path, tops: frozenset[str]) -> Iterator[tuple[str, o
             status = os.stat(base / folder)
             other, other_linked = seen.setdefault((status.st_dev, status.st_ino), (folder, linked))
             if other != folder and (linked or other_linked):
-                raise UserError(
-                    f"dataset.root={root}: {other or '.'} and {folder} are one folder, by a link; remove the link"
-                )
+                raise UserError(f"{where}: {other or '.'} and {folder} are one folder, by a link; remove the link")
             if folder:
                 yield folder, status
             with os.scandir(base / folder) as entries:
@@ -183,20 +181,20 @@ def _walk(root: Path, base: Path, tops: frozenset[str]) -> Iterator[tuple[str, o
                         todo.append((f"{folder}{entry.name}/", linked or entry.is_symlink()))
 
 
-def _open_zip(root: Path, tops: frozenset[str]) -> Source:
+def _open_zip(root: Path, tops: frozenset[str], where: str) -> Source:
     try:
         archive = zipfile.ZipFile(root)
     except OSError:
         raise
     except Exception as error:  # a damaged directory makes zipfile raise nearly any kind
         raise UserError(
-            f"dataset.root={root}: not a whole zip file ({error}); copy or download it again, or give a folder"
+            f"{where}: not a whole zip file ({error}); copy or download it again, or give a folder"
         ) from error
     status = root.stat()
     files: dict[str, str] = {}
     members = {}
     for info in archive.infolist():
-        if name := _add(files, root, _name(info)):
+        if name := _add(files, _name(info), where, "zip"):
             members[name] = info
     base = ""
     if tops and not any(name.split("/")[0] in tops for name in members):
@@ -205,12 +203,12 @@ def _open_zip(root: Path, tops: frozenset[str]) -> Source:
     names = [name.removeprefix(base) for name in members if name.startswith(base) and name != base]
     if tops:
         names = [name for name in names if name.split("/")[0] in tops]
-    identity = [str(root.resolve()), status.st_size, status.st_mtime_ns]
-    return Source(root, tuple(sorted(names)), identity, lambda name: _read_member(archive, members[base + name]))
+    fingerprint = [str(root.resolve()), status.st_size, status.st_mtime_ns]
+    return Source(root, tuple(sorted(names)), fingerprint, lambda name: _read_member(archive, members[base + name]))
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """An entry's name: many programs write UTF-8 without saying so, for which zipfile has code page 437."""
+    """An entry's name. Many programs write UTF-8 without saying so; zipfile then reads it as code page 437."""
     if info.flag_bits & UTF8_NAME:
         return info.filename
     try:
@@ -233,3 +231,55 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if len(data) != info.file_size:
         raise ValueError("it has another size than the zip says")
     return data
+
+
+# Tables
+
+
+def read_classes(table: bytes, find: Callable[[str], str | None]) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
+    """The images of each label of each split ("" without a column for it) in the table's order, and the absent files.
+
+    table: a CSV file's bytes, with columns as COLUMNS names them; else, or with an image twice, it is a ValueError.
+    find: gives the image that a file in the table stands for, or None.
+    """
+    classes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    seen, absent = set(), []
+    for file, label, split in _rows(table):
+        image = find(file)
+        if image is None:
+            absent.append(file)
+        elif image in seen:
+            raise ValueError(f"it has {file} twice")
+        else:
+            seen.add(image)
+            classes[split][plain_text(label)].append(image)
+    return classes, absent
+
+
+def _rows(table: bytes) -> Iterator[tuple[str, str, str]]:
+    """File, label and split of each row."""
+    if len(table) > LARGEST_TABLE:
+        raise ValueError(f"it has {len(table):,} bytes, too many for a list of images")
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(table), encoding="utf-8-sig", newline=""))
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        places = {
+            column: next((header.index(name) for name in names if name in header), None)
+            for column, names in COLUMNS.items()
+        }
+        if places["file"] is None or places["label"] is None:
+            raise ValueError("its first row names no columns file and label")
+        for row in reader:
+            if not row:
+                continue
+            cells = {
+                column: row[place].strip() if place is not None and place < len(row) else ""
+                for column, place in places.items()
+            }
+            if not cells["file"] or not cells["label"]:
+                raise ValueError(f"line {reader.line_num} has no {'label' if cells['file'] else 'file'}")
+            yield cells["file"], cells["label"], cells["split"]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"after line {reader.line_num} it is not UTF-8") from error

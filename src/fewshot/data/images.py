@@ -1,4 +1,4 @@
-"""What becomes of the pixels of image files.
+"""Image files -> arrays: decoded, turned the right way up, cut to a square and resized.
 
 Shapes: C x H x W one image.
 """
@@ -8,34 +8,50 @@ import io
 import logging
 import os
 import re
+import struct
 import threading
 import warnings
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from fewshot.data.folder_or_zip import Source
-from fewshot.data.side_information import upright, without_side_information
-from fewshot.errors import UserError, some
+from fewshot.errors import UserError, first_few
 
 if TYPE_CHECKING:
-    from fewshot.data.cache import Unread
+    from fewshot.data.cache import LazySplit
 
 log = logging.getLogger(__name__)
 
-# Megapixels: as many as phones take. conf/dataset/folder.yaml has it as dataset.largest_image.
+# Megapixels: what phones take has no more. conf/dataset/folder.yaml has it as dataset.largest_image.
 LARGEST_IMAGE = 200
-# Pixels: a JPEG of more is reduced while it is decoded. Fewer never are, which would change them.
+# Pixels: a JPEG with more is reduced while it is decoded. One with fewer is not, because that changes its pixels.
 REDUCED_ABOVE = 89_478_485
 # Pillow opens these by starting another program, or only recognises them.
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 HEIC = (".heic", ".heif", ".hif")
-_DECODING = threading.Lock()  # Pillow's limit and Python's warnings are the whole process's
+# What makes the pixels.
+PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
+JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments; of the APPn those that are not JFIF, EXIF, XMP or Adobe
+TIFF_TAGS = {*range(254, 260), 262, 266, *range(273, 275), *range(277, 280), 284, 292, 293, 317, 320}
+TIFF_TAGS |= {*range(322, 326), 332, 338, 339, 347, *range(512, 522), *range(529, 533)}
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DECODING = threading.Lock()  # Pillow's limit and Python's warning filters belong to the whole process
 
 Made = TypeVar("Made")
 
@@ -59,7 +75,7 @@ def is_image(name: str) -> bool:
 
 
 def tell_left_out(where: str, source: Source, used: Collection[str]) -> None:
-    """One line on the files of a source that are not among the `used`; none where there are none."""
+    """One line that counts the files of a source that are not among the `used`, if there are any."""
     rest = [name for name in source.names if name not in used and not name.endswith("/")]
     if not rest:
         return
@@ -69,14 +85,31 @@ def tell_left_out(where: str, source: Source, used: Collection[str]) -> None:
     remedy = "" if known else "; with pillow-heif installed (fewshot[heic]) HEIC is read"
     log.warning(
         "%s: %d file%s left out, no images by their names or in no class: %s%s",
-        *(where, len(rest), "s are" if len(rest) > 1 else " is", some(counts, 5), remedy),
+        *(where, len(rest), "s are" if len(rest) > 1 else " is", first_few(counts, 5), remedy),
     )
+
+
+def plain_classes(source: Source) -> dict[str, list[str]]:
+    """The images of each class of the layout CLASS/image, which one folder may enclose; those in no folder are "".
+
+    A folder without images is a class without images.
+    """
+    images = [name for name in source.names if is_image(name)]
+    tops = {name.split("/")[0] for name in images if "/" in name}
+    enclosed = len(tops) == 1 and all(name.count("/") != 1 for name in images)
+    wrapper = f"{tops.pop()}/" if enclosed else ""
+    classes = defaultdict(list)
+    for name in source.names:
+        label, inside, _ = name.removeprefix(wrapper).partition("/")
+        if is_image(name) or (inside and label):
+            classes[label if inside else ""] += [name] * is_image(name)
+    return dict(classes)
 
 
 def decode(
     data: bytes, *, size: int, channels: int, resample: Image.Resampling, largest_image: int | None = None
 ) -> np.ndarray:
-    """(C, size, size) uint8: an image file the right way up, the middle square of it, resized.
+    """(C, size, size) uint8: the middle square of an image file, the right way up and resized.
 
     largest_image: megapixels; None: LARGEST_IMAGE.
     """
@@ -92,7 +125,7 @@ def decode(
             with _opened(bare, size, largest_image) as image:
                 return square(image, **shape)
         except Exception:
-            raise error from None  # it was not the side information
+            raise error from None  # the side information was not the cause
 
 
 @contextmanager
@@ -131,10 +164,9 @@ def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resa
 
 
 def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
-    """Which numbers of a grey image of more than 8 bits are black and white, as its file says; None: one of 8 bits.
+    """Which numbers of a grey image of more than 8 bits are black and white, as its file says; None: it has 8 bits.
 
-    Raises:
-        ValueError: the file does not say.
+    Raises ValueError where the file does not say it.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return None
@@ -159,13 +191,9 @@ def read_splits(
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
     largest_image: int | None = None,
-) -> "dict[str, Unread]":
-    """The splits whose classes are given as lists of files, each read when its turn comes.
-
-    Raises:
-        UserError: images cannot be read; then, when they are asked for.
-    """
-    from fewshot.data.cache import Unread  # imports torch, and a folder can be looked at without it
+) -> "dict[str, LazySplit]":
+    """The splits whose classes are lists of files; a file is read, or a UserError raised, when its image is due."""
+    from fewshot.data.cache import LazySplit  # imports torch, and a folder can be looked at without it
 
     make = functools.partial(decode, size=size, channels=channels, resample=resample, largest_image=largest_image)
     files = [file for split in classes.values() for images in split.values() for file in images]
@@ -175,7 +203,7 @@ def read_splits(
         counts = [len(images) for images in members.values()]
         last = first + sum(counts)
         names = [name for _, name in files[first:last]]
-        splits[split] = Unread(_read_images(files, first, last, make, told), counts, tuple(members), names)
+        splits[split] = LazySplit(_read_images(files, first, last, make, told), counts, tuple(members), names)
         first = last
     return splits
 
@@ -183,7 +211,7 @@ def read_splits(
 def _read_images(
     files: list[tuple[Source, str]], first: int, last: int, make: Callable[[bytes], np.ndarray], told: set[str]
 ) -> Iterator[np.ndarray]:
-    """The images of files[first:last]; if one cannot be read, all after it are tried, so that all are told at once."""
+    """The images of files[first:last]. If one cannot be read, all after it are tried, so that one error names all."""
     for place in range(first, last):
         image = try_image(*files[place], make, told)
         if isinstance(image, str):
@@ -193,16 +221,15 @@ def _read_images(
                     broken.append(f"{name!r}: {reason}")
             number = f"{len(broken)} images: " if len(broken) > 1 else "image "
             remedy = "them" if len(broken) > 1 else "it"
-            raise UserError(
-                f"dataset.root={files[place][0].root}: cannot read {number}{some(broken)}; replace or remove {remedy}"
-            )
+            root = files[place][0].root
+            raise UserError(f"dataset.root={root}: cannot read {number}{first_few(broken)}; replace or remove {remedy}")
         yield image
 
 
 def try_image(source: Source, name: str, make: Callable[[bytes], Made], told: set[str]) -> Made | str:
-    """What is made of a file's bytes, or why it cannot be read.
+    """What `make` makes of a file's bytes, or why they cannot be read.
 
-    What Pillow warns of is logged with the file's name, and not again for others: told has what was.
+    A warning of Pillow is logged once, with the file's name; `told` holds the warnings that were logged.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -218,3 +245,65 @@ def try_image(source: Source, name: str, make: Callable[[bytes], Made], told: se
             told.add(kind)
             log.warning("%s: is read, but Pillow warns: %s (not told again of other images)", name, text)
     return made
+
+
+# What a picture's file says besides its pixels: EXIF, XMP, colour profiles, text. None of it may stop a picture.
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; nothing else of the EXIF is read."""
+    image.load()  # a PNG's EXIF may come after its pixels
+    turn = None
+    with suppress(Exception):  # whatever broken EXIF makes of Pillow's reader
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def without_side_information(data: bytes) -> bytes:
+    """A PNG, JPEG or TIFF without what does not make its pixels; any other file as it is."""
+    with suppress(struct.error, IndexError):
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _bare_png(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            return _bare_jpeg(data)
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            return _bare_tiff(data)
+    return data
+
+
+def _bare_png(data: bytes) -> bytes:
+    """The chunks that make the pixels, and the EXIF for its orientation."""
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        end = place + 12 + length
+        kind = data[place + 4 : place + 8]
+        if kind == b"eXIf":  # whatever it holds, its checksum is right
+            kept.append(data[place : end - 4] + struct.pack(">I", zlib.crc32(data[place + 4 : end - 4])))
+        elif kind in PNG_CHUNKS:
+            kept.append(data[place:end])
+        if kind == b"IEND":  # whatever follows is no chunk
+            break
+        place = end
+    return b"".join(kept)
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    kept, place = [data[:2]], 2
+    while data[place] == 0xFF and data[place + 1] != 0xDA:  # the scan begins
+        marker, (length,) = data[place + 1], struct.unpack_from(">H", data, place + 2)
+        if marker not in JPEG_LEFT_OUT:
+            kept.append(data[place : place + 2 + length])
+        place += 2 + length
+    return b"".join([*kept, data[place:]])
+
+
+def _bare_tiff(data: bytes) -> bytes:
+    """The directory of the first picture becomes shorter and stays in its place."""
+    order = "<" if data.startswith(b"II") else ">"
+    (place,) = struct.unpack_from(f"{order}I", data, 4)
+    (number,) = struct.unpack_from(f"{order}H", data, place)
+    entries = [data[first : first + 12] for first in range(place + 2, place + 2 + 12 * number, 12)]
+    kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in TIFF_TAGS]
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+    return data[:place] + directory + data[place + len(directory) :]

@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,8 +29,8 @@ EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, what
 class MetaBatches:
     """Yields `size` tasks at positions start(), start() + stride, ... below stop; fewer where stop is nearer.
 
-    start is asked when iteration begins: a resumed run starts at the outer updates done, not at zero. It has no
-    length: Lightning would end an epoch where a resumed run's count of batches reaches it.
+    `start` is called when iteration begins, because a resumed run starts at the outer updates done, not at zero. There
+    is no length: Lightning would end the epoch when the batches since the resumption reach it.
     """
 
     draw: TaskSampler
@@ -46,7 +45,7 @@ class MetaBatches:
 
 
 def manifest(splits: dict[str, Split]) -> dict[str, Any]:
-    """What a run uses: the class names of every split, and a SHA-256 over names, numbers of images and pixels.
+    """What a run was given: the class names of every split, and a SHA-256 over names, numbers of images and pixels.
 
     It depends neither on where the files lie nor on how they are packed.
     """
@@ -56,15 +55,10 @@ def manifest(splits: dict[str, Split]) -> dict[str, Any]:
 
 
 def images_device(asked: str, compute: torch.device, size: int, free: int) -> torch.device:
-    """Where the images lie: with "auto" on the GPU if they fill at most half of its free memory, else in the CPU's.
+    """Where the images are kept: "auto" means on the GPU if they fill at most half of its free memory, else on the CPU.
 
-    Args:
-        asked: dataset.device.
-        compute: the device of the run.
-        size, free: bytes of all images, and free on a GPU.
-
-    Raises:
-        UserError: "cuda" where the run is not on one.
+    asked: dataset.device, where "cuda" is a UserError if the run is on another; compute: the device of the run.
+    size, free: bytes of all images, and bytes free on a GPU.
     """
     if asked == "cuda" and compute.type != "cuda":
         raise UserError(f"dataset.device=cuda: the run is on {compute.type}; use dataset.device=auto or trainer=gpu")
@@ -73,88 +67,80 @@ def images_device(asked: str, compute: torch.device, size: int, free: int) -> to
     return compute
 
 
-def _in_turn(transforms: list[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
-    for transform in transforms:
-        images = transform(images)
-    return images
+def augmentation(transforms: list[Callable[[Tensor], Tensor]], pixels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The transforms one after another, once they were tried on some of the images, (M, C, H, W) uint8.
 
-
-class MetaData(pl.LightningDataModule):
-    """Turns the splits of a dataset into meta-batches on the compute device.
-
-    Args:
-        splits: train, val and test images, (M, C, H, W) uint8.
-        seed: of the training tasks; validation and test tasks are the same for every seed.
-        kind: of the training tasks, as TaskSampler has them; validation and test tasks are mutually exclusive.
-        augment: of the training tasks' images, as TaskSampler has it.
-        device: of the images, "auto", "cpu" or "cuda"; see images_device.
+    Raises:
+        UserError: they fail, change the shape of images, mix them, or draw random numbers elsewhere than from torch.
     """
 
-    def __init__(
-        self,
-        splits: dict[str, Split],
-        *,
-        ways: int,
-        shots: int,
-        queries: int,
-        mean: list[float],
-        std: list[float],
-        seed: int,
-        meta_batch_size: int,
-        iterations: int,
-        val_tasks: int,
-        test_tasks: int,
-        tasks_at_once: int | None,
-        kind: str,
-        augment: Callable[[Tensor], Tensor] | None = None,
-        device: str = "auto",
-    ) -> None:
+    def augment(images: Tensor) -> Tensor:
+        for transform in transforms:
+            images = transform(images)
+        return images
+
+    images = pixels[:8].float().div_(255)
+    beside_others = torch.cat([images[:1], (1 - images[1:]) / 2])
+    shape = tuple(images.shape[1:])
+    for seed in range(16):  # some act seldom
+        try:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed)
+                after = augment(images.clone())
+                torch.manual_seed(seed)
+                first = augment(beside_others.clone())[0]
+            is_kept = (after.shape, after.dtype) == (images.shape, images.dtype)
+        except Exception as error:  # whatever it makes of images that it is not made for
+            reason = str(error).split("\n")[0]
+            raise UserError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
+        if not is_kept:
+            turned = f"{tuple(after.shape[1:])} {after.dtype}"
+            raise UserError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
+        if not torch.equal(after[0], first):
+            raise UserError(
+                "augment: turns an image into what others beside it make of it, or draws its random numbers "
+                "elsewhere than from torch; use transforms of each image alone"
+            )
+    return augment
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """Turns the splits of a dataset into meta-batches on the compute device.
+
+    Validation and test tasks are mutually exclusive, and the same for every seed.
+
+    splits: train, val and test images, (M, C, H, W) uint8; cfg: the composed configuration.
+    """
+
+    def __init__(self, splits: dict[str, Split], cfg: DictConfig) -> None:
         super().__init__()
         self.manifest = manifest(splits)
-        self.device, self._placed = device, False
-        self.meta_batch_size, self.iterations = meta_batch_size, iterations
-        self.tasks_at_once = tasks_at_once or meta_batch_size
-        self.tasks = {"val": val_tasks, "test": test_tasks}
-        trained_on = splits["test" if kind == "one_task" else "train"]
-        try:
-            self.samplers = {
-                name: TaskSampler(
-                    trained_on if name == "train" else splits[name],
-                    ways=ways,
-                    shots=shots,
-                    queries=queries,
-                    mean=tuple(mean),
-                    std=tuple(std),
-                    seed=seed if name == "train" else EVALUATION_SEED,
-                    stream=SPLITS.index(name),
-                    kind=kind if name == "train" else "mutually_exclusive",
-                    augment=augment if name == "train" else None,
-                )
-                for name in SPLITS
-            }
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        self.device, self._placed = cfg.dataset.device, False
+        self.meta_batch_size, self.iterations = cfg.meta_batch_size, cfg.iterations
+        self.tasks_at_once = cfg.tasks_at_once or cfg.meta_batch_size
+        self.tasks = {"val": cfg.val_tasks, "test": cfg.test_tasks}
+        transforms = list(instantiate(cfg.augment).values()) if cfg.augment else []
+        trained_on = splits["test" if cfg.dataset.tasks == "one_task" else "train"]
+        training = {
+            "split": trained_on,
+            "seed": cfg.seed,
+            "kind": cfg.dataset.tasks,
+            "augment": augmentation(transforms, trained_on.images) if transforms else None,
+        }
+        shape = {knob: cfg[knob] for knob in ("ways", "shots", "queries")}
+        shape |= {knob: tuple(cfg.dataset[knob]) for knob in ("mean", "std")}
+        self.samplers = {}
+        for stream, name in enumerate(SPLITS):
+            knobs = training if name == "train" else {"split": splits[name], "seed": EVALUATION_SEED}
+            try:
+                self.samplers[name] = TaskSampler(**knobs, stream=stream, **shape)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "MetaData":
+    def from_config(cls, cfg: DictConfig) -> "TaskDataModule":
         """The tasks of a composed configuration; reads the images."""
-        return cls(
-            instantiate(cfg.dataset.source),
-            ways=cfg.ways,
-            shots=cfg.shots,
-            queries=cfg.queries,
-            mean=cfg.dataset.mean,
-            std=cfg.dataset.std,
-            kind=cfg.dataset.tasks,
-            augment=partial(_in_turn, list(instantiate(cfg.augment).values())) if cfg.augment else None,
-            device=cfg.dataset.device,
-            seed=cfg.seed,
-            meta_batch_size=cfg.meta_batch_size,
-            iterations=cfg.iterations,
-            val_tasks=cfg.val_tasks,
-            test_tasks=cfg.test_tasks,
-            tasks_at_once=cfg.tasks_at_once,
-        )
+        return cls(instantiate(cfg.dataset.source), cfg)
 
     def setup(self, stage: str) -> None:
         """Puts the images where tasks are gathered from them by index, once for training and test."""

@@ -1,4 +1,4 @@
-"""Images that come in pickles, as the few-shot literature shares them: read without running what a pickle could run.
+"""Images in pickles, as the few-shot literature shares them, read without running what a pickle could run.
 
 Shapes: C x H x W one image.
 """
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from fewshot.data.cache import Unread
+from fewshot.data.cache import LazySplit
 
 # All that an array, a text of Python 2 or a dictionary needs.
 HARMLESS = {
@@ -39,8 +39,8 @@ class _PlainUnpickler(pickle.Unpickler):
 def unpickle(file: BinaryIO) -> Any:
     """What a pickle of arrays and plain data holds.
 
-    This is the second lock, not the first: numpy's own reading of arrays was not made for hostile data, so that the
-    caller knows the file's checksum, or the user said that it can be trusted.
+    This is the second safeguard, because numpy's own reading of arrays was not made for hostile data. The first one:
+    the caller knows the file's checksum, or the user said that it can be trusted.
 
     Raises:
         ValueError: it holds anything else, or is damaged.
@@ -51,13 +51,13 @@ def unpickle(file: BinaryIO) -> Any:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def gather(classes: Mapping[str, Sequence[int]], image: Callable[[int], np.ndarray]) -> Unread:
-    """A split whose classes are given as lists of numbers, by what makes an image (C, H, W) of a number.
+def gather(classes: Mapping[str, Sequence[int]], image: Callable[[int], np.ndarray]) -> LazySplit:
+    """A split whose classes are lists of numbers; `image` makes an image (C, H, W) of a number.
 
     What `image` holds, such as the pickle, is let go after the last image.
     """
-    numbers = [number for members in classes.values() for number in members]
-    return Unread((image(number) for number in numbers), [len(each) for each in classes.values()], tuple(classes))
+    images = (image(number) for members in classes.values() for number in members)
+    return LazySplit(images, [len(members) for members in classes.values()], tuple(classes))
 
 
 def fit(pixels: np.ndarray, *, size: int, channels: int) -> np.ndarray:
@@ -69,6 +69,6 @@ def fit(pixels: np.ndarray, *, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def identity(paths: Iterable[Path]) -> list[list[Any]]:
-    """Changes whenever one of the files does; for the cache."""
+def fingerprint(paths: Iterable[Path]) -> list[list[Any]]:
+    """Changes whenever one of the files does."""
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -1,10 +1,11 @@
-"""What a task is, and the seeded sampler that draws it.
+"""The seeded sampler that draws tasks, and what becomes of their pixels.
 
 Shapes: B tasks, K ways, S support and Q query images per task, C x H x W one image, M images of a split, N its classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,16 +14,30 @@ from torch import Tensor
 from fewshot.data.task import SPLITS, Split, Task
 
 
+def normalised(
+    pixels: Tensor,
+    mean: Tensor | Sequence[float],
+    std: Tensor | Sequence[float],
+    augment: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Images (..., C, H, W) uint8 as a network sees them: scaled to [0, 1], augmented, less mean and divided by std."""
+    images = pixels.float().div_(255)
+    if augment is not None:
+        images = augment(images)
+    mean, std = (torch.as_tensor(numbers, device=images.device).view(-1, 1, 1) for numbers in (mean, std))
+    return images.sub_(mean).div_(std)
+
+
 class TaskSampler:
     """Draws tasks from a split; the task at a position depends only on (seed, stream, position).
 
-    Random numbers come from a counter (Philox: key = seed and stream, counter = position), so any task can be drawn
-    at any time in any company: a resumed run, another rank or another chunk size sees the same tasks.
+    Random numbers come from a counter (Philox: key = seed and stream, counter = position), so a resumed run, another
+    rank or another chunk size sees the same tasks.
 
     kind, for training:
-        "mutually_exclusive": any class under any label, so a label means nothing outside of its task.
-        "non_mutually_exclusive": label t always from the same K-th of the classes, which can therefore be memorised.
-        "one_task": always the task `one_task`, the order of its labels drawn anew for each position.
+        "mutually_exclusive": a class may get any label, so a label means nothing outside of its task.
+        "non_mutually_exclusive": label t is always of the same K-th of the classes, so classes can be memorised.
+        "one_task": always the task `one_task`, with the order of its labels drawn anew for each position.
 
     Args:
         split: the images; see `to`.
@@ -30,13 +45,12 @@ class TaskSampler:
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
-        kind: see above; with "one_task" the split is that of the test.
-        augment: a task's images, (K (shots + queries), C, H, W) in [0, 1], to the same, each at random, before mean and
-            std are applied; takes its random numbers from torch, and they too depend only on (seed, stream, position).
+        kind: see above; for "one_task" the split is that of the test.
+        augment: changes a task's images, (K (shots + queries), C, H, W) in [0, 1], each at random, before mean and std
+            are applied. Its random numbers come from torch and depend only on (seed, stream, position), too.
 
     Raises:
-        ValueError: fewer classes than ways, a class with fewer images than shots + queries, or an augment that changes
-            the shape of images or mixes them.
+        ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
     """
 
     def __init__(
@@ -66,26 +80,8 @@ class TaskSampler:
         self.split, self.ways, self.shots, self.queries, self.kind = split, ways, shots, queries, kind
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
-        self._mean, self._std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self._mean, self._std = torch.tensor(mean), torch.tensor(std)
         self._augment = augment
-        if augment is not None:
-            images = split.images[:8].float().div_(255).expand(16, 1, -1, -1, -1, -1)  # of sixteen positions
-            beside_others = (1 - images) / 2
-            beside_others[:, :, 0] = images[:, :, 0]
-            shape = tuple(images.shape[3:])
-            try:
-                after, other = self._augmented(images.clone(), 0), self._augmented(beside_others, 0)
-            except Exception as error:  # whatever it makes of images that it is not made for
-                reason = str(error).split("\n")[0]
-                raise ValueError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
-            if (after.shape, after.dtype) != (images.shape, images.dtype):
-                turned = f"{tuple(after.shape[3:])} {after.dtype}"
-                raise ValueError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
-            if not torch.equal(after[:, :, 0], other[:, :, 0]):
-                raise ValueError(
-                    "augment: turns an image into what others beside it make of it, or draws its random numbers "
-                    "elsewhere than from torch; use transforms of each image alone"
-                )
 
     def to(self, device: torch.device, images: torch.device) -> None:
         """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
@@ -128,7 +124,7 @@ class TaskSampler:
     def _parts(self) -> list[np.ndarray]:
         """The classes of each label, dealt out in a shuffled order that no seed changes.
 
-        In their own order a part would be a few alphabets, recognised by their style without a class being memorised.
+        In their own order a label would be a few alphabets, which can be told by their style.
         """
         stream_of_its_own = np.array([0, len(SPLITS)], dtype=np.uint64)
         order = np.random.Philox(key=stream_of_its_own).random_raw(len(self._counts)).argsort(kind="stable")
@@ -158,10 +154,8 @@ class TaskSampler:
         images = self.split.images[index]
         if images.device != device:  # as bytes, from memory that a GPU can fetch by itself
             images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-        images = images.float().div_(255)
-        if self._augment is not None and first is not None:
-            images = self._augmented(images, first)
-        images = images.sub_(self._mean).div_(self._std)
+        augment = None if self._augment is None or first is None else partial(self._augmented, first=first)
+        images = normalised(images, self._mean, self._std, augment)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)
         return Task(

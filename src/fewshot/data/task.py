@@ -20,7 +20,7 @@ class Split:
     images: (M, C, H, W) uint8
     offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
     names: the N class names
-    sha256: of the pixels they were made from, where it is known
+    sha256: of the pixels in the cache, where it is known
     """
 
     images: Tensor
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,).
 
-    NaN where a logit of the task is not finite: whichever was then called the largest would count as chance.
+    NaN where a logit of the task is not finite: otherwise the one called largest would look like a guess.
     """
     knobs = {"average": "micro", "multidim_average": "samplewise", "validate_args": False}
     shares = multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], **knobs)

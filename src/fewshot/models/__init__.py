@@ -1,7 +1,6 @@
 """Encoders and heads; any torch.nn.Module, taken apart."""
 
-from fewshot.models.conv4 import conv4_pooled, conv4_strided
-from fewshot.models.network import Network
+from fewshot.models.network import Network, conv4_pooled, conv4_strided
 from fewshot.models.resnet12 import resnet12
 
 __all__ = ["Network", "conv4_pooled", "conv4_strided", "resnet12"]

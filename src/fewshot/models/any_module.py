@@ -26,17 +26,17 @@ def network_from_module(
     init_scale: float = 1.0,
     head_bias: bool = True,
 ) -> Network:
-    """The module as a Network: encoder with its own weights, and a new head, (B, channels, size, size) -> (B, K).
+    """The module as a Network: an encoder with its own weights and a new head, (B, channels, size, size) -> (B, K).
 
-    BatchNorm takes the batch at hand (method.md section 3) and dropout is left out, for both engines compute the same
-    gradient twice and validation has to leave no trace.
+    BatchNorm uses the batch's statistics (method.md section 3), and dropout is left out: both engines have to compute
+    the same gradient, and validation has to leave no trace.
 
     Args:
-        module: takes (B, C, H, W), and the output of its last linear layer is its own; changed in place.
-        head: name of that layer; None: found by running the module.
+        module: takes (B, C, H, W) and ends in a linear layer; it is changed in place.
+        head: name of that layer; None: the module is run to find it.
 
     Raises:
-        UserError: the module cannot be taken apart so, or not be adapted.
+        UserError: the module cannot be taken apart like this, or cannot be adapted.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model.module: gives a {type(module).__name__}; its _target_ must make a torch.nn.Module")
@@ -45,7 +45,7 @@ def network_from_module(
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    given, buffers = images.clone(), {name: buffer.clone() for name, buffer in module.named_buffers()}
+    before, buffers = images.clone(), {name: buffer.clone() for name, buffer in module.named_buffers()}
     name, logits = _head(module.eval(), images, head)
     last = module.get_submodule(name)
     module.set_submodule(name, nn.Identity())  # what is left is the encoder
@@ -55,7 +55,7 @@ def network_from_module(
         raise UserError(f"model.module: {kind} gives {name} no features of (images, {last.in_features}); flatten them")
     if not torch.allclose(last(features), logits, rtol=1e-4, atol=1e-5):
         raise UserError(f"model.module: {kind} gives the same images other outputs each time; it must not be random")
-    if not torch.equal(images, given):
+    if not torch.equal(images, before):
         raise UserError(f"model.module: {kind} writes into its images; let its first layer not work in place")
     for buffer, value in module.named_buffers():
         if not torch.equal(value, buffers[buffer]):
@@ -74,7 +74,7 @@ def _head(module: nn.Module, images: Tensor, wanted: str | None) -> tuple[str, T
     """The name of the linear layer whose output is the module's, and that output."""
     kind, calls = type(module).__name__, []
     hooks = [
-        layer.register_forward_hook(lambda layer, given, output, name=name: calls.append((name, output)))
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: calls.append((name, output)))
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
     ]
@@ -86,18 +86,18 @@ def _head(module: nn.Module, images: Tensor, wanted: str | None) -> tuple[str, T
         raise UserError(f"model.module: {kind} has no torch.nn.Linear; give one that ends in it, which is the head")
     if wanted is not None and wanted not in linear:
         raise UserError(f"model.head={wanted}: {kind} has no such linear layer; it has {', '.join(linear)}")
-    found = [name for name, output in calls if output is logits]
-    if not found:
+    last = [name for name, output in calls if output is logits]
+    if not last:
         raise UserError(
             f"model.module: the output of {kind} is not that of a linear layer; it must end in one (logits)"
         )
     if logits.shape[:-1] != (len(images),):
         raise UserError(f"model.module: {kind} turns 2 images into {tuple(logits.shape)}; it must give (2, classes)")
-    if wanted not in (None, *found):
-        raise UserError(f"model.head={wanted}: the output of {kind} comes from {found[0]}; use model.head={found[0]}")
-    if [name for name, _ in calls].count(found[0]) > 1:
-        raise UserError(f"model.module: {kind} runs {found[0]} several times; the head must be run once, at the end")
-    return found[0], logits
+    if wanted not in (None, *last):
+        raise UserError(f"model.head={wanted}: the output of {kind} comes from {last[0]}; use model.head={last[0]}")
+    if [name for name, _ in calls].count(last[0]) > 1:
+        raise UserError(f"model.module: {kind} runs {last[0]} several times; the head must be run once, at the end")
+    return last[0], logits
 
 
 def _forward(module: nn.Module, images: Tensor) -> Any:
@@ -126,7 +126,7 @@ def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
                 f"model.module: {kind} cannot be differentiated ({reason}); "
                 "overwrite nothing in place that is still needed"
             ) from error
-        frozen = [name for name, each in zip(parameters, gradients, strict=True) if each is None]
+        frozen = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     if frozen:
         name = frozen[0].removeprefix("encoder.")
         raise UserError(

@@ -1,4 +1,4 @@
-"""ResNet-12, and what drops its features.
+"""ResNet-12, and DropBlock, which drops some of its features in training.
 
 Shapes: B images of C channels, H x W pixels, K ways.
 """
@@ -51,8 +51,8 @@ class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for each in (inputs, outputs, outputs):
-            layers += [nn.Conv2d(each, outputs, 3, padding=1, bias=False), norm(outputs), nn.LeakyReLU(0.1)]
+        for width in (inputs, outputs, outputs):
+            layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), norm(outputs), nn.LeakyReLU(0.1)]
         self.inside = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), norm(outputs))
         self.outside = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
@@ -62,9 +62,10 @@ class Residual(nn.Module):
 
 
 class DropBlock(nn.Module):
-    """Drops squares of features (Ghiasi et al. 2018), inside `dropping` alone: nowhere else is anything random.
+    """Drops squares of features (Ghiasi et al. 2018), but only inside `dropping`; elsewhere nothing is random.
 
-    Anew in every inner step and for every image. Another engine draws in another order: other squares, as likely.
+    The squares are drawn anew in every inner step and for every image. The engines draw in different orders, so they
+    drop different squares, equally often.
     """
 
     def __init__(self, share: float, seed: int) -> None:
@@ -76,13 +77,13 @@ class DropBlock(nn.Module):
 
 
 def drop_squares(x: Tensor, share: float) -> Tensor:
-    """(B, C, H, W) of one task: this share becomes zero, in squares of 5 x 5 where they fit, and the rest larger."""
+    """(B, C, H, W) of one task: this share becomes zero, in squares of 5 x 5 where they fit; the rest is scaled up."""
     if has_torch_function((x,)):  # the batched engine has several tasks in x
         return handle_torch_function(drop_squares, (x,), x, share)
     from torchvision.ops import drop_block2d  # torchvision takes seconds to import
 
     side = min(5, *x.shape[2:])
-    return drop_block2d(x, share, side - (side + 1) % 2)  # it takes odd sides alone
+    return drop_block2d(x, share, side - (side + 1) % 2)  # it takes only odd sides
 
 
 def drops(network: nn.Module) -> bool:
@@ -91,7 +92,7 @@ def drops(network: nn.Module) -> bool:
 
 @contextmanager
 def dropping(network: nn.Module, position: int) -> Iterator[None]:
-    """Inside, DropBlock drops what its seed and the position alone say: a run that goes on drops what it would have.
+    """Inside, DropBlock drops what its seed and the position say: a run that goes on drops what it would have.
 
     position: outer updates done, times the number of ranks, plus the rank.
     """

@@ -13,34 +13,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, write_file
+from fewshot.files import check_place, write_atomically, write_file
 from fewshot.paths import claimed, model_path, user_path
-from fewshot.predict.predictions import predict
+from fewshot.predict.predictions import Predictions, predict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fewshot.data.folder_or_zip import Source
+    from fewshot.data.sheet import Row
     from fewshot.predict.pretrained import Preprocess
 
 log = logging.getLogger(__name__)
 
+SHEET_CLASSES, SHEET_QUERIES = 50, 200  # of the contact sheet, at most
+
 
 def run(
-    checkpoint: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **how: int | bool | None
+    checkpoint: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **options: int | bool | None
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
 
     folder: None: a new one in outputs/, named after the time.
-    how: steps and test_zeroing, as predict has them.
-
-    Raises:
-        UserError: nothing to read, or what predict does not take.
+    options: steps and test_zeroing, as predict has them.
     """
     if folder is not None:
         check_place("out", folder)
@@ -50,79 +48,52 @@ def run(
         if not os.path.exists(user_path(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
     model_path(checkpoint)
-    from fewshot.data.images import tell_left_out
+    from fewshot.data.folder_or_zip import open_source
+    from fewshot.data.images import is_image, tell_left_out
 
-    classes = _classes(f"support={support}", support_source := _open("support", support))
-    asked = _images(query_source := _open("query", query))
+    support_source, query_source = (
+        open_source(user_path(knob, path), knob=knob) for knob, path in (("support", support), ("query", query))
+    )
+    classes = _classes(f"support={support}", support_source)
+    asked = [name for name in query_source.names if is_image(name)]
     tell_left_out(f"support={support}", support_source, {name for files in classes.values() for name in files})
     tell_left_out(f"query={query}", query_source, set(asked))
     if not asked:
         raise UserError(f"query={query}: no images in it")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
+    from fewshot.data.sheet import contact_sheet
     from fewshot.predict.pretrained import load
-    from fewshot.results import figures
 
     model = load(checkpoint, trust=trust)
     skipped: list[tuple[str, str, str]] = []
     read = partial(_read, preprocess=model.preprocess, skipped=skipped, told=set())
-    given = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
-    if lost := [name for name, images in given.items() if not images]:
+    examples = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
+    if lost := [name for name, images in examples.items() if not images]:
         raise UserError(f"support={support}: no image of {lost[0]!r} can be read; replace them or remove the class")
     queries = read("query", query_source, asked)
     if not queries:
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
-    found = predict(model, given, list(queries.values()), **how)
-    rows = list(zip(queries, found.labels, found.probabilities, strict=True))
+    predictions = predict(model, examples, list(queries.values()), **options)
+    rows = list(zip(queries, predictions.labels, predictions.probabilities, strict=True))
     folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
         _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
-    header = ["file", "class", *(f"probability of {name}" for name in found.classes)]
+    header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
     _write_csv(folder / "predictions.csv", header, table)
-    sheet = figures.contact_sheet(
-        {printable(name): [_shown(image) for image in images] for name, images in given.items()},
-        [
-            (_shown(image), printable(file), printable(label), probabilities.max())
-            for image, (file, label, probabilities) in zip(queries.values(), rows, strict=True)
-        ],
-    )
-    write_file(folder / "contact_sheet.png", figures.png(sheet))
+    sheet = contact_sheet(_sheet_rows(examples, list(queries.items()), predictions), side=140)
+    write_atomically(folder / "contact_sheet.png", partial(sheet.save, format="PNG"))
     but = f", {len(skipped)} skipped" if skipped else ""
-    print(f"{len(rows)} images, {len(found.classes)} classes{but}: written to {folder}")
-
-
-def _open(knob: str, given: str) -> "Source":
-    """The files of a folder or zip, named relative to it."""
-    from fewshot.data.folder_or_zip import open_source
-
-    try:
-        return open_source(user_path(knob, given))
-    except UserError as error:
-        raise UserError(str(error).replace("dataset.root=", f"{knob}=", 1)) from None
-
-
-def _images(source: "Source") -> list[str]:
-    from fewshot.data.images import is_image
-
-    return [name for name in source.names if is_image(name)]
+    print(f"{len(rows)} images, {len(predictions.classes)} classes{but}: written to {folder}")
 
 
 def _classes(where: str, source: "Source") -> dict[str, list[str]]:
     """{class: its files}, sorted by name; one enclosing folder is taken off, as zips often have it."""
-    tops = {name.split("/")[0] for name in source.names}
-    images = _images(source)
-    wrapped = len(tops) == 1 and all(name.count("/") > 1 for name in images)
-    prefix = f"{tops.pop()}/" if wrapped else ""
-    classes: dict[str, list[str]] = {}
-    for name in source.names:
-        label, inside, _ = name.removeprefix(prefix).partition("/")
-        if inside and label:
-            classes.setdefault(label, [])
-    for name in images:
-        label, inside, _ = name.removeprefix(prefix).partition("/")
-        if not inside:
-            raise UserError(f"{where}: {name} lies in no class; give one folder of images for each class")
-        classes[label].append(name)
+    from fewshot.data.images import plain_classes
+
+    classes = plain_classes(source)
+    if loose := classes.pop("", []):
+        raise UserError(f"{where}: {loose[0]} lies in no class; give one folder of images for each class")
     if empty := [label for label, files in classes.items() if not files]:
         raise UserError(f"{where}: no images in {empty[0]!r}; add images or remove the class")
     if len(classes) < 2:
@@ -153,9 +124,28 @@ def _read(
     return images
 
 
-def _shown(pixels: "Tensor") -> np.ndarray:
-    """(C, H, W) -> (H, W[, 3])"""
-    return pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+def _sheet_rows(
+    support: dict[str, list["Tensor"]], queries: list[tuple[str, "Tensor"]], predictions: Predictions
+) -> list["Row"]:
+    """The support images, a class a row, and below them the queries with what was predicted, in their order."""
+    from fewshot.data.sheet import COLUMNS, Row
+
+    numbered = {name: f"{number} {printable(name)}" for number, name in enumerate(support, start=1)}
+    of_queries = f", the first {SHEET_QUERIES} of {len(queries)}" if len(queries) > SHEET_QUERIES else ""
+    of_classes = f", the first {SHEET_CLASSES} of {len(support)} classes" if len(support) > SHEET_CLASSES else ""
+    rows = [Row(f"support{of_classes}: what the model adapted to")]
+    for name, images in list(support.items())[:SHEET_CLASSES]:
+        more = f" (+{len(images) - COLUMNS})" if len(images) > COLUMNS else ""
+        rows.append(Row(numbered[name] + more, images[:COLUMNS]))
+    rows.append(Row(f"queries{of_queries}: predicted class and its probability"))
+    captions = [
+        (numbered[label], f"{probabilities.max():.2f}", printable(file.rsplit("/", 1)[-1]))
+        for (file, _), label, probabilities in zip(queries, predictions.labels, predictions.probabilities, strict=True)
+    ]
+    for first in range(0, min(len(queries), SHEET_QUERIES), COLUMNS):
+        members = slice(first, first + COLUMNS)
+        rows.append(Row("", [image for _, image in queries[members]], captions[members]))
+    return rows
 
 
 def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""What a trained model says of new images, adapted to a few of each class.
+"""A trained model adapts to a few images of each class and says which class new images are of.
 
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
@@ -45,8 +45,8 @@ def predict(
 ) -> Predictions:
     """Adapts to the support images and classifies the queries; the model is left as it is.
 
-    BatchNorm normalises all queries of a call together, as in training: what is said of one depends on the others. A
-    single query is normalised together with the support images.
+    BatchNorm normalises all queries of a call together, as in training, so the prediction for one depends on the
+    others. A single query is normalised together with the support images.
 
     Args:
         model: from fewshot.load, or the path for it; adapts on the device that its learner is on.
@@ -57,7 +57,7 @@ def predict(
         test_zeroing: adapt from a zeroed head; None: as in training. Without it there can be no more classes than rows.
 
     Raises:
-        UserError: no images, too many or too few classes, images of another type; logits that are not finite.
+        UserError: there are no images, or of another type; too many or too few classes; logits that are not finite.
     """
     import torch
 
@@ -83,12 +83,12 @@ def predict(
     def batch(images: Sequence["Picture"]) -> "Tensor":
         return torch.stack([model.preprocess(image) for image in images]).to(parameter)
 
-    given, asked = batch([image for images in support.values() for image in images]), batch(query)
+    shown, asked = batch([image for images in support.values() for image in images]), batch(query)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(shots)).to(parameter.device)
     if len(query) == 1:
-        asked = torch.cat([given, asked])
+        asked = torch.cat([shown, asked])
     unknown = torch.zeros(len(asked), dtype=torch.int64, device=parameter.device)  # a task has labels; none is read
-    task = Task(*(field[None] for field in (given, labels, asked, unknown)))
+    task = Task(*(field[None] for field in (shown, labels, asked, unknown)))
     logits = learner.logits_after(task, steps=steps, zeroing=zeroing)[0, -len(query) :]
     if not logits.isfinite().all():
         raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
@@ -96,7 +96,7 @@ def predict(
 
 
 def _with_ways(learner: "MetaLearner", ways: int, zeroing: bool) -> "MetaLearner":
-    """The learner with a head of so many rows: the first of its own, then more where they do not matter."""
+    """The learner with a head of so many rows: the first of its own, then new ones where their values do not matter."""
     import torch
 
     rows = len(learner.network.head.weight)

@@ -20,23 +20,16 @@ from torch import Tensor, nn
 
 from fewshot.config import stored
 from fewshot.config.moved import to_today
-from fewshot.config.tree import entries
+from fewshot.config.tree import entries, portable
 from fewshot.data.images import decode, square
+from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
 from fewshot.files import is_regular
-from fewshot.paths import EXPORTED, model_path
+from fewshot.paths import EXPORTED, EXPORTED_CONFIG, model_path
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 
 Picture = Image.Image | np.ndarray | Tensor | bytes
-
-WEIGHTS, CONFIG = EXPORTED, "config.yaml"  # of a shared folder
-
-# No part of a model: what only training needs, and where things lie on the machine that trained.
-LEFT_OUT = (
-    *("trainer", "logger", "callbacks", "checkpoint", "fit", "augment"),
-    *("dataset.root", "dataset.labels", "dataset.cache", "dataset.source", "dataset.device", "dataset.trust"),
-)
 
 
 @dataclass(frozen=True)
@@ -56,31 +49,23 @@ class Preprocess:
     @classmethod
     def from_config(cls, dataset: dict[str, Any]) -> "Preprocess":
         """dataset: of a resolved configuration."""
-        drawings = dataset["name"] == "omniglot"  # whose source reduces its lines with the sharper filter
-        resample = Image.Resampling.LANCZOS if drawings else Image.Resampling.BILINEAR
+        resample = Image.Resampling[dataset.get("resample", "bilinear").upper()]
         return cls(dataset["size"], dataset["channels"], resample, tuple(dataset["mean"]), tuple(dataset["std"]))
 
     def __call__(self, picture: Picture) -> Tensor:
         """(C, size, size) float32, normalised."""
-        return self.normalise(self.pixels(picture))
+        return normalised(self.pixels(picture), self.mean, self.std)
 
     def pixels(self, picture: Picture) -> Tensor:
         """(C, size, size) uint8: the right way up, the middle square, resized.
 
-        picture: a PIL image, a uint8 array (H, W) or (H, W, 1|3|4), a uint8 tensor (1|3|4, H, W), or a file's bytes.
-
-        Raises:
-            UserError: an array or tensor of another type or shape.
+        picture: a PIL image, a uint8 array (H, W) or (H, W, 1|3|4), a uint8 tensor (1|3|4, H, W), or a file's bytes;
+            an array or tensor of another type or shape is a UserError.
         """
-        how = {"size": self.size, "channels": self.channels, "resample": self.resample}
+        shape = {"size": self.size, "channels": self.channels, "resample": self.resample}
         if isinstance(picture, bytes):
-            return torch.tensor(decode(picture, **how))
-        return torch.tensor(square(picture if isinstance(picture, Image.Image) else _image(picture), **how))
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """(..., C, H, W) uint8 -> float32"""
-        mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (self.mean, self.std))
-        return pixels.float().div_(255).sub_(mean).div_(std)
+            return torch.tensor(decode(picture, **shape))
+        return torch.tensor(square(picture if isinstance(picture, Image.Image) else _image(picture), **shape))
 
 
 def _image(picture: np.ndarray | Tensor) -> Image.Image:
@@ -103,7 +88,7 @@ def _image(picture: np.ndarray | Tensor) -> Image.Image:
 class Pretrained:
     """A trained model.
 
-    learner: adapts it; preprocess: from an image to what the encoder takes; config: it was trained with, as plain data.
+    learner: adapts it; preprocess: makes of an image what the encoder takes; config: of its training, as plain data.
     """
 
     learner: MetaLearner
@@ -124,14 +109,13 @@ class Pretrained:
 def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     """The model of a run, RUN or RUN/checkpoints/best.ckpt, or of a folder that `python -m fewshot.export` wrote.
 
-    Nothing is unpickled but tensors and plain data. The configuration found there names what makes the network; that is
-    called only if it is this program's own.
+    The model is on the CPU, in evaluation mode. Only tensors and plain data are unpickled. The stored configuration
+    names what makes the network; that is called only if it is this program's own.
 
-    path: the file or folder; the model is on the CPU, in evaluation mode.
-    trust: call whatever the configuration names: for networks of one's own, in files whose writer one trusts.
+    trust: call whatever the configuration names, for networks of one's own in files whose writer one trusts.
 
     Raises:
-        UserError: nothing there that can be read, weights that do not fit, or a network from elsewhere without trust.
+        UserError: nothing there can be read, the weights do not fit, or the network is foreign and not trusted.
     """
     path = model_path(path)
     if path.is_dir():
@@ -151,7 +135,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
                 f"checkpoint={path}: model.network.{knob} is {stored.brief(network[knob])}, and dataset.{knob} "
                 f"{data[knob]}; they must be the same"
             )
-    # A network of fewshot.models takes no memory until its shapes are known to be those of the weights.
+    # On "meta" a network of fewshot.models takes no memory until its shapes are known to fit the weights.
     place = "meta" if _own(network["_target_"]) else "cpu"
     try:
         with torch.random.fork_rng(devices=[]), torch.device(place):  # the initial weights are drawn, and replaced
@@ -164,46 +148,33 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     return Pretrained(learner.eval(), Preprocess.from_config(data), config)
 
 
-def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's settings belongs to its model, and may be shown to others."""
-
-    def kept(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-        return {
-            key: kept(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-            for key, value in node.items()
-            if prefix + key not in LEFT_OUT
-        }
-
-    return kept(config, "")
-
-
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and weights of a shared folder."""
-    for name in (WEIGHTS, CONFIG):
+    for name in (EXPORTED, EXPORTED_CONFIG):
         if not (folder / name).exists():
             raise UserError(
                 f"checkpoint={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
                 "RUN/checkpoints/best.ckpt"
             )
         is_regular("checkpoint", folder / name)
-    config = stored.read_yaml(folder / CONFIG)
-    stored.check(f"checkpoint={folder / CONFIG}", config, {})
-    stored.check_plain(f"checkpoint={folder / CONFIG}", config)
+    config = stored.read_yaml(folder / EXPORTED_CONFIG)
+    stored.check(f"checkpoint={folder / EXPORTED_CONFIG}", config, {})
+    stored.check_plain(f"checkpoint={folder / EXPORTED_CONFIG}", config)
     config = to_today(config)
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(folder / EXPORTED)
     except SafetensorError as error:
         raise UserError(
-            f"checkpoint={folder / WEIGHTS}: cannot be read, truncated or no safetensors ({error})"
+            f"checkpoint={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})"
         ) from None
-    check_weights(f"checkpoint={folder / WEIGHTS}", weights)
+    check_weights(f"checkpoint={folder / EXPORTED}", weights)
     return config, weights
 
 
 def _refuse_foreign(config: dict[str, Any], path: Path) -> None:
     """Raises UserError where building the model would call, or look up, what fewshot.models does not define.
 
-    A name that begins with fewshot. is not enough: by way of a module's imports it can reach everything.
+    It is not enough that a name begins with fewshot., because through a module's imports it can reach everything.
     """
     for key, value in entries(config):
         if "${" in str(value):  # an interpolation could become anything after this check
@@ -219,8 +190,8 @@ def _own(target: Any) -> bool:
     if not isinstance(target, str) or not re.fullmatch(r"fewshot\.models(\.[a-zA-Z]\w*)+", target):
         return False
     try:
-        found = get_object(target)
-    except Exception:  # no such name; what Hydra raises there is not said
+        target_object = get_object(target)
+    except Exception:  # no such name; Hydra does not document what it raises
         return False
-    place = str(getattr(found, "__module__", ""))
+    place = str(getattr(target_object, "__module__", ""))
     return place.startswith("fewshot.models.") and place != "fewshot.models.any_module"  # which is given a module

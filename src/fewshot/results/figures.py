@@ -6,7 +6,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from fewshot.config.tree import MODES
 from fewshot.files import write_file
@@ -109,52 +108,4 @@ def plain(axes: Axes) -> None:
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # outside the data
-    return figure
-
-
-SHEET_COLUMNS, SHEET_CLASSES, SHEET_QUERIES = 10, 50, 200  # of a contact sheet; a class has one row of support images
-
-
-def contact_sheet(support: dict[str, list[Any]], queries: list[tuple[Any, str, str, float]]) -> Figure:
-    """The support images, a class a row, and below them the queries with what was predicted, in their order.
-
-    support: {class: images (H, W[, 3]) uint8}; queries: image, file, predicted class and its probability.
-    """
-    inch, captions = 1.12, 0.62  # heights: of a row of images, and of what is said under a query
-    shown_queries = f", the first {SHEET_QUERIES} of {len(queries)}" if len(queries) > SHEET_QUERIES else ""
-    shown_classes = f", the first {SHEET_CLASSES} of {len(support)} classes" if len(support) > SHEET_CLASSES else ""
-    numbered = {name: f"{number} {name}" for number, name in enumerate(support, start=1)}
-    queries, support = queries[:SHEET_QUERIES], dict(list(support.items())[:SHEET_CLASSES])
-    height = 2.1 + inch * len(support) + (inch + captions) * -(-len(queries) // SHEET_COLUMNS)
-    figure = Figure(figsize=(SHEET_COLUMNS + 2.2, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-
-    def say(x: float, y: float, text: str, most: int = 80, **style: Any) -> None:
-        short = text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
-        axes.text(x, y, short, va="center", parse_math=False, **{"fontsize": 8, **style})  # a name is no formula
-
-    def place(image: Any, column: int, top: float) -> None:
-        grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.ndim == 2 else {}
-        axes.imshow(image, extent=(column, column + 0.96, top + 0.96, top), aspect="auto", **grey)
-        axes.add_patch(Rectangle((column, top), 0.96, 0.96, fill=False, edgecolor="lightgrey", linewidth=0.5))
-
-    say(0, 0.45, f"support{shown_classes}: what the model adapted to", fontsize=11)
-    for row, (name, images) in enumerate(support.items()):
-        y = 0.75 + inch * row
-        say(-0.1, y + 0.48, numbered[name], most=22, ha="right")
-        for column, image in enumerate(images[:SHEET_COLUMNS]):
-            place(image, column, y)
-        if len(images) > SHEET_COLUMNS:
-            say(SHEET_COLUMNS, y + 0.48, f"+{len(images) - SHEET_COLUMNS}")
-    top = 1.65 + inch * len(support)
-    say(0, top - 0.3, f"queries{shown_queries}: predicted class and its probability", fontsize=11)
-    for number, (image, file, name, probability) in enumerate(queries):
-        row, column = divmod(number, SHEET_COLUMNS)
-        y = top + row * (inch + captions)
-        place(image, column, y)
-        say(column + 0.48, y + 1.1, numbered[name], most=12, ha="center")
-        say(column + 0.48, y + 1.27, f"{probability:.2f}", ha="center")
-        say(column + 0.48, y + 1.43, file.rsplit("/", 1)[-1], most=16, ha="center", color="grey", fontsize=6.5)
-    axes.set(xlim=(-1.8, SHEET_COLUMNS + 0.4), ylim=(height, 0))  # inches, from the top
-    axes.set_axis_off()
     return figure

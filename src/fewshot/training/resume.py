@@ -19,7 +19,7 @@ from fewshot.config.check import check_overrides
 from fewshot.config.moved import compared
 from fewshot.config.stored import is_simple
 from fewshot.config.tree import GROUPS, entries, key_of, leaves, settings
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, first_few, first_line, one_line, shown
 from fewshot.paths import checkpoint_file
@@ -31,7 +31,7 @@ OF_THIS_CALL = (
     *("dataset.trust", "dataset.other_split"),
 )
 # May differ between a run and its continuation: where things lie and are reported to, when it stops, its memory.
-PLACES = ("root", "cache", "labels", "largest_image", "source", "device", "origin", "other_split", "trust")
+PLACES = ("root", "cache", "archive", "labels", "largest_image", "source", "device", "origin", "other_split", "trust")
 FREE = (
     *("checkpoint", "fit", "logger", "recompute_steps", "iterations"),
     *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),
@@ -99,7 +99,7 @@ class Start:
         call = {"config": settings(self.cfg), "overrides": self.overrides, "run_id": self.run_id}
         return Describe({**call, "splits": splits})
 
-    def restore(self, learner: nn.Module, tasks: MetaData) -> Path | None:
+    def restore(self, learner: nn.Module, tasks: TaskDataModule) -> Path | None:
         """The checkpoint that the trainer has to load, after it was seen to fit; None for a new run.
 
         Raises:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from pytorch_lightning.loggers import Logger
 
 from fewshot.config.tree import settings
-from fewshot.data.meta_batches import MetaData
+from fewshot.data.meta_batches import TaskDataModule
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
@@ -35,7 +35,7 @@ class Run:
     """
 
     start: Start
-    tasks: MetaData
+    tasks: TaskDataModule
     learner: MetaLearner
     trainer: pl.Trainer
     checkpoint: Path | None
@@ -56,7 +56,7 @@ class Run:
         accelerator, precision = cfg.trainer.accelerator, cfg.trainer.precision
         precision = prepare(seed=cfg.seed, threads=cfg.threads, accelerator=accelerator, precision=precision)
         learner = MetaLearner.from_config(cfg, start.engine)
-        tasks = MetaData.from_config(cfg)
+        tasks = TaskDataModule.from_config(cfg)
         checkpoint = start.restore(learner, tasks)
         logger, callbacks = False, []
         if signals is not None:

@@ -1,11 +1,11 @@
 """CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): CIFAR-100's classes, split anew.
 
-CIFAR-100 (Krizhevsky 2009): 100 classes in 20 superclasses, 600 colour images of 32 x 32 pixels of each. CIFAR-FS
-splits the classes by chance, 64/16/20; FC100 the superclasses, 12/4/4, so that what is tested on is of another kind:
-60/20/20.
+CIFAR-100 (Krizhevsky 2009) has 100 classes in 20 superclasses, and 600 colour images of 32 x 32 pixels of each class.
+CIFAR-FS splits the classes by chance, 64/16/20. FC100 splits the superclasses, 12/4/4, so that the test classes are of
+another kind than the training classes: 60/20/20.
 
-Read is torchvision's download, the archive or what is in it. It holds pickles, but each must be the very file whose MD5
-torchvision knows. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
+What is read is torchvision's download, the archive or the files in it. These are pickles, but only the very files whose
+MD5 torchvision knows are opened. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
 """
 
 import functools
@@ -21,48 +21,49 @@ from typing import Any, BinaryIO
 import numpy as np
 from torchvision.datasets import CIFAR100
 
-from fewshot.data.cache import Unread, cached
+from fewshot.data.cache import LazySplit, cached
 from fewshot.data.download import download, md5
 from fewshot.data.folder_or_zip import read_file
-from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.data.pickles import fingerprint, fit, gather, unpickle
 from fewshot.data.sources import folder
 from fewshot.data.task import SPLITS, Split
-from fewshot.errors import UserError, some
+from fewshot.errors import UserError, first_few
 from fewshot.paths import user_path
 
 TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}
 HOLDS = f"{CIFAR100.filename}, the folder {CIFAR100.base_folder} in it, or a folder or zip with {folder.SPLIT_LAYOUT}"
-# Which classes there are, and both splits of them: as facts in a file that names its sources.
+# The classes and both splits of them, in a file that names its sources.
 FACTS = json.loads((files("fewshot.data.sources") / "cifar.json").read_text())
 
 
-def load(*, name: str, root: str | None, size: int, channels: int, cache: str | None) -> dict[str, Split]:
+def load(
+    *, name: str, root: str | None, size: int, channels: int, cache: str | None, archive: str = "cifar100"
+) -> dict[str, Split]:
     """The splits of `name`, images of (channels, size, size); from CIFAR-100 600 a class, its training images first.
 
     Args:
         name: "cifarfs" or "fc100".
         root: CIFAR-100's archive, the folder in it or one with either in it; or a folder or zip with
             train|val|test/CLASS/image; None to download the archive into the cache folder.
-        size, channels: of the images.
-        cache: folder, None for the user's own.
+        archive: folder in the cache for the download.
 
     Raises:
         UserError: the images are not there, not these classes' or not readable, or cannot be downloaded.
     """
     if root is None:
         title, source = f"CIFAR-100 for {TITLES[name]}", {CIFAR100.filename: (CIFAR100.url, CIFAR100.tgz_md5)}
-        place = download(title, list(source), lambda: source, folder="cifar100", cache=cache, holds=HOLDS)
+        place = download(title, list(source), lambda: source, folder=archive, cache=cache, holds=HOLDS)
     else:
         place = user_path("dataset.root", root)
     classes = class_split(name)
-    found = _cifar100(place)
-    if found is None:
+    opened = _cifar100(place)
+    if opened is None:
         splits = folder.load(root=str(place), name=name, size=size, channels=channels, cache=cache)
         _check_classes(name, place, splits, classes)
         return splits
-    read, version = found
+    read, version = opened
 
-    def build() -> dict[str, Unread]:
+    def build() -> dict[str, LazySplit]:
         pixels, labels, names = _read(place, read)
         numbers = {label: np.flatnonzero(labels == number).tolist() for number, label in enumerate(names)}
         return {
@@ -93,19 +94,19 @@ def _check_classes(name: str, place: Path, splits: dict[str, Split], classes: di
         if differing := sorted({*splits[split].names} ^ {*expected}):
             raise UserError(
                 f"dataset.root={place}: {split}/ does not hold {TITLES[name]}'s classes, but differs in "
-                f"{some(differing)}; give {HOLDS}, or use dataset=folder for images of your own"
+                f"{first_few(differing)}; give {HOLDS}, or use dataset=folder for images of your own"
             )
 
 
 def _cifar100(place: Path) -> tuple[Callable[[str], bytes], list[Any]] | None:
-    """What reads CIFAR-100's files by name, and what changes when they do; None where it is something else."""
+    """A function that reads CIFAR-100's files by name, and their fingerprint; None where something else lies there."""
     for path in (place, place / CIFAR100.filename):
         if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            return _from_archive(path), identity([path])
+            return _from_archive(path), fingerprint([path])
     for base in (place, place / CIFAR100.base_folder):
         paths = [base / name for name in _checksums()]
         if all(path.is_file() for path in paths):
-            return functools.partial(_bytes, base), identity(paths)
+            return functools.partial(_bytes, base), fingerprint(paths)
     return None
 
 

@@ -1,7 +1,7 @@
-"""Images of one's own, or CIFAR-FS, miniImageNet and the like, in a folder or a zip.
+"""One's own images, or CIFAR-FS, miniImageNet and the like, in a folder or a zip.
 
-They lie in train|val|test/CLASS/image; or in CLASS/image, and the classes are split here, by seeded fractions; or
-anywhere, and a list says which is of which class.
+Either they lie in train|val|test/CLASS/image; or in CLASS/image, and the classes are split here by seeded fractions; or
+a list says which image is of which class.
 """
 
 import hashlib
@@ -17,22 +17,21 @@ from itertools import combinations
 from pathlib import Path
 
 from fewshot.data.cache import cached
-from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_file
-from fewshot.data.images import is_image, read_splits, tell_left_out
-from fewshot.data.lists import read_classes
+from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_classes, read_file
+from fewshot.data.images import is_image, plain_classes, read_splits, tell_left_out
 from fewshot.data.task import SPLITS, Split
-from fewshot.errors import UserError, some
+from fewshot.errors import UserError, first_few
 from fewshot.paths import user_path
 
 log = logging.getLogger(__name__)
 
 SPLIT_LAYOUT = "train|val|test/CLASS/image"
-SPELLINGS = {  # of the splits' folders, where they are called otherwise
+SPELLINGS = {  # other names of the splits' folders, for a hint
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-DEEPEST = 4  # folders within each other, in which they are looked for
+DEEPEST = 4  # so many folders within each other are searched for them
 Files = list[tuple[Source, str]]
 Classes = dict[str, dict[str, Files]]  # the files of every class of every split
 Deal = Callable[[Mapping[str, Files]], Classes]
@@ -53,19 +52,17 @@ def load(
     queries: int = 0,
     largest_image: int | None = None,
 ) -> dict[str, Split]:
-    """The splits in a folder or zip; every image the middle square of the file, resized to (channels, size, size).
+    """The splits in a folder or zip; an image is the middle square of its file, resized to (channels, size, size).
 
     Args:
         root: the folder or zip.
-        size, channels: of the images.
-        cache: folder, None for the user's own.
-        labels: a CSV of file and label, perhaps split, in root or anywhere; None: the folders say it.
-        fractions: of the classes that go to train, val and test where no splits are given; None: they must be.
+        labels: a CSV with columns file and label, perhaps split, in root or elsewhere; None: folders are labels.
+        fractions: of the classes for train, val and test, where the images come without splits; None: they must not.
         split_seed: see `split_classes`.
         name: of the dataset, in the cache.
-        ways: classes that each split needs at least; where they are split here, a line says how to. 0: any number.
-        shots, queries: a class with fewer images than both together is left out, with a line. 0: none is.
-        largest_image: megapixels that an image may have; None: as many as `images.LARGEST_IMAGE`.
+        ways: each split needs so many classes; an error says which fractions would give them. 0: any number will do.
+        shots, queries: a class with fewer images than both together is left out, which a line says. 0: none is.
+        largest_image: so many megapixels an image may have; None: `images.LARGEST_IMAGE`.
 
     Raises:
         UserError: the images are not there, not in this layout or not readable.
@@ -87,32 +84,32 @@ def load(
     contents = {split: list(members) for split, members in classes.items()}
     if labels is not None:  # then the names of the files do not say which class they are of
         contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
-    return cached(
-        name,
-        [source.identity, contents],
-        size=size,
-        channels=channels,
-        cache=cache,
-        build=lambda: read_splits(classes, size=size, channels=channels, largest_image=largest_image),
-    )
+    shape = {"size": size, "channels": channels}
+    build = partial(read_splits, classes, largest_image=largest_image, **shape)
+    return cached(name, [source.fingerprint, contents], cache=cache, build=build, **shape)
 
 
 def _in_folders(path: Path, where: str, layout: str, deal: Deal | None) -> tuple[Source, Classes]:
-    """The classes of a folder or zip in one of the two layouts; deal: makes splits of those without, if it may."""
+    """The classes of a folder or zip in one of the two layouts; `deal`, if any, splits those of CLASS/image."""
     source = open_source(path, SPLITS)
     in_splits = any(is_image(name) and name.count("/") > 1 for name in source.names)
     try:
         if in_splits or deal is None:
             return source, find_classes(source, where, layout)
         source = open_source(path)
-        return source, deal(_plain_classes(source, where, layout))
+        classes = {label: [(source, name) for name in names] for label, names in plain_classes(source).items() if label}
+        if not any(classes.values()):
+            raise UserError(
+                f"{where}: no images in folders; it must be {layout}, or have a list, dataset.labels=FILE.csv"
+            )
+        return source, deal({label: files for label, files in classes.items() if files})
     except UserError as error:
         hint = _other_packing(open_source(path))
         raise UserError(f"{error}; {hint}" if hint else str(error)) from None
 
 
 def _other_packing(source: Source) -> str:
-    """What would help: folders called otherwise, or wrapped more than once; "" where nothing is seen."""
+    """A hint, "" if there is none: the folders have other names, or are wrapped more than once."""
     folders = {name.rpartition("/")[0] for name in source.names if is_image(name)}
     inside: dict[str, set[str]] = defaultdict(set)
     for folder in folders:
@@ -136,10 +133,10 @@ def _unwrap(root: Path, base: str) -> str:
 
 
 def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes]:
-    """The classes that a list names, sorted, as their files are.
+    """The classes that a list names; classes and their files are sorted.
 
-    The list is a file in the folder or zip at `path`, or in the one folder that it has, or a path of its own. The files
-    are named as they lie beside the list or in the folder or zip.
+    The list lies in the folder or zip at `path`, or in the only folder there, or elsewhere. It names files as they lie
+    beside it, or in the folder or zip.
     """
     where, source = f"dataset.labels={labels}", open_source(path)
     known = {name for name in source.names if not name.endswith("/")}
@@ -161,7 +158,7 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise UserError(f"{where}: {reason}; give a CSV with columns file and label, and split if you like") from None
     if absent:
-        raise UserError(f"{where}: {path} lacks {some(absent)}; name files as they lie in it")
+        raise UserError(f"{where}: {path} lacks {first_few(absent)}; name files as they lie in it")
     source = replace(source, names=tuple(name for name in source.names if name != inside))
     classes = {
         split: {label: [(source, name) for name in sorted(files)] for label, files in sorted(members.items())}
@@ -170,7 +167,9 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
     if list(classes) == [""] and deal:
         return source, deal(classes[""])
     if differing := sorted({*classes} ^ {*SPLITS}):
-        raise UserError(f"{where}: its column split differs from train, val, test in {some([*map(repr, differing)])}")
+        raise UserError(
+            f"{where}: its column split differs from train, val, test in {first_few([*map(repr, differing)])}"
+        )
     _refuse_shared(classes, where)
     return source, {split: classes[split] for split in SPLITS}
 
@@ -193,11 +192,13 @@ def find_classes(source: Source, where: str, layout: str) -> Classes:
 
 def _refuse_shared(classes: Mapping[str, Iterable[str]], where: str) -> None:
     for one, other, shared in _shared(classes):
-        raise UserError(f"{where}: {one}/ and {other}/ share {some(shared)}; few-shot splits have classes of their own")
+        raise UserError(
+            f"{where}: {one}/ and {other}/ share {first_few(shared)}; few-shot splits have classes of their own"
+        )
 
 
 def _shared(classes: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, list[str]]]:
-    """The classes that two splits have both, where capitals make no difference: split, other split, names."""
+    """(split, other split, names) of the classes that both have, where capitals make no difference."""
     folded = {
         split: {unicodedata.normalize("NFC", name.casefold()): name for name in names}
         for split, names in classes.items()
@@ -208,33 +209,21 @@ def _shared(classes: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, li
             yield one, other, [first if first == second else f"{first} = {second}" for first, second in pairs]
 
 
-def _plain_classes(source: Source, where: str, layout: str) -> dict[str, Files]:
-    """The classes of the layout CLASS/image, which one folder may enclose, in order of their names."""
-    images = [name for name in source.names if is_image(name) and "/" in name]
-    enclosed = len({name.split("/")[0] for name in images}) == 1 and all(name.count("/") > 1 for name in images)
-    classes = defaultdict(list)
-    for name in images:
-        classes[name.split("/")[enclosed]].append((source, name))
-    if not classes:
-        raise UserError(f"{where}: no images in folders; it must be {layout}, or have a list, dataset.labels=FILE.csv")
-    return dict(classes)
-
-
 def in_seeded_order(names: Iterable[str], seed: int) -> list[str]:
-    """The names by the SHA-256 of "SEED/NAME": an order that anyone can make again, whatever their random numbers."""
+    """The names ordered by the SHA-256 of "SEED/NAME", which anyone can repeat without our random numbers."""
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogatepass")).digest())
 
 
 def split_classes(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, where: str) -> Classes:
-    """Deals out the classes: a function of their names, the seed and the fractions alone.
+    """Deals out the classes by their names, the seed and the fractions; nothing else matters.
 
-    In seeded order the first are train, the next val, the last test. Val and test have their fraction, rounded, but
-    all three at least two classes, the fewest that a task can have.
+    In seeded order the first are train, the next val, the last test. Val and test get their fraction, rounded, but each
+    split gets at least two classes, the fewest that a task can have.
     """
     number, least = len(classes), 2
     if number < 3 * least:
         raise UserError(
-            f"{where}: {number} classes ({some(list(classes))}); to be split into train, val and test "
+            f"{where}: {number} classes ({first_few(list(classes))}); to be split into train, val and test "
             f"it needs at least {3 * least}; add classes, or put them into {SPLIT_LAYOUT}"
         )
     test = min(max(least, round(fractions["test"] * number)), number - 2 * least)
@@ -243,20 +232,24 @@ def split_classes(classes: Mapping[str, Files], fractions: Mapping[str, float], 
     parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
     for one, other, names in _shared(parts):
         log.warning(
-            "%s: but for capitals %s and %s share %s; rename them if they are one class", where, one, other, some(names)
+            "%s: but for capitals %s and %s share %s; rename them if they are one class",
+            where,
+            one,
+            other,
+            first_few(names),
         )
     return {split: {name: classes[name] for name in sorted(names)} for split, names in parts.items()}
 
 
 def _dealt(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, ways: int, where: str) -> Classes:
-    """Classes without splits dealt out to them, if each split then has enough."""
+    """The classes dealt out to splits, if each split then has at least `ways`."""
     splits = split_classes(classes, fractions, seed, where)
     _check_ways({split: len(members) for split, members in splits.items()}, ways, where)
     return splits
 
 
 def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
-    """Raises UserError where a split has fewer classes, with the fractions that would do."""
+    """Raises UserError where a split has fewer classes; it names the fractions that would do."""
     total, least = sum(numbers.values()), min(numbers.values())
     if ways <= least:
         return
@@ -269,14 +262,16 @@ def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
 
 
 def _with_enough(classes: Classes, least: int, where: str) -> Classes:
-    """The classes with so many images; the others are named in one line, after the split, which they do not change."""
+    """The classes with at least so many images; one line names the others. They took part in the split before."""
     counts = {f"{split}/{name}": len(images) for split in SPLITS for name, images in classes[split].items()}
     if not least:
         if empty := [name for name, count in counts.items() if not count]:
-            raise UserError(f"{where}: no images in {some(empty)}; add images or remove the class")
+            raise UserError(f"{where}: no images in {first_few(empty)}; add images or remove the class")
         return classes
     if short := [f"{name} ({count})" for name, count in counts.items() if count < least]:
-        log.warning("%s: classes with fewer than shots+queries=%d images are left out: %s", where, least, some(short))
+        log.warning(
+            "%s: classes with fewer than shots+queries=%d images are left out: %s", where, least, first_few(short)
+        )
     kept = {s: {name: images for name, images in classes[s].items() if len(images) >= least} for s in SPLITS}
     if bare := [split for split in SPLITS if not kept[split]]:
         raise UserError(

@@ -36,12 +36,7 @@ FACES = [family + style for family, styles in STYLES.items() for style in styles
 
 
 def load(*, size: int, cache: str | None) -> dict[str, Split]:
-    """The letters of `glyphs.json`, 20 images of (1, size, size) each.
-
-    Args:
-        size: of the images.
-        cache: folder, None for the user's own.
-    """
+    """The letters of `glyphs.json`, 20 images of (1, size, size) each."""
     versions = [VERSION, LETTERS, version("matplotlib"), pillow_version, features.version("freetype2")]
     return cached("glyphs", versions, size=size, channels=1, cache=cache, build=lambda: _build(size))
 

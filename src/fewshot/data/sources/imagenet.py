@@ -15,14 +15,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from fewshot.data.cache import Unread, cached
+from fewshot.data.cache import LazySplit, cached
 from fewshot.data.download import download, md5, zenodo
-from fewshot.data.folder_or_zip import open_source, plain_text
+from fewshot.data.folder_or_zip import open_source, plain_text, read_classes
 from fewshot.data.images import decode, read_splits
-from fewshot.data.lists import read_classes
-from fewshot.data.pickles import fit, gather, identity, unpickle
+from fewshot.data.pickles import fingerprint, fit, gather, unpickle
 from fewshot.data.task import SPLITS, Split
-from fewshot.errors import UserError, some
+from fewshot.errors import UserError, first_few
 from fewshot.paths import user_path
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
@@ -62,29 +61,27 @@ def miniimagenet(
             class_dict, the numbers of each class's images; or a folder or zip with the photos in images/ and Ravi and
             Larochelle's train.csv, val.csv, test.csv (filename,label) beside it; None: download the pickles.
         classes: how many there must be in each split.
-        size, channels: of the images.
         trust: pickles with an unknown checksum too.
-        cache: folder, None for the user's own.
 
     Raises:
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
-    how = {"size": size, "channels": channels}
+    shape = {"size": size, "channels": channels}
     place = _place("miniImageNet", MINI_FILES, root, trust, cache)
     pickles = _open_pickles(place, MINI_FILES, trust)
     if pickles is None:
-        return _mini_photos(place, classes, cache=cache, **how)
+        return _mini_photos(place, classes, cache, shape)
     read, version = pickles
 
-    def build() -> dict[str, Unread]:
-        splits = {split: _mini_split(place, read, split, how) for split in SPLITS}
+    def build() -> dict[str, LazySplit]:
+        splits = {split: _mini_split(place, read, split, shape) for split in SPLITS}
         _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
         return splits
 
-    return cached("miniimagenet", version, cache=cache, build=build, **how)
+    return cached("miniimagenet", version, cache=cache, build=build, **shape)
 
 
-def _mini_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+def _mini_split(place: Path, read: Callable[[str], Any], split: str, shape: dict[str, int]) -> LazySplit:
     data = read(split)
     with _as_published(place, split):
         pixels, members = data["image_data"], data["class_dict"]
@@ -93,14 +90,12 @@ def _mini_split(place: Path, read: Callable[[str], Any], split: str, how: dict[s
 
         @_as_published(place, split)
         def image(number: int) -> np.ndarray:
-            return fit(pixels[number], **how)
+            return fit(pixels[number], **shape)
 
         return gather({str(label): members[label] for label in sorted(members)}, image)
 
 
-def _mini_photos(
-    place: Path, classes: Mapping[str, int], *, size: int, channels: int, cache: str | None
-) -> dict[str, Split]:
+def _mini_photos(place: Path, classes: Mapping[str, int], cache: str | None, shape: dict[str, int]) -> dict[str, Split]:
     source = open_source(place, ["images"])
     images = {PurePosixPath(name).name: name for name in source.names}
     tables, members = {}, {}
@@ -114,21 +109,14 @@ def _mini_photos(
                 f"dataset.root={place}: no {split}.csv with filename,label in it{reason}; give {MINI_HOLDS}"
             ) from error
         if absent:
-            raise UserError(f"dataset.root={place}: images/ lacks {some(absent)} of {split}.csv; add them")
+            raise UserError(f"dataset.root={place}: images/ lacks {first_few(absent)} of {split}.csv; add them")
         members[split] = {
             label: [(source, name) for name in names]
             for label, names in sorted((label, names) for part in labels.values() for label, names in part.items())
         }
     _check_classes(place, {split: tuple(labels) for split, labels in members.items()}, classes)
-    version = [source.identity, [hashlib.sha256(table).hexdigest() for table in tables.values()]]
-    return cached(
-        "miniimagenet",
-        version,
-        size=size,
-        channels=channels,
-        cache=cache,
-        build=lambda: read_splits(members, size=size, channels=channels),
-    )
+    version = [source.fingerprint, [hashlib.sha256(table).hexdigest() for table in tables.values()]]
+    return cached("miniimagenet", version, cache=cache, build=functools.partial(read_splits, members, **shape), **shape)
 
 
 def tieredimagenet(
@@ -140,43 +128,41 @@ def tieredimagenet(
         root: a folder or tar with learn2learn's pickles: for each split a list of PNG files, and a dictionary of
             label_specific, the number of each image's class, and label_specific_str, their names; None: download them.
         classes: how many there must be in each split.
-        size, channels: of the images.
         trust: pickles with an unknown checksum too.
-        cache: folder, None for the user's own.
 
     Raises:
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
-    how = {"size": size, "channels": channels}
+    shape = {"size": size, "channels": channels}
     place = _place("tieredImageNet", TIERED_FILES, root, trust, cache)
     pickles = _open_pickles(place, TIERED_FILES, trust)
     if pickles is None:
         raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
     read, version = pickles
 
-    def build() -> dict[str, Unread]:
-        splits = {split: _tiered_split(place, read, split, how) for split in SPLITS}
+    def build() -> dict[str, LazySplit]:
+        splits = {split: _tiered_split(place, read, split, shape) for split in SPLITS}
         _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
         return splits
 
-    return cached("tieredimagenet", version, cache=cache, build=build, **how)
+    return cached("tieredimagenet", version, cache=cache, build=build, **shape)
 
 
-def _tiered_split(place: Path, read: Callable[[str], Any], split: str, how: dict[str, int]) -> Unread:
+def _tiered_split(place: Path, read: Callable[[str], Any], split: str, shape: dict[str, int]) -> LazySplit:
     labels = read(f"{split} labels")
     with _as_published(place, split):
         numbers = np.asarray(labels["label_specific"])
 
         @functools.cache
         def files() -> Any:  # gigabytes: not before this split's first image is wanted
-            found = read(f"{split} images_png")
-            if numbers.shape != (len(found),):
-                raise ValueError(f"{len(found)} images and labels of shape {numbers.shape}")
-            return found
+            pngs = read(f"{split} images_png")
+            if numbers.shape != (len(pngs),):
+                raise ValueError(f"{len(pngs)} images and labels of shape {numbers.shape}")
+            return pngs
 
         @_as_published(place, split)
         def image(number: int) -> np.ndarray:
-            return decode(bytes(files()[number]), resample=Image.Resampling.BILINEAR, **how)
+            return decode(bytes(files()[number]), resample=Image.Resampling.BILINEAR, **shape)
 
         # Two classes of ImageNet are called crane.
         names = enumerate(labels["label_specific_str"])
@@ -211,7 +197,7 @@ def _as_published(place: Path, name: str) -> Iterator[None]:
 def _open_pickles(
     place: Path, files: Mapping[str, Sequence[str]], trust: bool
 ) -> tuple[Callable[[str], Any], list[Any]] | None:
-    """What reads the file behind each key of `files`, and what changes when they do; None where they are not there."""
+    """A function that reads the pickle of a key of `files`, and their fingerprint; None where they are not there."""
     if place.is_file() and place.name.endswith((".tar", ".tar.gz", ".tgz")):
 
         @functools.cache
@@ -222,35 +208,38 @@ def _open_pickles(
         def from_tar(key: str) -> Any:
             checked()
             with _as_published(place, f"{files[key][0]} in it"), tarfile.open(place) as archive:
-                members = {PurePosixPath(each.name).name: each for each in archive if each.isfile()}
-                found = [members[name] for name in files[key] if name in members]
-                if not found:
+                members = {PurePosixPath(member.name).name: member for member in archive if member.isfile()}
+                present = [members[name] for name in files[key] if name in members]
+                if not present:
                     raise LookupError("there is none")
-                return unpickle(archive.extractfile(found[0]))
+                return unpickle(archive.extractfile(present[0]))
 
-        return from_tar, identity([place])
+        return from_tar, fingerprint([place])
     for folder in (place, place / "tiered-imagenet"):  # where learn2learn keeps it
-        found = {key: [folder / name for name in names if (folder / name).is_file()] for key, names in files.items()}
-        if all(found.values()):
+        paths = {
+            key: next((folder / name for name in names if (folder / name).is_file()), None)
+            for key, names in files.items()
+        }
+        if all(paths.values()):
 
-            def from_folder(key: str, found: dict[str, list[Path]] = found) -> Any:
-                with open(found[key][0], "rb") as file:
-                    _check_trusted(found[key][0], file, trust)
-                    with _as_published(place, found[key][0].name):
+            def from_folder(key: str, paths: dict[str, Path] = paths) -> Any:
+                with open(paths[key], "rb") as file:
+                    _check_trusted(paths[key], file, trust)
+                    with _as_published(place, paths[key].name):
                         return unpickle(file)
 
-            return from_folder, identity([paths[0] for paths in found.values()])
+            return from_folder, fingerprint(paths.values())
     return None
 
 
 def _check_trusted(path: Path, file: BinaryIO, trust: bool) -> None:
-    if not trust and (found := md5(file)) not in MD5S:
-        raise _untrusted(f"{path} holds pickles", found)
+    if not trust and (actual := md5(file)) not in MD5S:
+        raise _untrusted(f"{path} holds pickles", actual)
 
 
-def _untrusted(what: str, found: str) -> UserError:
+def _untrusted(what: str, md5_sum: str) -> UserError:
     return UserError(
-        f"dataset.trust=false: {what}, which could run any program, and its MD5 {found} is none that is known; "
+        f"dataset.trust=false: {what}, which could run any program, and its MD5 {md5_sum} is none that is known; "
         "if you trust where it comes from, dataset.trust=true reads it"
     )
 
@@ -259,7 +248,7 @@ def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, tru
     """`root`, or the folder of the download."""
     if root is not None:
         return user_path("dataset.root", root)
-    folder, names = title.lower(), [each[0] for each in files.values()]
+    folder, names = title.lower(), [choices[0] for choices in files.values()]
 
     def find() -> dict[str, tuple[str, str]]:
         prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""

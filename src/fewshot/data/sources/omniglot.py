@@ -16,6 +16,7 @@ With rotations each character is four classes, itself and turned by 90, 180 and 
 import json
 import os
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,13 +29,13 @@ from fewshot.data.folder_or_zip import Source, open_source
 from fewshot.data.images import read_splits
 from fewshot.data.sources.folder import in_seeded_order
 from fewshot.data.task import SPLITS, Split
-from fewshot.errors import UserError, some
+from fewshot.errors import UserError, first_few
 from fewshot.paths import user_path
 
 PARTS = ("images_background", "images_evaluation")
 DRAWINGS = 20
 HOLDS = "images_background.zip and images_evaluation.zip, or the folders in them"
-# Which characters there are, and Vinyals' classes: both as facts in a file that names its sources.
+# The characters and Vinyals' classes, in a file that names its sources.
 FACTS = json.loads((files("fewshot.data.sources") / "omniglot.json").read_text())
 
 
@@ -43,6 +44,7 @@ def load(
     root: str | None,
     size: int,
     cache: str | None,
+    resample: str = "lanczos",
     split: str = "vinyals",
     split_seed: int = 0,
     rotations: bool = False,
@@ -51,8 +53,7 @@ def load(
 
     Args:
         root: a folder with the two zips or the two folders in them; None to download the zips into the cache folder.
-        size: of the images.
-        cache: folder, None for the user's own.
+        resample: "lanczos" or "bilinear", how images are made smaller.
         split: "vinyals", "random1200" or "lake".
         split_seed: of random1200.
         rotations: whether the characters' rotations are classes too.
@@ -63,19 +64,15 @@ def load(
     folder = _download(cache) if root is None else user_path("dataset.root", root)
     sources = {part: _open_part(folder, part) for part in PARTS}
     classes = find_classes(sources, folder, split, split_seed)
-    splits = cached(
-        "omniglot",
-        [*(sources[part].identity for part in PARTS), {name: list(members) for name, members in classes.items()}],
-        size=size,
-        channels=1,
-        cache=cache,
-        build=lambda: read_splits(classes, size=size, channels=1, resample=Image.Resampling.LANCZOS),
-    )
+    shape, names = {"size": size, "channels": 1}, {name: list(members) for name, members in classes.items()}
+    fingerprint = [*(sources[part].fingerprint for part in PARTS), resample, names]
+    build = partial(read_splits, classes, resample=Image.Resampling[resample.upper()], **shape)
+    splits = cached("omniglot", fingerprint, cache=cache, build=build, **shape)
     return {name: rotated(split) for name, split in splits.items()} if rotations else splits
 
 
 def rotated(split: Split) -> Split:
-    """Each class four times: all of them as they are, then all turned by 90, 180 and 270 degrees to the left."""
+    """All classes four times: as they are, then turned by 90, 180 and 270 degrees to the left."""
     turned = [torch.rot90(split.images, quarters, dims=(2, 3)) for quarters in range(4)]
     return Split(
         torch.cat(turned),
@@ -95,26 +92,22 @@ def _open_part(root: Path, part: str) -> Source:
 def find_classes(
     sources: dict[str, Source], root: Path, split: str, split_seed: int
 ) -> dict[str, dict[str, list[tuple[Source, str]]]]:
-    """The files of every character of every split.
-
-    Raises:
-        UserError: anything less than all of Omniglot.
-    """
-    found = {}
+    """The files of every character of every split; anything less than all of Omniglot is a UserError."""
+    drawn = {}
     for source in sources.values():
         for name in source.names:
             if drawing := re.fullmatch(r"\w+/([^/]+/character\d\d)/\d+_(\d\d)\.png", name):
-                found.setdefault(drawing[1], {})[drawing[2]] = (source, name)
+                drawn.setdefault(drawing[1], {})[drawing[2]] = (source, name)
     alphabets = {alphabet: count for part in PARTS for alphabet, count in FACTS["characters"][part].items()}
-    _check_complete(root, alphabets, {character: len(drawings) for character, drawings in found.items()})
+    _check_complete(root, alphabets, {character: len(drawings) for character, drawings in drawn.items()})
     return {
-        name: {character: [file for _, file in sorted(found[character].items())] for character in members}
+        name: {character: [file for _, file in sorted(drawn[character].items())] for character in members}
         for name, members in characters_of(split, split_seed).items()
     }
 
 
 def characters_of(split: str, split_seed: int) -> dict[str, list[str]]:
-    """The characters of train, val and test, those of an alphabet together."""
+    """The characters of train, val and test, alphabet by alphabet."""
     members = {name: [] for name in SPLITS}
     everything = []
     for part in PARTS:
@@ -155,12 +148,12 @@ def _check_complete(root: Path, alphabets: dict[str, int], drawings: dict[str, i
         short += [name for name in characters if name in drawings and drawings[name] < DRAWINGS]
     missing = []
     if lost:
-        missing.append(f"{len(lost)} of {len(alphabets)} alphabets missing ({some(lost)})")
+        missing.append(f"{len(lost)} of {len(alphabets)} alphabets missing ({first_few(lost)})")
     if gone:
-        missing.append(f"{len(gone)} characters missing in other alphabets ({some(gone)})")
+        missing.append(f"{len(gone)} characters missing in other alphabets ({first_few(gone)})")
     if short:
         counts = [f"{character} has {drawings[character]}" for character in short]
-        missing.append(f"{len(short)} characters with fewer than {DRAWINGS} drawings ({some(counts)})")
+        missing.append(f"{len(short)} characters with fewer than {DRAWINGS} drawings ({first_few(counts)})")
     if missing:
         raise UserError(
             f"dataset.root={root}: not all of Omniglot: {'; '.join(missing)}; "
