@@ -68,6 +68,3 @@ def nearest(key: str, known: set[str]) -> str:
     """What to try in place of a key that is not known."""
     close = get_close_matches(key, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-
-
-some, AtWork = first_few, RunLocked  # until all callers use the new names

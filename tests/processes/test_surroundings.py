@@ -109,6 +109,7 @@ GROUND_FLOORS = """
 import importlib, pkgutil, signal, sys
 import fewshot
 del signal.SIGUSR1, signal.SIGUSR2  # as on a system without them
+sys.modules["fcntl"] = None
 names = ["errors", "files", "paths", "inner_loop"]
 for package in ("config", "processes", "results", "sweep"):
     places = importlib.import_module(f"fewshot.{package}").__path__

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fewshot.config.tree import MODES
 from fewshot.data.task import Task
-from fewshot.errors import UserError, one_line
+from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import share_gradient, share_rows
-from fewshot.models.network import Network
 from fewshot.models.resnet12 import dropping
 from fewshot.results.scores import Scores, diverged
 from fewshot.theory import probes
 from fewshot.training.choose_engine import choose_engine, sequential_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
+from fewshot.training.own_code import check_network, loop_class
 
 
 def step_weights(steps: int, done: float) -> list[float]:
@@ -75,9 +75,9 @@ class MetaLearner(pl.LightningModule):
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
         """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
-        loop = _loop_class(cfg).of(cfg)
+        loop = loop_class(cfg).of(cfg)
         network = instantiate(cfg.model.network)
-        _check_network(network, cfg)
+        check_network(network, cfg)
         knobs = {"test_steps": cfg.test_steps, "outer_lr": cfg.outer_lr, "tasks_at_once": cfg.tasks_at_once}
         return cls(network, loop, engine=engine, **knobs)
 
@@ -177,32 +177,3 @@ class MetaLearner(pl.LightningModule):
         with self._chosen.one_line_out_of_memory(tasks):
             modes = self._chosen.step_accuracies(self.network, tasks, evaluations, self.eta).cpu()
         return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}
-
-
-def _loop_class(cfg: DictConfig) -> type[InnerLoop]:
-    """InnerLoop, or the class of the user's own that algo._target_ names."""
-    if (target := cfg.algo.get("_target_")) is None:
-        return InnerLoop
-    try:
-        own = get_object(target)
-    except Exception as error:  # whatever importing the user's module raises
-        raise UserError(one_line(f"algo._target_={target}: cannot be imported ({error})")) from error
-    if not (isinstance(own, type) and issubclass(own, InnerLoop)):
-        raise UserError(f"algo._target_={target}: must be a class that derives from fewshot.inner_loop.InnerLoop")
-    return own
-
-
-def _check_network(network: Any, cfg: DictConfig) -> None:
-    """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else."""
-    encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
-    if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
-        raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
-    if type(network).forward is not Network.forward:
-        images = torch.linspace(-1, 1, 2 * cfg.dataset.channels * cfg.dataset.size**2)
-        images = images.view(2, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
-        with torch.no_grad():
-            if not torch.allclose(network(images), head(encoder(images))):
-                raise UserError(
-                    f"model.network={cfg.model.network._target_}: its forward is not head(encoder(images)); "
-                    "put what it does besides into the encoder"
-                )
