@@ -372,7 +372,7 @@ def test_head_is_zero_whenever_anything_looks(run, tmp_path, monkeypatch, algo):
             return original(network, *args, **kwargs)
 
         monkeypatch.setattr(sequential, name, spy)
-    folder = run(tmp_path / "run", f"algo={algo}")
+    folder = run(tmp_path / "run", f"algo={algo}", "engine=sequential")
     assert seen[0] == ("step_accuracies", algo != "fomaml")  # validation of iteration 0
     updates = [zero for name, zero in seen if name == "meta_gradient"]
     assert updates == {"zero": [True] * 6, "zero_init": [True] + [False] * 5, "fomaml": [False] * 6}[algo]
@@ -402,7 +402,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(run, tmp_path, monke
 
     monkeypatch.setattr(sequential, "meta_gradient", spoiled)
     with pytest.raises(UserError, match=r"weights are not finite after iteration 1: .*last\.ckpt"):
-        run(tmp_path / "run", "val_every=1")
+        run(tmp_path / "run", "val_every=1", "engine=sequential")
     assert checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0
 
 
@@ -424,7 +424,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, t
 )
 def test_what_is_not_finite_from_the_start_names_its_knob_and_is_never_the_best_model(run, tmp_path, knob, line):
     with pytest.raises(UserError, match=f"^{line}") as error:
-        run(tmp_path / "run", knob)
+        run(tmp_path / "run", knob, "engine=sequential")
     assert "last.ckpt" not in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
