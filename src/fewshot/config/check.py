@@ -82,8 +82,10 @@ def check(cfg: DictConfig) -> None:
     loop = InnerLoop.of(cfg)
     if loop.head == "prototypes" and cfg.model.get("head_bias") is False:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
-    if cfg.probes and (loop.makes_head or loop.learned_inner_lr):
-        raise UserError("probes=true: they measure a learned head and one inner_lr; leave them out with this algorithm")
+    if cfg.probes and not loop.theory_applies:
+        raise UserError(
+            "probes=true: they measure a learned head that adapts with one inner_lr; leave them out with this algorithm"
+        )
     _check_dataset(cfg)
     if cfg.dataset.size < cfg.model.smallest_image:
         least = f"{cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"

@@ -224,7 +224,7 @@ def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None
 
 
 def _refuse_unnamed(cfg: DictConfig, stored: list[str], asked: list[str], path: Path) -> None:
-    """Raises UserError where the checkpoint's configuration calls something that no YAML file and not this call names.
+    """Raises UserError where a checkpoint's configuration calls what neither a YAML file nor this call names.
 
     cfg: resolved; stored, asked: the checkpoint's call and this one.
     """

@@ -46,10 +46,10 @@ def wandb_logger(
 ) -> WandbLogger | None:
     """Starts the run in `folder`/wandb with every metric against `iteration`; a continued run keeps its run_id.
 
-    rows: what a continued run logged before, told again where W&B does not have it: what had not been uploaded when
-    the run was killed; offline all, since every start has a folder of its own and the last uploaded replaces the rest.
+    rows: what a continued run logged before. Rows that the server has are skipped. Offline, all rows are logged again,
+    because each start writes its own folder and the last upload replaces the others.
 
-    None on other ranks than the first.
+    Returns None on all ranks but the first.
 
     Raises:
         UserError: mode="online" without an API key, or against a wish of the user's that nothing be uploaded.
