@@ -12,7 +12,7 @@ record:
   test_curve_tasks: 992
   stop_at_accuracy: ${stop_at_accuracy}
   probes: ${probes}
-cosine_similarity: {_target_: fewshot.training.cosine_similarity.CosineSimilarity, every: 2}
+cosine_similarity: {_target_: fewshot.training.record.CosineSimilarity, every: 2}
 zero_head: {_target_: fewshot.training.zero_head.ZeroHead, enabled: "${oc.select:zeroing,${algo.zeroing}}"}
 """
 

@@ -67,9 +67,8 @@ def step_accuracies(
     """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is."""
     function = partial(_step_logits, evaluations=tuple(evaluations), eta=tuple(eta))
     chunks = _run(function, network, tasks, tasks_at_once, execute)
-    logits = torch.cat([torch.stack(each).unflatten(0, (len(evaluations), -1)) for each in chunks], dim=2)
-    labels = tasks.query_labels.expand(*logits.shape[:2], -1, -1)
-    return query_accuracy(logits.flatten(0, 2), labels.flatten(0, 2)).view(labels.shape[:3]).transpose(1, 2)
+    logits = torch.cat([torch.stack(steps).unflatten(0, (len(evaluations), -1)) for steps in chunks], dim=2)
+    return query_accuracy(logits, tasks.query_labels).transpose(1, 2)
 
 
 def _run(
@@ -93,10 +92,10 @@ def tasks_of_a_pass(network: nn.Module, tasks: Task) -> int:
     return 1 if padded else max(1, min(4, FEW_NUMBERS // tasks.query[0].numel()))
 
 
-def default_tasks_at_once(network: nn.Module, tasks: Task) -> int:
-    """How many tasks are in memory together where nothing is asked for."""
+def default_tasks_at_once(network: nn.Module, asked: int | None, tasks: Task) -> int:
+    """How many tasks are in memory together: as many as are asked for."""
     on_cpu = tasks.support.device.type == "cpu"
-    return tasks_of_a_pass(network, tasks) * torch.get_num_threads() if on_cpu else len(tasks.support)
+    return asked or (tasks_of_a_pass(network, tasks) * torch.get_num_threads() if on_cpu else len(tasks.support))
 
 
 def _outer_gradient(
@@ -113,8 +112,8 @@ def _outer_gradient(
             outer = losses if step_weights is None else outer + step_weights[n - 1] * losses
     leaves = list(theta.values())
     gradients = torch.autograd.grad(outer.sum(), [*leaves, *eta], materialize_grads=True)
-    summed = [*(each.sum(0) for each in gradients[: len(leaves)]), *gradients[len(leaves) :]]
-    return torch.cat([each.flatten() for each in summed]), losses.detach(), logits.detach()
+    summed = [*(gradient.sum(0) for gradient in gradients[: len(leaves)]), *gradients[len(leaves) :]]
+    return torch.cat([gradient.flatten() for gradient in summed]), losses.detach(), logits.detach()
 
 
 def _step_logits(

@@ -17,6 +17,7 @@ from fewshot.batched import side_by_side
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide, _pair
 from fewshot.models.resnet12 import drop_squares
 
+Pair = tuple[int, int]
 FEW_PIXELS = 32 * 32  # of a map: above, oneDNN's convolution needs no columns of nine times the map's size
 
 
@@ -26,14 +27,7 @@ def in_a_row(tasks: int) -> SideBySide:
 
 
 def _conv2d(
-    tasks: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1
 ) -> Tensor:
     plain = not isinstance(padding, str) and (_pair(padding), _pair(dilation), groups) == ((0, 0), (1, 1), 1)
     small = input.dim() == 4 and input.shape[2:].numel() <= FEW_PIXELS and weight.shape[3:].numel() > 1
@@ -52,8 +46,8 @@ def _task_by_task(function: Callable[..., Tensor], tasks: int, x: Tensor, *param
     """function(images, parameters) of each task; the parameters keep a leading 1."""
     if tasks == 1:
         return function(x, *parameters)
-    each = [tasks * [None] if p is None else p.split(1) for p in parameters]
-    return torch.cat([function(*some) for some in zip(x.chunk(tasks), *each, strict=True)])
+    split = [tasks * [None] if p is None else p.split(1) for p in parameters]
+    return torch.cat([function(*of_task) for of_task in zip(x.chunk(tasks), *split, strict=True)])
 
 
 def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
@@ -74,13 +68,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _batch_norm(
-    tasks: int,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    **options: Any,
+    tasks: int, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
 ) -> Tensor:
     affine = weight is not None and weight.dim() == 2 and bias is not None and options.get("training")
     several = input.dim() == 4 and input.numel() > tasks * input.shape[1]  # numbers of a channel
@@ -88,7 +76,7 @@ def _batch_norm(
         eps = options.get("eps", 1e-5)
         if _rows_lie_together(input):
             return Norm.apply(input, weight, bias, eps)
-        return _task_by_task(lambda *each: Norm.apply(*each, eps), tasks, input, weight, bias)
+        return _task_by_task(lambda *of_task: Norm.apply(*of_task, eps), tasks, input, weight, bias)
 
     def norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         return side_by_side._batch_norm(1, x, running_mean, running_var, gamma, beta, **options)
@@ -104,15 +92,10 @@ def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
-    return torch.cat([drop_squares(each, share) for each in x.chunk(tasks)])
+    return torch.cat([drop_squares(images, share) for images in x.chunk(tasks)])
 
 
-OWN = side_by_side.OWN | {
-    F.conv2d: _conv2d,
-    F.batch_norm: _batch_norm,
-    F.linear: _linear,
-    drop_squares: _drop_squares,
-}
+OWN = side_by_side.OWN | {F.conv2d: _conv2d, F.batch_norm: _batch_norm, F.linear: _linear, drop_squares: _drop_squares}
 
 
 # The patches under a kernel gathered, and added up where they came from: each is the derivative of the other.
@@ -122,7 +105,7 @@ class Columns(torch.autograd.Function):
     """(I, H, W, C) -> (I*h*w, k*k*C), a row for each of the h x w places of the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernel: Pair, stride: Pair) -> Tensor:
         ctx.shape, ctx.geometry = x.shape, (kernel, stride)
         images, *pixels, channels = x.shape
         places, (image, row, column, channel) = _places(pixels, kernel, stride), x.stride()
@@ -143,9 +126,7 @@ class Images(torch.autograd.Function):
     """(I*h*w, k*k*C) -> (I, H, W, C)"""
 
     @staticmethod
-    def forward(
-        ctx: Any, columns: Tensor, shape: torch.Size, kernel: tuple[int, int], stride: tuple[int, int]
-    ) -> Tensor:
+    def forward(ctx: Any, columns: Tensor, shape: Sequence[int], kernel: Pair, stride: Pair) -> Tensor:
         ctx.geometry = kernel, stride
         images, *pixels, channels = shape
         if kernel == tuple(pixels):
@@ -181,7 +162,7 @@ class Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         if not _rows_lie_together(x) or (len(gamma) == 1 and x.is_contiguous()):  # of one task
             y, *statistics = torch.native_batch_norm(x, gamma[0], beta[0], None, None, True, 0.0, eps)
-            mean, rstd = (each[None] for each in statistics)
+            mean, rstd = (statistic[None] for statistic in statistics)
         else:  # channels lie together: there torch adds up one number after the other, and errs by 1e-5 in float32
             rows = _rows(x, len(gamma))
             mean = rows.mean(1)
@@ -212,8 +193,8 @@ def _norm_gradient(dy: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Ten
     """dx = gamma rstd (dy - mean(dy) - z mean(dy z)), sum(dy z), sum(dy), where z = (x - mean) rstd."""
     tasks = zip(dy.chunk(len(gamma)), x.chunk(len(gamma)), gamma, mean, rstd, strict=True)
     of_task = torch.ops.aten.native_batch_norm_backward
-    each = [of_task(v, x, w, None, None, m, r, True, 0.0, [True] * 3) for v, x, w, m, r in tasks]
-    dx, dgamma, dbeta = zip(*each, strict=True)
+    gradients = [of_task(v, x, w, None, None, m, r, True, 0.0, [True] * 3) for v, x, w, m, r in tasks]
+    dx, dgamma, dbeta = zip(*gradients, strict=True)
     return dx[0] if len(dx) == 1 else torch.cat(dx), torch.stack(dgamma), torch.stack(dbeta)
 
 
@@ -237,8 +218,8 @@ class NormGradient(torch.autograd.Function):
         n = x.numel() // gamma.numel()
         u = ddx
         for_v, uz, u1 = _norm_gradient(u, x, gamma, mean, rstd)
-        uz, u1, vz, v1 = (each / n for each in (uz, u1, dgamma, dbeta))
-        u, v, x, for_v = (each.unflatten(0, (len(gamma), -1)) for each in (u, v, x, for_v))  # (B, I, C, H, W)
+        uz, u1, vz, v1 = (total / n for total in (uz, u1, dgamma, dbeta))
+        u, v, x, for_v = (images.unflatten(0, (len(gamma), -1)) for images in (u, v, x, for_v))  # (B, I, C, H, W)
         covariance = (u * v).sum((1, 3, 4)) / n - u1 * v1 - uz * vz
         scale, per_z = gamma * rstd * rstd, ddgamma * rstd
         by_u = -scale * vz
@@ -246,7 +227,7 @@ class NormGradient(torch.autograd.Function):
         by_x = rstd * (scale * (2 * uz * vz - covariance) - per_z * vz)
         rest = -by_u * u1 - by_v * v1 - by_x * mean
         rest, by_x, by_u, by_v, z, for_beta = (
-            each[:, None, :, None, None] for each in (rest, by_x, by_u, by_v, per_z, ddbeta - per_z * mean)
+            factor[:, None, :, None, None] for factor in (rest, by_x, by_u, by_v, per_z, ddbeta - per_z * mean)
         )
         for_x = torch.addcmul(rest, x, by_x).addcmul_(u, by_u).addcmul_(v, by_v).flatten(0, 1)
         return for_v.addcmul_(x, z).add_(for_beta).flatten(0, 1), for_x, n * rstd * covariance, None, None

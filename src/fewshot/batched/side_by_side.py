@@ -47,14 +47,7 @@ class SideBySide(TorchFunctionMode):
 
 
 def _conv2d(
-    tasks: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
+    tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1
 ) -> Tensor:
     if isinstance(padding, str) or input.dim() != 4 or weight.dim() != 5:
         raise NotSideBySide(F.conv2d)
@@ -62,7 +55,7 @@ def _conv2d(
     if torch.is_autocast_enabled(input.device.type):  # it does not reach into an autograd.Function
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    stride, padding, dilation = (_pair(each) for each in (stride, padding, dilation))
+    stride, padding, dilation = (_pair(number) for number in (stride, padding, dilation))
     return Convolution.apply(input, weight, bias, (stride, padding, dilation, tasks * groups))
 
 
@@ -71,17 +64,11 @@ def _pair(number: Any) -> tuple[int, int]:
 
 
 def _batch_norm(
-    tasks: int,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    **options: Any,
+    tasks: int, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
 ) -> Tensor:
     if running_mean is not None or (weight is not None and weight.dim() != 2):
         raise NotSideBySide(F.batch_norm)
-    weight, bias = (None if each is None else each.flatten() for each in (weight, bias))
+    weight, bias = (None if parameter is None else parameter.flatten() for parameter in (weight, bias))
     return F.batch_norm(input, None, None, weight, bias, **options)
 
 
@@ -101,7 +88,7 @@ def _flatten(tasks: int, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Te
 
 
 def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
-    return torch.cat([drop_squares(each, share) for each in x.chunk(tasks, dim=1)], dim=1)
+    return torch.cat([drop_squares(images, share) for images in x.chunk(tasks, dim=1)], dim=1)
 
 
 OWN = {
@@ -143,12 +130,9 @@ class Convolution(torch.autograd.Function):
             stride, padding, dilation, groups = ctx.geometry
             options = (stride, padding, dilation, False, [0, 0], groups, (for_x, for_w, for_b))
             return (*torch.ops.aten.convolution_backward(dy, x, w, [len(w)], *options), None)
-        return (
-            InputGradient.apply(dy, x, w, ctx.geometry) if for_x else None,
-            WeightGradient.apply(dy, x, w, ctx.geometry) if for_w else None,
-            dy.sum((0, 2, 3)) if for_b else None,
-            None,
-        )
+        dx = InputGradient.apply(dy, x, w, ctx.geometry) if for_x else None
+        dw = WeightGradient.apply(dy, x, w, ctx.geometry) if for_w else None
+        return dx, dw, dy.sum((0, 2, 3)) if for_b else None, None
 
 
 class InputGradient(torch.autograd.Function):
@@ -164,12 +148,8 @@ class InputGradient(torch.autograd.Function):
     def backward(ctx: Any, ddx: Tensor) -> tuple:
         dy, w = ctx.saved_tensors
         for_dy, _, for_w, _ = ctx.needs_input_grad
-        return (
-            Convolution.apply(ddx, w, None, ctx.geometry) if for_dy else None,
-            None,
-            WeightGradient.apply(dy, ddx, w, ctx.geometry) if for_w else None,
-            None,
-        )
+        ddy = Convolution.apply(ddx, w, None, ctx.geometry) if for_dy else None
+        return ddy, None, WeightGradient.apply(dy, ddx, w, ctx.geometry) if for_w else None, None
 
 
 class WeightGradient(torch.autograd.Function):
@@ -185,9 +165,5 @@ class WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, ddw: Tensor) -> tuple:
         dy, x = ctx.saved_tensors
         for_dy, for_x, _, _ = ctx.needs_input_grad
-        return (
-            Convolution.apply(x, ddw, None, ctx.geometry) if for_dy else None,
-            InputGradient.apply(dy, x, ddw, ctx.geometry) if for_x else None,
-            None,
-            None,
-        )
+        ddy = Convolution.apply(x, ddw, None, ctx.geometry) if for_dy else None
+        return ddy, InputGradient.apply(dy, x, ddw, ctx.geometry) if for_x else None, None, None

@@ -6,8 +6,8 @@ Import paths are not a format: two configurations never differ by where somethin
 from typing import Any
 
 OWN = "fewshot."
-TARGETS = {  # what a `_target_` named at commit a43819a, and what it is called today
-    "fewshot.callbacks.CosineSimilarity": "fewshot.training.cosine_similarity.CosineSimilarity",
+TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it is called today
+    "fewshot.callbacks.CosineSimilarity": "fewshot.training.record.CosineSimilarity",
     "fewshot.callbacks.Progress": "fewshot.training.record.Progress",
     "fewshot.callbacks.Record": "fewshot.training.record.Record",
     "fewshot.callbacks.ZeroHead": "fewshot.training.zero_head.ZeroHead",
@@ -19,6 +19,7 @@ TARGETS = {  # what a `_target_` named at commit a43819a, and what it is called 
     "fewshot.data.omniglot.load": "fewshot.data.sources.omniglot.load",
     "fewshot.distributed.TasksOverRanks": "fewshot.training.ddp.TasksOverRanks",
     "fewshot.foreign.wrapped": "fewshot.models.any_module.network_from_module",
+    "fewshot.training.cosine_similarity.CosineSimilarity": "fewshot.training.record.CosineSimilarity",
     "fewshot.logger.wandb_logger": "fewshot.training.wandb_run.wandb_logger",
 }
 ADDED = {  # keys of datasets that those commits did not have, by the dataset's name

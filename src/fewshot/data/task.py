@@ -48,10 +48,11 @@ class Task(NamedTuple):
 
 
 def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of a task's queries whose largest logit is the right one: (B, Q, K), (B, Q) -> (B,).
+    """Share of a task's queries whose largest logit is the right one: (..., Q, K), (..., Q) -> (...).
 
     NaN where a logit of the task is not finite: otherwise the one called largest would look like a guess.
     """
     knobs = {"average": "micro", "multidim_average": "samplewise", "validate_args": False}
-    shares = multiclass_accuracy(logits.transpose(1, 2), labels, logits.shape[2], **knobs)
-    return shares.masked_fill(~logits.isfinite().all(dim=2).all(dim=1), math.nan)
+    flat, labels = logits.flatten(0, -3), labels.expand(logits.shape[:-1]).flatten(0, -2)
+    shares = multiclass_accuracy(flat.mT, labels, flat.shape[2], **knobs)
+    return shares.masked_fill(~flat.isfinite().all(dim=2).all(dim=1), math.nan).view(logits.shape[:-2])

@@ -40,12 +40,12 @@ class Recomputed(torch.autograd.Function):
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         ctx.autocast = {"device_type": device.type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
         # theta_n+1 stays when the graph goes: it has a place from before the graph, so as to leave no holes behind it.
-        places = [torch.empty_like(each) for each in inputs]
+        places = [torch.empty_like(tensor) for tensor in inputs]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = function(_leaves(inputs, ctx.needs_input_grad[2:]))
         if isinstance(outputs, Tensor):
             return outputs.detach()
-        return tuple(place.copy_(each.detach()) for place, each in zip(places, outputs, strict=False))
+        return tuple(place.copy_(output.detach()) for place, output in zip(places, outputs, strict=False))
 
     @staticmethod
     @once_differentiable
@@ -54,13 +54,13 @@ class Recomputed(torch.autograd.Function):
         inputs = _leaves(ctx.saved_tensors, needed)
         with torch.enable_grad(), torch.autocast(**ctx.autocast), _drawing_from(ctx.state, inputs[0].device):
             outputs = ctx.function(inputs)
-        wanted = [each for each, need in zip(inputs, needed, strict=True) if need]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
         products = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return (None, None, *(next(products) if need else None for need in needed))
 
 
 def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    return [each.detach().requires_grad_(need) for each, need in zip(inputs, needed, strict=True)]
+    return [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -70,13 +70,8 @@ def _random_state(device: torch.device) -> Tensor:
 @contextmanager
 def _drawing_from(state: Tensor | None, device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those after this state; outside, as if none had been drawn. None: changes nothing."""
-    if state is None:
-        yield
-        return
     on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
-        if on_gpu:
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+    with torch.random.fork_rng([device] if on_gpu else [], enabled=state is not None):
+        if state is not None:
+            torch.cuda.set_rng_state(state, device) if on_gpu else torch.set_rng_state(state)
         yield

@@ -118,8 +118,7 @@ def step_accuracies(
     for task in _one_by_one(tasks):
         encode = cache(torch.no_grad()(network.encoder))
         logits = torch.stack([_step_logits(network, task, loop, eta, encode) for loop in evaluations])
-        labels = task.query_labels.expand(*logits.shape[:2], -1)
-        accuracies.append(query_accuracy(logits.flatten(0, 1), labels.flatten(0, 1)).view(labels.shape[:2]))
+        accuracies.append(query_accuracy(logits, task.query_labels))
     return torch.stack(accuracies, dim=1)
 
 

@@ -20,7 +20,7 @@ OF_SLURM = tuple(filter(None, (SIGUSR1, SIGUSR2)))
 
 
 class Signals:
-    """Notes signals while a run trains; the callback training.stop.Stop obeys them between two outer updates.
+    """Notes signals while a run trains; the callback training.run.Stop obeys them between two outer updates.
 
     At any other time, and at a second SIGINT, the run ends at once: its last checkpoint holds all there is. A handler
     that was there before, such as submitit's, decides whether the run ends. SIGUSR1 under Slurm puts the job back into

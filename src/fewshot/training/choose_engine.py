@@ -30,8 +30,7 @@ class Engine:
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, Tensor]]
     step_accuracies: Callable[..., Tensor]
-    tasks_at_once: int | None = 1  # None: `default` of them
-    default: Callable[[Task], int] = len
+    tasks_at_once: Callable[[Task], int] = lambda tasks: 1  # in memory together
 
     @contextmanager
     def one_line_out_of_memory(self, tasks: Task, remedy: str = "") -> Iterator[None]:
@@ -45,10 +44,10 @@ class Engine:
             wants_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not wants_memory and "can't allocate memory" not in str(error):
                 raise
-            device = tasks.support.device
-            together = min(len(tasks.support), self.tasks_at_once or self.default(tasks))
+            together = min(len(tasks.support), self.tasks_at_once(tasks))
             lower = f"tasks_at_once (now {together})" if together > 1 else "queries, shots or model.width"
-            raise UserError(f"engine={self.name}: out of memory on {device}; {remedy}lower {lower}") from error
+            where = f"engine={self.name}: out of memory on {tasks.support.device}"
+            raise UserError(f"{where}; {remedy}lower {lower}") from error
 
 
 def sequential_engine() -> Engine:
@@ -74,12 +73,14 @@ def choose_engine(
     if name == "sequential":
         engine = sequential_engine()
     else:
-        limits = {"tasks_at_once": tasks_at_once, "execute": CudaGraphs() if device == "cuda" else None}
-        gradient, accuracies = (partial(call, **limits) for call in (batched.meta_gradient, batched.step_accuracies))
-        engine = Engine(name, gradient, accuracies, tasks_at_once, partial(batched.default_tasks_at_once, network))
-        if drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order)):
-            # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
-            engine = replace(engine, meta_gradient=partial(batched.meta_gradient, **limits | {"execute": one_by_one}))
+        execute = CudaGraphs() if device == "cuda" else None
+        # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
+        in_turn = drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order))
+        gradient = partial(
+            batched.meta_gradient, tasks_at_once=tasks_at_once, execute=one_by_one if in_turn else execute
+        )
+        accuracies = partial(batched.step_accuracies, tasks_at_once=tasks_at_once, execute=execute)
+        engine = Engine(name, gradient, accuracies, partial(batched.default_tasks_at_once, network, tasks_at_once))
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 

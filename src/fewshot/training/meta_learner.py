@@ -22,7 +22,7 @@ from fewshot.results.scores import Scores, diverged
 from fewshot.theory import probes
 from fewshot.training.choose_engine import choose_engine, sequential_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
-from fewshot.training.own_code import check_network, loop_class
+from fewshot.training.runtime import check_network, loop_class
 
 
 def step_weights(steps: int, done: float) -> list[float]:

@@ -1,5 +1,6 @@
 """What is measured, written down and shown of a run while it trains."""
 
+import json
 import logging
 import math
 import sys
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError
+from fewshot.files import write_file
 from fewshot.results.record_files import write_metrics
 from fewshot.results.scores import diverged
+from fewshot.theory.features import class_similarities
 
 log = logging.getLogger(__name__)
 
@@ -47,23 +50,22 @@ class Record(pl.Callback):
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.best_accuracy = -1.0  # of validation, so far
         self.stopped = False  # stop_at_accuracy was reached
-        self._pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
+        self.pending: list[dict[str, Tensor]] = []  # training metrics since the last row, still on the device
 
     def state_dict(self) -> dict[str, Any]:
-        pending = [{name: value.cpu() for name, value in metrics.items()} for metrics in self._pending]
-        state = {"rows": self.rows, "best_accuracy": self.best_accuracy, "stopped": self.stopped}
-        return state | {"pending": pending}
+        state = {name: getattr(self, name) for name in ("rows", "best_accuracy", "stopped")}
+        return state | {"pending": [{name: w.cpu() for name, w in metrics.items()} for metrics in self.pending]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.stopped = state_dict["rows"], state_dict["stopped"]
-        self.best_accuracy, self._pending = state_dict["best_accuracy"], state_dict["pending"]
+        for name in ("rows", "best_accuracy", "stopped", "pending"):
+            setattr(self, name, state_dict[name])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self._pending]
+        self.pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self.pending]
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
         if not self.rows:
             self._record(trainer, module, {"iteration": 0})
@@ -72,7 +74,7 @@ class Record(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
     ) -> None:
         iteration = trainer.global_step
-        self._pending.append(outputs)
+        self.pending.append(outputs)
         if any(self._due(trainer, every) for every in (self.val_every, self.test_every, trainer.log_every_n_steps)):
             self._record(trainer, module, {"iteration": iteration, **self._trained(iteration)})
 
@@ -128,14 +130,46 @@ class Record(pl.Callback):
     def _trained(self, iteration: int) -> dict[str, float]:
         """Means of the training metrics since the last row."""
         losses, accuracies = (
-            torch.stack([metrics[name] for metrics in self._pending]).tolist() for name in ("loss", "query_accuracy")
+            torch.stack([metrics[name] for metrics in self.pending]).tolist() for name in ("loss", "query_accuracy")
         )
-        first = iteration - len(self._pending) + 1
-        self._pending.clear()
+        first = iteration - len(self.pending) + 1
+        self.pending.clear()
         for number, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 raise self._diverged(f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr")
         return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}
+
+
+class CosineSimilarity(pl.Callback):
+    """How alike the classes of the one task are to the unadapted encoder, after outer updates 1, 1 + every, ...
+
+    Needs training tasks of kind "one_task"; the classes stay in its own order, whatever labels training gives them.
+    The matrices are part of the checkpoint, so this callback comes before the one that writes it, Record: what a
+    checkpoint holds is already in cosine_similarity.json, and a run that goes on writes the same file.
+    """
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        self.content: dict[str, list] = {"updates": [], "query_support": [], "query_query": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.content = state_dict
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        if (trainer.global_step - 1) % self.every:
+            return
+        precision = trainer.precision_plugin
+        with precision.forward_context():
+            task = precision.convert_input(trainer.datamodule.samplers["train"].one_task())
+            matrices = class_similarities(module.network, task)
+        self.content["updates"].append(trainer.global_step)
+        for name, matrix in matrices.items():
+            self.content[name].append(matrix)
+        if trainer.is_global_zero:
+            write_file(Path(trainer.default_root_dir) / "cosine_similarity.json", json.dumps(self.content))
 
 
 class Progress(pl.Callback):

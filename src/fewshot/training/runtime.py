@@ -1,4 +1,4 @@
-"""The process: what it imports, threads, seeds, warnings."""
+"""What comes before anything is trained: imports, threads, seeds, and a look at code of the user's own."""
 
 import logging
 import re
@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from fewshot.errors import UserError
+from fewshot.errors import UserError, one_line
+from fewshot.inner_loop import InnerLoop
+from fewshot.models.network import Network
 from fewshot.processes import ranks
 
 THREADS = torch.get_num_threads()  # torch's choice
@@ -96,3 +100,32 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
         warnings.filterwarnings("ignore", module=name)
         logging.getLogger(name).setLevel(logging.WARNING)
     return "32-true" if precision == "tf32" else precision
+
+
+def loop_class(cfg: DictConfig) -> type[InnerLoop]:
+    """InnerLoop, or the class of the user's own that algo._target_ names."""
+    if (target := cfg.algo.get("_target_")) is None:
+        return InnerLoop
+    try:
+        own = get_object(target)
+    except Exception as error:  # whatever importing the user's module raises
+        raise UserError(one_line(f"algo._target_={target}: cannot be imported ({error})")) from error
+    if not (isinstance(own, type) and issubclass(own, InnerLoop)):
+        raise UserError(f"algo._target_={target}: must be a class that derives from fewshot.inner_loop.InnerLoop")
+    return own
+
+
+def check_network(network: Any, cfg: DictConfig) -> None:
+    """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else."""
+    encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
+    if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
+        raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
+    if type(network).forward is not Network.forward:
+        images = torch.linspace(-1, 1, 2 * cfg.dataset.channels * cfg.dataset.size**2)
+        images = images.view(2, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
+        with torch.no_grad():
+            if not torch.allclose(network(images), head(encoder(images))):
+                raise UserError(
+                    f"model.network={cfg.model.network._target_}: its forward is not head(encoder(images)); "
+                    "put what it does besides into the encoder"
+                )

@@ -65,24 +65,11 @@ def wandb_logger(
     try:
         wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
         mode = _mode(mode)
-        run = wandb.init(
-            project=project,
-            group=group,
-            name=name,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            dir=folder,
-            mode=mode,
-            config=values,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                finish_timeout=120,  # seconds, if the server is gone: all is in the folder
-            ),
-            reinit="finish_previous",
-        )
+        knobs = {"project": project, "group": group, "name": name, "id": run_id, "dir": folder, "config": values}
+        # finish_timeout: seconds, if the server is gone; the folder has everything
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, finish_timeout=120)
+        resume = "allow" if mode == "online" else None
+        run = wandb.init(**knobs, mode=mode, resume=resume, settings=settings, reinit="finish_previous")
     except (wandb.errors.Error, ValueError) as error:
         raise UserError(
             f"logger.mode={shown(mode)}: {one_line(error)}; use logger.mode=offline, or logger=none"
