@@ -24,7 +24,7 @@ from fewshot import train
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.evidence import claims, equations, page, report
+from fewshot.evidence import claims, page, report
 from fewshot.evidence import model as measured
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.claims import (
@@ -39,7 +39,7 @@ from fewshot.evidence.claims import (
     similarity,
 )
 from fewshot.evidence.model import Model
-from fewshot.evidence.pictures import Shown
+from fewshot.evidence.page import Shown
 from fewshot.evidence.report import render
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import zero_head
@@ -191,9 +191,12 @@ def test_a_wrong_formula_is_found_out(monkeypatch):
 
 
 def test_a_check_of_what_is_no_number_fails():
-    assert not equations.measured_one(float("nan"), 1.0)["pass"]
-    assert equations.worst([0.0, float("nan"), 1.0]) != equations.worst([1.0])
-    assert equations.verdict_on({"value": None, "bound": 0.0, "pass": False}).words == "does not hold (not a number)"
+    no_number = measured.equation(1.0, "no number")(lambda model: float("nan"))
+    (check,) = measured.measured([no_number], measuring(*model())).values()
+    assert check["value"] != check["value"] and check["bound"] == 1.0 and not check["pass"]
+    for numbers in ([0.0, float("nan"), 1.0], torch.tensor([0.0, float("nan"), 1.0])):
+        assert np.isnan(measured.largest(numbers))
+    assert page.verdict_on({"value": None, "bound": 0.0, "pass": False}).words == "does not hold (not a number)"
 
 
 # What is measured
@@ -384,10 +387,10 @@ def kinds(verdicts):
 def test_a_verdict_follows_its_number():
     no_head = {"same_for_all": {"weight": True, "bias": True}}
     own_head = {"same_for_all": {"weight": False, "bias": True}, "model": {"iteration": 1}}
-    assert equations.verdict_on({"value": 3e-16, "bound": 1e-12, "pass": True}) == (
+    assert page.verdict_on({"value": 3e-16, "bound": 1e-12, "pass": True}) == (
         *("holds", "holds exactly (3e−16 ≤ 1e−12)"),
     )
-    assert equations.verdict_on({"value": 0.4, "bound": 1e-12, "pass": False}) == (
+    assert page.verdict_on({"value": 0.4, "bound": 1e-12, "pass": False}) == (
         *("fails", "does not hold (0.4 > 1e−12)"),
     )
     for kept, kind in ((32, "holds"), (31, "partly"), (3, "fails")):

@@ -70,7 +70,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot.evidence import report
     from fewshot.evidence.model import Model
-    from fewshot.evidence.pictures import Shown
+    from fewshot.evidence.page import Shown
     from fewshot.results.record_files import versions
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run
@@ -119,7 +119,7 @@ def _refuse_beyond_theory(loop: InnerLoop, path: Path) -> None:
 
 if __name__ == "__main__":
     # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
-    overrides = (place for place, given in enumerate(sys.argv) if place and "=" in given and not given.startswith("-"))
-    first = next(overrides, len(sys.argv))
+    places = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
+    first = next(places, len(sys.argv))
     sys.argv[first:first] = ["hydra/job_logging=stdout"]
     main()

@@ -1,12 +1,16 @@
-"""A trained model and the test tasks on which the claims are measured, in float64; nothing here changes it.
+"""A trained model, the test tasks on which it is measured in float64, and the equations that are measured on it.
 
+An equation of docs/method.md is a number on this very model: how far its two sides are apart. The sides are computed
+apart, by the program itself (its inner loop, automatic differentiation) and by what the theory says must come out.
 Shapes: B tasks, S support and Q query images per task, d features, K ways, N inner steps, T steps of the evaluation.
 """
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from fewshot.maml import explicit_loss, sequential
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
 from fewshot.theory.features import Features, centred
+
+GRADIENT = 1e-10  # relative; what rounding becomes through convolutions and BatchNorm, as between the engines
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,10 @@ class Model:
         with torch.no_grad():
             features = Features.of(self.network, self.tasks)
         return Features(*(field if field is None else field.detach() for field in features))
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return {"inner_lr": self.loop.inner_lr, "inner_steps": self.loop.inner_steps}
 
     @property
     def heads(self) -> dict[str, Features]:
@@ -95,3 +105,40 @@ class Model:
 def plain(numbers: Tensor) -> list:
     """A matrix as lists, to six digits."""
     return [[float(f"{value:.6g}") for value in row] for row in numbers.tolist()]
+
+
+class Equation(NamedTuple):
+    """It holds where the number is at most the bound."""
+
+    name: str  # in evidence.json
+    says: str
+    apart: Callable[[Model], float | None]  # the number; None: the model has nothing that it could speak of
+    bound: float  # 0: of counts, and of products with an exact zero, where nothing is rounded
+    number: str  # what it is, in words
+    why_not: str = ""  # for an equation that does not hold
+    parts: tuple[str, ...] = ()  # of the model's own head: where all classes have the same, it says nothing
+
+
+def equation(bound: float, number: str, why_not: str = "", parts: tuple[str, ...] = ()) -> Callable[..., Equation]:
+    """Makes an Equation of the function that measures it: its name is the function's, what it says the docstring."""
+    return lambda apart: Equation(apart.__name__, apart.__doc__, apart, bound, number, why_not, parts)
+
+
+def measured(equations: list[Equation], model: Model) -> dict[str, dict[str, Any]]:
+    """As in evidence.json; nan is above every bound."""
+    numbers = {equation: equation.apart(model) for equation in equations}
+    return {
+        equation.name: {"value": apart, "bound": equation.bound, "pass": apart <= equation.bound}
+        for equation, apart in numbers.items()
+        if apart is not None
+    }
+
+
+def largest(numbers: Tensor | list[float]) -> float:
+    """The largest absolute value; unlike max, nan where there is one."""
+    return torch.as_tensor(numbers, dtype=torch.double).abs().max().item()
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    difference, size = (value - expected).norm().item(), expected.norm().item()
+    return difference / size if size else math.inf if difference else 0.0

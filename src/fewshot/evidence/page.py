@@ -1,10 +1,25 @@
-"""What the page is made of: sections with their claim, theorem, picture, tables and verdicts; numbers in words.
+"""What a claim says and draws with: sections, tables and verdicts, numbers in words, heat maps with images beside them.
 
 Texts are plain: x_{i} is an index and §2.6 a section of docs/method.md, of which the template makes tags. What holds by
 construction is a theorem with its reason; a verdict is of what could come out otherwise. `evidence`: evidence.json.
 """
 
 from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from fewshot.data.task import Task
+from fewshot.results.figures import OFF, ON
+
+SIGNED = LinearSegmentedColormap.from_list("signed", [OFF, "#FFFFFF", ON])  # blue below zero, vermillion above
+ANNOTATED = 8  # up to so many ways a cell has room for its number
+BAR = {"location": "bottom", "pad": 0.03}
+COSINE = {**BAR, "ticks": [-1, -0.5, 0, 0.5, 1]}
 
 
 class Verdict(NamedTuple):
@@ -22,12 +37,6 @@ class Picture(NamedTuple):
     small: bool = False
 
 
-class Table(NamedTuple):
-    heads: tuple[str, ...]  # empty: none
-    rows: list[tuple[str, ...]]
-    kind: str = "numbers"
-
-
 class Statement(NamedTuple):
     text: str
     verdicts: Verdicts
@@ -35,13 +44,11 @@ class Statement(NamedTuple):
     anchor: str = ""  # of what it links to
 
 
-class Statements(NamedTuple):
-    """A table of them."""
-
-    heads: tuple[str, str]
-    rows: list[Statement]
+class Table(NamedTuple):
+    heads: tuple[str, ...]  # empty: none
+    rows: list[tuple[str, ...]] | list[Statement]
+    kind: str = "numbers"  # or "plain", or "statements"
     heading: str = ""
-    kind: str = "statements"
 
 
 class Section(NamedTuple):
@@ -49,7 +56,7 @@ class Section(NamedTuple):
     overline: str
     claim: str
     lead: str
-    tables: list[Table | Statements]
+    tables: list[Table]
     theorem: str = ""
     picture: Picture | None = None
     note: str = ""
@@ -64,6 +71,7 @@ def is_trained(evidence: dict[str, Any]) -> bool:
     return evidence["model"]["iteration"] > 0
 
 
+HEADS = {"this_head": "this head", "zeroed_head": "head zeroed"}
 HEAD_IS_ZERO = Verdict("untested", "not tested: this model’s head is zero, or the same for every class")
 UNTRAINED = Verdict("untested", "not asked: this model has had no outer update")
 
@@ -81,8 +89,16 @@ def by_share(share: float, words: str) -> Verdict:
     return Verdict("partly", f"holds in part: {words}") if 0.5 < share < 1 else either(share == 1, words)
 
 
-def counted_steps(number: Any) -> str:
-    return f"{number} inner step{'s' * (number != 1)}"
+def verdict_on(check: dict[str, Any]) -> Verdict:
+    """check: an equation as in evidence.json, where None is no finite number."""
+    value, bound = short(check["value"]), short(check["bound"])
+    if check["pass"]:
+        return Verdict("holds", f"holds exactly ({value} ≤ {bound})")
+    return Verdict("fails", f"does not hold ({value if check['value'] is None else f'{value} > {bound}'})")
+
+
+def counted(number: Any, what: str = "inner step") -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 # Numbers, with a minus sign at which no line is broken
@@ -113,3 +129,79 @@ def percent(share: float | None) -> str:
 
 def interval(mean: float, half: float) -> str:
     return f"{100 * mean:.1f} ± {100 * half:.1f}%".replace("-", "−")
+
+
+# Pictures. S support and Q query images of the task that is shown, K ways; an image is (H, W, 3) or (H, W), 0 .. 1.
+
+
+class Shown(NamedTuple):
+    """The task that is shown."""
+
+    support: np.ndarray
+    support_labels: np.ndarray
+    query: np.ndarray
+    query_labels: np.ndarray
+
+    @classmethod
+    def first_of(cls, tasks: Task, dataset: dict[str, Any]) -> "Shown":
+        """The first task, its images as they were before they were normalised."""
+        mean, std = (np.array(dataset[name])[:, None, None] for name in ("mean", "std"))
+
+        def images(normalised: Tensor) -> np.ndarray:
+            pixels = (normalised.numpy() * std + mean).clip(0, 1)  # (I, C, H, W)
+            return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+
+        support, support_labels, query, query_labels = (field[0] for field in tasks)
+        return cls(images(support), support_labels.numpy(), images(query), query_labels.numpy())
+
+    @property
+    def ways(self) -> int:
+        return int(self.support_labels.max()) + 1
+
+    @property
+    def prototypes(self) -> np.ndarray:
+        """The first support image of each class."""
+        return np.stack([self.support[self.support_labels == k][0] for k in range(self.ways)])
+
+    @property
+    def queries(self) -> np.ndarray:
+        """The first query of each class."""
+        return np.stack([self.query[self.query_labels == k][0] for k in range(self.ways)])
+
+
+def size_of(panels: int) -> tuple[float, float]:
+    """Of so many heat maps side by side, each as high as wide with its images, two lines above and a bar below."""
+    wide = {1: 4.5, 2: 8.0, 3: 9.5}[panels]
+    return wide, wide / panels + 1.35
+
+
+def heat_map(
+    axes: Axes, values: list, most: float, title: str, columns: np.ndarray, rows: np.ndarray | None = None
+) -> ScalarMappable:
+    """values (K, K) from -most to most, each cell with its number where there is room, and the title above all.
+
+    K images stand above the columns and left of the rows. Without the latter the rows are columns i of the classifier.
+    """
+    values = np.array(values, dtype=float)
+    image = axes.imshow(values, cmap=SIGNED, vmin=-most, vmax=most)
+    axes.set(xticks=[], yticks=[])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.text(0.5, 1.06 + 1 / len(values), title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
+    if len(values) <= ANNOTATED:
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if value < -0.7 * most else "black"
+            number = "–" if np.isnan(value) else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
+            axes.text(column, row, number, ha="center", va="center", fontsize=10, color=colour)
+    limits = {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
+    images = [(number, -1.05, column) for number, column in enumerate(columns)]
+    if rows is None:
+        axes.set_yticks(range(len(values)), [f"$i={k + 1}$" for k in range(len(values))], fontsize=10)
+    else:
+        images += [(-1.05, number, row) for number, row in enumerate(rows)]
+    for x, y, pixels in images:
+        square = (x - 0.44, x + 0.44, y + 0.44, y - 0.44)
+        axes.imshow(pixels, extent=square, cmap="gray", vmin=0, vmax=1, clip_on=False)
+        axes.add_patch(Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, edgecolor="#BBBBBB", clip_on=False))
+    axes.set(**limits)
+    return image

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from fewshot.evidence import claims, page
 from fewshot.evidence.model import Model
-from fewshot.evidence.pictures import Shown
 from fewshot.files import write_file
 from fewshot.results.figures import png
 from fewshot.results.record_files import title
@@ -25,14 +24,13 @@ METHOD = next(path for path in (HERE / "method.md", HERE.parents[2] / "docs" / "
 
 def measure(model: Model) -> dict[str, Any]:
     """What all claims measure, and what several of them read."""
-    knobs = {"inner_lr": model.loop.inner_lr, "inner_steps": model.loop.inner_steps}
-    evidence = {"same_for_all": model.same_for_all, "probes": probes(model.network, [model.tasks], **knobs)}
+    evidence = {"same_for_all": model.same_for_all, "probes": probes(model.network, [model.tasks], **model.knobs)}
     for claim in claims.CLAIMS:
         evidence |= claim.measure(model)
     return evidence
 
 
-def write(folder: Path, evidence: dict[str, Any], shown: Shown) -> None:
+def write(folder: Path, evidence: dict[str, Any], shown: page.Shown) -> None:
     """evidence.json, the pictures, and the page that shows both."""
     evidence = finite(evidence)
     pictures = {name: png(figure) for name, figure in draw(evidence, shown).items()}
@@ -45,7 +43,7 @@ def write(folder: Path, evidence: dict[str, Any], shown: Shown) -> None:
         write_file(folder / name, content)
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> dict[str, Figure]:
+def draw(evidence: dict[str, Any], shown: page.Shown) -> dict[str, Figure]:
     sections = [(claim, claim.section(evidence)) for claim in claims.CLAIMS]
     return {part.picture.name: claim.draw(evidence, shown) for claim, part in sections if part.picture}
 
@@ -71,10 +69,10 @@ def render(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
         subtitle=_subtitle(evidence),
         trained=page.is_trained(evidence),
         head_is_zero=page.head_is_zero(evidence),
-        summary=page.Statements(("claim", "verdict"), summary),
+        summary=page.Table(("claim", "verdict"), summary, "statements"),
         parts=parts,
         pictures={name: b64encode(png).decode() for name, png in pictures.items()},
-        how=_how(evidence),
+        measurement=_measurement(evidence),
         method=_method(METHOD.read_text(encoding="utf-8")),
     )
 
@@ -103,24 +101,24 @@ def _method(markdown: str) -> list[_Chapter]:
 def _subtitle(evidence: dict[str, Any]) -> str:
     here, model = evidence["config"]["dataset"]["name"], evidence["model"]
     measured = f", measured on {here}" if here != model["trained_with"]["dataset"]["name"] else ""
-    return f"{title(model['trained_with'])}, after {model['iteration']} outer updates{measured}"
+    return f"{title(model['trained_with'])}, after {page.counted(model['iteration'], 'outer update')}{measured}"
 
 
-def _how(evidence: dict[str, Any]) -> page.Table:
-    """How it was measured."""
+def _measurement(evidence: dict[str, Any]) -> page.Table:
+    """How the numbers were measured."""
     config, model, tasks = evidence["config"], evidence["model"], evidence["tasks"]
     trained = model["trained_with"]
     adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
     rows = {
         "Checkpoint": "/".join(Path(model["checkpoint"]).parts[-3:]),
-        "Model": f"{title(trained)}, {trained['model']['name']}, {model['iteration']} outer updates, "
+        "Model": f"{title(trained)}, {trained['model']['name']}, {page.counted(model['iteration'], 'outer update')}, "
         f"seed {trained['seed']}",
         "Test tasks": f"{config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot, "
         f"{config['queries']} queries per class; the same in every run; {evidence['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",
-        "Inner loop": f"η = {config['inner_lr']}; {page.counted_steps(config['inner_steps'])}, {config['test_steps']} "
+        "Inner loop": f"η = {config['inner_lr']}; {page.counted(config['inner_steps'])}, {config['test_steps']} "
         f"at test; adapts {adapts} (trained with η = {trained['inner_lr']}, "
-        f"{page.counted_steps(trained['inner_steps'])}, {trained['shots']}-shot)",
+        f"{page.counted(trained['inner_steps'])}, {trained['shots']}-shot)",
         "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
         "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
         "Versions": ", ".join(f"{name} {version}" for name, version in evidence["versions"].items()),

@@ -67,14 +67,14 @@ def closed_form_gradients(
 
 
 def contrastive_coefficients(
-    features: Features, *, inner_lr: float, inner_steps: int, first_order: bool = True, loss: str = "cross_entropy"
+    features: Features, *, inner_lr: float, inner_steps: int, loss: str = "cross_entropy"
 ) -> Tensor:
     """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step moves phi(q) toward phi(s) (2.3).
 
     c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u], t and u the labels of s and q; 1[t=u] - q_t without noise.
     Within a class it is never negative, with noise or without: (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
     For "mse" it is the inner product of the residuals, (W_1 phi(q) - u).(W_0 phi(s) - t): 1[t=u] - eta phi(q).m_t if
-    W_0 = 0 (2.1). Arguments and errors are those of `closed_form_gradients`; both orders have the same coefficients.
+    W_0 = 0 (2.1). They are the same in both orders. Arguments and errors are those of `closed_form_gradients`.
     """
     return adapt_head(features, inner_lr=inner_lr, inner_steps=inner_steps, loss=loss).coefficients()
 

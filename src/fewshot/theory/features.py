@@ -41,6 +41,18 @@ class Features(NamedTuple):
         """1[t=u], (..., Q, S) bool."""
         return self.query_labels[..., :, None] == self.support_labels[..., None, :]
 
+    def coefficients_without_noise(self, Q: Tensor) -> Tensor:
+        """1[t=u] - q_t of predictions Q (..., Q, K), (..., Q, S)."""
+        labels = self.support_labels.long().unsqueeze(-2).expand(*Q.shape[:-1], -1)
+        return self.same_class().to(Q.dtype) - Q.gather(-1, labels)
+
+    def wrong_signs(self, c: Tensor) -> Tensor:
+        """Which coefficients c (..., Q, S) draw a query to another class, bool; none draws it away from its own (2.3).
+
+        A prediction as sure as can be has c = 0 but for rounding, whose sign says nothing.
+        """
+        return ((c > 0) != self.same_class()) & (c.abs() > 16 * torch.finfo(c.dtype).eps)
+
     def support_sums(self) -> Tensor:
         """m_k, the sum of each class's support features, (..., K, d)."""
         return self._support_of_classes().mT @ self.support

@@ -42,18 +42,16 @@ def _probe(features: Features, **knobs: float) -> dict[str, Tensor]:
     adapted = adapt_head(features, **knobs)
     gradients, c = adapted.gradients(first_order=True), adapted.coefficients().sum(0)  # c (B, Q, S)
     phi_S, phi_Q, w, b = features.support, features.query, features.weight, features.bias
-    with_support = features.same_class()  # (B, Q, S)
     with_query = features.query_labels[:, :, None] == features.query_labels[:, None]  # (B, Q, Q)
     w0 = centred(w if b is None else torch.cat([w, b[:, None]], dim=1))
     to_w0 = gradients.weight if b is None else torch.cat([gradients.weight, gradients.bias.unsqueeze(-1)], dim=-1)
-    same, other = mean_cosines(phi_Q, phi_S, with_support)
+    same, other = mean_cosines(phi_Q, phi_S, features.same_class())
     not_itself = ~torch.eye(phi_Q.shape[1], dtype=torch.bool, device=phi_Q.device)
     same_queries, other_queries = mean_cosines(phi_Q, phi_Q, with_query, not_itself)
     return {
         "interference_norm": gradients.interference.flatten(1).norm(dim=1),
         "contrastive_norm": gradients.contrastive.flatten(1).norm(dim=1),
-        # A prediction as sure as can be has c = 0 but for rounding, whose sign says nothing.
-        "wrong_sign": (((c > 0) != with_support) & (c.abs() > 16 * torch.finfo(c.dtype).eps)).double().mean((1, 2)),
+        "wrong_sign": features.wrong_signs(c).double().mean((1, 2)),
         "cosine_same": same,
         "cosine_other": other,
         "cosine_same_queries": same_queries,

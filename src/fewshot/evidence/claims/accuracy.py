@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from fewshot.config.tree import MODES
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.pictures import Shown
+from fewshot.evidence.page import Shown
 from fewshot.results.figures import accuracy_over_steps
 from fewshot.results.scores import Scores
 
@@ -47,21 +47,10 @@ def section(evidence: dict[str, Any]) -> page.Section:
 
 def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     """Whether test-time zeroing costs accuracy after the inner steps of training."""
-    return {"Zeroing the head at test time costs nothing.": _judged(evidence)}
-
-
-def _judged(evidence: dict[str, Any]) -> page.Verdict:
-    if not page.is_trained(evidence):
-        return page.UNTRAINED
-    if page.head_is_zero(evidence):
-        return page.HEAD_IS_ZERO
     step, gained = evidence["config"]["inner_steps"], evidence["test"]["gain"]
     gain, ci95 = gained["accuracy"][step], gained["ci95"][step]
-    words = f"zeroing changes accuracy by {page.interval(gain, ci95)} after step {step}"
-    if gain + ci95 < 0:
-        return page.Verdict("fails", f"does not hold: {words}")
-    return (
-        page.Verdict("holds", f"holds, and more: {words}")
-        if gain > ci95
-        else page.Verdict("partly", f"not told apart: {words}")
-    )
+    judged = ("fails", "does not hold") if gain + ci95 < 0 else ("partly", "not told apart")
+    kind, words = ("holds", "holds, and more") if gain > ci95 else judged
+    judged = page.Verdict(kind, f"{words}: zeroing changes accuracy by {page.interval(gain, ci95)} after step {step}")
+    judged = page.of_own_head(evidence, judged) if page.is_trained(evidence) else page.UNTRAINED
+    return {"Zeroing the head at test time costs nothing.": judged}

@@ -9,19 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot.evidence import page
-from fewshot.evidence.equations import (
-    GRADIENT,
-    NONE,
-    Equation,
-    equation,
-    largest,
-    measured,
-    noise_of,
-    relative,
-    verdict_on,
-    worst,
-)
-from fewshot.evidence.model import Model
+from fewshot.evidence.model import GRADIENT, Equation, Model, equation, largest, measured, relative
 from fewshot.theory.closed_forms import closed_form_gradients, contrastive_coefficients
 from fewshot.theory.features import ROUNDING, Features, agreement
 
@@ -39,15 +27,13 @@ def one_vector_is_none(zero: Model) -> float:
 @equation(ROUNDING, "largest difference, q_{t} as the model adapted by one inner step predicts it")
 def coefficient_is_free_of_noise(zero: Model) -> float:
     """The contrastive coefficient is c_{qs} = 1[t=u] − q_{t}: there is no noise in it."""
-    return largest(noise_of(_coefficients(zero), zero.features, zero.predictions()))
+    return largest(_coefficients(zero) - zero.features.coefficients_without_noise(zero.predictions()))
 
 
-@equation(NONE, "share of the pairs for which it has the other sign")
+@equation(0, "share of the pairs for which it has the other sign")
 def sign_of_coefficients(zero: Model) -> float:
     """The coefficient is positive for pairs of one class, which are 1/K of all, and negative for all others."""
-    c = _coefficients(zero)
-    undecided = c.abs() <= ROUNDING  # a prediction so sure that its sign is rounding
-    return (((c > 0) != zero.features.same_class()) & ~undecided).double().mean().item()
+    return zero.features.wrong_signs(_coefficients(zero)).double().mean().item()
 
 
 def _coefficients(zero: Model) -> Tensor:
@@ -58,9 +44,7 @@ def _coefficients(zero: Model) -> Tensor:
 L_Q = {"adapted": "head", "noise": False, "interference": False}  # the explicit loss l(q)
 
 
-@equation(
-    GRADIENT, "relative difference of the encoder’s gradient, by differentiating MAML and by differentiating l(q)"
-)
+@equation(GRADIENT, "relative difference of the encoder’s gradients, by differentiating MAML and differentiating l(q)")
 def fomaml_is_the_explicit_loss(zero: Model) -> float:
     """The gradient that FOMAML gives the encoder is that of the explicit contrastive loss l(q)."""
     return relative(zero.encoder_gradient(**L_Q), zero.encoder_gradient())
@@ -85,11 +69,10 @@ def full_somaml_is_head_only(zero: Model) -> float:
     return relative(head_only, zero.encoder_gradient(first_order=False))
 
 
-@equation(NONE, "largest entry of the support loss’s gradient in the encoder")
+@equation(0, "largest entry of the support loss’s gradient in the encoder")
 def inner_step_leaves_the_encoder(zero: Model) -> float:
     """The inner step, though of all parameters, leaves the encoder as it was."""
-    gradients = [task[name] for task in _inner_gradients(zero) for name in task if name.startswith("encoder.")]
-    return worst([largest(gradient) for gradient in gradients])
+    return max(largest(task[name]) for task in _inner_gradients(zero) for name in task if name.startswith("encoder."))
 
 
 @equation(ROUNDING, "relative difference from the step that differentiation gives")
@@ -98,7 +81,7 @@ def head_after_one_step(zero: Model) -> float:
     eta, mu = zero.loop.inner_lr, zero.features.support_means()
     expected = eta / mu.shape[1] * (mu - mu.mean(1, keepdim=True))
     pairs = zip(_inner_gradients(zero), expected, strict=True)
-    return worst([relative(-eta * task["head.weight"], W_1) for task, W_1 in pairs])
+    return largest([relative(-eta * task["head.weight"], W_1) for task, W_1 in pairs])
 
 
 @equation(ROUNDING, "largest entry")
@@ -106,7 +89,7 @@ def bias_after_one_step(zero: Model) -> float | None:
     """Its bias is still b_{1} = 0."""
     if zero.network.head.bias is None:
         return None
-    return zero.loop.inner_lr * worst([largest(task["head.bias"]) for task in _inner_gradients(zero)])
+    return zero.loop.inner_lr * largest([largest(task["head.bias"]) for task in _inner_gradients(zero)])
 
 
 def _inner_gradients(zero: Model) -> list[dict[str, Tensor]]:
@@ -117,7 +100,7 @@ def _inner_gradients(zero: Model) -> list[dict[str, Tensor]]:
     return [dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)) for loss in losses]
 
 
-@equation(NONE, "difference from 1/K")
+@equation(0, "difference from 1/K")
 def step_0_accuracy(zero: Model) -> float:
     """Before the step the accuracy is exactly 1/K."""
     right = (zero.logits(inner_steps=0).argmax(-1) == zero.tasks.query_labels).sum().item()
@@ -125,16 +108,16 @@ def step_0_accuracy(zero: Model) -> float:
     return abs(right * len(zero.features.weight) - queries) / queries
 
 
-@equation(NONE, "share of queries given another class")
+@equation(0, "share of queries given another class")
 def step_1_is_the_prototype_classifier(zero: Model) -> float:
     """After the step the prediction is argmax_{k} φ(q)·μ_{k}."""
     return _from_prototypes(zero, zero.loop.inner_lr)
 
 
-@equation(NONE, "the same share at η/10 and at 10 η, the larger")
+@equation(0, "the same share at η/10 and at 10 η, the larger")
 def step_1_independent_of_inner_lr(zero: Model) -> float:
     """It is, whatever η."""
-    return worst([_from_prototypes(zero, zero.loop.inner_lr / 10), _from_prototypes(zero, zero.loop.inner_lr * 10)])
+    return largest([_from_prototypes(zero, zero.loop.inner_lr / 10), _from_prototypes(zero, zero.loop.inner_lr * 10)])
 
 
 def _from_prototypes(zero: Model, eta: float) -> float:
@@ -155,19 +138,14 @@ def somaml_split_with_this_head(own: Model) -> float:
 
 def _split(own: Model, first_order: bool) -> float:
     """Encoder and head gradient of head-only MAML: by differentiation and through the features."""
-    knobs = {"inner_steps": own.loop.inner_steps, "first_order": first_order}
-    expected, head, features = (
-        own.gradient(**knobs, adapted="head"),
-        own.network.head,
-        Features.of(own.network, own.tasks),
-    )
-    closed = closed_form_gradients(features, inner_lr=own.loop.inner_lr, **knobs)
+    expected = own.gradient(inner_steps=own.loop.inner_steps, first_order=first_order, adapted="head")
+    features = Features.of(own.network, own.tasks)
+    closed = closed_form_gradients(features, **own.knobs, first_order=first_order)
     # <[dL/dPhi_Q], Phi_Q> + <[dL/dPhi_S], Phi_S>
     surrogate = (closed.query_features * features.query).sum() + (closed.support_features * features.support).sum()
     (surrogate / len(own.tasks.support)).backward()
-    head.weight.grad = closed.weight.mean(0)
-    if head.bias is not None:
-        head.bias.grad = closed.bias.mean(0)
+    for parameter, gradient in zip(own.network.head.parameters(), (closed.weight, closed.bias), strict=False):
+        parameter.grad = gradient.mean(0)
     return relative(own.taken_gradient(), expected)
 
 
@@ -188,10 +166,13 @@ def measure(model: Model) -> dict[str, Any]:
 def section(evidence: dict[str, Any]) -> page.Section:
     checks, config = evidence["identities"], evidence["config"]
 
-    def table(equations: list[Equation], heading: str) -> page.Statements:
-        held = [(equation, checks[equation.name]) for equation in equations if equation.name in checks]
-        rows = [page.Statement(equation.says, {"": verdict_on(check)}, (equation.number,)) for equation, check in held]
-        return page.Statements(("statement, and what its number is", "verdict"), rows, heading)
+    def table(equations: list[Equation], heading: str) -> page.Table:
+        rows = [
+            page.Statement(equation.says, {"": page.verdict_on(checks[equation.name])}, (equation.number,))
+            for equation in equations
+            if equation.name in checks
+        ]
+        return page.Table(("statement, and what its number is", "verdict"), rows, "statements", heading)
 
     return page.Section(
         anchor="identities",
@@ -207,7 +188,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
         "E_{Q} sum to 0, so it vanishes too where all classes have the same weights.",
         tables=[
             table(IDENTITIES, "With the head zeroed, one inner step"),
-            table(SPLITS, f"With this model’s own head, {page.counted_steps(config['inner_steps'])} of the head"),
+            table(SPLITS, f"With this model’s own head, {page.counted(config['inner_steps'])} of the head"),
         ],
         note="" if "bias_after_one_step" in checks else "This model’s head has no bias.",
     )

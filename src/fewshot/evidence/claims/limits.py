@@ -5,17 +5,7 @@ from typing import Any
 import torch
 
 from fewshot.evidence import page
-from fewshot.evidence.equations import (
-    GRADIENT,
-    Equation,
-    equation,
-    largest,
-    measured,
-    noise_of,
-    relative,
-    verdict_on,
-)
-from fewshot.evidence.model import Model
+from fewshot.evidence.model import GRADIENT, Equation, Model, equation, largest, measured, relative
 from fewshot.theory.closed_forms import contrastive_coefficients
 from fewshot.theory.features import ROUNDING
 
@@ -29,7 +19,8 @@ def no_noise_beyond_one_step(own: Model) -> float:
     """With the zeroing trick MAML becomes supervised contrastive learning: c_{qs} = 1[t=u] − q_{t}."""
     zero, steps = own.zeroed(), _steps(own)
     later = contrastive_coefficients(zero.features, inner_lr=own.loop.inner_lr, inner_steps=steps)[1:]
-    return largest(noise_of(later, zero.features, zero.predictions(inner_steps=steps, adapted="head")))
+    q = zero.predictions(inner_steps=steps, adapted="head")
+    return largest(later - zero.features.coefficients_without_noise(q))
 
 
 @equation(
@@ -117,7 +108,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
         lead="Statements that are in the paper, or easily read into it, and that its formulas do not bear out (§2.5, "
         "§2.6), measured like the identities and on the same tasks; where it takes more than one inner step, with "
         f"{evidence['coefficients']['inner_steps']}.",
-        tables=[page.Statements(("expected and found", "verdict"), rows)],
+        tables=[page.Table(("expected and found", "verdict"), rows, "statements")],
     )
 
 
@@ -129,8 +120,7 @@ def verdict(evidence: dict[str, Any]) -> page.Verdicts:
 
 def _judged(evidence: dict[str, Any]) -> list[tuple[Equation, page.Verdict]]:
     checks, same = evidence["limits"], evidence["same_for_all"]
-    measured = [limit for limit in LIMITS if limit.name in checks]
-    return [(limit, verdict_on_limit(limit, checks[limit.name], same)) for limit in measured]
+    return [(limit, verdict_on_limit(limit, checks[limit.name], same)) for limit in LIMITS if limit.name in checks]
 
 
 def verdict_on_limit(limit: Equation, check: dict[str, Any], same_for_all: dict[str, bool]) -> page.Verdict:
@@ -138,4 +128,4 @@ def verdict_on_limit(limit: Equation, check: dict[str, Any], same_for_all: dict[
     if limit.parts and check["pass"] and all(same_for_all[part] for part in limit.parts):
         words = page.HEAD_IS_ZERO.words
         return page.HEAD_IS_ZERO._replace(words=words.replace("head", "bias") if limit.parts == ("bias",) else words)
-    return verdict_on(check)
+    return page.verdict_on(check)

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, number_columns, size_of
+from fewshot.evidence.page import COSINE, Shown, heat_map, size_of
 from fewshot.theory.closed_forms import adapt_head
 from fewshot.theory.features import centred, cosines, tied
+
+CASES = {
+    "this_head_before": "this head, before the step",
+    "this_head_after": "this head, after one step",
+    "zeroed_head_after": "head zeroed, after one step",
+}
 
 
 def measure(model: Model) -> dict[str, Any]:
@@ -43,40 +49,22 @@ def _columns(W: Tensor, mu: Tensor) -> dict[str, Any] | None:
 def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     """Before and after one inner step."""
     memory = evidence["memory"]
-    cases = {
-        "this_head_before": "this head, before\nthe inner step",
-        "this_head_after": "this head, after\none inner step",
-        "zeroed_head_after": "head zeroed, after\none inner step",
-    }
-    if page.head_is_zero(evidence):
-        cases = {"zeroed_head_after": "head zero, after\none inner step"}
+    cases = {"zeroed_head_after": "head zero, after one step"} if page.head_is_zero(evidence) else CASES
     cases = {name: title for name, title in cases.items() if memory[name]}
     figure = Figure(figsize=size_of(len(cases)), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, (name, title) in zip(panels, cases.items(), strict=True):
-        image = heat_map(axes, memory[name]["first_task"], 1, title)
-        beside(axes, shown.prototypes, "columns")
-        number_columns(axes, shown.ways)
+        image = heat_map(axes, memory[name]["first_task"], 1, title.replace(", ", ",\n"), shown.prototypes)
     panels[0].set_ylabel("column of the classifier", fontsize=10)
     figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="cosine similarity")
     return figure
 
 
 def section(evidence: dict[str, Any]) -> page.Section:
-    cases = {
-        "this_head_before": "this head, before the step",
-        "this_head_after": "this head, after one step",
-        "zeroed_head_after": "head zeroed, after one step",
-    }
     rows = [
-        (
-            name,
-            page.decimals(columns["same_class"]),
-            page.decimals(columns["other_class"]),
-            page.percent(columns["nearest_is_own"]),
-        )
-        for case, name in cases.items()
-        if (columns := evidence["memory"][case])
+        (name, *(page.decimals(w[f"{which}_class"]) for which in ("same", "other")), page.percent(w["nearest_is_own"]))
+        for case, name in CASES.items()
+        if (w := evidence["memory"][case])
     ]
     return page.Section(
         anchor="memory",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.pictures import BAR, COSINE, Shown, beside, heat_map, number_columns, size_of
+from fewshot.evidence.page import BAR, COSINE, Shown, heat_map, size_of
 from fewshot.theory.features import cosines
 
 
@@ -57,16 +57,13 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     """The classifier against the support features, and the logits against the inner products."""
     example = evidence["motivating_example"]
     figure = Figure(figsize=size_of(3), layout="constrained")
-    left, middle, right = panels = figure.subplots(1, 3)
+    left, middle, right = figure.subplots(1, 3)
     most = np.abs([example["logits"], example["inner_products"]]).max()
-    columns = heat_map(left, example["classifier"], 1, "column $i$ of $w_1$ and\nsupport features of class $j$")
-    logits = heat_map(middle, example["logits"], most, "logit of each query\nafter the step")
-    heat_map(right, example["inner_products"], most, "inner product\n$\\eta\\,\\phi(q)\\cdot m_j$")
-    number_columns(left, shown.ways)
-    for axes in panels:
-        beside(axes, shown.prototypes, "columns")
-    for axes in (middle, right):
-        beside(axes, shown.queries, "rows")
+    support, queries = shown.prototypes, shown.queries
+    columns = heat_map(left, example["classifier"], 1, "column $i$ of $w_1$ and\nsupport of class $j$", support)
+    logits = heat_map(middle, example["logits"], most, "logit of each query\nafter the step", support, queries)
+    inner_product = "inner product\n$\\eta\\,\\phi(q)\\cdot m_j$"
+    heat_map(right, example["inner_products"], most, inner_product, support, queries)
     figure.colorbar(columns, ax=left, **COSINE, shrink=0.9, aspect=18, label="cosine similarity")
     figure.colorbar(logits, ax=[middle, right], **BAR, shrink=0.45, aspect=18, label="logit, inner product")
     return figure
@@ -77,11 +74,8 @@ def section(evidence: dict[str, Any]) -> page.Section:
     rows = [
         ("Mean logit of a query’s own class, which the loss wants to be 1", page.decimals(example["same_class"])),
         ("Mean logit of the other classes, which it wants to be 0", page.decimals(example["other_class"])),
-        (
-            "The program’s largest relative difference from the theorem, columns",
-            page.short(example["classifier_error"]),
-        ),
-        ("The same, logits", page.short(example["logits_error"])),
+        ("Relative difference of the program’s columns from the theorem", page.short(example["classifier_error"])),
+        ("The same of its logits", page.short(example["logits_error"])),
     ]
     return page.Section(
         anchor="motivating-example",

@@ -8,9 +8,8 @@ from matplotlib.lines import Line2D
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.pictures import SIGNED, Shown
+from fewshot.evidence.page import SIGNED, Shown
 from fewshot.theory.closed_forms import contrastive_coefficients
-from fewshot.theory.features import ROUNDING
 
 
 def measure(model: Model) -> dict[str, Any]:
@@ -19,18 +18,18 @@ def measure(model: Model) -> dict[str, Any]:
     Of all pairs and of those of different classes, for within a class no sign is wrong. Of one step from this head and
     from a zeroed one, and the sum over more steps, at least two, from a zeroed one.
     """
-    steps, same = max(2, model.loop.inner_steps), model.features.same_class()
+    steps, other = max(2, model.loop.inner_steps), ~model.features.same_class()
     measured: dict[str, Any] = {"inner_steps": steps}
     cases = {name: (features, 1) for name, features in model.heads.items()}
     cases["more_steps"] = (model.features.zeroed(), steps)
     for name, (features, inner_steps) in cases.items():
         c = contrastive_coefficients(features, inner_lr=model.loop.inner_lr, inner_steps=inner_steps).sum(0)
-        wrong = ((c > 0) != same) & (c.abs() > ROUNDING)  # of a smaller one rounding has made the sign
+        wrong = features.wrong_signs(c)
         measured[name] = {
             "first_task": plain(c[0]),
             "first_task_wrong": wrong[0].nonzero().tolist(),
             "wrong_sign": wrong.double().mean().item(),
-            "wrong_among_other": wrong[~same].double().mean().item(),
+            "wrong_among_other": wrong[other].double().mean().item(),
         }
     return {"coefficients": measured}
 
@@ -39,11 +38,8 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     """c_qs of every query and support image, a dot where the sign is wrong."""
     coefficients = evidence["coefficients"]
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    cases = {
-        "this_head": "this model's head,\none step",
-        "zeroed_head": "head zeroed,\none step",
-        "more_steps": f"head zeroed,\n{coefficients['inner_steps']} steps, summed",
-    }
+    cases = {name: f"{head},\none step" for name, head in page.HEADS.items()}
+    cases["more_steps"] = f"head zeroed,\n{coefficients['inner_steps']} steps, summed"
     if page.head_is_zero(evidence):
         del cases["this_head"]
     values = {name: np.array(coefficients[name]["first_task"]) for name in cases}
@@ -55,10 +51,9 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
         if coefficients[name]["first_task_wrong"]:
             row, column = np.array(coefficients[name]["first_task_wrong"]).T
             axes.plot(column, row, ".", color="black", markersize=3.5)
-        for border in np.flatnonzero(np.diff(shown.query_labels)) + 0.5:
-            axes.axhline(border, color="#888888", linewidth=0.6)
-        for border in np.flatnonzero(np.diff(shown.support_labels)) + 0.5:
-            axes.axvline(border, color="#888888", linewidth=0.6)
+        for line, labels in ((axes.axhline, shown.query_labels), (axes.axvline, shown.support_labels)):
+            for border in np.flatnonzero(np.diff(labels)) + 0.5:
+                line(border, color="#888888", linewidth=0.6)
         axes.set_title(title, fontsize=11)
         axes.set_xticks(*_middles(shown.support_labels))
         axes.set_yticks(*_middles(shown.query_labels))

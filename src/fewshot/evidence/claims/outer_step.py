@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.pictures import Shown
+from fewshot.evidence.page import Shown
 from fewshot.theory.closed_forms import closed_form_gradients
 
 ORDERS = {"fomaml": True, "somaml": False}
@@ -29,7 +29,7 @@ def measure(model: Model) -> dict[str, Any]:
     support's and the query's gradient; and of all tasks the share of pairs (q, s) whose inner product the step, if
     small, moves the right way: up within a class, down across.
     """
-    features, loop = model.features, model.loop
+    features = model.features
     phi = torch.cat([features.support[0], features.query[0]])
     _, spread, axes = torch.linalg.svd(phi - phi.mean(0), full_matrices=False)
     plane = axes[:2] * torch.where(axes[:2].sum(1) < 0, -1.0, 1.0)[:, None]  # one picture, whatever signs svd chose
@@ -42,11 +42,11 @@ def measure(model: Model) -> dict[str, Any]:
         "support": places(features.support[0] - phi.mean(0)),
         "query": places(features.query[0] - phi.mean(0)),
     }
-    same, knobs = features.same_class(), {"inner_lr": loop.inner_lr, "inner_steps": loop.inner_steps}
+    same = features.same_class()
     for head, with_head in model.heads.items():
         measured[head] = {}
         for order, first_order in ORDERS.items():
-            gradients = closed_form_gradients(with_head, **knobs, first_order=first_order)
+            gradients = closed_form_gradients(with_head, **model.knobs, first_order=first_order)
             to_Q, to_S = -gradients.query_features, -gradients.support_features
             change = to_Q @ features.support.mT + features.query @ to_S.mT  # of phi(q).phi(s), (B, Q, S)
             measured[head][order] = {
@@ -62,21 +62,20 @@ def measure(model: Model) -> dict[str, Any]:
 
 def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     """FOMAML beside SOMAML, from this model's head and from a zeroed one."""
-    step, heads = evidence["outer_step"], {"this_head": "this model's head", "zeroed_head": "head zeroed"}
-    if page.head_is_zero(evidence):
-        heads = {"zeroed_head": "head zero"}
-    support, query = np.array(step["support"]), np.array(step["query"])
-    everything = np.concatenate([support, query])
+    step = evidence["outer_step"]
+    heads = {"zeroed_head": "head zero"} if page.head_is_zero(evidence) else page.HEADS
+    everything = np.array(step["support"] + step["query"])
     low, high = everything.min(0), everything.max(0)
     span = max(high - low)
     margin = 0.22 * span  # more than the longest arrow
     wide, tall = high - low + 2 * margin
     figure = Figure(figsize=(9, 0.7 + (0.4 + 4.4 * tall / wide) * len(heads)), layout="constrained")
     for row, (head, name) in zip(figure.subplots(len(heads), 2, squeeze=False), heads.items(), strict=True):
-        to_Q, to_S = (_scaled(step[head], f"{kind}_arrows", 0.2 * span) for kind in ("query", "support"))
         for axes, order in zip(row, ORDERS, strict=True):
-            _moved(axes, query, to_Q[order], shown.query_labels, large=False)
-            _moved(axes, support, to_S[order], shown.support_labels, large=True)
+            for kind, labels in (("query", shown.query_labels), ("support", shown.support_labels)):
+                arrows = {name: np.array(step[head][name][f"{kind}_arrows"]) for name in ORDERS}
+                longest = max(np.hypot(*of_order.T).max() for of_order in arrows.values())  # 0.2 span in the picture
+                _moved(axes, np.array(step[kind]), arrows[order], labels, longest / (0.2 * span), kind == "support")
             axes.set_title(f"{order.upper()}, {name}", fontsize=11)
             axes.set(xticks=[], yticks=[], aspect="equal")
             axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
@@ -92,27 +91,18 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def _scaled(orders: dict[str, Any], kind: str, length: float) -> dict[str, np.ndarray]:
-    """Arrows of both orders, the longest so long: queries and support can both be seen, and FOMAML's 0 is 0."""
-    arrows = {order: np.array(orders[order][kind]) for order in ORDERS}
-    longest = max(np.hypot(*of_order.T).max() for of_order in arrows.values())
-    return {order: length / longest * of_order if longest else of_order for order, of_order in arrows.items()}
-
-
-def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarray, large: bool) -> None:
+def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarray, scale: float, large: bool) -> None:
+    """Images at their places (I, 2), their class in colour and shape; arrows (I, 2), less than scale long per unit."""
     for k in np.unique(labels):
         colour, marker = CLASSES[k % len(CLASSES)], MARKERS[k % len(MARKERS)]
         x, y = places[labels == k].T
         edge = {"edgecolors": "black", "linewidths": 1.2} if large else {"linewidths": 0}
         axes.scatter(x, y, s=150 if large else 22, c=colour, marker=marker, zorder=3 if large else 2, **edge)
         u, v = arrows[labels == k].T
-        moves = np.hypot(u, v) > 0
-        if moves.any():
-            axes.quiver(
-                *(values[moves] for values in (x, y, u, v)),
-                **{"angles": "xy", "scale_units": "xy", "scale": 1, "color": "black" if large else colour},
-                **{"width": 0.008 if large else 0.0045, "zorder": 4 if large else 2},
-            )
+        if (moves := np.hypot(u, v) > 0).any():
+            style = {"color": "black" if large else colour, "width": 0.008 if large else 0.0045}
+            ends = (values[moves] for values in (x, y, u, v))
+            axes.quiver(*ends, angles="xy", scale_units="xy", scale=scale, zorder=4 if large else 2, **style)
 
 
 def section(evidence: dict[str, Any]) -> page.Section:
@@ -123,7 +113,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
             *(page.short(step[head][order][key]) for key in ("query_norm", "support_norm")),
             *(page.percent(step[head][order][key]) for key in ("same_class_drawn", "other_class_pushed")),
         )
-        for head, name in (("this_head", "this head"), ("zeroed_head", "head zeroed"))
+        for head, name in page.HEADS.items()
         for order in ORDERS
     ]
     return page.Section(
@@ -140,7 +130,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
             "Features of a task in two dimensions with arrows, FOMAML left and SOMAML right",
             "The features of one test task along their two principal directions, which hold "
             f"{page.percent(step['spread_shown'])} of their variance. Colour and shape are the class. Arrows go "
-            f"against the gradient with respect to the features after {page.counted_steps(steps)}; queries and support "
+            f"against the gradient with respect to the features after {page.counted(steps)}; queries and support "
             "have a scale each in every row, the same left and right. The encoder, which serves all images at once, "
             "can follow them only roughly.",
         ),

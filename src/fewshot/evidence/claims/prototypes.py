@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.pictures import Shown
+from fewshot.evidence.page import Shown
 from fewshot.maml import sequential
 from fewshot.results.figures import OFF, ON, plain
 from fewshot.theory.features import agreement, tied

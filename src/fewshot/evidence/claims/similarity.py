@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from fewshot.data.task import Task
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.pictures import COSINE, Shown, beside, heat_map, size_of
+from fewshot.evidence.page import COSINE, Shown, heat_map, size_of
 from fewshot.theory.features import class_similarities, mean_cosines
 
 
@@ -38,11 +38,11 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     matrices = evidence["similarity"]["first_task"]
     figure = Figure(figsize=size_of(2), layout="constrained")
     left, right = panels = figure.subplots(1, 2)
-    for axes, name, other in ((left, "query_support", "support images"), (right, "query_query", "other queries")):
-        image = heat_map(axes, matrices[name], 1, f"queries (rows)\nand {other} (columns)")
-        beside(axes, shown.queries, "rows")
-    beside(left, shown.prototypes, "columns")
-    beside(right, shown.queries, "columns")
+    with_support, with_queries = (
+        f"queries (rows)\nand {other} (columns)" for other in ("support images", "other queries")
+    )
+    heat_map(left, matrices["query_support"], 1, with_support, shown.prototypes, shown.queries)
+    image = heat_map(right, matrices["query_query"], 1, with_queries, shown.queries, shown.queries)
     figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="mean cosine similarity")
     return figure
 
