@@ -78,7 +78,7 @@ def features(network, task):
     return S, task.support_labels.numpy(), Q, task.query_labels.numpy()
 
 
-def each(tasks):
+def one_by_one(tasks):
     return [Task(*fields) for fields in zip(*tasks, strict=True)]
 
 
@@ -133,7 +133,7 @@ def test_the_limits_are_what_the_formulas_say():
     beyond = {name: check["value"] for name, check in limits_of(network, tasks).items()}
     w, b = head(network)
     noise = uniform = 0.0
-    for task in each(tasks):
+    for task in one_by_one(tasks):
         S, labels, Q, q_labels = features(network, task)
         uniform = max(uniform, np.abs(softmax(S @ w.T + b) - 1 / 3).max())
         w1, b1 = stepped(S, labels, 0 * w, 0 * b, 0.4)
@@ -191,7 +191,7 @@ def test_a_wrong_formula_is_found_out(monkeypatch):
 
 
 def test_a_check_of_what_is_no_number_fails():
-    no_number = measured.equation(1.0, "no number")(lambda model: float("nan"))
+    no_number = measured.equation([], 1.0, "no number")(lambda model: float("nan"))
     (check,) = measured.measured([no_number], measuring(*model())).values()
     assert check["value"] != check["value"] and check["bound"] == 1.0 and not check["pass"]
     for numbers in ([0.0, float("nan"), 1.0], torch.tensor([0.0, float("nan"), 1.0])):
@@ -204,22 +204,22 @@ def test_a_check_of_what_is_no_number_fails():
 
 def test_the_motivating_example_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = motivating_example.measure(measuring(network, tasks))["motivating_example"]
-    S, labels, Q, q_labels = features(network, each(tasks)[0])
+    numbers = motivating_example.measure(measuring(network, tasks))["motivating_example"]
+    S, labels, Q, q_labels = features(network, one_by_one(tasks)[0])
     eta = 2 * 0.4 / (6 * 3)
     m = [S[labels == k].sum(0) for k in range(3)]
     firsts = [int(np.argmax(q_labels == k)) for k in range(3)]
-    assert found["inner_lr"] == pytest.approx(eta)
-    np.testing.assert_allclose(found["classifier"], [[cosine(a, b) for b in m] for a in m], atol=1e-5)
-    np.testing.assert_allclose(found["inner_products"], [[eta * Q[i] @ mk for mk in m] for i in firsts], rtol=1e-4)
-    np.testing.assert_allclose(found["logits"], found["inner_products"], rtol=1e-4)
-    assert max(found["classifier_error"], found["logits_error"]) < 1e-12
-    logits = np.stack([eta * features(network, t)[2] @ np.stack(sums(network, t)).T for t in each(tasks)])
-    own = np.stack([np.eye(3, dtype=bool)[t.query_labels] for t in each(tasks)])
-    assert found["same_class"] == pytest.approx(logits[own].mean())
-    assert found["other_class"] == pytest.approx(logits[~own].mean())
+    assert numbers["inner_lr"] == pytest.approx(eta)
+    np.testing.assert_allclose(numbers["classifier"], [[cosine(a, b) for b in m] for a in m], atol=1e-5)
+    np.testing.assert_allclose(numbers["inner_products"], [[eta * Q[i] @ mk for mk in m] for i in firsts], rtol=1e-4)
+    np.testing.assert_allclose(numbers["logits"], numbers["inner_products"], rtol=1e-4)
+    assert max(numbers["classifier_error"], numbers["logits_error"]) < 1e-12
+    logits = np.stack([eta * features(network, t)[2] @ np.stack(sums(network, t)).T for t in one_by_one(tasks)])
+    own = np.stack([np.eye(3, dtype=bool)[t.query_labels] for t in one_by_one(tasks)])
+    assert numbers["same_class"] == pytest.approx(logits[own].mean())
+    assert numbers["other_class"] == pytest.approx(logits[~own].mean())
     larger = [one[mine].mean() > one[~mine].mean() for one, mine in zip(logits, own, strict=True)]
-    assert (found["tasks_where_own_is_larger"], found["tasks"]) == (sum(larger), 2)
+    assert (numbers["tasks_where_own_is_larger"], numbers["tasks"]) == (sum(larger), 2)
 
 
 def sums(network, task):
@@ -229,14 +229,14 @@ def sums(network, task):
 
 def test_the_outer_step_is_that_of_differentiation():
     network, tasks = model()
-    found = outer_step.measure(measuring(network, tasks))["outer_step"]
+    numbers = outer_step.measure(measuring(network, tasks))["outer_step"]
     weight, bias = (p.detach() for p in (network.head.weight, network.head.bias))
     for order, first_order in (("fomaml", True), ("somaml", False)):
         norms, drawn, pushed, arrows = [], [], [], []
-        for task in each(tasks):
+        for task in one_by_one(tasks):
             S, labels, Q, q_labels = (torch.as_tensor(x) for x in features(network, task))
-            given = Features(S, labels, Q, q_labels, weight, bias)
-            _, to_Q, to_S, *_ = differentiated(*given, **KNOBS, first_order=first_order, loss="cross_entropy")
+            task_features = Features(S, labels, Q, q_labels, weight, bias)
+            _, to_Q, to_S, *_ = differentiated(*task_features, **KNOBS, first_order=first_order, loss="cross_entropy")
             norms.append([to_Q.norm().item(), to_S.norm().item()])
             arrows.append((-to_Q.numpy(), -to_S.numpy()))
             small = 1e-7
@@ -244,66 +244,66 @@ def test_the_outer_step_is_that_of_differentiation():
             same = q_labels[:, None] == labels[None]
             drawn += (change[same] > 0).tolist()
             pushed += (change[~same] < 0).tolist()
-        measured = found["this_head"][order]
+        measured = numbers["this_head"][order]
         assert [measured["query_norm"], measured["support_norm"]] == pytest.approx(np.mean(norms, axis=0).tolist())
         assert [measured["same_class_drawn"], measured["other_class_pushed"]] == [np.mean(drawn), np.mean(pushed)]
-        S, _, Q, _ = features(network, each(tasks)[0])
+        S, _, Q, _ = features(network, one_by_one(tasks)[0])
         both = np.concatenate([S, Q]) - np.concatenate([S, Q]).mean(0)
         _, directions = np.linalg.eigh(both.T @ both)
         plane = directions[:, :-3:-1] * np.where(directions[:, :-3:-1].sum(0) < 0, -1, 1)
-        np.testing.assert_allclose(found["support"], both[: len(S)] @ plane, atol=1e-4)
+        np.testing.assert_allclose(numbers["support"], both[: len(S)] @ plane, atol=1e-4)
         np.testing.assert_allclose(measured["query_arrows"], arrows[0][0] @ plane, atol=1e-6)
         np.testing.assert_allclose(measured["support_arrows"], arrows[0][1] @ plane, atol=1e-6)
-    assert found["this_head"]["fomaml"]["support_norm"] == found["zeroed_head"]["fomaml"]["support_norm"] == 0
-    assert found["zeroed_head"]["somaml"]["support_norm"] > 0
+    assert numbers["this_head"]["fomaml"]["support_norm"] == numbers["zeroed_head"]["fomaml"]["support_norm"] == 0
+    assert numbers["zeroed_head"]["somaml"]["support_norm"] > 0
     values = np.linalg.eigvalsh(both.T @ both)
-    assert found["spread_shown"] == pytest.approx(values[-2:].sum() / values.sum())
+    assert numbers["spread_shown"] == pytest.approx(values[-2:].sum() / values.sum())
 
 
 def test_the_memory_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found, (w, b) = memory.measure(measuring(network, tasks))["memory"], head(network)
+    numbers, (w, b) = memory.measure(measuring(network, tasks))["memory"], head(network)
     cosines = []
-    for task in each(tasks):
+    for task in one_by_one(tasks):
         S, labels, *_ = features(network, task)
         mu = [S[labels == k].mean(0) for k in range(3)]
         W = stepped(S, labels, w, b, 0.4)[0]
         cosines.append([[cosine(column, mean) for mean in mu] for column in W - W.mean(0)])
     cosines, own = np.array(cosines), np.eye(3, dtype=bool)
-    after = found["this_head_after"]
+    after = numbers["this_head_after"]
     np.testing.assert_allclose(after["first_task"], cosines[0], atol=1e-5)
     assert after["same_class"] == pytest.approx(cosines[:, own].mean())
     assert after["other_class"] == pytest.approx(cosines[:, ~own].mean())
     assert after["nearest_is_own"] == (cosines.argmax(2) == np.arange(3)).mean()
-    assert found["zeroed_head_before"] is None and found["zeroed_head_after"]["same_class"] > after["same_class"]
+    assert numbers["zeroed_head_before"] is None and numbers["zeroed_head_after"]["same_class"] > after["same_class"]
 
 
 def test_the_noise_is_what_the_formulas_say():
     network, tasks = model(shots=2)
-    found = noise.measure(measuring(network, tasks))["coefficients"]
-    wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in each(tasks)])
-    assert found["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
-    assert found["this_head"]["wrong_among_other"] == pytest.approx(
+    numbers = noise.measure(measuring(network, tasks))["coefficients"]
+    wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in one_by_one(tasks)])
+    assert numbers["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
+    assert numbers["this_head"]["wrong_among_other"] == pytest.approx(
         wrong * 3 / 2
     )  # none within a class: two thirds of all
-    assert found["zeroed_head"]["wrong_sign"] == 0 and found["zeroed_head"]["first_task_wrong"] == []
+    assert numbers["zeroed_head"]["wrong_sign"] == 0 and numbers["zeroed_head"]["first_task_wrong"] == []
 
 
 @pytest.mark.parametrize("adapted", ["all", "head"])
 def test_agreement_is_counted_query_by_query(adapted):
     network, tasks = model(tasks=4, queries=5)
-    found = prototypes.measure(measuring(network, tasks, adapted=adapted))["prototypes"]
+    numbers = prototypes.measure(measuring(network, tasks, adapted=adapted))["prototypes"]
     agree, right = [], []
-    for task in each(tasks):
+    for task in one_by_one(tasks):
         S, labels, Q, q_labels = features(network, task)
         nearest = np.argmax(Q @ np.stack([S[labels == k].mean(0) for k in range(3)]).T, axis=1)
         w, b = head(network)
         right.append((nearest == q_labels).mean())
         agree.append(np.argmax(Q @ stepped(S, labels, w, b, 0.4)[0].T + stepped(S, labels, w, b, 0.4)[1], 1) == nearest)
-    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["ties"] == 0 and found["queries"] == 60
-    assert found["zeroed_head"][0] == 1 and len(found["zeroed_head"]) == 2
+    assert numbers["accuracy"] == pytest.approx(np.mean(right)) and numbers["ties"] == 0 and numbers["queries"] == 60
+    assert numbers["zeroed_head"][0] == 1 and len(numbers["zeroed_head"]) == 2
     if adapted == "head":  # a step of the encoder changes the features that are compared
-        assert found["this_head"][0] == pytest.approx(np.mean(agree))
+        assert numbers["this_head"][0] == pytest.approx(np.mean(agree))
 
 
 def test_a_tie_counts_as_agreement_with_any_of_its_classes():
@@ -311,8 +311,8 @@ def test_a_tie_counts_as_agreement_with_any_of_its_classes():
     support = tasks.support.clone()
     support[:, 1] = support[:, 0]  # two classes with one image
     tied = tasks._replace(support=support)
-    found = prototypes.measure(measuring(network, tied, steps=1))["prototypes"]
-    assert 0 < found["ties"] < found["queries"] and found["zeroed_head"] == [1.0]
+    numbers = prototypes.measure(measuring(network, tied, steps=1))["prototypes"]
+    assert 0 < numbers["ties"] < numbers["queries"] and numbers["zeroed_head"] == [1.0]
     assert "step_1_is_the_prototype_classifier" not in failing(network, tied)
     scores = torch.tensor([[1.0, 1.0 - 1e-15, 0.0]])
     for chosen, agrees in ((0, True), (1, True), (2, False)):
@@ -323,9 +323,9 @@ def test_similarity_counts_the_tasks():
     network, tasks = model(tasks=3)
     initial = copy.deepcopy(network)
     torch.nn.init.normal_(initial.encoder[0].weight)
-    found = similarity.measure(measuring(network, tasks, initial=initial))["similarity"]
+    numbers = similarity.measure(measuring(network, tasks, initial=initial))["similarity"]
     grew, same = 0, []
-    for task in each(tasks):
+    for task in one_by_one(tasks):
         gaps = []
         for net in (network, initial):
             S, labels, Q, q_labels = features(net, task)
@@ -336,9 +336,9 @@ def test_similarity_counts_the_tasks():
             gaps.append(means[0] - means[1])
             same.append(means[0])
         grew += gaps[0] > gaps[1]
-    assert found["tasks_where_the_gap_grew"] == grew
-    assert found["same_class"] == pytest.approx(np.mean(same[::2]))
-    assert found["initially_same_class"] == pytest.approx(np.mean(same[1::2]))
+    assert numbers["tasks_where_the_gap_grew"] == grew
+    assert numbers["same_class"] == pytest.approx(np.mean(same[::2]))
+    assert numbers["initially_same_class"] == pytest.approx(np.mean(same[1::2]))
 
 
 def test_a_head_may_have_one_feature_two_ways_and_many():
@@ -348,11 +348,11 @@ def test_a_head_may_have_one_feature_two_ways_and_many():
         network = Network(encoder, width, ways).double()
         labels = torch.arange(ways)[None]
         tasks = Task(torch.randn(1, ways, 1, 4, 4).double(), labels, torch.randn(1, ways, 1, 4, 4).double(), labels)
-        found = report.finite({**report.measure(measuring(network, tasks)), "tasks": {"features": 1, "gradients": 1}})
+        numbers = report.finite({**report.measure(measuring(network, tasks)), "tasks": {"features": 1, "gradients": 1}})
         shown = Shown(*(np.random.rand(ways, 4, 4), labels[0].numpy()) * 2)
-        assert np.isnan(np.array(found["similarity"]["first_task"]["query_query"], float)[0, 0])  # one query a class
-        found["config"] = config_of(ways)
-        for name, figure in report.draw(found, shown).items():
+        assert np.isnan(np.array(numbers["similarity"]["first_task"]["query_query"], float)[0, 0])  # one query a class
+        numbers["config"] = config_of(ways)
+        for name, figure in report.draw(numbers, shown).items():
             if ways == 2 or name in ("motivating_example", "outer_step"):  # what many classes change, and one feature
                 figure.draw_without_rendering()
 
@@ -460,7 +460,7 @@ def measure(model):
 
 def section(evidence):
     picture = page.Picture("spread", "An empty picture", "Nothing to see.")
-    return page.Section("spread", "One's own", "Features are not zero", "As if they could (§2.1).", [], picture=picture)
+    return page.Section("One's own", "Features are not zero", "As if they could (§2.1).", [], picture=picture)
 
 def draw(evidence, shown):
     return Figure()
@@ -476,8 +476,8 @@ def test_a_claim_is_added_in_one_file_and_one_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "CLAIMS", [*claims.CLAIMS, importlib.import_module("spread")])
     monkeypatch.setattr(report, "png", partial(png, dpi=20))
     network, tasks = model()
-    found = everything(network, tasks)
-    report.write(tmp_path, found, Shown(*images_of(tasks)))
+    numbers = everything(network, tasks)
+    report.write(tmp_path, numbers, Shown(*images_of(tasks)))
     assert json.loads((tmp_path / "evidence.json").read_text())["spread"]["norm"] > 0
     text = assert_self_contained((tmp_path / "report.html").read_text(), len(PICTURES) + 1)
     assert text.count("Features are not zero") == 2 and text.count("holds: really <b>") == 2  # summary and section
@@ -489,14 +489,17 @@ PICTURES = dict.fromkeys(
 )
 
 
-def verdicts(found):
+def verdicts(numbers):
     """Of every section and statement: its words, and how it is judged; numbers of rounding's size left out."""
     said = []
     for claim in claims.CLAIMS:
-        part = claim.section(found)
+        part = claim.section(numbers)
         rows = [row for table in part.tables if table.kind == "statements" for row in table.rows]
-        for about, verdict in [*claim.verdict(found).items(), *(item for row in rows for item in row.verdicts.items())]:
-            said.append((part.anchor, about, verdict.kind, re.sub(r"\([^)]* ≤ [^)]*\)", "", verdict.words)))
+        for about, verdict in [
+            *claim.verdict(numbers).items(),
+            *(item for row in rows for item in row.verdicts.items()),
+        ]:
+            said.append((report.anchor(claim), about, verdict.kind, re.sub(r"\([^)]* ≤ [^)]*\)", "", verdict.words)))
     return said
 
 
@@ -508,41 +511,41 @@ def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():
     with torch.no_grad():
         network.head.weight += 30 * torch.randn(network.head.in_features).double()
         network.head.bias += 7
-    found = everything(network, tasks)
-    assert found["same_for_all"] == {"weight": True, "bias": True} and found["memory"]["this_head_before"] is None
-    assert verdicts(found) == verdicts(zero)
-    assert len([kind for *_, kind, _ in verdicts(found) if kind == "untested"]) >= 7
-    assert "the same for every class" in render(found, PICTURES)
+    numbers = everything(network, tasks)
+    assert numbers["same_for_all"] == {"weight": True, "bias": True} and numbers["memory"]["this_head_before"] is None
+    assert verdicts(numbers) == verdicts(zero)
+    assert len([kind for *_, kind, _ in verdicts(numbers) if kind == "untested"]) >= 7
+    assert "the same for every class" in render(numbers, PICTURES)
     with torch.no_grad():
         network.head.bias[0] += 1  # predictions before the step are no longer uniform
     kinds = {words: kind for *_, kind, words in verdicts(everything(network, tasks))}
     assert kinds["4 of the 4 statements tested do not hold"] == "fails"
-    assert not any(page.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(found) if anchor == "memory")
+    assert not any(page.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(numbers) if anchor == "memory")
     for figure in report.draw({**everything(network, tasks)}, Shown(*images_of(tasks))).values():
         assert figure.axes
 
 
 def images_of(tasks):
-    task = each(tasks)[0]
+    task = one_by_one(tasks)[0]
     return task.support[:, 0].numpy(), task.support_labels.numpy(), task.query[:, 0].numpy(), task.query_labels.numpy()
 
 
 def test_an_untrained_model_gets_a_banner_and_no_verdict_on_training():
-    found = everything(*model(), iteration=0)
-    html = render(found, PICTURES)
+    numbers = everything(*model(), iteration=0)
+    html = render(numbers, PICTURES)
     assert "has had no outer update" in html.split("<section")[0] and 'class="banner"' in html
-    judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
+    judged = {anchor: kind for anchor, _, kind, _ in verdicts(numbers)}
     assert judged["similarity"] == judged["accuracy"] == "untested"
-    found["model"]["iteration"] = 1
-    judged = {anchor: kind for anchor, _, kind, _ in verdicts(found)}
+    numbers["model"]["iteration"] = 1
+    judged = {anchor: kind for anchor, _, kind, _ in verdicts(numbers)}
     assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in render(
-        found, PICTURES
+        numbers, PICTURES
     )
 
 
 def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
-    found = everything(*model())
-    parts = {claim.section(found).anchor: (claim.section(found), claim.verdict(found)) for claim in claims.CLAIMS}
+    numbers = everything(*model())
+    parts = {report.anchor(claim): (claim.section(numbers), claim.verdict(numbers)) for claim in claims.CLAIMS}
     for anchor, said in (
         ("outer-step", "FOMAML moves queries only"),
         ("noise", "(1 − q_{u})(1 − s_{u}) + Σ_{j≠u} q_{j} s_{j} ≥ 0"),
@@ -569,14 +572,14 @@ EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
 def test_no_text_becomes_a_tag():
     """Whatever stands in evidence.json where the program does not choose the words."""
-    found = everything(*model())
-    trained = {**found["config"], **dict.fromkeys(("seed", "shots", "ways", "inner_lr", "inner_steps"), EVIL)}
-    config = {**found["config"], **dict.fromkeys(("shots", "queries", "inner_lr", "test_steps"), EVIL)}
+    numbers = everything(*model())
+    trained = {**numbers["config"], **dict.fromkeys(("seed", "shots", "ways", "inner_lr", "inner_steps"), EVIL)}
+    config = {**numbers["config"], **dict.fromkeys(("shots", "queries", "inner_lr", "test_steps"), EVIL)}
     trained |= {"dataset": {"name": EVIL}, "model": {"name": EVIL}}
     config |= {"dataset": {"name": f"{EVIL} 2"}, "trainer": {"precision": EVIL}}
     checkpoint = f"run/{EVIL.replace('/', '')}/a.ckpt"
-    found["model"] = {"checkpoint": checkpoint, "iteration": 3, "trained_with": trained}
-    checked = Page(render({**found, "config": config, "versions": {EVIL: EVIL}}, PICTURES))
+    numbers["model"] = {"checkpoint": checkpoint, "iteration": 3, "trained_with": trained}
+    checked = Page(render({**numbers, "config": config, "versions": {EVIL: EVIL}}, PICTURES))
     assert all(source.startswith("data:image/png") for source in checked.images)
     assert len(checked.images) == len(PICTURES) and "".join(checked.text).count(EVIL) >= 12
 
@@ -671,29 +674,29 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     assert new == {"evidence/evidence.json", "evidence/report.html", *(f"evidence/{name}.png" for name in names)}
     assert all(after[path] == content for path, content in before.items())
     assert list(tmp_path.iterdir()) == []
-    found = json.loads(after[trained / "evidence" / "evidence.json"])
-    assert {"identities", "limits", "test", "tasks", "model", "config", "versions", *names[:-1]} <= found.keys()
-    for check in [*found["identities"].values(), *found["limits"].values()]:
+    numbers = json.loads(after[trained / "evidence" / "evidence.json"])
+    assert {"identities", "limits", "test", "tasks", "model", "config", "versions", *names[:-1]} <= numbers.keys()
+    for check in [*numbers["identities"].values(), *numbers["limits"].values()]:
         assert check.keys() == {"value", "bound", "pass"} and check["pass"] == (check["value"] <= check["bound"])
-    gain = found["test"].pop("gain")["accuracy"]
-    assert found["test"] == json.loads((trained / "results.json").read_text())["test"]  # the very same numbers
-    on, off = (found["test"][mode]["accuracy"] for mode in ("zeroing_on", "zeroing_off"))
+    gain = numbers["test"].pop("gain")["accuracy"]
+    assert numbers["test"] == json.loads((trained / "results.json").read_text())["test"]  # the very same numbers
+    on, off = (numbers["test"][mode]["accuracy"] for mode in ("zeroing_on", "zeroing_off"))
     assert gain == pytest.approx([x - y for x, y in zip(on, off, strict=True)], abs=2e-6)
-    assert found["tasks"] == {"features": 6, "gradients": 6}
+    assert numbers["tasks"] == {"features": 6, "gradients": 6}
     text = assert_self_contained(after[trained / "evidence" / "report.html"].decode(), len(names))
     assert "all 15 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
 
 
 def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
     folder = run_of("model.head_bias=false", "shots=2", "ways=3", "algo=zero", "inner_steps=1", "dataset.size=32")
-    found, html = evidence(folder / "checkpoints" / "last.ckpt", tmp_path / "elsewhere" / "evidence", "test_steps=4")
+    numbers, html = evidence(folder / "checkpoints" / "last.ckpt", tmp_path / "elsewhere" / "evidence", "test_steps=4")
     assert not (folder / "evidence").exists()
     assert (
-        all(check["pass"] for check in found["identities"].values())
-        and "bias_after_one_step" not in found["identities"]
+        all(check["pass"] for check in numbers["identities"].values())
+        and "bias_after_one_step" not in numbers["identities"]
     )
-    assert len(found["prototypes"]["this_head"]) == 4 and found["prototypes"]["this_head"][0] == 1
-    assert found["memory"]["this_head_before"] is None and found["limits"]["uniform_without_zeroing"]["pass"]
+    assert len(numbers["prototypes"]["this_head"]) == 4 and numbers["prototypes"]["this_head"][0] == 1
+    assert numbers["memory"]["this_head_before"] is None and numbers["limits"]["uniform_without_zeroing"]["pass"]
     text = assert_self_contained(html, 7)
     assert "has no bias" in text and "head is zero" in text and "2 of the 2 statements tested do not hold" in text
 
@@ -718,12 +721,13 @@ def photos(root, *, classes, images):
 
 
 def test_on_another_dataset_of_the_same_size(trained, evidence, tmp_path):
-    given = photos(tmp_path / "photos", classes=6, images=4)
-    found, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence", *given, "test_steps=5")
+    dataset = photos(tmp_path / "photos", classes=6, images=4)
+    numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence", *dataset, "test_steps=5")
     assert (
-        found["config"]["dataset"]["name"] == "folder" and found["model"]["trained_with"]["dataset"]["name"] == "glyphs"
+        numbers["config"]["dataset"]["name"] == "folder"
+        and numbers["model"]["trained_with"]["dataset"]["name"] == "glyphs"
     )
-    assert all(check["pass"] for check in found["identities"].values())
+    assert all(check["pass"] for check in numbers["identities"].values())
     assert "measured on folder" in assert_self_contained(html, 7)
 
 
@@ -754,8 +758,8 @@ def test_images_are_shown_as_they_were():
 
 def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "zero_head", lambda head: None)
-    found, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
-    failed = [name for name, check in found["identities"].items() if not check["pass"]]
+    numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
+    failed = [name for name, check in numbers["identities"].items() if not check["pass"]]
     text = assert_self_contained(html, 7)
     assert len(failed) > 5 and f"{len(failed)} of 15 identities do not hold" in text and "all 15" not in text
 
@@ -812,7 +816,7 @@ def test_a_mistake_that_the_checkpoint_shows_is_one_line(trained, evidence, tmp_
 
 @pytest.mark.skipif(not (SHARED / "omniglot").exists(), reason="no omniglot in the shared data")
 def test_on_real_images(trained, evidence, tmp_path):
-    given = ("dataset=omniglot", f"dataset.root={SHARED / 'omniglot'}", "dataset.other_split=true", "test_tasks=3")
-    found, html = evidence(trained / "checkpoints" / "last.ckpt", tmp_path / "evidence", *given)
-    assert all(check["pass"] for check in found["identities"].values())
+    dataset = ("dataset=omniglot", f"dataset.root={SHARED / 'omniglot'}", "dataset.other_split=true", "test_tasks=3")
+    numbers, html = evidence(trained / "checkpoints" / "last.ckpt", tmp_path / "evidence", *dataset)
+    assert all(check["pass"] for check in numbers["identities"].values())
     assert "glyphs 5-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(html, 7)

@@ -21,13 +21,13 @@ def test_probes_are_what_the_formulas_say():
     build = NETWORKS["conv4_strided"]
     tasks = images_for(build, tasks=3, shots=2, queries=3)
     network = convolutional(build, tasks)
-    each = [by_hand(network, Task(*fields), 0.4) for fields in zip(*tasks, strict=True)]
+    by_task = [by_hand(network, Task(*fields), 0.4) for fields in zip(*tasks, strict=True)]
     batches = [Task(*(field[:2] for field in tasks)), Task(*(field[2:] for field in tasks))]  # of unequal size
-    found = probes(network, batches, inner_lr=0.4, inner_steps=1)
-    assert found.keys() == NAMES
-    for name, value in found.items():
-        assert value == pytest.approx(np.mean([one[name] for one in each]), abs=2e-6), name
-    assert found["wrong_sign"] > 0  # or nothing would be seen of the noise
+    probed = probes(network, batches, inner_lr=0.4, inner_steps=1)
+    assert probed.keys() == NAMES
+    for name, value in probed.items():
+        assert value == pytest.approx(np.mean([one[name] for one in by_task]), abs=2e-6), name
+    assert probed["wrong_sign"] > 0  # or nothing would be seen of the noise
 
 
 def test_a_zero_head_interferes_with_nothing_and_has_no_wrong_sign_in_one_step():
@@ -35,9 +35,9 @@ def test_a_zero_head_interferes_with_nothing_and_has_no_wrong_sign_in_one_step()
     tasks = images_for(build, tasks=3, shots=2, queries=3)
     network = convolutional(build, tasks)
     zero_head(network.head)
-    found = probes(network, [tasks], inner_lr=0.4, inner_steps=1)
-    assert found["interference_norm"] == found["head_norm"] == found["cross_task"] == found["wrong_sign"] == 0
-    assert found["contrastive_norm"] > 0
+    probed = probes(network, [tasks], inner_lr=0.4, inner_steps=1)
+    assert probed["interference_norm"] == probed["head_norm"] == probed["cross_task"] == probed["wrong_sign"] == 0
+    assert probed["contrastive_norm"] > 0
 
 
 def test_a_head_of_one_vector_is_no_head_and_a_bias_that_differs_is_one():

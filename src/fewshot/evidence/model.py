@@ -119,9 +119,14 @@ class Equation(NamedTuple):
     parts: tuple[str, ...] = ()  # of the model's own head: where all classes have the same, it says nothing
 
 
-def equation(bound: float, number: str, why_not: str = "", parts: tuple[str, ...] = ()) -> Callable[..., Equation]:
+def equation(among: list[Equation], bound: float, number: str, *why_not_and_parts: Any) -> Callable[..., Equation]:
     """Makes an Equation of the function that measures it: its name is the function's, what it says the docstring."""
-    return lambda apart: Equation(apart.__name__, apart.__doc__, apart, bound, number, why_not, parts)
+
+    def made(apart: Callable[[Model], float | None]) -> Equation:
+        among.append(Equation(apart.__name__, apart.__doc__, apart, bound, number, *why_not_and_parts))
+        return among[-1]
+
+    return made
 
 
 def measured(equations: list[Equation], model: Model) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a claim says and draws with: sections, tables and verdicts, numbers in words, heat maps with images beside them.
 
 Texts are plain: x_{i} is an index and §2.6 a section of docs/method.md, of which the template makes tags. What holds by
-construction is a theorem with its reason; a verdict is of what could come out otherwise. `evidence`: evidence.json.
+construction is a theorem with its reason; a verdict is of what could come out otherwise.
 """
 
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ SIGNED = LinearSegmentedColormap.from_list("signed", [OFF, "#FFFFFF", ON])  # bl
 ANNOTATED = 8  # up to so many ways a cell has room for its number
 BAR = {"location": "bottom", "pad": 0.03}
 COSINE = {**BAR, "ticks": [-1, -0.5, 0, 0.5, 1]}
+Evidence = dict[str, Any]  # evidence.json, or a part of it
 
 
 class Verdict(NamedTuple):
@@ -52,7 +53,6 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    anchor: str
     overline: str
     claim: str
     lead: str
@@ -62,13 +62,9 @@ class Section(NamedTuple):
     note: str = ""
 
 
-def head_is_zero(evidence: dict[str, Any]) -> bool:
+def head_is_zero(evidence: Evidence) -> bool:
     """Or the same for every class, which has no effect either."""
     return all(evidence["same_for_all"].values())
-
-
-def is_trained(evidence: dict[str, Any]) -> bool:
-    return evidence["model"]["iteration"] > 0
 
 
 HEADS = {"this_head": "this head", "zeroed_head": "head zeroed"}
@@ -76,8 +72,12 @@ HEAD_IS_ZERO = Verdict("untested", "not tested: this model’s head is zero, or 
 UNTRAINED = Verdict("untested", "not asked: this model has had no outer update")
 
 
-def of_own_head(evidence: dict[str, Any], verdict: Verdict) -> Verdict:
+def of_own_head(evidence: Evidence, verdict: Verdict) -> Verdict:
     return HEAD_IS_ZERO if head_is_zero(evidence) else verdict
+
+
+def of_training(evidence: Evidence, verdict: Verdict) -> Verdict:
+    return verdict if evidence["model"]["iteration"] else UNTRAINED
 
 
 def either(holds: bool, words: str) -> Verdict:
@@ -89,7 +89,7 @@ def by_share(share: float, words: str) -> Verdict:
     return Verdict("partly", f"holds in part: {words}") if 0.5 < share < 1 else either(share == 1, words)
 
 
-def verdict_on(check: dict[str, Any]) -> Verdict:
+def verdict_on(check: Evidence) -> Verdict:
     """check: an equation as in evidence.json, where None is no finite number."""
     value, bound = short(check["value"]), short(check["bound"])
     if check["pass"]:
@@ -159,14 +159,14 @@ class Shown(NamedTuple):
         return int(self.support_labels.max()) + 1
 
     @property
-    def prototypes(self) -> np.ndarray:
+    def prototypes(self) -> list[np.ndarray]:
         """The first support image of each class."""
-        return np.stack([self.support[self.support_labels == k][0] for k in range(self.ways)])
+        return [self.support[self.support_labels == k][0] for k in range(self.ways)]
 
     @property
-    def queries(self) -> np.ndarray:
+    def queries(self) -> list[np.ndarray]:
         """The first query of each class."""
-        return np.stack([self.query[self.query_labels == k][0] for k in range(self.ways)])
+        return [self.query[self.query_labels == k][0] for k in range(self.ways)]
 
 
 def size_of(panels: int) -> tuple[float, float]:
@@ -175,9 +175,7 @@ def size_of(panels: int) -> tuple[float, float]:
     return wide, wide / panels + 1.35
 
 
-def heat_map(
-    axes: Axes, values: list, most: float, title: str, columns: np.ndarray, rows: np.ndarray | None = None
-) -> ScalarMappable:
+def heat_map(axes: Axes, values: list, most: float, title: str, columns: list, rows: list = ()) -> ScalarMappable:
     """values (K, K) from -most to most, each cell with its number where there is room, and the title above all.
 
     K images stand above the columns and left of the rows. Without the latter the rows are columns i of the classifier.
@@ -194,12 +192,10 @@ def heat_map(
             number = "–" if np.isnan(value) else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
             axes.text(column, row, number, ha="center", va="center", fontsize=10, color=colour)
     limits = {"xlim": axes.get_xlim(), "ylim": axes.get_ylim()}
-    images = [(number, -1.05, column) for number, column in enumerate(columns)]
-    if rows is None:
+    if not rows:
         axes.set_yticks(range(len(values)), [f"$i={k + 1}$" for k in range(len(values))], fontsize=10)
-    else:
-        images += [(-1.05, number, row) for number, row in enumerate(rows)]
-    for x, y, pixels in images:
+    images = [(number, -1.05, column) for number, column in enumerate(columns)]
+    for x, y, pixels in images + [(-1.05, number, row) for number, row in enumerate(rows)]:
         square = (x - 0.44, x + 0.44, y + 0.44, y - 0.44)
         axes.imshow(pixels, extent=square, cmap="gray", vmin=0, vmax=1, clip_on=False)
         axes.add_patch(Rectangle((x - 0.44, y - 0.44), 0.88, 0.88, fill=False, edgecolor="#BBBBBB", clip_on=False))

@@ -5,7 +5,8 @@ import math
 import re
 from base64 import b64encode
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 METHOD = next(path for path in (HERE / "method.md", HERE.parents[2] / "docs" / "method.md") if path.is_file())
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """What all claims measure, and what several of them read."""
     evidence = {"same_for_all": model.same_for_all, "probes": probes(model.network, [model.tasks], **model.knobs)}
     for claim in claims.CLAIMS:
@@ -30,7 +31,7 @@ def measure(model: Model) -> dict[str, Any]:
     return evidence
 
 
-def write(folder: Path, evidence: dict[str, Any], shown: page.Shown) -> None:
+def write(folder: Path, evidence: page.Evidence, shown: page.Shown) -> None:
     """evidence.json, the pictures, and the page that shows both."""
     evidence = finite(evidence)
     pictures = {name: png(figure) for name, figure in draw(evidence, shown).items()}
@@ -43,7 +44,7 @@ def write(folder: Path, evidence: dict[str, Any], shown: page.Shown) -> None:
         write_file(folder / name, content)
 
 
-def draw(evidence: dict[str, Any], shown: page.Shown) -> dict[str, Figure]:
+def draw(evidence: page.Evidence, shown: page.Shown) -> dict[str, Figure]:
     sections = [(claim, claim.section(evidence)) for claim in claims.CLAIMS]
     return {part.picture.name: claim.draw(evidence, shown) for claim, part in sections if part.picture}
 
@@ -57,17 +58,17 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def render(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def render(evidence: page.Evidence, pictures: dict[str, bytes]) -> str:
     """pictures: PNGs by name. Whatever text is in `evidence` is shown as text; the page needs no network, no script."""
     templates = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters["pieces"] = _pieces
-    parts = [(claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
-    summary = [page.Statement(section.claim, verdicts, anchor=section.anchor) for section, verdicts in parts]
+    parts = [(anchor(claim), claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
+    summary = [page.Statement(section.claim, verdicts, anchor=place) for place, section, verdicts in parts]
     return templates.get_template("report.html.jinja").render(
         subtitle=_subtitle(evidence),
-        trained=page.is_trained(evidence),
+        trained=evidence["model"]["iteration"] > 0,
         head_is_zero=page.head_is_zero(evidence),
         summary=page.Table(("claim", "verdict"), summary, "statements"),
         parts=parts,
@@ -77,34 +78,30 @@ def render(evidence: dict[str, Any], pictures: dict[str, bytes]) -> str:
     )
 
 
+def anchor(claim: ModuleType) -> str:
+    return claim.__name__.rpartition(".")[2].replace("_", "-")
+
+
 def _pieces(plain: str) -> list[tuple[str, str, str]]:
     """(text, index, number): a piece ends with an index, as in x_{2}, a section's number, as in §2.6, or neither."""
     words = [word or "" for word in re.split(r"_\{(.+?)\}|§(\d(?:\.\d)?)", plain)]
     return list(zip(words[::3], [*words[1::3], ""], [*words[2::3], ""], strict=True))
 
 
-class _Chapter(NamedTuple):
-    number: str  # "2.6"; empty: of the title
-    heading: str
-    text: str
+def _method(markdown: str) -> list[tuple[str, str, str]]:
+    """(number, heading, text): "2.6", or empty for the title, and the text as it is written, in plain characters."""
+    _, *pieces = re.split(r"^#+ ((\d(?:\.\d)?)?.+)$", markdown, flags=re.MULTILINE)
+    headings, numbers, texts = pieces[::3], pieces[1::3], pieces[2::3]
+    return [(number or "", *rest) for number, *rest in zip(numbers, headings, texts, strict=True)]
 
 
-def _method(markdown: str) -> list[_Chapter]:
-    """The method by its headings, each with the text below it as it is written: formulas in plain characters."""
-    _, *pieces = re.split(r"^#+ (.+)$", markdown, flags=re.MULTILINE)
-    return [
-        _Chapter(number[1] if (number := re.match(r"(\d(?:\.\d)?)", heading)) else "", heading, text.strip("\n"))
-        for heading, text in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-
-
-def _subtitle(evidence: dict[str, Any]) -> str:
+def _subtitle(evidence: page.Evidence) -> str:
     here, model = evidence["config"]["dataset"]["name"], evidence["model"]
     measured = f", measured on {here}" if here != model["trained_with"]["dataset"]["name"] else ""
     return f"{title(model['trained_with'])}, after {page.counted(model['iteration'], 'outer update')}{measured}"
 
 
-def _measurement(evidence: dict[str, Any]) -> page.Table:
+def _measurement(evidence: page.Evidence) -> page.Table:
     """How the numbers were measured."""
     config, model, tasks = evidence["config"], evidence["model"], evidence["tasks"]
     trained = model["trained_with"]

@@ -51,14 +51,10 @@ def closed_form_gradients(
     sum(query_features o Phi_Q) + sum(support_features o Phi_S), both gradients held constant (2.5).
 
     Args:
-        inner_lr: eta.
-        inner_steps: N >= 1.
+        inner_lr, inner_steps: eta and N >= 1.
         first_order: True for FOMAML, False for SOMAML.
         loss: of inner loop and query. "cross_entropy": mean over images (2.2); "mse": 1/2 the sum over images and
             ways, one inner step (2.1), where eta/(N_s N_q) is eta.
-
-    Returns:
-        Gradients, detached.
 
     Raises:
         ValueError: loss, inner_steps or one of the features' fields is not as said here and in `Features`.
@@ -118,23 +114,16 @@ class AdaptedHead(NamedTuple):
         """W_N without the bias, (..., K, d)."""
         return self.W[-1][..., : self.features.weight.shape[1]]
 
-    @property
-    def bias(self) -> Tensor | None:
-        """b_N, (..., K)."""
-        return None if self.features.bias is None else self.W[-1][..., -1]
-
     @torch.no_grad()
     def gradients(self, first_order: bool) -> Gradients:
         """See `closed_form_gradients`."""
-        E_Q = (self.Q - self.T_Q) / _images(self.T_Q, self.loss)
+        N_q, d = _images(self.T_Q, self.loss), self.features.weight.shape[1]
+        E_Q = (self.Q - self.T_Q) / N_q
         interference = E_Q @ self.features.weight  # E_Q W_0 (2.4)
-        C = self.coefficients().sum(0)
-        scale = -self.rate / _images(self.T_Q, self.loss)
-        contrastive = scale * C @ self.features.support  # -eta/(N_s N_q) [sum_p C^(p)] Phi_S
+        contrastive = -self.rate / N_q * self.coefficients().sum(0) @ self.features.support
         D, G = torch.zeros_like(self.phi_S), E_Q.mT @ self.phi_Q  # D = 0; G_N = E_Q^T Phi_Q, g_N = E_Q^T 1
         if not first_order:
             D, G = self._back_through_inner_loop(D, G)
-        d = self.features.weight.shape[1]
         return Gradients(
             loss=_mean_loss(self.logits, self.T_Q, self.loss),
             query_features=interference + contrastive,
@@ -148,19 +137,15 @@ class AdaptedHead(NamedTuple):
     @torch.no_grad()
     def coefficients(self) -> Tensor:
         """See `contrastive_coefficients`."""
-        return torch.stack(
-            [-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P]  # C^(p) = -(Q - T_Q) (T_S - P^(p))^T
-        )
+        return torch.stack([-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P])  # -(Q - T_Q) (T_S - P^(p))^T
 
     def explicit_loss(self, *, first_order: bool, noise: bool = True, interference: bool = True) -> Tensor:
         """The contrastive loss whose gradient by the features is MAML's after one inner step (method.md 5).
 
         L1 = mean_{q,s} eta [-c_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order; without noise
         c_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is added. Second order
-        is exact for a zero head only (2.5). Returns (...), to be differentiated with respect to the features.
-
-        Raises:
-            ValueError: more than one inner step.
+        is exact for a zero head only (2.5). More than one inner step is a ValueError. Returns (...), to be
+        differentiated with respect to the features.
         """
         if len(self.P) > 1:
             raise ValueError(f"inner_steps={len(self.P)}: the explicit loss is that of one inner step")

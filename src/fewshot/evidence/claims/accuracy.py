@@ -1,18 +1,15 @@
 """The head need not be remembered between tasks (2.7)."""
 
-from typing import Any
-
 from matplotlib.figure import Figure
 
 from fewshot.config.tree import MODES
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.page import Shown
 from fewshot.results.figures import accuracy_over_steps
 from fewshot.results.scores import Scores
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """Of each mode, and of what zeroing gains: on the same tasks, so paired."""
     tested = {**model.tested, "gain": model.tested["zeroing_on"] - model.tested["zeroing_off"]}
     scores = {name: Scores.of(accuracies) for name, accuracies in tested.items()}
@@ -20,18 +17,17 @@ def measure(model: Model) -> dict[str, Any]:
     return {"test": {"tasks": scores["gain"].tasks, **columns}}
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     return accuracy_over_steps(evidence, evidence["config"])
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     test = evidence["test"]
     modes = [zip(test[mode]["accuracy"], test[mode]["ci95"], strict=True) for mode in MODES]
     rows = [
         (str(step), *(page.interval(*score) for score in both)) for step, both in enumerate(zip(*modes, strict=True))
     ]
     return page.Section(
-        anchor="accuracy",
         overline="Accuracy",
         claim="The head need not be remembered between tasks",
         lead="What a head keeps from one task to the next are features of unrelated tasks (§2.7). If that is mere "
@@ -45,12 +41,12 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """Whether test-time zeroing costs accuracy after the inner steps of training."""
     step, gained = evidence["config"]["inner_steps"], evidence["test"]["gain"]
     gain, ci95 = gained["accuracy"][step], gained["ci95"][step]
     judged = ("fails", "does not hold") if gain + ci95 < 0 else ("partly", "not told apart")
     kind, words = ("holds", "holds, and more") if gain > ci95 else judged
     judged = page.Verdict(kind, f"{words}: zeroing changes accuracy by {page.interval(gain, ci95)} after step {step}")
-    judged = page.of_own_head(evidence, judged) if page.is_trained(evidence) else page.UNTRAINED
+    judged = page.of_training(evidence, page.of_own_head(evidence, judged))
     return {"Zeroing the head at test time costs nothing.": judged}

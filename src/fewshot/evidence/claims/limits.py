@@ -1,6 +1,6 @@
 """What does not hold: statements that are in the paper, or easily read into it, measured like the identities."""
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -9,8 +9,11 @@ from fewshot.evidence.model import GRADIENT, Equation, Model, equation, largest,
 from fewshot.theory.closed_forms import contrastive_coefficients
 from fewshot.theory.features import ROUNDING
 
+LIMITS: list[Equation] = []
+limit = partial(equation, LIMITS)
 
-@equation(
+
+@limit(
     ROUNDING,
     "largest difference from step two on, head zeroed",
     "True of one inner step. From step two on the support predictions are not uniform, and the noise is back.",
@@ -23,7 +26,7 @@ def no_noise_beyond_one_step(own: Model) -> float:
     return largest(later - zero.features.coefficients_without_noise(q))
 
 
-@equation(
+@limit(
     GRADIENT,
     "relative difference of FOMAML’s gradient in the encoder, adapting all and the head alone, head zeroed",
     "True of one inner step from a zeroed head; from step two on it is an approximation.",
@@ -38,22 +41,22 @@ def _steps(own: Model) -> int:
     return max(2, own.loop.inner_steps)
 
 
-@equation(
+@limit(
     GRADIENT,
     "relative difference of FOMAML’s gradient in the encoder, one inner step of all and of the head alone",
     "With a head that tells classes apart the first step already moves the encoder: another gradient.",
-    parts=("weight",),
+    ("weight",),
 )
 def full_is_head_only_with_this_head(own: Model) -> float:
     """The theory’s inner loop, of the head alone, has the gradient of the one that adapts everything."""
     return relative(own.encoder_gradient(), own.encoder_gradient(adapted="head"))
 
 
-@equation(
+@limit(
     ROUNDING,
     "largest difference of a support prediction from 1/K, this model’s head",
     "Only a head that is the same for every class, as zero is, says so; any other brings noise and interference.",
-    parts=("weight", "bias"),
+    ("weight", "bias"),
 )
 def uniform_without_zeroing(own: Model) -> float:
     """Before the inner loop every class is as likely, P = 1/K."""
@@ -62,11 +65,11 @@ def uniform_without_zeroing(own: Model) -> float:
     return largest(P - 1 / P.shape[-1])
 
 
-@equation(
+@limit(
     ROUNDING,
     "largest difference from 1/K, weights zeroed and this model’s bias kept",
     "With a bias left, P is not uniform. The trick must zero both.",
-    parts=("bias",),
+    ("bias",),
 )
 def uniform_with_the_bias_kept(own: Model) -> float | None:
     """It is enough to zero the head’s weights."""
@@ -74,11 +77,11 @@ def uniform_with_the_bias_kept(own: Model) -> float | None:
     return None if bias is None else largest(bias.softmax(-1) - 1 / len(bias))
 
 
-@equation(
+@limit(
     GRADIENT,
     "relative difference in the encoder, one step of this model’s head alone",
     "It leaves out a way from the support features to the loss, by w_{0}; exact where all rows of w_{0} are equal.",
-    parts=("weight",),
+    ("weight",),
 )
 def papers_somaml_loss_with_this_head(own: Model) -> float:
     """The explicit SOMAML loss of the paper’s appendix has the gradient of SOMAML."""
@@ -86,23 +89,18 @@ def papers_somaml_loss_with_this_head(own: Model) -> float:
     return relative(own.encoder_gradient(first_order=False, adapted="head", noise=True, interference=True), exact)
 
 
-LIMITS = [
-    *(no_noise_beyond_one_step, full_is_head_only_beyond_one_step, full_is_head_only_with_this_head),
-    *(uniform_without_zeroing, uniform_with_the_bias_kept, papers_somaml_loss_with_this_head),
-]
-
-
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     return {"limits": measured(LIMITS, model.on_few_tasks())}
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     rows = [
-        page.Statement(f"Expected: {limit.says}", {"": judged}, (limit.why_not, f"Measured: {limit.number}."))
-        for limit, judged in _judged(evidence)
+        page.Statement(
+            f"Expected: {statement.says}", {"": judged}, (statement.why_not, f"Measured: {statement.number}.")
+        )
+        for statement, judged in _judged(evidence)
     ]
     return page.Section(
-        anchor="limits",
         overline="Where it ends",
         claim="What does not hold",
         lead="Statements that are in the paper, or easily read into it, and that its formulas do not bear out (§2.5, "
@@ -112,20 +110,21 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     kinds = [judged.kind for _, judged in _judged(evidence)]
     failed, tested = kinds.count("fails"), len(kinds) - kinds.count("untested")
     return {"": page.Verdict("fails" if failed else "holds", f"{failed} of the {tested} statements tested do not hold")}
 
 
-def _judged(evidence: dict[str, Any]) -> list[tuple[Equation, page.Verdict]]:
+def _judged(evidence: page.Evidence) -> list[tuple[Equation, page.Verdict]]:
     checks, same = evidence["limits"], evidence["same_for_all"]
-    return [(limit, verdict_on_limit(limit, checks[limit.name], same)) for limit in LIMITS if limit.name in checks]
+    measured = [statement for statement in LIMITS if statement.name in checks]
+    return [(statement, verdict_on_limit(statement, checks[statement.name], same)) for statement in measured]
 
 
-def verdict_on_limit(limit: Equation, check: dict[str, Any], same_for_all: dict[str, bool]) -> page.Verdict:
+def verdict_on_limit(statement: Equation, check: page.Evidence, same_for_all: dict[str, bool]) -> page.Verdict:
     """same_for_all: of which parts of this model's head all classes have the same."""
-    if limit.parts and check["pass"] and all(same_for_all[part] for part in limit.parts):
-        words = page.HEAD_IS_ZERO.words
-        return page.HEAD_IS_ZERO._replace(words=words.replace("head", "bias") if limit.parts == ("bias",) else words)
+    if statement.parts and check["pass"] and all(same_for_all[part] for part in statement.parts):
+        part = "bias" if statement.parts == ("bias",) else "head"
+        return page.Verdict("untested", page.HEAD_IS_ZERO.words.replace("head", part))
     return page.verdict_on(check)

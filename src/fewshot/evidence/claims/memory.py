@@ -1,14 +1,11 @@
 """Question 2: in the inner loop the classifier memorises support features (2.2, 2.6)."""
 
-from typing import Any
-
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.page import COSINE, Shown, heat_map, size_of
 from fewshot.theory.closed_forms import adapt_head
 from fewshot.theory.features import centred, cosines, tied
 
@@ -19,7 +16,7 @@ CASES = {
 }
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """Cosines of the K columns of w, less their mean, and the K classes' support means, before and after one step.
 
     "first_task" (K, K); "same_class" and "other_class" means of all tasks; "nearest_is_own": the share of the columns
@@ -33,7 +30,7 @@ def measure(model: Model) -> dict[str, Any]:
     return {"memory": measured}
 
 
-def _columns(W: Tensor, mu: Tensor) -> dict[str, Any] | None:
+def _columns(W: Tensor, mu: Tensor) -> page.Evidence | None:
     if not W.any():
         return None
     cosine = cosines(W, mu)  # (B, K, K)
@@ -46,28 +43,27 @@ def _columns(W: Tensor, mu: Tensor) -> dict[str, Any] | None:
     }
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """Before and after one inner step."""
     memory = evidence["memory"]
     cases = {"zeroed_head_after": "head zero, after one step"} if page.head_is_zero(evidence) else CASES
     cases = {name: title for name, title in cases.items() if memory[name]}
-    figure = Figure(figsize=size_of(len(cases)), layout="constrained")
+    figure = Figure(figsize=page.size_of(len(cases)), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, (name, title) in zip(panels, cases.items(), strict=True):
-        image = heat_map(axes, memory[name]["first_task"], 1, title.replace(", ", ",\n"), shown.prototypes)
+        image = page.heat_map(axes, memory[name]["first_task"], 1, title.replace(", ", ",\n"), shown.prototypes)
     panels[0].set_ylabel("column of the classifier", fontsize=10)
-    figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="cosine similarity")
+    figure.colorbar(image, ax=panels, **page.COSINE, shrink=0.5, aspect=30, label="cosine similarity")
     return figure
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     rows = [
         (name, *(page.decimals(w[f"{which}_class"]) for which in ("same", "other")), page.percent(w["nearest_is_own"]))
         for case, name in CASES.items()
         if (w := evidence["memory"][case])
     ]
     return page.Section(
-        anchor="memory",
         overline="Question 2",
         claim="In the inner loop the classifier memorises support features",
         lead="One inner step on cross entropy adds the support features of class i to column i of the classifier and "
@@ -85,7 +81,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     nearest = evidence["memory"]["this_head_after"]["nearest_is_own"]
     words = f"after the step {page.percent(nearest)} of the columns are nearest to their own class"
     return {"Columns memorise the support of their class.": page.by_share(nearest, words)}

@@ -1,20 +1,16 @@
 """One inner step writes the support features into the classifier: the poster's motivating example (2.1)."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from fewshot.evidence import page
-from fewshot.evidence.model import Model, plain
-from fewshot.evidence.page import BAR, COSINE, Shown, heat_map, size_of
+from fewshot.evidence.model import Model, largest, plain, relative
 from fewshot.theory.features import cosines
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """One inner step on torch's mean squared error from a zero head without bias.
 
     classifier: cosines of the classifier's K columns and the K classes' support features, of the first task; logits
@@ -38,8 +34,8 @@ def measure(model: Model) -> dict[str, Any]:
             "classifier": plain(cosines(W_1[0], m[0])),
             "logits": plain(logits[0, chosen]),
             "inner_products": plain(products[0, chosen]),
-            "classifier_error": _error(W_1, eta * m),
-            "logits_error": _error(logits, products),
+            "classifier_error": largest([relative(*task) for task in zip(W_1, eta * m, strict=True)]),
+            "logits_error": largest([relative(*task) for task in zip(logits, products, strict=True)]),
             "same_class": logits[own].mean().item(),
             "other_class": logits[~own].mean().item(),
             "tasks": len(logits),
@@ -48,28 +44,23 @@ def measure(model: Model) -> dict[str, Any]:
     }
 
 
-def _error(values: Tensor, expected: Tensor) -> float:
-    """The worst relative difference of a task."""
-    return ((values - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
-
-
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """The classifier against the support features, and the logits against the inner products."""
     example = evidence["motivating_example"]
-    figure = Figure(figsize=size_of(3), layout="constrained")
+    figure = Figure(figsize=page.size_of(3), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     most = np.abs([example["logits"], example["inner_products"]]).max()
     support, queries = shown.prototypes, shown.queries
-    columns = heat_map(left, example["classifier"], 1, "column $i$ of $w_1$ and\nsupport of class $j$", support)
-    logits = heat_map(middle, example["logits"], most, "logit of each query\nafter the step", support, queries)
-    inner_product = "inner product\n$\\eta\\,\\phi(q)\\cdot m_j$"
-    heat_map(right, example["inner_products"], most, inner_product, support, queries)
-    figure.colorbar(columns, ax=left, **COSINE, shrink=0.9, aspect=18, label="cosine similarity")
-    figure.colorbar(logits, ax=[middle, right], **BAR, shrink=0.45, aspect=18, label="logit, inner product")
+    columns = page.heat_map(left, example["classifier"], 1, "column $i$ of $w_1$ and\nsupport of class $j$", support)
+    logits = page.heat_map(middle, example["logits"], most, "logit of each query\nafter the step", support, queries)
+    products = "inner product\n$\\eta\\,\\phi(q)\\cdot m_j$"
+    page.heat_map(right, example["inner_products"], most, products, support, queries)
+    figure.colorbar(columns, ax=left, **page.COSINE, shrink=0.9, aspect=18, label="cosine similarity")
+    figure.colorbar(logits, ax=[middle, right], **page.BAR, shrink=0.45, aspect=18, label="logit, inner product")
     return figure
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     example = evidence["motivating_example"]
     rows = [
         ("Mean logit of a query’s own class, which the loss wants to be 1", page.decimals(example["same_class"])),
@@ -78,7 +69,6 @@ def section(evidence: dict[str, Any]) -> page.Section:
         ("The same of its logits", page.short(example["logits_error"])),
     ]
     return page.Section(
-        anchor="motivating-example",
         overline="Motivating example",
         claim="One inner step writes the support features into the classifier",
         lead="The simplest case (§2.1): mean squared error, a classifier w that starts at zero and has no bias, one "
@@ -97,7 +87,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """Whether the features give the outer loss of the example what it wants."""
     example = evidence["motivating_example"]
     larger, tasks = example["tasks_where_own_is_larger"], example["tasks"]

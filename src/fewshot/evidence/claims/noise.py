@@ -1,25 +1,22 @@
 """Zeroing the head takes the noise out of the contrastive coefficients, for one inner step (2.3, 2.6)."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.page import SIGNED, Shown
 from fewshot.theory.closed_forms import contrastive_coefficients
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """C of the first task, (Q, S), where its sign is wrong, [q, s], and the share of wrong signs in all tasks.
 
     Of all pairs and of those of different classes, for within a class no sign is wrong. Of one step from this head and
     from a zeroed one, and the sum over more steps, at least two, from a zeroed one.
     """
     steps, other = max(2, model.loop.inner_steps), ~model.features.same_class()
-    measured: dict[str, Any] = {"inner_steps": steps}
+    measured: page.Evidence = {"inner_steps": steps}
     cases = {name: (features, 1) for name, features in model.heads.items()}
     cases["more_steps"] = (model.features.zeroed(), steps)
     for name, (features, inner_steps) in cases.items():
@@ -34,7 +31,7 @@ def measure(model: Model) -> dict[str, Any]:
     return {"coefficients": measured}
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """c_qs of every query and support image, a dot where the sign is wrong."""
     coefficients = evidence["coefficients"]
     figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -47,7 +44,7 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     panels = figure.subplots(1, len(cases), sharey=True)
     for axes, (name, title) in zip(panels, cases.items(), strict=True):
         c = values[name]
-        image = axes.imshow(c, cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+        image = axes.imshow(c, cmap=page.SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
         if coefficients[name]["first_task_wrong"]:
             row, column = np.array(coefficients[name]["first_task_wrong"]).T
             axes.plot(column, row, ".", color="black", markersize=3.5)
@@ -72,15 +69,12 @@ def _middles(labels: np.ndarray) -> tuple[list[float], list[str]]:
     return [np.flatnonzero(labels == k).mean() for k in np.unique(labels)], [str(k + 1) for k in np.unique(labels)]
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     c = evidence["coefficients"]
-    cases = {"this_head": "this head, one step", "more_steps": f"head zeroed, {c['inner_steps']} steps"}
-    rows = [
-        (name, page.percent(c[case]["wrong_sign"]), page.percent(c[case]["wrong_among_other"]))
-        for case, name in cases.items()
-    ]
+    cases = {"this head, one step": c["this_head"], f"head zeroed, {c['inner_steps']} steps": c["more_steps"]}
+    keys = ("wrong_sign", "wrong_among_other")
+    rows = [(name, *(page.percent(case[key]) for key in keys)) for name, case in cases.items()]
     return page.Section(
-        anchor="noise",
         overline="Noise",
         claim="Zeroing the head takes the noise out of the contrastive coefficients, for one inner step",
         lead="How strongly query q is drawn to support image s is the coefficient c_{qs} (§2.3). A head that is not "
@@ -98,15 +92,14 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """Of this head in one step, and of a zeroed one in more: how many pairs of different classes draw together."""
     c = evidence["coefficients"]
     this, later = (c[case]["wrong_among_other"] for case in ("this_head", "more_steps"))
     together = "of the pairs of different classes are drawn together"
     with_this = page.either(this > 0, f"in one step {page.percent(this)} {together}")
+    with_zero = page.by_share(1 - later, f"over {c['inner_steps']} steps {page.percent(later)} {together}")
     return {
         "This model’s head draws different classes together.": page.of_own_head(evidence, with_this),
-        "From a zeroed head, later steps turn no sign.": page.by_share(
-            1 - later, f"over {c['inner_steps']} steps {page.percent(later)} {together}"
-        ),
+        "From a zeroed head, later steps turn no sign.": with_zero,
     }

@@ -1,7 +1,5 @@
 """FOMAML moves the queries, SOMAML moves queries and support: panel 3 of the poster (2.4, 2.5)."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
-from fewshot.evidence.page import Shown
 from fewshot.theory.closed_forms import closed_form_gradients
 
 ORDERS = {"fomaml": True, "somaml": False}
@@ -22,7 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 STEP = {"marker": r"$\rightarrow$", "markeredgewidth": 0, "markersize": 16}
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """Where an outer step moves the features of the first task, in the plane that shows most of their spread.
 
     support, query: places (S, 2), (Q, 2). For each head and order "arrows" against the gradient, likewise; norm of the
@@ -37,7 +34,7 @@ def measure(model: Model) -> dict[str, Any]:
     def places(vectors: Tensor) -> list:
         return plain(F.pad(vectors @ plane.mT, (0, 2 - len(plane))))  # of a single feature, a line
 
-    measured: dict[str, Any] = {
+    measured: page.Evidence = {
         "spread_shown": (spread[:2].square().sum() / spread.square().sum()).item(),
         "support": places(features.support[0] - phi.mean(0)),
         "query": places(features.query[0] - phi.mean(0)),
@@ -60,7 +57,7 @@ def measure(model: Model) -> dict[str, Any]:
     return {"outer_step": measured}
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """FOMAML beside SOMAML, from this model's head and from a zeroed one."""
     step = evidence["outer_step"]
     heads = {"zeroed_head": "head zero"} if page.head_is_zero(evidence) else page.HEADS
@@ -77,8 +74,8 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
                 longest = max(np.hypot(*of_order.T).max() for of_order in arrows.values())  # 0.2 span in the picture
                 _moved(axes, np.array(step[kind]), arrows[order], labels, longest / (0.2 * span), kind == "support")
             axes.set_title(f"{order.upper()}, {name}", fontsize=11)
-            axes.set(xticks=[], yticks=[], aspect="equal")
-            axes.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+            limits = zip(("xlim", "ylim"), zip(low - margin, high + margin, strict=True), strict=True)
+            axes.set(xticks=[], yticks=[], aspect="equal", **dict(limits))
             axes.spines[:].set_color("#BBBBBB")
     grey = {"marker": "o", "color": "none", "markerfacecolor": "grey"}
     legend = {
@@ -105,7 +102,7 @@ def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarra
             axes.quiver(*ends, angles="xy", scale_units="xy", scale=scale, zorder=4 if large else 2, **style)
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     step, terms, steps = evidence["outer_step"], evidence["probes"], evidence["config"]["inner_steps"]
     rows = [
         (
@@ -117,7 +114,6 @@ def section(evidence: dict[str, Any]) -> page.Section:
         for order in ORDERS
     ]
     return page.Section(
-        anchor="outer-step",
         overline="The contrastive perspective",
         claim="FOMAML moves the queries, SOMAML moves queries and support",
         lead="Seen from the features, the outer step moves a query toward the support features of its class and away "
@@ -147,7 +143,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """Of FOMAML and of SOMAML, with this head: whether pairs of query and support move the right way."""
     verdicts = {}
     for order in ORDERS:

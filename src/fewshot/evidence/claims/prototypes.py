@@ -1,24 +1,21 @@
 """Question 3: support features act as prototypes (2.6)."""
 
-from typing import Any
-
 from matplotlib.figure import Figure
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.page import Shown
 from fewshot.maml import sequential
 from fewshot.results.figures import OFF, ON, plain
 from fewshot.theory.features import agreement, tied
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """The share of the queries that the adapted model and the prototype classifier give one class, 1 .. T steps.
 
     accuracy: of the prototype classifier, which chooses the first of a tie; ties: queries for which it has one.
     """
     scores, labels = model.features.prototype_scores(), model.tasks.query_labels
-    measured: dict[str, Any] = {
+    measured: page.Evidence = {
         "queries": labels.numel(),
         "ties": int((tied(scores).sum(-1) > 1).sum()),
         "accuracy": (scores.argmax(-1) == labels).double().mean().item(),
@@ -30,17 +27,16 @@ def measure(model: Model) -> dict[str, Any]:
     return {"prototypes": measured}
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """Agreement of the adapted model and the prototype classifier over inner steps."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
-    lines = [("this_head", OFF, "o", "from this model's head"), ("zeroed_head", ON, "s", "from a zeroed head")]
+    lines = {"this_head": (OFF, "o", "from this model's head"), "zeroed_head": (ON, "s", "from a zeroed head")}
     if page.head_is_zero(evidence):
-        lines = [("zeroed_head", ON, "s", "from this model's head,\nwhich is zero")]
-    for name, colour, marker, label in lines:
-        shares = evidence["prototypes"][name]
-        steps = range(1, len(shares) + 1)
-        axes.plot(steps, shares, color=colour, marker=marker, markersize=6, label=label)
+        lines = {"zeroed_head": (ON, "s", "from this model's head,\nwhich is zero")}
+    for name, (colour, marker, label) in lines.items():
+        steps = range(1, len(evidence["prototypes"][name]) + 1)
+        axes.plot(steps, evidence["prototypes"][name], color=colour, marker=marker, markersize=6, label=label)
     axes.axhline(1 / shown.ways, color="grey", linewidth=0.9, linestyle="--", label="chance")
     axes.set(xlabel="inner step", ylabel="share of queries given\nthe same class", ylim=(0, 1.04))
     axes.set_xticks(steps)
@@ -49,13 +45,12 @@ def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
     return figure
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     agreements = evidence["prototypes"]
     shares = zip(agreements["this_head"], agreements["zeroed_head"], strict=True)
     ties, queries = agreements["ties"], agreements["queries"]
     with_ties = f"{ties} of the {queries} queries have a tie, any class of which counts as agreement."
     return page.Section(
-        anchor="prototypes",
         overline="Question 3",
         claim="Support features act as prototypes",
         lead="A classifier made of support features compares a query with them: it chooses the class whose mean "
@@ -78,15 +73,13 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """From a zeroed head after more than the one step of the theorem, and from this head after one."""
-    this, *_ = evidence["prototypes"]["this_head"]
-    _, *later = evidence["prototypes"]["zeroed_head"]
-    zeroed = page.Verdict("untested", "not tested: one inner step is measured, add test_steps=2")
-    if later:
-        agree = f"from a zeroed head {page.percent(later[-1])} of the predictions agree after {1 + len(later)} steps"
-        zeroed = page.by_share(later[-1], agree)
-    with_this = page.by_share(this, f"from this head {page.percent(this)} agree after one step")
+    this, zeroed = (evidence["prototypes"][name] for name in page.HEADS)
+    agree = f"from a zeroed head {page.percent(zeroed[-1])} of the predictions agree after {len(zeroed)} steps"
+    one_step = page.Verdict("untested", "not tested: one inner step is measured, add test_steps=2")
+    zeroed = page.by_share(zeroed[-1], agree) if len(zeroed) > 1 else one_step
+    with_this = page.by_share(this[0], f"from this head {page.percent(this[0])} agree after one step")
     return {
         "With the head zeroed, beyond the first step.": zeroed,
         "With this head.": page.of_own_head(evidence, with_this),

@@ -1,23 +1,20 @@
 """Question 1: MAML learns features that are alike within a class."""
 
 from dataclasses import replace
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from fewshot.data.task import Task
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.evidence.page import COSINE, Shown, heat_map, size_of
 from fewshot.theory.features import class_similarities, mean_cosines
 
 
-def measure(model: Model) -> dict[str, Any]:
+def measure(model: Model) -> page.Evidence:
     """Cosines between the classes of the first task, (K, K), and of all tasks: means, now and of the initial network.
 
     tasks_where_the_gap_grew: in how many same class less other class is larger than it was.
     """
-
     now, then = model.features, replace(model, network=model.initial).features
     (same, other), (same_then, other_then) = (mean_cosines(f.query, f.support, f.same_class()) for f in (now, then))
     return {
@@ -33,28 +30,25 @@ def measure(model: Model) -> dict[str, Any]:
     }
 
 
-def draw(evidence: dict[str, Any], shown: Shown) -> Figure:
+def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """Mean cosines between the classes, query x support and query x query."""
     matrices = evidence["similarity"]["first_task"]
-    figure = Figure(figsize=size_of(2), layout="constrained")
+    figure = Figure(figsize=page.size_of(2), layout="constrained")
     left, right = panels = figure.subplots(1, 2)
-    with_support, with_queries = (
-        f"queries (rows)\nand {other} (columns)" for other in ("support images", "other queries")
-    )
-    heat_map(left, matrices["query_support"], 1, with_support, shown.prototypes, shown.queries)
-    image = heat_map(right, matrices["query_query"], 1, with_queries, shown.queries, shown.queries)
-    figure.colorbar(image, ax=panels, **COSINE, shrink=0.5, aspect=30, label="mean cosine similarity")
+    title, queries = "queries (rows)\nand {} (columns)", shown.queries
+    page.heat_map(left, matrices["query_support"], 1, title.format("support images"), shown.prototypes, queries)
+    image = page.heat_map(right, matrices["query_query"], 1, title.format("other queries"), queries, queries)
+    figure.colorbar(image, ax=panels, **page.COSINE, shrink=0.5, aspect=30, label="mean cosine similarity")
     return figure
 
 
-def section(evidence: dict[str, Any]) -> page.Section:
+def section(evidence: page.Evidence) -> page.Section:
     means = evidence["probes"]
     rows = [
         (name, page.decimals(means[f"cosine_same{suffix}"]), page.decimals(means[f"cosine_other{suffix}"]))
         for name, suffix in (("a query and a support image", ""), ("two queries", "_queries"))
     ]
     return page.Section(
-        anchor="similarity",
         overline="Question 1",
         claim="MAML learns features that are alike within a class",
         lead="If the outer loop is a contrastive learner, then images of one class must have similar features and "
@@ -69,7 +63,7 @@ def section(evidence: dict[str, Any]) -> page.Section:
     )
 
 
-def verdict(evidence: dict[str, Any]) -> page.Verdicts:
+def verdict(evidence: page.Evidence) -> page.Verdicts:
     """Whether training drew classes apart: an untrained network too finds images of a class more alike than others."""
     means = evidence["similarity"]
     grew, tasks = means["tasks_where_the_gap_grew"], means["tasks"]
@@ -78,5 +72,5 @@ def verdict(evidence: dict[str, Any]) -> page.Verdicts:
     )
     before = f"before training {same_then} within a class, {other_then} across"
     words = f"{same} within a class, {other} across; {before}; further apart in {grew} of {tasks} tasks"
-    judged = page.by_share(grew / tasks, words) if page.is_trained(evidence) else page.UNTRAINED
+    judged = page.of_training(evidence, page.by_share(grew / tasks, words))
     return {"Training made them alike within a class, unlike across.": judged}
