@@ -1,10 +1,11 @@
-"""Two checkouts against each other, whole processes of train.py in turns: what an update costs, and what a run costs.
+"""Compares two checkouts, as whole processes of train.py that take turns: what an update costs, and what a run costs.
 
     python benchmarks/against.py OLD NEW --rounds 3 [--neighbours 1] [--json FILE] [KNOB=VALUE ...]
 
-OLD and NEW: folders of checkouts, each with its own environment in .venv. An update is what a run of --long updates
-costs more than one of --short, so that start, validation and test fall out. A neighbour is another train.py of OLD
-that trains on two threads all the time. Ratios are medians over the rounds of NEW / OLD.
+OLD and NEW are folders of checkouts, each with its own environment in .venv. What an update costs is the difference
+between a run of --long updates and one of --short, divided by the updates between them; start, validation and test
+cancel out. A neighbour is another train.py of OLD that trains on two threads all the time. A ratio is NEW / OLD, the
+median over rounds.
 """
 
 import argparse
@@ -61,19 +62,19 @@ def main() -> None:
     try:
         time.sleep(40 * bool(neighbours))  # until they train
         for _ in range(args.rounds):
-            found = {}
+            costs = {}
             for name, checkout in checkouts.items():
-                short, long = (measured(checkout, each, args.knobs) for each in (args.short, args.long))
-                found[name] = {key: (long[key] - short[key]) / (args.long - args.short) for key in short}
-                found[name] |= {f"{key} of the short run": value for key, value in short.items()}
-            print(json.dumps(found), flush=True)
-            rounds.append(found)
+                short, long = (measured(checkout, updates, args.knobs) for updates in (args.short, args.long))
+                costs[name] = {key: (long[key] - short[key]) / (args.long - args.short) for key in short}
+                costs[name] |= {f"{key} of the short run": value for key, value in short.items()}
+            print(json.dumps(costs), flush=True)
+            rounds.append(costs)
     finally:
-        for each in neighbours:
-            each.kill()
+        for neighbour in neighbours:
+            neighbour.kill()
     for key in rounds[0]["old"]:
-        ratio = statistics.median(each["new"][key] / each["old"][key] for each in rounds)
-        old, new = (statistics.median(each[name][key] for each in rounds) for name in checkouts)
+        ratio = statistics.median(costs["new"][key] / costs["old"][key] for costs in rounds)
+        old, new = (statistics.median(costs[name][key] for costs in rounds) for name in checkouts)
         print(f"{key}: {old:.4g} -> {new:.4g}, ratio {ratio:.3f}")
     if args.json:
         args.json.write_text(json.dumps({"knobs": args.knobs, "rounds": rounds}, indent=1))

@@ -1,6 +1,6 @@
-"""learn2learn's loop in a process of its own, as its users run it: memory is given back, waiting threads spin.
+"""learn2learn's loop in a process of its own, as its users run it: freed memory goes back, and waiting threads spin.
 
-meta_step.py starts it and asks for a turn at a time, so that it takes its turns with all others.
+meta_step.py starts the process and asks it for one turn at a time, so that it takes its turns with all others.
 """
 
 import os
@@ -13,7 +13,7 @@ OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what fewshot.processes.surroundi
 
 
 class Apart:
-    """A contestant elsewhere; its time is asked for, not taken."""
+    """A contestant in a process of its own, which measures its time itself."""
 
     def __init__(self, setting: str, tasks: int, threads: int) -> None:
         call = [sys.executable, str(Path(__file__)), setting, str(tasks), str(threads)]
@@ -22,24 +22,25 @@ class Apart:
         self._process = subprocess.Popen(call, env=surroundings, **pipes)
 
     def timed(self, times: int) -> tuple[float, float]:
-        """Of one step, wall and processor, a mean over `times`."""
+        """Wall and processor seconds of one step, a mean over `times`."""
         print(times, file=self._process.stdin, flush=True)
         wall, processor = self._process.stdout.readline().split()
         return float(wall), float(processor)
 
     def close(self) -> None:
-        self._process.communicate()  # the end of its input is its end
+        self._process.communicate()  # closes its input, which ends it
 
 
 def main(name: str, tasks: int, threads: int) -> None:
     from dataclasses import replace
 
     import torch
-    from meta_step import ENGINES, Torch, settings
+    from peers import learn2learn_loop
+    from settings import Torch, settings
 
     torch.set_num_threads(threads)
-    setting = replace(next(each for each in settings() if each.name == name), tasks=tasks)
-    contestant = Torch(ENGINES["learn2learn"], *setting.start(torch.device("cpu")), **setting.knobs)
+    setting = replace(next(setting for setting in settings() if setting.name == name), tasks=tasks)
+    contestant = Torch(learn2learn_loop, *setting.start(torch.device("cpu")), **setting.knobs)
     for line in sys.stdin:
         wall, processor = time.perf_counter(), time.process_time()
         for _ in range(int(line)):

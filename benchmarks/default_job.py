@@ -1,9 +1,10 @@
-"""What Lightning, the sampler and the record cost: the default job's meta-iteration against the same loop written bare.
+"""Measures what Lightning, the sampler and the record cost: the default job against the same loop without them.
 
     python benchmarks/default_job.py [rounds]
 
-Two loops take turns of ten meta-iterations each: train.py's own parts driven by Lightning's Trainer, and the bare inner
-and outer loop on one meta-batch drawn before. Prints the median seconds of a meta-iteration and of the ratios.
+Two loops take turns of ten meta-iterations each. One is train.py's own, driven by Lightning's Trainer. The other is the
+bare inner and outer loop, on one meta-batch that was drawn before. Prints the median seconds of a meta-iteration, and
+the median ratio.
 """
 
 import statistics
@@ -70,7 +71,7 @@ def main(rounds: int) -> None:
             cfg.trainer, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=Path(folder)
         )
         trainer.fit(module, data)
-    ours, theirs = turns.ours[1:-1], turns.theirs[1:-1]  # the first warms up, the last validates
+    ours, theirs = turns.ours[1:-1], turns.theirs[1:-1]  # the first turn warms up, the last one validates
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     print(
         f"meta-iteration, {cfg.meta_batch_size} tasks, {torch.get_num_threads()} threads, {len(ours)} turns of {TURN}:"
@@ -91,8 +92,8 @@ def evaluation(network: torch.nn.Module, tasks: Task, loop: InnerLoop, test_step
             engine.step_accuracies(network, tasks, [loop.evaluation(test_steps, zeroing) for zeroing in (False, True)])
             seconds.setdefault(f"{name} training", []).append(trained - began)
             seconds.setdefault(f"{name} evaluation", []).append(time.perf_counter() - trained)
-    for what, each in seconds.items():
-        print(f"  {what}: {1000 * statistics.median(each) / len(tasks.support):.1f} ms per task")
+    for what, times in seconds.items():
+        print(f"  {what}: {1000 * statistics.median(times) / len(tasks.support):.1f} ms per task")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Iterations per second of whole programs, data included: train.py against learn2learn's own Omniglot program.
+"""Measures iterations per second of whole programs, data included: train.py and learn2learn's own Omniglot program.
 
     python benchmarks/end_to_end.py --zips FOLDER --device cpu --threads 2 --iterations 10 40 --rounds 3 --json FILE
 
-FOMAML, 5-way 1-shot, 15 queries, 2 inner steps, 32 tasks, conv4_strided on Omniglot, both with the same number of
-threads. Every run is a process of its own and its wall time counts from start to exit. Two lengths of run give the
-steady rate, (long - short) iterations over the difference of their times, in which imports and reading the data
-drop out. Before anything is timed each program runs once, to fill its cache; that first time is told too.
+Both train FOMAML, 5-way 1-shot, 15 queries, 2 inner steps, 32 tasks, conv4_strided on Omniglot, with the same number of
+threads. Every run is a process of its own, and its wall time counts from start to exit. The steady rate comes from runs
+of two lengths: the iterations that the long one has more, over the seconds that it takes longer. Imports and the
+reading of the data cancel out in it. Before anything is timed each program runs once, to fill its cache; that time is
+printed too.
 
-train.py validates on two tasks before its first iteration and after its last and tests on two, which is the least it
-does, and writes its checkpoints; learn2learn's program only trains.
+train.py also validates on two tasks before its first iteration and after its last, tests on two (it cannot do less) and
+writes its checkpoints. learn2learn's program only trains.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What meta_step.py measures with: the machine's clock and limits, counts of bytes and kernels, a gradient's error."""
+"""The instruments of meta_step.py: the machine's clock and limits, counts of bytes and kernels, a gradient's error."""
 
 import contextlib
 import datetime
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 class Machine:
-    """Where it runs, how long things take there, and the fastest it copies and multiplies."""
+    """A device: it takes times there, and knows how fast it copies and multiplies at most."""
 
     def __init__(self, device: str, threads: int | None, *, tf32: bool) -> None:
         self.device, self.tf32 = torch.device(device), tf32
@@ -35,7 +35,7 @@ class Machine:
         return self.device.type == "cuda"
 
     def seconds(self, step: Callable[[], object], times: int = 1) -> float:
-        """Of one step, a mean over `times`; on a GPU until the last kernel has ended."""
+        """Seconds of one step, a mean over `times`; on a GPU until the last kernel has ended."""
         self._wait()
         began = time.perf_counter()
         for _ in range(times):
@@ -65,7 +65,7 @@ class Machine:
         return 2 * side**3 / self._fastest(lambda: matrix @ matrix)
 
     def _fastest(self, step: Callable[[], object]) -> float:
-        return min(self.seconds(step) for _ in range(20))  # of many: others may be at work here
+        return min(self.seconds(step) for _ in range(20))  # the fastest of many, because other programs may be at work
 
     def describe(self) -> dict:
         model = platform.processor()
@@ -86,7 +86,7 @@ class Machine:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write: all their inputs and outputs, views and allocations left out."""
+    """Counts the bytes of all inputs and outputs of operations, except views and bare allocations."""
 
     bytes = 0
 
@@ -99,7 +99,7 @@ class Traffic(TorchDispatchMode):
 
 
 def relative_error(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Norm of the difference over norm, of the whole outer gradient."""
+    """The norm of the difference over the norm of `exact`, for the whole outer gradient."""
     difference = sum((gradients[name].detach().cpu().double() - g).square().sum() for name, g in exact.items())
     return float((difference / sum(g.square().sum() for g in exact.values())).sqrt())
 
@@ -113,10 +113,10 @@ NO_LAUNCH = re.compile(  # views, metadata and bare allocations
 
 
 def launches(step: Callable[[], object], machine: Machine) -> tuple[int, int]:
-    """How many kernels one step runs, and on a CPU its peak of memory in bytes beside what was there.
+    """How many kernels one step runs, and on a CPU the peak of its memory in bytes, beyond what was allocated before.
 
-    On a CPU nothing is launched: innermost torch operations that are no view and no bare allocation stand for kernels.
-    Memory is the sum of the allocations and releases of torch's allocator, in their order.
+    A CPU launches no kernels. Innermost torch operations that are no view and no bare allocation are counted instead.
+    The memory is the running sum of the allocations and releases of torch's allocator.
     """
     kind = ProfilerActivity.CUDA if machine.on_gpu else ProfilerActivity.CPU
     with profile(activities=[kind], profile_memory=not machine.on_gpu) as profiler:

@@ -1,11 +1,11 @@
-"""learn2learn's own Omniglot program, to be timed beside train.py: end_to_end.py runs both.
+"""learn2learn's own Omniglot program, which end_to_end.py times beside train.py.
 
     python benchmarks/learn2learn_omniglot.py ROOT ITERATIONS cpu|cuda [threads]
 
 The calls and their order are those of learn2learn's examples/vision/maml_omniglot.py and of its Omniglot benchmark:
 FullOmniglot reads PNG files, a task is drawn by FusedNWaysKShots, LoadData, RemapLabels and ConsecutiveLabels, and
-every task is cloned, adapted and differentiated alone. Changed to what train.py is asked for: conv4_strided, first
-order, 2 steps at 0.4, 15 queries, Adam at 0.001, no rotated classes, and training only.
+every task is cloned, adapted and differentiated alone. Its settings were changed to those that train.py has here:
+conv4_strided, first order, 2 steps at 0.4, 15 queries, Adam at 0.001, no rotated classes. It only trains.
 
 ROOT: a folder in which torchvision finds Omniglot (omniglot-py/images_background and so on).
 """

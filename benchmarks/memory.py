@@ -1,11 +1,11 @@
-"""Memory and time of one second-order meta-step by the number of inner steps, with and without recompute_steps.
+"""Measures memory and time of a second-order meta-step by the number of inner steps, with and without recompute_steps.
 
     python benchmarks/memory.py --json FILE
     python benchmarks/memory.py --memory glibc --networks resnet12 --steps 1 2 5 --contestants sequential,learn2learn
 
-One task of 84x84 photos, 5-way 5-shot, on the CPU. Every number is of a process of its own: `peak` is the largest
-resident memory during the step less what was resident before it, and the step is the process's first. What FILE has
-already is not measured again. Linux alone.
+The step is of one task of 84x84 photos, 5-way 5-shot, on the CPU. Every measurement is the first step of a process of
+its own. `peak` is the largest resident memory during the step, less what was resident before it. Rows that FILE has
+already are not measured again. It works on Linux only.
 """
 
 import argparse
@@ -55,23 +55,23 @@ CONTESTANTS: dict[str, Callable] = {
     "torchopt": peers.torchopt_loop,
 }
 OTHERS = ("higher", "torchopt")  # the contestants that take part where they are installed
-MEMORY = ("kept", "glibc")  # as every command of this project has it; as others do, with glibc's own defaults
+MEMORY = ("kept", "glibc")  # as in every command of this project; as in other programs, with glibc's defaults
 WAYS, SHOTS, SIZE, INNER_LR = 5, 5, 84, 0.01
 MB = 10**6
 
 
 def resident(line: str) -> int:
-    """Bytes; line: VmRSS, as it is, or VmHWM, the largest since it was reset."""
+    """Bytes. line: VmRSS (resident now) or VmHWM (the most since it was reset)."""
     return 1024 * int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def measure(network: str, contestant: str, steps: int, queries: int, threads: int) -> dict[str, float]:
-    """In this process, which has computed nothing yet."""
+    """Measures in this process, which must have computed nothing yet."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = NETWORKS[network](channels=3, size=SIZE, ways=WAYS)
-    images = [torch.randn(1, WAYS * each, 3, SIZE, SIZE) for each in (SHOTS, queries)]
-    labels = [torch.arange(WAYS).repeat(each)[None] for each in (SHOTS, queries)]
+    images = [torch.randn(1, WAYS * number, 3, SIZE, SIZE) for number in (SHOTS, queries)]
+    labels = [torch.arange(WAYS).repeat(number)[None] for number in (SHOTS, queries)]
     if contestant in OTHERS:
         importlib.import_module(contestant)
     tasks = Task(images[0], labels[0], images[1], labels[1])
@@ -83,9 +83,9 @@ def measure(network: str, contestant: str, steps: int, queries: int, threads: in
 
 
 def in_a_process(row: dict, *, gigabytes: float, seconds: float) -> dict[str, float | str]:
-    """What `measure` returns, or why there is nothing: more memory or time than it may take.
+    """What `measure` returns in a new process, or why it returned nothing.
 
-    Each may map so much beyond what a process of torch does at its start.
+    gigabytes: what the process may map beyond the memory that torch maps at its start.
     """
     command = [sys.executable, __file__, "--one", json.dumps(row), "--gigabytes", str(gigabytes)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(row["threads"])}
@@ -101,7 +101,7 @@ def in_a_process(row: dict, *, gigabytes: float, seconds: float) -> dict[str, fl
 
 
 def too_large(row: dict, rows: list[dict]) -> dict[str, str] | None:
-    """Why it is not tried: with fewer steps it has not fitted."""
+    """Why a row is not tried: with fewer steps it needed too much memory already."""
     for old in rows:
         fewer = old["steps"] < row["steps"] and (row | {"steps": old["steps"]}).items() <= old.items()
         if fewer and old.get("not_run", "").endswith("GB"):
@@ -113,7 +113,7 @@ def table(memory: str, network: str, queries: int, threads: int, rows: list[dict
     steps = sorted({row["steps"] for row in rows})
     title = f"{network}, {WAYS}-way {SHOTS}-shot, {queries} queries per class, {threads} threads, memory: {memory}"
     shown = Table()
-    for heading in ("", *(f"{each} step{'s' * (each > 1)}" for each in steps)):
+    for heading in ("", *(f"{number} step{'s' * (number > 1)}" for number in steps)):
         shown.add_column(heading, justify="right" if heading else "left")
     print(f"\n{title}; peak MB (processor seconds)")
     for contestant in [name for name in CONTESTANTS if any(row["contestant"] == name for row in rows)]:
@@ -163,7 +163,7 @@ def main() -> None:
         row |= too_large(row, rows) or in_a_process(row, **limits)
         print(row, flush=True)
         rows = [*(stored(asked.json) or rows), row]
-        if asked.json:  # after every process: what is stopped leaves what it has
+        if asked.json:  # after every process, so that nothing measured is lost
             asked.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     groups = defaultdict(list)
     for row in rows:

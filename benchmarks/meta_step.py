@@ -1,21 +1,20 @@
-"""Times one meta-step, zero_grad and the mean outer gradient of a meta-batch, of both engines and of what others offer.
+"""Times one meta-step (zero_grad and the mean outer gradient of a meta-batch) of both engines and of other libraries.
 
     python benchmarks/meta_step.py --rounds 5 --device cpu --threads 2 --json cpu.json
     python benchmarks/meta_step.py --draw cpu.json gpu.json --png docs/meta_step.png
 
-Contestants take turns in one process, in an order that rotates from round to round, and a ratio is taken within a
-round: the speed of a shared machine drifts. What every column means is in benchmarks/README.md.
+Contestants take turns in one process, in an order that rotates from round to round. A ratio is taken within a round,
+because the speed of a shared machine drifts. benchmarks/README.md says what every column means.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -31,13 +30,13 @@ from apart import Apart
 from instruments import MIB, Machine, Traffic, launches, relative_error
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from settings import Setting, Torch, settings
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
 from fewshot.data.task import Task
-from fewshot.models.network import conv4_pooled, conv4_strided
 
 ENGINES: dict[str, Callable] = {
     "sequential": peers.sequential,
@@ -48,12 +47,12 @@ ENGINES: dict[str, Callable] = {
     "higher": peers.higher_loop,
     "torchopt": peers.torchopt_loop,
 }
-AS_IS = "learn2learn as it is"  # on a CPU: without the kept memory and sleeping threads that all others have here
+AS_IS = "learn2learn as it is"  # on a CPU, without the kept memory and the sleeping threads of all others here
 CONTESTANTS = (*ENGINES, AS_IS, "jax")
 OURS = ("sequential", "batched", "eager", "im2col")
 ON_GPU_ONLY, ON_CPU_ONLY = ("eager", "im2col"), (AS_IS,)
-BASELINE = "learn2learn"  # on a CPU as it is, if that takes part
-# Of the others: colours of Okabe and Ito, told apart by the colour-blind, and marks.
+BASELINE = "learn2learn"  # on a CPU AS_IS, if that takes part
+# Colours and marks of the others; the colours are Okabe and Ito's, which the colour-blind can tell apart.
 LOOKS = (
     ("#0072B2", "o"),
     ("#D55E00", "D"),
@@ -64,87 +63,15 @@ LOOKS = (
     ("#999999", "X"),
     ("#000000", "|"),
 )
-QUERIES = 15  # per class
-TURN = 0.2  # seconds; a contestant repeats a shorter step until its turn is as long
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the benchmark: a network, the tasks of a meta-batch and how they are adapted to."""
-
-    name: str
-    network: Callable[..., nn.Module]
-    channels: int
-    size: int
-    tasks: int
-    ways: int
-    shots: int
-    inner_steps: int
-    inner_lr: float
-    first_order: bool
-
-    @property
-    def knobs(self) -> dict:
-        return {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps, "first_order": self.first_order}
-
-    def start(self, device: torch.device) -> tuple[nn.Module, Task]:
-        """The initial weights and the tasks, always the same: every class a random image, every image that and noise.
-
-        Images of nothing but noise could only be learnt by heart, and their gradients would be of no size seen in use.
-        """
-        torch.manual_seed(0)
-        network = self.network(channels=self.channels, size=self.size, ways=self.ways)
-        centres = torch.randn(self.tasks, self.ways, 1, self.channels, self.size, self.size)
-
-        def images(per_class: int) -> Tensor:
-            shape = (self.tasks, self.ways, per_class, *centres.shape[3:])
-            return (centres + 0.5 * torch.randn(shape)).flatten(1, 2)
-
-        def labels(per_class: int) -> Tensor:
-            return torch.arange(self.ways).repeat_interleave(per_class).repeat(self.tasks, 1)
-
-        tasks = Task(images(self.shots), labels(self.shots), images(QUERIES), labels(QUERIES))
-        return network.to(device), Task(*(field.to(device) for field in tasks))
-
-
-def settings() -> list[Setting]:
-    """Twelve: Omniglot and photos as the paper's released code trains on them, in both orders."""
-    omniglot, photos = (conv4_strided, 1, 28), (partial(conv4_pooled, width=32), 3, 84)
-    shapes = [
-        ("omniglot 5w1s", *omniglot, 32, 5, 1, 1, 0.4),
-        ("omniglot 5w1s", *omniglot, 32, 5, 1, 2, 0.4),
-        ("omniglot 5w1s", *omniglot, 32, 5, 1, 5, 0.4),
-        ("omniglot 20w1s", *omniglot, 16, 20, 1, 5, 0.4),
-        ("photos84 5w1s", *photos, 4, 5, 1, 5, 0.01),
-        ("photos84 5w5s", *photos, 4, 5, 5, 5, 0.01),
-    ]
-    return [
-        Setting(f"{name} {shape[-2]} step{'s' * (shape[-2] > 1)} {order}", *shape, first_order=order == "first")
-        for name, *shape in shapes
-        for order in ("first", "second")
-    ]
-
-
-class Torch:
-    """A contestant in torch: an engine with weights of its own, so that no other can touch them."""
-
-    def __init__(self, engine: Callable, network: nn.Module, tasks: Task, **knobs) -> None:
-        self._engine, self._network, self._tasks, self._knobs = engine, copy.deepcopy(network), tasks, knobs
-
-    def __call__(self) -> None:
-        self._network.zero_grad()
-        self._engine(self._network, self._tasks, **self._knobs)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The outer gradient of the last step, by the parameters' names."""
-        return {name: p.grad for name, p in self._network.named_parameters()}
+TURN = 0.2  # seconds; a contestant whose step is shorter repeats it until its turn is as long
 
 
 def count(setting: Setting, machine: Machine) -> tuple[int, int]:
     """Floating-point operations (of convolutions and matrix products) and bytes of a meta-step.
 
-    FLOPs on one task of the sequential engine, times the tasks: torch's counter takes the gradient of the weight of
-    a grouped convolution for a dense one. Bytes on the batched engine, all tasks at once: it has fewer operations.
+    The operations are counted on one task of the sequential engine and multiplied by the tasks, because torch's counter
+    takes the gradient of a grouped convolution's weight for that of a dense one. The bytes are counted on the batched
+    engine with all tasks at once, because it has fewer operations.
     """
     network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
@@ -155,7 +82,7 @@ def count(setting: Setting, machine: Machine) -> tuple[int, int]:
 
 
 def exact_gradients(setting: Setting, machine: Machine) -> dict[str, Tensor]:
-    """The outer gradient in float64, one task after the other: what every contestant is held against."""
+    """The outer gradient in float64, one task after the other, with which every contestant is compared."""
     network, tasks = setting.start(machine.device)
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     exact = Torch(peers.sequential, network.double(), tasks, **setting.knobs)
@@ -164,7 +91,7 @@ def exact_gradients(setting: Setting, machine: Machine) -> dict[str, Tensor]:
 
 
 def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int, cap: float) -> list[dict]:
-    """One row per contestant; no round begins after `cap` seconds of them, but for the first three."""
+    """One row per contestant. After `cap` seconds of rounds no fourth or later round begins."""
     exact, (flops, traffic) = exact_gradients(setting, machine), count(setting, machine)
     floor = max(flops / machine.flops_per_second, traffic / machine.bytes_per_second)
     entered, rows, times = {}, {}, {}
@@ -199,8 +126,8 @@ def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int
             "speedup": statistics.median(ratios) if ratios else None,
             "relative_error": None if name == AS_IS else relative_error(entered[name].gradients(), exact),
             "times_floor": median / floor,
-            "round_milliseconds": [1000 * each for each in seconds[name]],
-            "round_processor_milliseconds": [1000 * each for each in processor[name]],
+            "round_milliseconds": [1000 * wall for wall in seconds[name]],
+            "round_processor_milliseconds": [1000 * busy for busy in processor[name]],
             "gflop": flops / 1e9,
             "mib_moved": traffic / MIB,
         }
@@ -210,9 +137,9 @@ def measure(setting: Setting, names: list[str], machine: Machine, *, rounds: int
 
 
 def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int, dict]:
-    """Makes a contestant, warms it up and asks for what timing would disturb: steps per turn, memory and kernels.
+    """Makes a contestant, warms it up and measures what would disturb the timing: steps per turn, memory and kernels.
 
-    On a GPU memory is the peak of the warm-up, in which a CUDA graph is captured: replaying one allocates nothing.
+    On a GPU the memory is the peak of the warm-up, in which a CUDA graph is captured; to replay one allocates nothing.
     """
     if name == AS_IS:
         contestant = Apart(setting.name, setting.tasks, torch.get_num_threads())
@@ -233,7 +160,7 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
     if name == "jax":
         kernels, peak = None, contestant.temporary_bytes
     else:
-        # On a GPU of one task where a loop goes from task to task: reading ten thousand events takes seconds.
+        # On a GPU a loop over tasks is profiled for one task, because it takes seconds to read ten thousand events.
         loop = machine.on_gpu and name not in ("batched", "eager", "im2col")
         one = (
             Torch(ENGINES[name], network, Task(*(field[:1] for field in tasks)), **setting.knobs)
@@ -243,9 +170,9 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
         kernels, cpu_peak = launches(one, machine)
         kernels *= setting.tasks if loop else 1
         peak = peak or cpu_peak
-        if name == "batched" and not machine.on_gpu:  # its threads are out of the profiler's sight
+        if name == "batched" and not machine.on_gpu:  # the profiler does not see its threads
             alone = partial(Torch, ENGINES[name], network, tasks, **setting.knobs, execute=one_by_one)
-            with mock.patch.object(batched, "rows", return_value=False):  # what a GPU would be given: all tasks at once
+            with mock.patch.object(batched, "rows", return_value=False):  # all tasks at once, as on a GPU
                 kernels, _ = launches(alone(), machine)
             together = batched.tasks_of_a_pass(network, tasks)
             peak = launches(alone(tasks_at_once=together), machine)[1] * torch.get_num_threads()
@@ -281,21 +208,23 @@ def draw(files: list[Path], png: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    found = [json.loads(file.read_text()) for file in files]
-    names = list(dict.fromkeys(row["setting"] for each in found for row in each["rows"]))
+    measured = [json.loads(file.read_text()) for file in files]
+    names = list(dict.fromkeys(row["setting"] for content in measured for row in content["rows"]))
     size = (2.5 + 4 * len(files), 1.4 + 0.42 * len(names))
     figure, panels = plt.subplots(1, len(files), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for panel, each in zip(panels[0], found, strict=True):
+    for panel, content in zip(panels[0], measured, strict=True):
         panel.axvline(1, color="black", linewidth=1, label=BASELINE)
         others = [name for name in CONTESTANTS if name != BASELINE]
         for place, (contestant, (colour, marker)) in enumerate(zip(others, LOOKS, strict=True)):
-            rows = [row for row in each["rows"] if row["contestant"] == contestant and row["speedup"]]
-            rows = [] if contestant == AS_IS else rows  # one, as what all are held against
+            rows = [row for row in content["rows"] if row["contestant"] == contestant and row["speedup"]]
+            rows = [] if contestant == AS_IS else rows  # its speed-up is 1, because all are compared with it
             if not rows:
                 continue
-            heights = [names.index(row["setting"]) + 0.12 * (place - 2) for row in rows]  # side by side where equal
+            heights = [
+                names.index(row["setting"]) + 0.12 * (place - 2) for row in rows
+            ]  # so that equal ones do not hide each other
             panel.plot([row["speedup"] for row in rows], heights, marker, color=colour, markersize=5, label=contestant)
-        machine = each["machine"]
+        machine = content["machine"]
         panel.set_title(f"{machine['device']}, {machine['precision']}, torch {machine['torch']}", fontsize=9)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -313,8 +242,8 @@ def draw(files: list[Path], png: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", default="", help="regular expression; only settings whose name it is found in")
-    parser.add_argument("--contestants", help="separated by commas; all, but eager and im2col on a GPU only")
+    parser.add_argument("--settings", default="", help="a regular expression; settings whose names match it")
+    parser.add_argument("--contestants", help="separated by commas; all if left out (eager and im2col on a GPU only)")
     parser.add_argument("--tasks", type=int, help="of a meta-batch, in place of each setting's own number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -350,7 +279,7 @@ def main() -> None:
             setting = replace(setting, tasks=arguments.tasks or setting.tasks)
             rows += (measured := measure(setting, names, machine, rounds=arguments.rounds, cap=arguments.cap))
             console.print(table(setting.name, measured))
-            if arguments.json:  # after every setting: a run that is stopped leaves what it has
+            if arguments.json:  # after every setting, so that a run that is stopped leaves what it has measured
                 arguments.json.write_text(json.dumps({"machine": description, "rows": rows}, indent=1) + "\n")
 
 

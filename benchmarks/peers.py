@@ -1,8 +1,8 @@
-"""What others offer for the same meta-step, each written as its own public MAML example writes it.
+"""The same meta-step by other libraries, each written as its own public MAML example writes it.
 
-The torch ones add the mean outer gradient over the tasks to the .grad of the network's parameters; so do the two
-engines, called here by the same knobs. They differ from their examples only where the work would differ: tasks
-come from a Task, and where an example has no first-order switch its gradients are detached in the way its library
+Those in torch add the mean outer gradient over the tasks to the .grad of the network's parameters. So do the two
+engines, which are called here with the same knobs. A loop differs from its example in two things alone: the tasks come
+from a Task, and where the example has no switch for first order, the gradients are detached in the way that its library
 offers.
 """
 
@@ -49,7 +49,7 @@ def learn2learn_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_
 
     maml, loss = MAML(network, lr=inner_lr, first_order=first_order), nn.CrossEntropyLoss(reduction="mean")
     errors, accuracies = [], []
-    for task in _each(tasks):
+    for task in _single_tasks(tasks):
         learner = maml.clone()
         evaluation_error, evaluation_accuracy = fast_adapt(learner, task)
         evaluation_error.backward()
@@ -83,7 +83,7 @@ def higher_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_steps
     optimizer = torch.optim.SGD(network.parameters(), lr=inner_lr)
     detach = {"grad_callback": lambda gradients: [g.detach() for g in gradients]} if first_order else {}
     losses, accuracies = [], []
-    for task in _each(tasks):
+    for task in _single_tasks(tasks):
         with higher.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (learner, inner):
             for _ in range(inner_steps):
                 inner.step(F.cross_entropy(learner(task.support), task.support_labels), **detach)
@@ -110,7 +110,7 @@ def torchopt_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_ste
     initial = torchopt.extract_state_dict(network, by="reference", detach_buffers=True)
     inner_initial = torchopt.extract_state_dict(inner, by="reference")
     losses, accuracies = [], []
-    for task in _each(tasks):
+    for task in _single_tasks(tasks):
         for _ in range(inner_steps):
             inner.step(F.cross_entropy(network(task.support), task.support_labels))
         logits = network(task.query)
@@ -123,7 +123,7 @@ def torchopt_loop(network: nn.Module, tasks: Task, *, inner_lr: float, inner_ste
     return losses.detach(), torch.tensor(accuracies)
 
 
-def _each(tasks: Task) -> list[Task]:
+def _single_tasks(tasks: Task) -> list[Task]:
     return [Task(*fields) for fields in zip(*tasks, strict=True)]
 
 
@@ -170,19 +170,19 @@ class Jax:
             return jax.tree.map(lambda t, g: t + g / len(tasks.support), total, gradients), scores
 
         theta = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in network.named_parameters()}
-        each = [Task(*(jnp.asarray(field.cpu().numpy()) for field in task)) for task in _each(tasks)]
+        arrays = [Task(*(jnp.asarray(field.cpu().numpy()) for field in task)) for task in _single_tasks(tasks)]
         if on_gpu:
-            together = jax.tree.map(lambda *fields: jnp.stack(fields), *each)
+            together = jax.tree.map(lambda *fields: jnp.stack(fields), *arrays)
             self._compiled = jax.jit(all_tasks).lower(theta, together).compile()
         else:
             zeros = jax.tree.map(jnp.zeros_like, theta)
-            self._compiled = jax.jit(one_more).lower(zeros, theta, each[0]).compile()
+            self._compiled = jax.jit(one_more).lower(zeros, theta, arrays[0]).compile()
 
         def step():
             if on_gpu:
                 return self._compiled(theta, together)
             total, scores = zeros, []
-            for task in each:
+            for task in arrays:
                 total, score = self._compiled(total, theta, task)
                 scores.append(score)
             return total, scores

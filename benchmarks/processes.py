@@ -1,9 +1,9 @@
-"""Tasks per second of train.py by the number of its processes: one, and several that share out each meta-batch.
+"""Measures tasks per second of train.py with one process, and with several that share out each meta-batch.
 
     python benchmarks/processes.py --processes 1 2 --threads 2 --rounds 3 --json FILE
 
-FOMAML on glyphs, 5-way 1-shot, 15 queries, 2 inner steps, 32 tasks, conv4_strided. What counts is `seconds.train` of
-results.json: the outer updates and a validation on two tasks per process before the first and after the last; imports
+FOMAML on glyphs, 5-way 1-shot, 15 queries, 2 inner steps, 32 tasks, conv4_strided. The time is `seconds.train` of
+results.json: the outer updates, and a validation on two tasks per process before the first and after the last. Imports
 and the start of the processes are left out. The processes share the threads; with --device cuda each has a GPU.
 """
 
@@ -49,14 +49,14 @@ def main() -> None:
     rates: dict[int, list[float]] = {processes: [] for processes in asked.processes}
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(asked.rounds):  # in turns, because the speed of a machine drifts
-            for processes, found in rates.items():
-                found.append(tasks_per_second(processes, asked.threads, asked.device, asked.iterations, cache))
+            for processes, measured in rates.items():
+                measured.append(tasks_per_second(processes, asked.threads, asked.device, asked.iterations, cache))
     table = Table("processes", "tasks/s, median", "all rounds", "ratio to the first, median of rounds")
     first = rates[asked.processes[0]]
-    for processes, found in rates.items():
-        ratio = statistics.median(one / other for one, other in zip(found, first, strict=True))
-        every = " ".join(f"{rate:.1f}" for rate in found)
-        table.add_row(str(processes), f"{statistics.median(found):.1f}", every, f"{ratio:.2f}")
+    for processes, measured in rates.items():
+        ratio = statistics.median(one / other for one, other in zip(measured, first, strict=True))
+        every = " ".join(f"{rate:.1f}" for rate in measured)
+        table.add_row(str(processes), f"{statistics.median(measured):.1f}", every, f"{ratio:.2f}")
     Console().print(table)
     if asked.json:
         machine = Machine(asked.device, asked.threads, tf32=False)

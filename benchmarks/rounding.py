@@ -1,9 +1,10 @@
-"""How fast float32 rounding parts two trainings that are the same in exact arithmetic.
+"""Measures how fast rounding drives two trainings apart that are the same in exact arithmetic.
 
     python benchmarks/rounding.py [overrides, such as dataset=omniglot dataset.root=FOLDER]
 
-Head-only MAML with zeroing, and the explicit contrastive loss that equals it (docs/method.md 2.6), from the same
-weights, on the same tasks: prints the relative difference of the encoders' weights over outer updates.
+One training is head-only MAML with zeroing, the other descends the explicit contrastive loss that equals it
+(docs/method.md, 2.6). Both start from the same weights and have the same tasks. Prints the relative difference of the
+encoders' weights after some outer updates, in float32 and float64.
 """
 
 import copy
@@ -37,7 +38,7 @@ def main(overrides: list[str]) -> None:
         for first_order in (True, False):
             apart = difference(network.to(dtype), data, first_order)
             order = "first " if first_order else "second"
-            print(f"{str(dtype)[6:]}    {order}  ", *(f"{each:.1e}   " for each in apart))
+            print(f"{str(dtype)[6:]}    {order}  ", *(f"{distance:.1e}   " for distance in apart))
 
 
 def difference(network: nn.Module, data: TaskDataModule, first_order: bool) -> list[float]:
@@ -47,21 +48,21 @@ def difference(network: nn.Module, data: TaskDataModule, first_order: bool) -> l
         partial(explicit_loss.meta_gradient, loop=InnerLoop(1, 0.1, first_order, noise=False, interference=False)),
     )
     networks = [copy.deepcopy(network) for _ in ways]
-    optimizers = [torch.optim.Adam(each.parameters(), lr=0.001) for each in networks]
-    found = []
+    optimizers = [torch.optim.Adam(trained.parameters(), lr=0.001) for trained in networks]
+    distances = []
     for update in range(1, SHOWN[-1] + 1):
         tasks = data.samplers["train"]((update - 1) * data.meta_batch_size, data.meta_batch_size)
         dtype = network.head.weight.dtype
         tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))
-        for each, optimizer, meta_gradient in zip(networks, optimizers, ways, strict=True):
+        for trained, optimizer, meta_gradient in zip(networks, optimizers, ways, strict=True):
             optimizer.zero_grad()
-            meta_gradient(each, tasks)
+            meta_gradient(trained, tasks)
             optimizer.step()
-            zero_head(each.head)
+            zero_head(trained.head)
         if update in SHOWN:
-            one, other = (nn.utils.parameters_to_vector(each.encoder.parameters()) for each in networks)
-            found.append(((one - other).norm() / one.norm()).item())
-    return found
+            one, other = (nn.utils.parameters_to_vector(trained.encoder.parameters()) for trained in networks)
+            distances.append(((one - other).norm() / one.norm()).item())
+    return distances
 
 
 if __name__ == "__main__":

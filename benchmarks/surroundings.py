@@ -1,10 +1,11 @@
-"""Meta-steps under several allocators and ways to wait, alone and beside neighbours: time, page faults, peak memory.
+"""Measures meta-steps under several allocators and ways to wait, alone and beside neighbours.
 
     python benchmarks/surroundings.py --jobs default/batched --contestants glibc,kept,jemalloc --rounds 3 --json FILE
     python benchmarks/surroundings.py --jobs default/sequential --contestants spin,kept --neighbours 1 --json FILE
 
-Every measurement is a process of its own, because an allocator is chosen when a process starts; they take turns. A
-neighbour is a process that does the same under the same surroundings until the measured one has ended.
+It measures time, page faults and peak memory. Every measurement is a process of its own, because an allocator is chosen
+when a process starts, and the processes take turns. A neighbour is a process that does the same under the same
+surroundings until the measured one has ended.
 """
 
 import argparse
@@ -31,12 +32,12 @@ GLIBC = {"MALLOC_ARENA_TEST": "8"}  # glibc's default: nothing changes, but fews
 
 
 def preloaded(name: str) -> dict[str, str]:
-    """What makes a Debian package's allocator that of a process."""
+    """The variables that give a process the allocator of a Debian package."""
     return GLIBC | {"LD_PRELOAD": next(iter(sorted(glob(f"/usr/lib/*/lib{name}.so*"))), f"lib{name}.so is not here")}
 
 
 CONTESTANTS = {
-    "fewshot": {},  # what the program does by itself
+    "fewshot": {},  # the program's own choice
     "glibc": GLIBC,
     "kept": KEPT,
     "one-arena": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0"},
@@ -56,7 +57,7 @@ CONTESTANTS = {
 
 
 class Job(NamedTuple):
-    """The shapes of a training: all that its speed depends on."""
+    """The shapes of a training, on which its speed depends."""
 
     network: str
     channels: int
@@ -67,7 +68,7 @@ class Job(NamedTuple):
     inner_steps: int
     queries: int
     first_order: bool
-    steps: int  # meta-steps that are measured
+    steps: int  # the meta-steps that are measured
 
 
 JOBS = {
@@ -81,7 +82,7 @@ JOBS = {
 
 
 def work(name: str, steps: int | None) -> None:
-    """Says "ready" when warm, then what `steps` meta-steps cost; None: goes on until it is ended."""
+    """Prints "ready" when it is warm, and then what `steps` meta-steps cost; None: goes on until it is ended."""
     settle()
     import torch
 
@@ -103,7 +104,7 @@ def work(name: str, steps: int | None) -> None:
     width = {"width": 32} if job.network == "conv4_pooled" else {}
     network = getattr(models, job.network)(channels=job.channels, size=job.size, ways=job.ways, **width)
     labels = [torch.arange(job.ways).repeat_interleave(n).repeat(job.tasks, 1) for n in (job.shots, job.queries)]
-    images = [torch.randn(*each.shape, job.channels, job.size, job.size) for each in labels]
+    images = [torch.randn(*classes.shape, job.channels, job.size, job.size) for classes in labels]
     tasks = Task(images[0], labels[0], images[1], labels[1])
     optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
 
@@ -131,7 +132,7 @@ def work(name: str, steps: int | None) -> None:
 
 
 def start(contestant: str, job: str, steps: int | None) -> subprocess.Popen:
-    """A process that is warm."""
+    """Starts a process and returns it when it is warm."""
     inherited = {n: v for n, v in os.environ.items() if not n.startswith(("OMP_", "GOMP_", "MALLOC_", "GLIBC_", "LD_"))}
     command = [sys.executable, __file__, "--work", job, *([] if steps is None else [str(steps)])]
     process = subprocess.Popen(command, env=inherited | CONTESTANTS[contestant], stdout=subprocess.PIPE, text=True)
@@ -172,12 +173,12 @@ def main() -> None:
             print(job, contestant, json.dumps(rows[job, contestant][-1]), file=sys.stderr, flush=True)
     columns = ("wall", "processor", "system", "faults", "peak_mib")
     table = Table("job", "contestant", *columns, title=f"per meta-step, median; neighbours: {asked.neighbours}")
-    for (job, contestant), found in rows.items():
-        medians = [statistics.median(each[column] for each in found) for column in columns]
+    for (job, contestant), rounds in rows.items():
+        medians = [statistics.median(costs[column] for costs in rounds) for column in columns]
         table.add_row(job, contestant, *(f"{m:.3f}" if m < 1000 else f"{m:,.0f}" for m in medians))
     Console(width=120).print(table)
     if asked.json:
-        measured = [{"job": job, "contestant": each, "rounds": found} for (job, each), found in rows.items()]
+        measured = [{"job": job, "contestant": name, "rounds": rounds} for (job, name), rounds in rows.items()]
         asked.json.write_text(json.dumps({"neighbours": asked.neighbours, "measured": measured}, indent=1) + "\n")
 
 

@@ -1,9 +1,10 @@
-"""What the zeroing trick saves: a task of Omniglot 5-way with and without it, in both orders, and an evaluation.
+"""Measures what the zeroing trick saves: of a task of Omniglot 5-way, in both orders, and of an evaluation.
 
     python benchmarks/zeroing.py --rounds 12 [--json FILE]
 
-Processor milliseconds of one task, one thread, medians; all take turns in one process. Without zeroing everything is
-computed; learn2learn's loop knows of no zeroing. The evaluation is of three steps, its two modes together and alone.
+It prints processor milliseconds of one task with one thread, as medians; all contestants take turns in one process.
+Without zeroing nothing is left out. learn2learn's loop has no zeroing. The evaluation has three steps, and its two
+modes (test zeroing off and on) are measured together and alone.
 """
 
 import argparse
@@ -28,8 +29,8 @@ WAYS, QUERIES, TASKS = 5, 15, 8
 
 def tasks(shots: int) -> Task:
     generator = torch.Generator().manual_seed(1)
-    images = (torch.rand(TASKS, WAYS * each, 1, 28, 28, generator=generator) for each in (shots, QUERIES))
-    labels = (torch.arange(WAYS).repeat_interleave(each).expand(TASKS, -1) for each in (shots, QUERIES))
+    images = (torch.rand(TASKS, WAYS * number, 1, 28, 28, generator=generator) for number in (shots, QUERIES))
+    labels = (torch.arange(WAYS).repeat_interleave(number).expand(TASKS, -1) for number in (shots, QUERIES))
     support, query = zip(images, labels, strict=True)
     return Task(*support, *query)
 
@@ -44,7 +45,7 @@ def main() -> None:
     torch.manual_seed(0)
     network = conv4_strided(channels=1, size=28, ways=WAYS)
     engines = {"sequential": peers.sequential, "batched": peers.batched}
-    entered, found = {}, {}
+    entered, times = {}, {}
     for shots, steps in ((1, 1), (1, 2), (1, 5), (5, 1), (5, 2), (5, 5)):
         for order in ("first", "second"):
             knobs = {"inner_lr": 0.4, "inner_steps": steps, "first_order": order == "first"}
@@ -63,13 +64,13 @@ def main() -> None:
         for key, call in entered.items():
             began = time.process_time()
             call()
-            found.setdefault(key, []).append(1000 * (time.process_time() - began) / TASKS)
-    medians = {key: statistics.median(each[1:]) for key, each in found.items()}  # the first round warms up
+            times.setdefault(key, []).append(1000 * (time.process_time() - began) / TASKS)
+    medians = {key: statistics.median(rounds[1:]) for key, rounds in times.items()}  # the first round warms up
     for key, median in medians.items():
         first = medians.get((*key[:3], "first", "none"))
         print(*key, f"{median:.2f} ms", f"{median / first:.2f} of first order without zeroing" if first else "")
     if args.json:
-        rows = [{"contestant": list(map(str, key)), "milliseconds": each} for key, each in found.items()]
+        rows = [{"contestant": list(map(str, key)), "milliseconds": rounds} for key, rounds in times.items()]
         args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 

@@ -64,3 +64,16 @@ def lines(*places: str) -> int:
 def test_a_file_is_a_screen_to_a_few_and_the_papers_own_part_can_be_read_in_one_sitting():
     assert {path.name: size for path in SOURCE.rglob("*.py") if (size := lines(str(path))) > 350} == {}
     assert lines(*PAPER) < 1700
+
+
+def test_no_two_benchmarks_import_each_other():
+    places = {path.stem: path for path in (ROOT / "benchmarks").rglob("*.py")}
+    below: dict[str, set[str]] = {}
+    for name, path in places.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        below[name] = modules & set(places)
+    while leaves := {name for name, others in below.items() if not others & set(below)}:
+        below = {name: others for name, others in below.items() if name not in leaves}
+    assert not below

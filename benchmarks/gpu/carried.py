@@ -1,7 +1,7 @@
-"""What has to be carried to the GPU machine, and whether it is all there.
+"""Says what has to be carried to the GPU machine, and checks that all of it is there.
 
-python benchmarks/gpu/carried.py list REQUIREMENTS...    # those of them that machine.txt does not hold
-python benchmarks/gpu/carried.py check                   # every import is found, every wheel's needs are met, it fits
+python benchmarks/gpu/carried.py list REQUIREMENTS...    # those that machine.txt does not have
+python benchmarks/gpu/carried.py check                   # imports, the needs of the wheels, and the size
 """
 
 import ast
@@ -26,7 +26,7 @@ UNUSED = {("gym", "gym-notices"), ("gym", "gym_notices"), ("learn2learn", "gsuti
 
 
 def machine() -> set[str]:
-    """The names of the packages that are there already."""
+    """The names of the packages that the machine has already."""
     lines = (line.split("#")[0].strip() for line in (HERE / "machine.txt").read_text().splitlines())
     return {canonicalize_name(Requirement(line).name) for line in lines if line}
 
@@ -36,11 +36,11 @@ def missing(files: list[str]) -> list[str]:
     lines = (line.strip() for file in files for line in Path(file).read_text().splitlines())
     wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return [
-        f"{each.name}{each.specifier}"
-        for each in wanted
-        if (each.marker is None or each.marker.evaluate(PYTHON))
-        and canonicalize_name(each.name) not in machine()
-        and not each.name.startswith("nvidia-")
+        f"{package.name}{package.specifier}"
+        for package in wanted
+        if (package.marker is None or package.marker.evaluate(PYTHON))
+        and canonicalize_name(package.name) not in machine()
+        and not package.name.startswith("nvidia-")
     ]
 
 
@@ -57,9 +57,9 @@ def check() -> None:
                 name.split("/")[0].removesuffix(".py").split(".")[0] for name in names if ".dist-info" not in name
             }
             metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
-            found = Parser().parsestr(archive.read(metadata).decode())
-        there.add(canonicalize_name(found["Name"]))
-        needs += [(found["Name"], Requirement(each)) for each in found.get_all("Requires-Dist", [])]
+            about = Parser().parsestr(archive.read(metadata).decode())
+        there.add(canonicalize_name(about["Name"]))
+        needs += [(about["Name"], Requirement(need)) for need in about.get_all("Requires-Dist", [])]
     faults = [
         f"{name} needs {need}, which is neither carried nor on the machine"
         for name, need in needs

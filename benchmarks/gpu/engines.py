@@ -1,7 +1,8 @@
-"""Step engines: on this device, do both engines give the same outer gradient, with CUDA graphs and without?
+"""Step engines: do both engines give the same outer gradient on this device, with CUDA graphs and without?
 
-In float64 to 1e-10; what float32 and TF32 add is stated, not judged. Then twenty outer updates with CUDA graphs against
-twenty without, FOMAML with zeroing: training without zeroing is chaotic, and 1e-16 would grow to half the weights.
+In float64 they must agree to 1e-10. The errors of float32 and TF32 are printed and not judged. Then twenty outer
+updates with CUDA graphs are compared with twenty without. They are of FOMAML with zeroing, because training without
+zeroing is chaotic and 1e-16 would grow to half the weights.
 """
 
 import copy
@@ -21,7 +22,7 @@ from fewshot.models.head import zero_head
 from fewshot.models.network import conv4_pooled, conv4_strided
 
 SMALL = REHEARSE
-CASES = {  # name: network, channels, size, tasks, what else the engines are told
+CASES = {  # name: network, channels, size, tasks, fields of the InnerLoop
     "omniglot": (conv4_strided, 1, 28, 2 if SMALL else 32, {"inner_lr": 0.4, "inner_steps": 2}),
     "omniglot, head alone": (
         conv4_strided,
@@ -42,18 +43,18 @@ CASES = {  # name: network, channels, size, tasks, what else the engines are tol
 
 
 def draw(network: type, channels: int, size: int, tasks: int, dtype: torch.dtype) -> tuple[nn.Module, Task]:
-    """Seeded weights and tasks: every class a random image, every image that and noise; 5-way 1-shot, 15 queries."""
+    """Seeded weights and tasks, 5-way 1-shot with 15 queries. An image is its class's random image and noise."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     made = network(channels=channels, size=size, ways=5)
     centres = torch.randn(tasks, 5, 1, channels, size, size, generator=generator)
 
-    def images(each: int) -> Tensor:
-        noise = torch.randn(tasks, 5, each, channels, size, size, generator=generator)
+    def images(number: int) -> Tensor:
+        noise = torch.randn(tasks, 5, number, channels, size, size, generator=generator)
         return (centres + 0.5 * noise).flatten(1, 2).to(DEVICE, dtype)
 
-    def labels(each: int) -> Tensor:
-        return torch.arange(5, device=DEVICE).repeat_interleave(each).repeat(tasks, 1)
+    def labels(number: int) -> Tensor:
+        return torch.arange(5, device=DEVICE).repeat_interleave(number).repeat(tasks, 1)
 
     queries = 3 if SMALL else 15
     return made.to(DEVICE, dtype), Task(images(1), labels(1), images(queries), labels(queries))
@@ -67,10 +68,10 @@ def gradient(engine: object, network: nn.Module, tasks: Task, **knobs: object) -
 
 
 def agreement(case: str, first_order: bool) -> dict[str, float]:
-    """Relative differences of the outer gradient from the sequential engine's in float64."""
+    """Relative differences of the outer gradients from that of the sequential engine in float64."""
     network, channels, size, number, knobs = CASES[case]
     knobs = knobs | {"first_order": first_order}
-    found = {}
+    differences = {}
     for precision in ("float64", "float32", "tf32"):
         dtype = torch.float64 if precision == "float64" else torch.float32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -83,14 +84,14 @@ def agreement(case: str, first_order: bool) -> dict[str, float]:
         gradients = {name: way(weights, tasks, **knobs) for name, way in ways.items()}
         if precision == "float64":
             exact = gradients["sequential"]
-        for name, each in gradients.items():
-            found[f"{name} {precision}"] = relative_error(each, exact)
-        found[f"graphs against none {precision}"] = relative_error(gradients["graphs"], gradients["batched"])
-    return found
+        for name, outer in gradients.items():
+            differences[f"{name} {precision}"] = relative_error(outer, exact)
+        differences[f"graphs against none {precision}"] = relative_error(gradients["graphs"], gradients["batched"])
+    return differences
 
 
 def training(updates: int) -> float:
-    """Relative difference of the weights after `updates` of FOMAML with zeroing, with CUDA graphs and without."""
+    """Relative difference of the weights with CUDA graphs and without, after `updates` of FOMAML with zeroing."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     network, tasks = draw(conv4_strided, 1, 28, 2 if SMALL else 32, torch.float64)
     weights = []
@@ -108,23 +109,23 @@ def training(updates: int) -> float:
 
 
 def main() -> None:
-    found, lines = {}, []
+    differences, lines = {}, []
     for case in CASES:
         for first_order in (True, False):
             name = f"{case}, {'first' if first_order else 'second'} order"
-            found[name] = values = agreement(case, first_order)
+            differences[name] = values = agreement(case, first_order)
             worst = max(values["batched float64"], values["graphs float64"])
             lines.append(
                 f"{name:36} float64 {worst:.0e} {'agree' if worst < 1e-10 else 'DO NOT AGREE'}; from float64, batched: "
                 f"float32 {values['batched float32']:.0e}, TF32 {values['batched tf32']:.0e}; with graphs against "
                 f"without: {values['graphs against none float64']:.0e}"
             )
-            write("engines", {"device": DEVICE, "differences": found, "lines": lines})
+            write("engines", {"device": DEVICE, "differences": differences, "lines": lines})
     possible = "" if CudaGraphs.possible else "; CUDA graphs could not be recorded"
     updates = 2 if SMALL else 20
     apart = training(updates)
     lines.append(f"weights after {updates} updates with graphs against without, float64: {apart:.0e} apart{possible}")
-    write("engines", {"device": DEVICE, "differences": found, "training": apart, "lines": lines})
+    write("engines", {"device": DEVICE, "differences": differences, "training": apart, "lines": lines})
 
 
 if __name__ == "__main__":

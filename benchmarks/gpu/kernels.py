@@ -1,7 +1,7 @@
 """Step kernels: where the time of one batched meta-step goes, Omniglot 5-way 1-shot, 2 steps, 32 tasks, both orders.
 
-The ten kernels that take longest, their share of the time, and the gaps between kernels, with CUDA graphs and without.
-On a CPU (a rehearsal) torch's operators stand for kernels.
+It lists the ten kernels that take longest with their share of the time, and measures the gaps between kernels, with
+CUDA graphs and without. On a CPU, in a rehearsal, torch's operators are counted in place of kernels.
 """
 
 from collections import Counter
@@ -41,15 +41,15 @@ def profiled(first_order: bool, graphs: bool) -> dict:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
     kind = DeviceType.CUDA if DEVICE == "cuda" else DeviceType.CPU
-    events = [each for each in profiler.events() if each.device_type == kind]
+    events = [event for event in profiler.events() if event.device_type == kind]
     if DEVICE == "cpu":
-        events = [each for each in events if each.name.startswith("aten::") and not each.cpu_children]
-    intervals = [(each.time_range.start, each.time_range.end) for each in events]
+        events = [event for event in events if event.name.startswith("aten::") and not event.cpu_children]
+    intervals = [(event.time_range.start, event.time_range.end) for event in events]
     span = max(last for _, last in intervals) - min(first for first, _ in intervals)
     time, number = Counter(), Counter()
-    for each in events:
-        time[each.name] += each.time_range.end - each.time_range.start
-        number[each.name] += 1
+    for event in events:
+        time[event.name] += event.time_range.end - event.time_range.start
+        number[event.name] += 1
     total = sum(time.values())
     return {
         "kernels": len(events),
@@ -63,19 +63,19 @@ def profiled(first_order: bool, graphs: bool) -> dict:
 
 
 def main() -> None:
-    found, lines = {}, []
+    profiles, lines = {}, []
     for first_order in (True, False):
         for graphs in (False, True) if DEVICE == "cuda" else (False,):
             name = f"{'first' if first_order else 'second'} order, {'with' if graphs else 'without'} graphs"
-            found[name] = each = profiled(first_order, graphs)
+            profiles[name] = told = profiled(first_order, graphs)
             lines.append(
-                f"{name}: {each['kernels']} kernels in {each['span_ms']:.2f} ms, at work {each['busy_share']:.0%} of it"
+                f"{name}: {told['kernels']} kernels in {told['span_ms']:.2f} ms, at work {told['busy_share']:.0%} of it"
             )
         lines += [
             f"    {one['share']:5.1%} {one['ms']:7.3f} ms {one['times']:4} x {one['name'][:60]}"
-            for one in each["longest"]
+            for one in told["longest"]
         ]
-        write("kernels", {"device": DEVICE, "profiles": found, "lines": lines})
+        write("kernels", {"device": DEVICE, "profiles": profiles, "lines": lines})
 
 
 if __name__ == "__main__":

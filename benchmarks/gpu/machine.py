@@ -1,4 +1,4 @@
-"""Step machine: versions, the card, and the two ceilings, measured copy and matrix-product rates."""
+"""Step machine: versions, the card, and its highest rates of copying and of multiplying matrices."""
 
 import importlib.metadata
 import subprocess
@@ -11,9 +11,9 @@ PACKAGES = ("torch", "triton", "pytorch-lightning", "numpy", "learn2learn", "hyd
 
 
 def main() -> None:
-    found = {}
+    ceilings = {}
     for precision in ("float32", "tf32"):
-        found[precision] = Machine(DEVICE, None, tf32=precision == "tf32").describe()
+        ceilings[precision] = Machine(DEVICE, None, tf32=precision == "tf32").describe()
     versions = {}
     for name in PACKAGES:
         try:
@@ -27,12 +27,14 @@ def main() -> None:
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], text=True
         ).strip()
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    rates = ", ".join(f"{name} {each['matmul_gflop_per_second'] / 1000:.1f} TFLOP/s" for name, each in found.items())
+    rates = ", ".join(
+        f"{name} {ceiling['matmul_gflop_per_second'] / 1000:.1f} TFLOP/s" for name, ceiling in ceilings.items()
+    )
     lines = [
-        f"{card}; copy {found['float32']['copy_gb_per_second']:.0f} GB/s; products of matrices: {rates}",
+        f"{card}; copy {ceilings['float32']['copy_gb_per_second']:.0f} GB/s; products of matrices: {rates}",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
-    write("machine", {"machine": found, "versions": versions, "card": card, "lines": lines})
+    write("machine", {"machine": ceilings, "versions": versions, "card": card, "lines": lines})
 
 
 if __name__ == "__main__":

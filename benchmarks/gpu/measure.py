@@ -1,8 +1,8 @@
-"""The steps of measure.sh, in their order, each in processes of its own and under a time limit of its own.
+"""Runs the steps of measure.sh in their order, each in processes of its own and under a time limit of its own.
 
-Every step writes OUT/NAME.json as soon as it has something; once it is over that goes into OUT/steps.json. So there are
-few files, and a call that is cut off loses the step at hand alone. A step that fails says why in one line and the next
-one begins. The last lines are a table of all steps, which is OUT/table.txt too.
+Every step writes OUT/NAME.json as soon as it has a result. When the step is over, this goes into OUT/steps.json. So
+there are few files, and a call that is cut off loses the step at hand alone. A step that fails says why in one line,
+and the next one begins. The last lines are a table of all steps, which is written to OUT/table.txt too.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SECONDS = 525  # of all steps together; the command has nine minutes
-REHEARSAL = 1500  # likewise, on a machine that may be busy with other things
+SECONDS = 525  # all steps together; the command has nine minutes
+REHEARSAL = 1500  # the same in a rehearsal, on a machine that may be busy with other things
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step, its seconds and the commands that are run one after the other; what earlier steps leave is added.
+    """Commands that run one after the other.
 
-    most: seconds that it gets at most, whatever earlier ones left.
+    seconds: what the step is sure to get; it also gets what earlier steps have left, up to `most` in all.
     """
 
     name: str
@@ -88,12 +88,12 @@ def run(command: list[str], limit: float, log: Path) -> str:
     return f"failed ({code}): {lines[-1][:200] if lines else 'it said nothing'}"
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """What a step has found, one line for each result."""
-    if isinstance(found.get("lines"), list):
-        return found["lines"]
+def lines(content: dict[str, Any]) -> list[str]:
+    """What a step has measured, one line for each result."""
+    if isinstance(content.get("lines"), list):
+        return content["lines"]
     told = []
-    for row in found.get("rows", []):
+    for row in content.get("rows", []):
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f} x"
         told.append(
             f"{row['setting']:34} {row['contestant']:12} {row['milliseconds']:8.1f} ms {speedup:>8} "
@@ -123,7 +123,7 @@ def main() -> None:
         for command in step.commands:
             left = limit - (time.monotonic() - began)
             outcomes.append(run(command, left, log) if left > 3 else "no time left")
-        outcome = next((each for each in outcomes if each != "ok"), "ok")
+        outcome = next((reason for reason in outcomes if reason != "ok"), "ok")
         table.append(f"== {step.name}: {outcome} ({time.monotonic() - began:.0f} s)")
         for file in (out / f"{step.name}.json", out / f"{step.name}_jax.json"):
             if file.exists():

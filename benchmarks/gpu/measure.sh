@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command of at most nine minutes that measures this program on a GPU: what measure.py's steps say.
+# Measures this program on a GPU by one command of at most nine minutes, whose steps are those of measure.py.
 #
 #     benchmarks/gpu/measure.sh [STEP ...]      # on the GPU machine, with .gpu/ beside it; results in $OUT (outputs/gpu)
 #     benchmarks/gpu/measure.sh --rehearse      # the same steps, tiny, on this machine's CPU; see rehearsal.sh

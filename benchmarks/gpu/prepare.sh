@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .gpu/, what a GPU machine without a package registry has to be given: packages, Omniglot and photos.
+# Makes .gpu/, which holds what a GPU machine without a package registry lacks: packages, Omniglot and photos.
 #
 #     benchmarks/gpu/prepare.sh [FOLDER]
 #
 # FOLDER (../shared/data if left out) holds omniglot/images_*.zip and tinyimagenet100.zip.
-# Needs a package registry, a C compiler and Python 3.12 (PYTHON312=PATH if it is not on the PATH). Ends with a check:
-# every import of the program and the benchmarks is looked for among what is carried and in machine.txt.
+# Needs a package registry, a C compiler and Python 3.12 (PYTHON312=PATH if it is not on the PATH). At the end it checks
+# that .gpu/wheels or machine.txt has every module that the program and the benchmarks import.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-../shared/data} python=${PYTHON312:-python3.12}
@@ -17,7 +17,7 @@ trap 'rm -rf "$build"' EXIT
 pip() { "$build/venv/bin/pip" --disable-pip-version-check "$@"; }
 pip install --quiet "cython>=3.1,<4" setuptools wheel numpy packaging
 
-# The versions that this project is resolved to, less W&B, which a run with logger=none does without; then the peers.
+# The versions that this project is resolved to, without W&B, which logger=none does not need; then the peers.
 uv export --quiet --no-dev --no-emit-project --no-hashes --no-annotate --prune wandb > "$build/project.txt"
 printf 'higher==0.2.1\ntorchopt==0.7.3\noptree==0.20.0\ngraphviz==0.21\n' > "$build/peers.txt"
 "$build/venv/bin/python" benchmarks/gpu/carried.py list "$build/project.txt" "$build/peers.txt" > "$build/missing.txt"

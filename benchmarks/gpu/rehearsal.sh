@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes .gpu-rehearsal/, a Python 3.12 that holds no package beside those in machine.txt, to rehearse in.
+# Makes .gpu-rehearsal/, a Python 3.12 for rehearsals, which has no packages but those in machine.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON312:-python3.12}
 rm -rf .gpu-rehearsal
 uv venv --quiet --seed --python "$python" .gpu-rehearsal
 listed() { sed 's/[=#].*//' benchmarks/gpu/machine.txt | tr -d ' '; }
-# What the steps use; the versions are the machine's where one was read.
+# The packages that the steps use, in the machine's versions where machine.txt names them.
 uv pip install --quiet --python .gpu-rehearsal/bin/python --constraint benchmarks/gpu/machine.txt torch torchvision \
     pytorch-lightning torchmetrics numpy scipy matplotlib pillow rich pyyaml joblib cloudpickle requests tqdm safetensors \
     jax jinja2 filelock pandas setuptools packaging python-dateutil

@@ -17,7 +17,7 @@ BLOCK = 1024
 
 @triton.jit
 def _places(first, channel, n: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, BLOCK: tl.constexpr):
-    """Where numbers first .. first + BLOCK - 1 of a channel lie, and which of them there are."""
+    """Where the numbers first .. first + BLOCK - 1 of a channel lie, and which of them exist."""
     index = first + tl.arange(0, BLOCK)
     return (index // HW) * C * HW + channel * HW + index % HW, index < n
 
@@ -94,7 +94,7 @@ class ReluNorm(torch.autograd.Function):
 
 
 def relu_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """(I, C, H, W) to the same; the batched engine, which has the channels of several tasks in x, puts in its own."""
+    """(I, C, H, W) to the same shape. The batched engine calls its own version, for channels of several tasks in x."""
     if has_torch_function((x, gamma, beta)):
         return handle_torch_function(relu_norm, (x, gamma, beta), x, gamma, beta, eps)
     return F.batch_norm(F.relu(x), None, None, gamma, beta, training=True, eps=eps)
@@ -105,7 +105,7 @@ def side_by_side(tasks: int, x: Tensor, gamma: Tensor, beta: Tensor, eps: float)
 
 
 class FusedNorm(nn.Module):
-    """In place of a BatchNorm2d that follows a ReLU, with its parameters under their names."""
+    """Stands in place of a BatchNorm2d that follows a ReLU; its parameters keep their names."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class FusedNorm(nn.Module):
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """The network with every ReLU that a BatchNorm2d follows taken into it, in place; parameters keep their names."""
+    """Fuses every ReLU with the BatchNorm2d that follows it, in place; parameters keep their names."""
     layers = network.encoder
     for place in range(len(layers) - 1):
         if isinstance(layers[place], nn.ReLU) and isinstance(layers[place + 1], nn.BatchNorm2d):

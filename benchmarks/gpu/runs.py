@@ -1,10 +1,11 @@
-"""Steps paper and panel1: whole runs of train.py, with what each left.
+"""Steps paper and panel1: whole runs of train.py, and what they leave.
 
     runs.py paper     the paper's Omniglot run, experiment=paper_omniglot_5w1s algo=zero: seconds, accuracy, memory
     runs.py panel1    the poster's panel 1 at full length, six settings, seed after seed, until the time is over
 
-panel1 runs six processes on the card for seed 0, three at a time for seed 1, and from then on as many as were faster.
-OUT/runs.tar.gz has metrics.csv, results.json and the log of every run, of one that was stopped as far as it came.
+panel1 runs six processes at a time on the card for seed 0 and three for seed 1. From then on it runs as many as were
+faster. OUT/runs.tar.gz has metrics.csv, results.json and the log of every run; of a run that was stopped it has what
+there was.
 """
 
 import json
@@ -30,7 +31,7 @@ CURVES = ["val_every=150", "test_every=150", "callbacks.record.test_curve_tasks=
 
 
 class Run:
-    """A train.py at work; `name` is its folder's."""
+    """A train.py at work in the folder `name`."""
 
     def __init__(self, name: str, overrides: list[str], threads: int) -> None:
         self.name, self.folder = name, FOLDER / name
@@ -56,8 +57,8 @@ class Run:
         self.seconds = self.seconds or time.monotonic() - self.began
         return True
 
-    def found(self) -> dict:
-        """Its call, seconds from start to end and what results.json says; of a run that did not end, its last line."""
+    def outcome(self) -> dict:
+        """The call, the seconds from start to end, and the results; or the last line of a run that did not end well."""
         row = {"name": self.name, "command": self.command, "seconds": round(self.seconds, 1)}
         results = self.folder / "results.json"
         if self.process.poll() == 0 and results.exists():
@@ -69,7 +70,7 @@ class Run:
 
 
 def wait(runs: list[Run], until: float) -> float:
-    """Until all are over or the time is; those still at work are then killed. Returns the most GPU memory seen, MiB."""
+    """Waits until all runs or the time is over, then kills the rest. Returns the most GPU memory seen, in MiB."""
     most = 0.0
     while sum(run.over() for run in runs) < len(runs):
         if time.monotonic() > until:
@@ -81,13 +82,13 @@ def wait(runs: list[Run], until: float) -> float:
         if DEVICE == "cuda":
             query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
             told = subprocess.run(query, capture_output=True, text=True).stdout.split()
-            most = max([most, *(float(each) for each in told if each.isdigit())])
+            most = max([most, *(float(mebibytes) for mebibytes in told if mebibytes.isdigit())])
         time.sleep(0.5)
     return most
 
 
 def pack() -> None:
-    """OUT/runs.tar.gz, anew."""
+    """Writes OUT/runs.tar.gz anew."""
     part = OUT / ".runs.part"
     with tarfile.open(part, "w:gz") as archive:
         for name in ("metrics.csv", "results.json", "log.txt"):
@@ -97,7 +98,7 @@ def pack() -> None:
 
 
 def line(row: dict) -> str:
-    """A run in a line of the table."""
+    """The table's line of a run."""
     if "error" in row:
         return f"{row['name']:26} {row['seconds']:6.1f} s  not finished: {row['error'][:120]}"
     step_1 = "/".join(f"{row['accuracy'][mode][1]:.3f}" for mode in ("zeroing_off", "zeroing_on"))
@@ -113,7 +114,7 @@ def paper() -> None:
     prepared = time.monotonic() - began
     run = Run("paper-zero-first", [*SETTINGS["zero-first"], "test_every=null"], threads=8)
     most = wait([run], end)
-    row = run.found() | {"peak_gpu_mib": most, "prepare_seconds": round(prepared, 1)}
+    row = run.outcome() | {"peak_gpu_mib": most, "prepare_seconds": round(prepared, 1)}
     pack()
     told = f"images prepared once: {prepared:.0f} s; GPU memory at most {most:.0f} MiB"
     write("paper", {"run": row, "lines": [line(row), told]})
@@ -126,7 +127,7 @@ def panel1() -> None:
     seed, seconds = 0, {}  # seconds of a seed, by how many processes were at work at once
     while True:
         together = (len(settings), len(settings) // 2)[seed] if seed < 2 else min(seconds, key=seconds.get)
-        # Of a number of processes that is not known yet at least as long as of the one that is.
+        # A number of processes that was not tried yet is taken to need at least as long as the fastest so far.
         if seed and time.monotonic() + 1.05 * min(seconds.values()) > end:
             break
         began = time.monotonic()
@@ -136,7 +137,7 @@ def panel1() -> None:
                 for name in settings[first : first + together]
             ]
             most = wait(runs, end)
-            rows += [run.found() for run in runs]
+            rows += [run.outcome() for run in runs]
             waves.append({"seed": seed, "together": together, "peak_gpu_mib": most})
             lines = [*[line(row) for row in rows], *summary(seconds)]
             pack()
@@ -152,7 +153,7 @@ def panel1() -> None:
 
 
 def summary(seconds: dict[int, float]) -> list[str]:
-    return [f"all settings of a seed, {together} at once: {each:.0f} s" for together, each in seconds.items()]
+    return [f"all settings of a seed, {together} at once: {spent:.0f} s" for together, spent in seconds.items()]
 
 
 if __name__ == "__main__":

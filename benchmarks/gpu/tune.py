@@ -1,7 +1,8 @@
-"""Variants of the batched engine on a GPU: one outer step of each in turns, and its gradient's error against float64.
+"""Times variants of the batched engine on a GPU, which take turns, and the errors of their gradients against float64.
 
-Omniglot 5-way 1-shot, 2 steps, 32 tasks, and 84x84 photos, 5 steps, 4 tasks, each in both orders. A step is zero_grad,
-the outer gradient, Adam and the zeroing of the head. Every variant is compared with `graphs`, what the program does.
+The settings are Omniglot 5-way 1-shot, 2 steps, 32 tasks, and 84x84 photos, 5 steps, 4 tasks, both in both orders. An
+outer step is zero_grad, the outer gradient, Adam and the zeroing of the head. Every variant is compared with `graphs`,
+which is what the program does.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ SETTINGS = {  # network, channels, size, tasks, the inner loop
     ),
 }
 ROUNDS = 0 if REHEARSE else 7  # Triton's interpreter takes seconds for a step
-TURN = 0.2  # seconds; a variant repeats a shorter step until its turn is as long
+TURN = 0.2  # seconds; a variant whose step is shorter repeats it until its turn is as long
 
 
 @contextlib.contextmanager
@@ -81,9 +82,9 @@ def own_relu_norm() -> Iterator[None]:
 
 
 class Variant:
-    """An outer step and what surrounds it.
+    """An outer step inside the contexts of `surroundings`.
 
-    whole: one CUDA graph of the whole step, Adam and zeroing included, in place of one of the gradient.
+    whole: one CUDA graph holds the whole step, Adam and zeroing included, and not the gradient alone.
     """
 
     def __init__(
@@ -135,8 +136,8 @@ class Variant:
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for each in self.surroundings:
-                stack.enter_context(each())
+            for surrounding in self.surroundings:
+                stack.enter_context(surrounding())
             yield
 
     def _record(self) -> None:
@@ -154,10 +155,10 @@ class Variant:
 
 
 def variants(first_order: bool) -> dict[str, dict]:
-    """What each is made with; the fused kernel has no second derivative."""
+    """The arguments of every variant; the fused kernel has no second derivative."""
     tf32 = partial(precision, True)
     bf16 = partial(torch.autocast, DEVICE, torch.bfloat16)
-    found = {
+    made = {
         "graphs": {},
         "no graphs": {"graphs": False},
         "one graph for the step": {"whole": True},
@@ -170,12 +171,12 @@ def variants(first_order: bool) -> dict[str, dict]:
     if first_order:
         own = {"surroundings": (own_relu_norm,), "change": fused}
         both = {"surroundings": (own_relu_norm, tf32), "change": fused, "whole": True}
-        found |= {"ReLU and norm fused": own, "fused, TF32, one graph": both}
-    return found
+        made |= {"ReLU and norm fused": own, "fused, TF32, one graph": both}
+    return made
 
 
 def compare(setting: str, first_order: bool, machine: Machine) -> list[dict]:
-    """A row for each variant; one that fails has its reason."""
+    """A row for each variant. A variant that fails has the reason in its row."""
     network, channels, size, tasks, knobs = SETTINGS[setting]
     knobs = knobs | {"first_order": first_order}
     weights, exact_tasks = draw(network, channels, size, tasks, torch.float64)
