@@ -25,6 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from fewshot import train
+from fewshot.config.output_folder import Call
 from fewshot.config.tree import CONF, GROUPS
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import keep_memory
@@ -177,7 +178,7 @@ def _runner(cache: Path) -> Callable[..., Path]:
             patch.setattr("fewshot.training.resume.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
                 patch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
-            train.run(composed(*overrides), list(overrides), folder, signals)
+            train.run(composed(*overrides), Call(list(overrides), folder, signals))
         return folder
 
     return run

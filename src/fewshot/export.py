@@ -13,6 +13,7 @@ from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.tree import MODES, portable
 from fewshot.errors import UserError, one_line, shown
 from fewshot.files import check_place, write_file
+from fewshot.inner_loop import InnerLoop
 from fewshot.paths import EXPORTED, EXPORTED_CONFIG, checkpoint_file, user_path
 
 CARD = "README.md"
@@ -97,23 +98,13 @@ def model_card(
         title=plain_markdown(f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot"),
         facts="\n".join(f"| {name} | {plain_markdown(fact)} |" for name, fact in facts.items()),
         numbers=_table(results) if results else f"None: {why_not}.",
-        ways=_ways(algo, ways),
+        ways=InnerLoop.of(config).ways(ways),
     )
 
 
 def plain_markdown(text: str) -> str:
     """A line that Markdown and HTML show as it is: names of others may stand in it."""
     return re.sub(r"[\\`*_{}\[\]<>|~&:@$]", r"\\\g<0>", one_line(text))
-
-
-def _ways(algo: dict[str, Any], ways: int) -> str:
-    """How many classes the model adapts to."""
-    if algo["learned_inner_lr"]:
-        return f"{ways} classes"
-    if algo["zeroing"] or algo["head"] != "learned":
-        return "any number of classes"
-    more = ", to more with `test_zeroing=true`" if algo["adapted"] != "encoder" else ""
-    return f"2 to {ways} classes{more}"
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from fewshot import train
+from fewshot.config.output_folder import Call
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError
@@ -593,7 +594,7 @@ def trained(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         overrides = [*SMALL, "val_tasks=4", "test_tasks=6", f"dataset.cache={cache}", "logger=none"]
-        train.run(compose("config", overrides), overrides, folder, Signals())
+        train.run(compose("config", overrides), Call(overrides, folder, Signals()))
     return folder
 
 

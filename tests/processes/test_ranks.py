@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from fewshot import train
 from fewshot.config.check import check
+from fewshot.config.output_folder import Call
 from fewshot.config.tree import CONF
 from fewshot.data import meta_batches as data_module  # noqa: F401
 from fewshot.errors import UserError
@@ -50,7 +51,7 @@ def one_rank(rank, world, port, folder, overrides):
 
     MetaLearner.training_step = watched
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
-        train.run(compose("config", overrides), overrides, folder, signals)
+        train.run(compose("config", overrides), Call(overrides, folder, signals))
     torch.save(seen[0][1], folder / f"gradient_{rank}.pt")
     torch.save(weights, folder / f"weights_{rank}.pt")
     (folder / f"tasks_{rank}.pickle").write_bytes(pickle.dumps([images for images, _ in seen]))

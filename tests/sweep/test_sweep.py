@@ -325,12 +325,13 @@ def test_every_job_of_an_experiment_is_valid_and_another_setting(experiment):
     assert len(seen) == len(jobs)
 
 
-def test_memory_is_no_setting():
-    """Runs that are older than recompute_steps are runs of the same setting."""
-    today = settings(composed())
-    assert fingerprint({name: value for name, value in today.items() if name != "recompute_steps"}) == fingerprint(
-        today
-    )
+def test_memory_and_places_are_no_setting():
+    """Runs that are older than recompute_steps and dataset.archive are runs of the same setting."""
+    today, older = (settings(composed("dataset=cifarfs")) for _ in range(2))
+    del older["recompute_steps"], older["dataset"]["archive"]
+    assert fingerprint(older) == fingerprint(today)
+    assert fingerprint(settings(composed("dataset=cifarfs", "dataset.archive=other"))) == fingerprint(today)
+    assert fingerprint(settings(composed("dataset=cifarfs", "dataset.size=16"))) != fingerprint(today)
 
 
 def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, main, run, tmp_path, capsys):

@@ -3,8 +3,10 @@
 import copy
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,19 +71,26 @@ def _job(config: DictConfig, folder: str) -> DictConfig:
     return job
 
 
-@contextmanager
-def calling(cfg: DictConfig) -> Iterator[tuple[list[str], Path, Signals]]:
-    """Around a run: whatever ends it is said in one line, its folder is locked, its call is checked and written down.
+@dataclass(frozen=True)
+class Call:
+    """A call that trains or tests: its overrides, the run's folder, what notes signals, and when it began."""
 
-    Yields the overrides of the call, the run's folder, and what notes signals.
-    """
+    overrides: list[str]
+    folder: Path
+    signals: Signals
+    began: float = field(default_factory=time.monotonic)
+
+
+@contextmanager
+def calling(cfg: DictConfig) -> Iterator[Call]:
+    """Around a run: what ends it is said in one line, its folder is locked, its call is checked and written down."""
     lenient()
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
     with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals() as signals:
         refuse(cfg, overrides)
         record(folder, cfg)
-        yield overrides, folder, signals
+        yield Call(overrides, folder, signals)
 
 
 @contextmanager

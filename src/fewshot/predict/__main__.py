@@ -3,11 +3,8 @@
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
 
-import csv
-import io
 import logging
 import os
-from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import TYPE_CHECKING
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, write_atomically, write_file
+from fewshot.files import check_place, write_atomically
 from fewshot.paths import claimed, model_path, user_path
 from fewshot.predict.predictions import Predictions, predict
+from fewshot.results.record_files import write_csv
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,10 +75,10 @@ def run(
     rows = list(zip(queries, predictions.labels, predictions.probabilities, strict=True))
     folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
-        _write_csv(folder / "skipped.csv", ["set", "file", "reason"], skipped)
+        write_csv(folder / "skipped.csv", [("set", "file", "reason"), *skipped])
     header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
-    _write_csv(folder / "predictions.csv", header, table)
+    write_csv(folder / "predictions.csv", [header, *table])
     sheet = contact_sheet(_sheet_rows(examples, list(queries.items()), predictions), side=140)
     write_atomically(folder / "contact_sheet.png", partial(sheet.save, format="PNG"))
     but = f", {len(skipped)} skipped" if skipped else ""
@@ -146,12 +144,6 @@ def _sheet_rows(
         members = slice(first, first + COLUMNS)
         rows.append(Row("", [image for _, image in queries[members]], captions[members]))
     return rows
-
-
-def _write_csv(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_file(path, text.getvalue().encode(errors="surrogateescape"))  # a file's name in the very bytes that it has
 
 
 COMMAND = Command(

@@ -119,7 +119,7 @@ def _cause(failures: dict[int, Any], folder: Path, processes: int) -> BaseExcept
     )
 
 
-def start(program: str, overrides: list[str], folder: Path, processes: int) -> None:
+def start(program: str, overrides: list[str], folder: Path, processes: int) -> bool:
     """Runs a module in `processes` processes of this machine until all of them have ended, or one has failed.
 
     They import from where this process does: a script has its own folder on Python's path, python -m the current one.
@@ -128,10 +128,14 @@ def start(program: str, overrides: list[str], folder: Path, processes: int) -> N
         program: the module's name.
         overrides: those of the run, which writes into `folder`.
 
+    Returns False at once where the run has one process, or this one was itself started as one of several.
+
     Raises:
         UserError: one failed or was killed, and the others were ended too.
         Stopped: this process got a signal, and passed it on to them.
     """
+    if processes == 1 or launcher():
+        return False
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -172,3 +176,4 @@ def start(program: str, overrides: list[str], folder: Path, processes: int) -> N
             os.environ["PYTHONPATH"] = path
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+    return True

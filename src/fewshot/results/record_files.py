@@ -64,16 +64,17 @@ def announce(folder: Path, cfg: DictConfig) -> None:
     log.info(printable(line))
 
 
-def as_csv(rows: Iterable[Sequence[Any]]) -> str:
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Names of files stand there in the very bytes that they have."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     """metrics.csv: one row per logged iteration, first column `iteration`, empty where a metric was not logged."""
     columns = ["iteration", *sorted({key for row in rows for key in row if key != "iteration"}, key=_column_order)]
-    write_file(path, as_csv([columns, *([row.get(column, "") for column in columns] for row in rows)]))
+    write_csv(path, [columns, *([row.get(column, "") for column in columns] for row in rows)])
 
 
 def _column_order(name: str) -> tuple[int, str, int]:

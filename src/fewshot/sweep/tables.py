@@ -19,7 +19,7 @@ from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, printable, shown
 from fewshot.files import write_file
 from fewshot.paths import in_shell
-from fewshot.results.record_files import as_csv, title
+from fewshot.results.record_files import title, write_csv
 from fewshot.sweep.settings import (
     OVER_SEEDS,
     Job,
@@ -95,7 +95,7 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
 
     settings = group([job for job in jobs if job.results or job.curves])
     text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
-    write_file(into / "summary.csv", as_csv(as_rows(settings)))
+    write_csv(into / "summary.csv", as_rows(settings))
     write_file(into / "summary.md", text)
     write_file(into / "summary.png", png(figures.sweep(settings)))
     print(f"{text}\nWritten to {into}/summary.csv, .md, .png")

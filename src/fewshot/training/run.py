@@ -77,13 +77,15 @@ class Run:
         )
         return cls(start, tasks, learner, trainer, checkpoint, {"start": time.monotonic() - began, "train": 0.0})
 
-    def fit(self) -> None:
-        """Trains what is left to train."""
-        if not self.start.trained:
-            began = time.monotonic()
-            self.trainer.fit(self.learner, self.tasks, ckpt_path=self.checkpoint, weights_only=True)
-            self.seconds["train"] = time.monotonic() - began
-        self.checkpoint = self.start.folder / "checkpoints" / "best.ckpt"
+    def fit(self) -> "Run":
+        """Trains what is left to train; with fit=false that is nothing."""
+        if self.start.cfg.fit:
+            if not self.start.trained:
+                began = time.monotonic()
+                self.trainer.fit(self.learner, self.tasks, ckpt_path=self.checkpoint, weights_only=True)
+                self.seconds["train"] = time.monotonic() - began
+            self.checkpoint = self.start.folder / "checkpoints" / "best.ckpt"
+        return self
 
     def test(self) -> "Run":
         """Evaluates the best model, or the one that the call names, on the fixed validation and test tasks."""
