@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fewshot
 from fewshot import export
-from fewshot.config.moved import to_today
+from fewshot.config.stored import to_today
 from fewshot.config.tree import CONF, settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.sheet import contact_sheet

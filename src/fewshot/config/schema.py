@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WrapValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
@@ -125,12 +126,12 @@ class Made(Part, extra="allow"):
 def part(ours: type[Part], own: type[Part] = Made, maker: str | None = None) -> Any:
     """`ours`; but `own` where `_target_` (that of the knob `maker`) names something that is not this program's."""
 
-    def check(values: Any) -> Part:
+    def check(values: Any, validate: Callable[[Any], Any]) -> Part:
         made = values.get(maker) if maker and isinstance(values, dict) else values
         target = made.get("_target_") if isinstance(made, dict) else None
         return (own if isinstance(target, str) and not target.startswith("fewshot.") else ours).model_validate(values)
 
-    return Annotated[Any, PlainValidator(check), (ours,)]  # in a tuple, which pydantic takes for a note
+    return Annotated[Any, WrapValidator(check), (ours,)]  # in a tuple, which pydantic takes for a note
 
 
 # The configuration. What is not in every YAML of its group has a default here, which nothing reads.
@@ -334,17 +335,16 @@ class Config(Part):
     callbacks: Callbacks
 
 
-def mistakes(values: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """(dotted knob, its value, what would be right) for each mistake in a plain configuration, in the order above."""
+validator = cache(TypeAdapter)  # to make one takes hundredths of a second
+
+
+def mistakes(values: Any, kind: Any = Config) -> list[tuple[str, Any, str]]:
+    """(dotted key, its value, what would be right) for each mistake in plain data, in the order of its kind."""
+    words = {"missing": "is missing", "dict_type": "must be a dict", "list_type": "must be a list"}
     try:
-        Config.model_validate(values)
+        validator(kind).validate_python(values, strict=True)
+        return []
     except ValidationError as error:
-        return [
-            (
-                ".".join(map(str, wrong["loc"])),
-                wrong["input"],
-                "is missing" if wrong["type"] == "missing" else wrong["msg"],
-            )
-            for wrong in error.errors()
-        ]
-    return []
+        wrong = error.errors(include_url=False)
+    places = (".".join(map(str, mistake["loc"])).removesuffix(".[key]") for mistake in wrong)
+    return [(place, one["input"], words.get(one["type"], one["msg"])) for place, one in zip(places, wrong, strict=True)]

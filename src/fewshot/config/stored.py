@@ -1,158 +1,144 @@
 """Reads files that others may have written: what is not of the form that it must have ends in one line.
 
-A form is an `Is`, an `Each`, or a dictionary of forms by key, where a key that ends in ? may be missing. schema.py has
-words of its own, because it says what a knob takes, and because a sweep's table need not wait for pydantic.
+Import paths are not a format: two configurations never differ by where something lies in this program. Every reader of
+a stored configuration asks here what its names, some of which have changed since, are today.
 """
 
 import io
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NotRequired, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from fewshot.config.moved import to_today
+from fewshot.config.schema import Config, Dataset, Flag, OwnAlgo, Part, above_zero, integer, mistakes, must_be, text
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError, one_line, shown
 from fewshot.files import is_regular
-from fewshot.inner_loop import ADAPTED, HEADS
 
 MEBIBYTE = 2**20
 
+# Names of today
 
-class Is(NamedTuple):
-    """A value that passes `test`; words: what it must be."""
-
-    words: str
-    test: Callable[[Any], bool]
-
-
-class Each(NamedTuple):
-    """A list whose members are of one form; keys=True: a dictionary of them, with text as keys."""
-
-    of: "Form"
-    keys: bool = False
-
-
-Form: TypeAlias = "Is | Each | dict[str, Form]"
-
-
-def integer(least: int, most: int = 2**31) -> Is:
-    words = f"an integer from {least} to {most}"
-    return Is(words, lambda value: type(value) is int and least <= value <= most)
-
-
-def text(pattern: str, words: str = "text") -> Is:
-    return Is(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) is not None)
-
-
-def one_of(*values: Any) -> Is:
-    words = f"one of {', '.join(map(shown, values))}"
-    return Is(words, lambda value: any(type(value) is type(one) and value == one for one in values))
-
-
-def none_or(form: Is) -> Is:
-    return Is(f"{form.words}, or null", lambda value: value is None or form.test(value))
-
-
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
-
-
-ANY = Is("anything", lambda value: True)
-REAL = Is("a number", lambda value: type(value) in (int, float))  # NaN too
-NUMBER = Is("a finite number", _finite)
-ABOVE_ZERO = Is("a finite number above 0", lambda value: _finite(value) and value > 0)
-FLAG = one_of(True, False)
-NAME = text(r"[^\x00-\x1f]{1,200}", "a line of text")
-
-# The part of a run's configuration that makes its model, and what is said of it. Bounds are above what anybody trains.
-CONFIG: Form = {
-    **{knob: integer(2 if knob == "ways" else 1, 10_000) for knob in ("ways", "shots", "queries")},
-    "inner_steps": integer(1, 1000),
-    "test_steps": integer(1, 1000),
-    **{knob: integer(1) for knob in ("meta_batch_size", "iterations")},
-    "seed": integer(0, 2**32 - 1),
-    "inner_lr": ABOVE_ZERO,
-    "outer_lr": ABOVE_ZERO,
-    "init_scale?": NUMBER,
-    "tasks_at_once": none_or(integer(1)),
-    "model": {"name": NAME, "network": {"_target_": NAME}},
-    "dataset": {
-        "name": NAME,
-        "size": integer(1, 1024),
-        "channels": one_of(1, 3),
-        "resample?": one_of("bilinear", "lanczos"),
-        "mean": Each(NUMBER),
-        "std": Each(ABOVE_ZERO),
-    },
-    "algo": {
-        "adapted?": one_of(*ADAPTED),
-        "head?": one_of(*HEADS),
-        "step_losses?": none_or(integer(1)),
-        **dict.fromkeys(("learned_inner_lr?", "first_order", "zeroing", "noise?", "interference?"), FLAG),
-    },
-    "augment?": Is("a dictionary", lambda value: isinstance(value, dict)),
+TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it is called today
+    "fewshot.callbacks.CosineSimilarity": "fewshot.training.record.CosineSimilarity",
+    "fewshot.training.cosine_similarity.CosineSimilarity": "fewshot.training.record.CosineSimilarity",
+    "fewshot.callbacks.Progress": "fewshot.training.record.Progress",
+    "fewshot.callbacks.Record": "fewshot.training.record.Record",
+    "fewshot.callbacks.ZeroHead": "fewshot.training.zero_head.ZeroHead",
+    "fewshot.data.cifar.load": "fewshot.data.sources.cifar.load",
+    "fewshot.data.folder.load": "fewshot.data.sources.folder.load",
+    "fewshot.data.glyphs.load": "fewshot.data.sources.glyphs.load",
+    "fewshot.data.imagenet.miniimagenet": "fewshot.data.sources.imagenet.miniimagenet",
+    "fewshot.data.imagenet.tieredimagenet": "fewshot.data.sources.imagenet.tieredimagenet",
+    "fewshot.data.omniglot.load": "fewshot.data.sources.omniglot.load",
+    "fewshot.distributed.TasksOverRanks": "fewshot.training.ddp.TasksOverRanks",
+    "fewshot.foreign.wrapped": "fewshot.models.any_module.network_from_module",
+    "fewshot.logger.wandb_logger": "fewshot.training.wandb_run.wandb_logger",
 }
-MODEL: Form = {
-    "algo": dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), ANY)
-}  # old results have none
-CURVE = Each(NUMBER)
-SCORES: Form = {"tasks": integer(1), **{mode: {"accuracy": CURVE, "ci95": CURVE} for mode in MODES}}
-RESULTS: Form = {  # results.json; not all its readers need what is optional here
-    "test": SCORES,
-    "val?": SCORES,
-    "iterations?": integer(0),
-    "best_iteration?": integer(0),
-    "config": {"fit": FLAG},
-    "versions?": Each(NAME, keys=True),
-}
+
+
+def to_today(stored: Any) -> Any:
+    """A stored configuration, or a part of one, as plain data with today's names."""
+    if isinstance(stored, dict):
+        today = {
+            key: TARGETS.get(value, value) if key == "_target_" and isinstance(value, str) else to_today(value)
+            for key, value in stored.items()
+        }
+        dataset = today.get("dataset")
+        if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
+            today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
+        return today
+    return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
+
+
+def compared(key: str, value: Any) -> bool:
+    """Whether two configurations can differ in this leaf: what this program calls its own says nothing of a run."""
+    own = key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith("fewshot.")
+    return not own and key != "dataset.needs_root"  # which older runs lack
+
+
+# What is read must be of its form: a type as pydantic takes it
+
+
+def form(kinds: dict[str, Any]) -> Any:
+    """A dictionary with values of these kinds, and perhaps with other keys; a key that ends in ? may be missing."""
+    return TypedDict("form", {k.rstrip("?"): NotRequired[kind] if k[-1] == "?" else kind for k, kind in kinds.items()})
+
+
+def many(kind: Any) -> Any:
+    """A list; the first member of another kind is told of, however many there are."""
+    return Annotated[list[kind], Field(fail_fast=True)]
+
+
+def as_knobs(part: type[Part], names: str) -> dict[str, Any]:
+    """Keys of a form whose values are those that schema.py lets some knobs have."""
+    kinds = get_type_hints(part, include_extras=True)
+    return {name: kinds[name.rstrip("?")] for name in names.split()}
+
+
+NAME = text("a line of text", r"[^\x00-\x1f]{1,200}")
+KEY = text("a line of text", r"[^\x00-\x1f]{1,1000}")
+NUMBER = must_be("a finite number", Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)])
+
+# The part of a run's configuration that makes its model, and what is said of it.
+CONFIG = form(
+    {
+        **as_knobs(Config, "ways shots queries inner_steps test_steps inner_lr outer_lr"),
+        **as_knobs(Config, "meta_batch_size iterations seed init_scale? tasks_at_once"),
+        "model": form({"name": NAME, "network": form({"_target_": NAME})}),
+        "dataset": form(
+            {"name": NAME, "mean": many(NUMBER), "std": many(above_zero())}
+            | as_knobs(Dataset, "size channels resample?")
+        ),
+        "algo": form(
+            as_knobs(OwnAlgo, "first_order zeroing adapted? head? step_losses? learned_inner_lr? noise? interference?")
+        ),
+        "augment?": dict[str, Any],
+    }
+)
+MODEL = form({"algo": form(dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), Any))})  # new keys
+CURVE = many(NUMBER)
+SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, form({"accuracy": CURVE, "ci95": CURVE}))})
+RESULTS = form(  # results.json; not all its readers need what is optional here
+    {
+        "test": SCORES,
+        "val?": SCORES,
+        "iterations?": integer(0),
+        "best_iteration?": integer(0),
+        "config": form({"fit": Flag}),
+        "versions?": dict[KEY, NAME],
+    }
+)
 # The forms of ${...} in this program's own YAML files; ${oc.env:...}, and all that reads more than values, is none.
-KEY = r"[\w-]+(?:\.[\w-]+)*"
-SIMPLE = rf"\$\{{{KEY}\}}"
-NESTED = rf"\$\{{{KEY}\.{SIMPLE}(?:\.{KEY})?\}}"
+PLACE = r"[\w-]+(?:\.[\w-]+)*"
+SIMPLE = rf"\$\{{{PLACE}\}}"
+NESTED = rf"\$\{{{PLACE}\.{SIMPLE}(?:\.{PLACE})?\}}"
 ARGUMENT = rf"(?:{SIMPLE}|{NESTED}|[^${{}},]*)"
-FORMS = rf"{NESTED}|\$\{{(?:(?:at_least|rotated):{ARGUMENT}|oc\.select:{KEY})(?:,{ARGUMENT})*\}}"
-MATRIX = Is("a square of numbers", lambda value: _is_square(value))
-SIMILARITIES: Form = {"updates": Each(integer(0)), "query_support": Each(MATRIX), "query_query": Each(MATRIX)}
+FORMS = rf"{NESTED}|\$\{{(?:(?:at_least|rotated):{ARGUMENT}|oc\.select:{PLACE})(?:,{ARGUMENT})*\}}"
 
 
-def _is_name(key: Any) -> bool:
-    return isinstance(key, str) and key.isprintable()
-
-
-def _is_square(value: Any) -> bool:
-    rows = value if isinstance(value, list) else []
-    return bool(rows) and all(
-        isinstance(row, list) and len(row) == len(rows) and all(map(REAL.test, row)) for row in rows
+def _is_square(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(rows) and all(type(n) in (int, float) for n in row) for row in rows
     )
 
 
-def check(where: str, value: Any, form: Form, key: str = "") -> None:
-    """Raises UserError naming the first key whose value is not of its form. where: how the line begins."""
-    if isinstance(form, Is):
-        if not form.test(value):
-            raise UserError(f"{where}: {key or 'it'} must be {form.words}, and is {brief(value)}")
-    elif isinstance(form, Each):
-        kind = dict if form.keys else list
-        if not isinstance(value, kind) or (form.keys and not all(map(_is_name, value))):
-            raise UserError(f"{where}: {key or 'it'} must be a {kind.__name__}, and is {brief(value)}")
-        for name, member in value.items() if form.keys else enumerate(value):
-            check(where, member, form.of, f"{key}.{name}".lstrip("."))
-    elif not isinstance(value, dict):
-        raise UserError(f"{where}: {key or 'it'} must be a dict, and is {brief(value)}")
-    else:
-        for name, inner in form.items():
-            place = f"{key}.{name}".lstrip(".").rstrip("?")
-            if name.rstrip("?") in value:
-                check(where, value[name.rstrip("?")], inner, place)
-            elif not name.endswith("?"):
-                raise UserError(f"{where}: {place} is missing")
+MATRIX = must_be("a square of numbers", Any, refused=lambda rows: not rows or not _is_square(rows))
+SIMILARITIES = form({"updates": many(integer(0)), "query_support": many(MATRIX), "query_query": many(MATRIX)})
+
+
+def check(where: str, value: Any, kind: Any) -> None:
+    """Raises UserError naming the first key whose value is not of its kind. where: how the line begins."""
+    for key, wrong, words in mistakes(value, kind)[:1]:
+        seen = "" if words == "is missing" else f", and is {brief(wrong)}"
+        raise UserError(f"{where}: {key or 'it'} {words}{seen}")
 
 
 def check_config(where: str, config: Any) -> None:
@@ -212,7 +198,7 @@ def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000)
             if isinstance(node, str):
                 if not (is_simple(node) or re.fullmatch(FORMS, node)):
                     raise UserError(f"{where}: cannot be resolved ({brief(node)} is none of this program's forms)")
-                keys = re.findall(rf"(?:(?<=\$\{{)|(?<=oc\.select:)){KEY}", node)
+                keys = re.findall(rf"(?:(?<=\$\{{)|(?<=oc\.select:)){PLACE}", node)
                 inner, length = [_at(config, key) for key in keys], 1 + len(node) // 100
             sizes[mark] = length + sum(map(size, inner))
         return sizes[mark]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewshot.config import stored
-from fewshot.config.moved import to_today
+from fewshot.config.stored import to_today
 from fewshot.config.tree import entries, portable
 from fewshot.data.images import decode, square
 from fewshot.data.sampler import normalised
@@ -158,7 +158,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         is_regular("checkpoint", folder / name)
     config = stored.read_yaml(folder / EXPORTED_CONFIG)
-    stored.check(f"checkpoint={folder / EXPORTED_CONFIG}", config, {})
+    stored.check(f"checkpoint={folder / EXPORTED_CONFIG}", config, dict[str, Any])
     stored.check_plain(f"checkpoint={folder / EXPORTED_CONFIG}", config)
     config = to_today(config)
     try:

@@ -17,6 +17,7 @@ import rich.table
 from omegaconf import DictConfig
 
 from fewshot.config import stored
+from fewshot.config.schema import integer
 from fewshot.config.stored import read_text
 from fewshot.config.tree import MODES, settings
 from fewshot.errors import UserError, printable
@@ -40,6 +41,7 @@ PACKAGES = (
     "kornia",
     "numpy",
 )
+FINISHED = stored.form({"val": stored.SCORES, "best_iteration": integer(0)})  # results.json, beside what all have
 
 
 def title(config: dict[str, Any], algorithm: bool = True) -> str:
@@ -120,7 +122,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "results.json"
     results = stored.read_results(path)
-    stored.check(str(path), results, {"val": stored.SCORES, "best_iteration": stored.integer(0)})
+    stored.check(str(path), results, FINISHED)
     return results
 
 

@@ -41,7 +41,7 @@ def _panels_of(folder: Path) -> list[str]:
     asked = stored.read_yaml(path)
     for key in ("hydra", "callbacks", "summary", "panels"):
         asked = asked.get(key) if isinstance(asked, dict) else None
-    stored.check(f"{path}: hydra.callbacks.summary.panels", asked or [], stored.Each(stored.NAME))
+    stored.check(f"{path}: hydra.callbacks.summary.panels", asked or [], stored.many(stored.NAME))
     return asked or []
 
 

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config import stored
-from fewshot.config.moved import compared, to_today
+from fewshot.config.schema import Flag
+from fewshot.config.stored import compared, to_today
 from fewshot.config.tree import MODES, leaves
 from fewshot.config.tree import settings as resolved
 from fewshot.errors import UserError, one_line, printable, shown
@@ -30,6 +31,7 @@ ELSEWHERE = (
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
     *("trainer.max_time", "trainer.profiler", "recompute_steps"),
 )
+BEGUN = stored.form({"algo": stored.form({"zeroing": Any}), "fit": Flag})  # .hydra/config.yaml, not resolved yet
 
 
 class Job(NamedTuple):
@@ -100,7 +102,7 @@ def _last_line(path: Path) -> str:
 def _begun(path: Path) -> dict[str, Any]:
     """The settings that Hydra wrote when a run began."""
     config = stored.read_yaml(path)
-    stored.check(str(path), config, {"algo": {"zeroing": stored.ANY}, "fit": stored.FLAG})
+    stored.check(str(path), config, BEGUN)
     stored.check_interpolations(str(path), config)
     try:
         config = to_today(resolved(OmegaConf.create(config)))

@@ -15,7 +15,8 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from fewshot.config import stored
-from fewshot.config.moved import to_today
+from fewshot.config.schema import Flag, integer, must_be, one_of, text
+from fewshot.config.stored import form, many, to_today
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, shown
 from fewshot.files import is_regular, write_atomically
@@ -75,36 +76,41 @@ def check_weights(where: str, weights: Any) -> None:
 
     A network of one's own may have buffers of whole numbers.
     """
-    stored.check(where, weights, stored.Each(WEIGHTS, keys=True), "state_dict")
+    stored.check(where, {"state_dict": weights}, STATE)
     if len({tensor.dtype for tensor in weights.values()} - {*COUNTS}) != 1:
         raise UserError(f"{where}: state_dict must have tensors of one type, float32 or float64")
 
 
 ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]+(/step_[0-9]{1,4})?")  # a column's name
-WEIGHTS = stored.Is("a dense tensor of float32, float64 or whole numbers", lambda value: _dense(value, FLOATS + COUNTS))
-SCALAR = stored.Is("one number in a tensor", lambda value: _dense(value) and value.dim() == 0)
-# What this program and Lightning read of a checkpoint
-FORM: stored.Form = {
-    "fewshot": {
-        "config": stored.ANY,  # see stored.check_config
-        "overrides": stored.Each(stored.text(".{1,5000}", "text of at most 5000 letters")),
-        "run_id": stored.text(r"[a-zA-Z0-9]{1,64}", "letters and digits"),
-        "splits?": {"sha256": stored.NAME, **{split: stored.Each(stored.text(".{1,1000}")) for split in SPLITS}},
-    },
-    "state_dict": stored.ANY,  # see check_weights
-    "global_step": stored.integer(0),
-    "pytorch-lightning_version": stored.text(r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}", "a version of Lightning"),
-    "engine?": stored.one_of("sequential", "batched"),
-    "callbacks": {
-        "Record": {
-            "rows": stored.Each(stored.Is("a row of metrics.csv", _is_row)),
-            "best_accuracy": stored.NUMBER,
-            "stopped": stored.FLAG,
-            "pending": stored.Each({"loss": SCALAR, "query_accuracy": SCALAR}),
-        },
-        "CosineSimilarity?": stored.SIMILARITIES,
-    },
+WEIGHTS = must_be(
+    "a dense tensor of float32, float64 or whole numbers", Any, refused=lambda value: not _dense(value, FLOATS + COUNTS)
+)
+STATE = form({"state_dict": dict[stored.KEY, WEIGHTS]})
+SCALAR = must_be("one number in a tensor", Any, refused=lambda value: not _dense(value) or value.dim())
+RECORD = {
+    "rows": many(must_be("a row of metrics.csv", Any, refused=lambda value: not _is_row(value))),
+    "best_accuracy": stored.NUMBER,
+    "stopped": Flag,
+    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR})),
 }
+# What this program and Lightning read of a checkpoint
+FORM = form(
+    {
+        "fewshot": form(
+            {
+                "config": Any,  # see stored.check_config
+                "overrides": many(text("text of at most 5000 letters", ".{1,5000}")),
+                "run_id": text("letters and digits", "[a-zA-Z0-9]{1,64}"),
+                "splits?": form({"sha256": stored.NAME, **dict.fromkeys(SPLITS, many(text("text", ".{1,1000}")))}),
+            }
+        ),
+        "state_dict": Any,  # see STATE
+        "global_step": integer(0),
+        "pytorch-lightning_version": text("a version of Lightning", r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}"),
+        "engine?": one_of("sequential", "batched"),
+        "callbacks": form({"Record": form(RECORD), "CosineSimilarity?": stored.SIMILARITIES}),
+    }
+)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.
     """
     where = f"checkpoint={trainer.ckpt_path}"
     loops = {name: getattr(trainer, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
-    stored.check(where, content, {"epoch": stored.integer(0), "loops": _form_of(loops)})
+    stored.check(where, content, form({"epoch": integer(0), "loops": _form_of(loops)}))
     (own,) = module.configure_optimizers().state_dict()["param_groups"]
     shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
     match content.get("optimizer_states"), content.get("lr_schedulers"):
@@ -172,10 +178,10 @@ def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.
     raise UserError(f"{where}: its optimizer_states are not those of Adam for these weights; start anew")
 
 
-def _form_of(counts: Any) -> stored.Form:
+def _form_of(counts: Any) -> Any:
     if isinstance(counts, dict):
-        return {name: _form_of(inner) for name, inner in counts.items()}
-    return stored.FLAG if isinstance(counts, bool) else stored.integer(0)
+        return form({name: _form_of(inner) for name, inner in counts.items()})
+    return Flag if isinstance(counts, bool) else integer(0)
 
 
 def _is_adams(state: Any, shape: torch.Size | None) -> bool:

@@ -16,8 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from fewshot.config.check import check_overrides
-from fewshot.config.moved import compared
-from fewshot.config.stored import is_simple
+from fewshot.config.stored import compared, is_simple
 from fewshot.config.tree import GROUPS, entries, key_of, leaves, settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import SPLITS
