@@ -1,15 +1,15 @@
 """What a valid configuration is; every mistake that YAML alone shows, said in one line before torch is imported."""
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config.tree import CONF, GROUPS, key_of
+from fewshot.config.tree import CONF, GROUPS, entries, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
 from fewshot.inner_loop import InnerLoop
 from fewshot.paths import checkpoint_file
@@ -101,10 +101,14 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
     """
     from fewshot.config.schema import mistakes
 
-    unresolved: list[str] = []
-    for knob, value, words in mistakes(_plain(cfg, "", unresolved)):
+    plain, unresolved = OmegaConf.to_container(cfg), None
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:  # usually because of another mistake, which is the one to tell
+        unresolved = error
+    for knob, value, words in mistakes(plain):
         told = named is None or any(f"{knob}.".startswith(f"{key}.") for key in named)
-        if not told or isinstance(value, Unresolved):
+        if not told or (unresolved and any(mark in str(value) for mark in ("${", "???"))):
             continue
         group = knob.split(".")[0]
         if knob in GROUPS and not isinstance(value, dict):
@@ -113,29 +117,10 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
             knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
         raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
     if unresolved and named is None:
-        raise UserError(one_line(unresolved[0]))
-
-
-class Unresolved(str):
-    """The text of an interpolation that has no value, usually because of another mistake."""
-
-    __slots__ = ()
-
-
-def _plain(node: Any, key: str, unresolved: list[str]) -> Any:
-    """A configuration as plain data; what does not resolve stays as it is written, and `unresolved` gets a line."""
-    if not OmegaConf.is_config(node):
-        return node
-    keys = list(node) if OmegaConf.is_dict(node) else range(len(node))
-    written, plain = OmegaConf.to_container(node), {}
-    for name in keys:
-        place = f"{key}.{name}".lstrip(".")
-        try:
-            plain[name] = _plain(node[name], place, unresolved)
-        except OmegaConfBaseException as error:
-            unresolved.append(f"{place}={written[name]}: has no value ({first_line(error)}); give it one")
-            plain[name] = Unresolved(written[name])
-    return plain if OmegaConf.is_dict(node) else list(plain.values())
+        key = re.sub(r"\[(\d+)\]", r".\1", unresolved.full_key)  # of a list's member
+        raise UserError(
+            one_line(f"{key}={dict(entries(plain))[key]}: has no value ({first_line(unresolved)}); give it one")
+        )
 
 
 def processes(cfg: DictConfig) -> int:
