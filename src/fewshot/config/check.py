@@ -119,7 +119,7 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
     if unresolved and named is None:
         key = re.sub(r"\[(\d+)\]", r".\1", unresolved.full_key)  # of a list's member
         raise UserError(
-            one_line(f"{key}={dict(entries(plain))[key]}: has no value ({first_line(unresolved)}); give it one")
+            one_line(f"{key}={dict(entries(plain)).get(key)}: has no value ({first_line(unresolved)}); give it one")
         )
 
 
