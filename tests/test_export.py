@@ -36,8 +36,8 @@ def test_the_same_model_comes_back_bit_by_bit(trained, exported):
     assert torch.equal(theirs.head(theirs.encoder(x)), ours.head(ours.encoder(x)))
     assert theirs.head.weight.requires_grad and not theirs.encoder.training
     support = {"a": images[:2], "b": images[2:5]}
-    found = [predict(model, support, images[5:]).probabilities for model in (ours, theirs, str(exported))]
-    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    probabilities = [predict(model, support, images[5:]).probabilities for model in (ours, theirs, str(exported))]
+    assert np.array_equal(probabilities[0], probabilities[1]) and np.array_equal(probabilities[0], probabilities[2])
 
 
 def test_a_runs_folder_stands_for_its_best_model(trained, exported, run, tmp_path, monkeypatch):
@@ -59,8 +59,8 @@ def test_a_checkpoint_in_float64_stays_so(trained, tmp_path):
     torch.save({**content, "state_dict": state}, tmp_path / "double.ckpt")
     export(tmp_path / "double.ckpt", tmp_path / "shared")
     for path in (tmp_path / "double.ckpt", tmp_path / "shared"):
-        found = fewshot.load(path).learner.state_dict()
-        assert all(found[name].dtype == torch.float64 and torch.equal(found[name], w) for name, w in state.items())
+        weights = fewshot.load(path).learner.state_dict()
+        assert all(weights[name].dtype == torch.float64 and torch.equal(weights[name], w) for name, w in state.items())
     images = np.zeros((3, 28, 28), np.uint8)
     assert np.isfinite(predict(tmp_path / "shared", {"a": images, "b": images}, images).probabilities).all()
 

@@ -95,7 +95,7 @@ def test_the_last_offline_folder_of_a_continued_run_has_all_that_it_logged(tmp_p
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
     text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
     told = [json.loads(line)["history"]["item"] for line in text.splitlines() if json.loads(line)["type"] == "history"]
-    assert [(each["iteration"], each["val/query_accuracy/step_1"]) for each in told] == [(0, 0), (2, 0.2), (4, 0.4)]
+    assert [(row["iteration"], row["val/query_accuracy/step_1"]) for row in told] == [(0, 0), (2, 0.2), (4, 0.4)]
 
 
 def test_another_dataset_leaves_the_knobs_of_the_first_behind():
@@ -181,7 +181,7 @@ def test_another_configuration_is_refused_by_name(run, finished, tmp_path, chang
 def test_a_run_keeps_the_number_that_the_yaml_files_gave_when_it_began(run, config, tmp_path):
     """A checkpoint of commit a43819a, where algo=msl made step_losses of `iterations`: 3, and not the 300 of today."""
     call = (*SMALL, "algo=msl", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "logger=none")
-    call = list({each.split("=")[0]: each for each in call}.values())
+    call = list({override.split("=")[0]: override for override in call}.values())
     folder = run(tmp_path, *call, "algo.step_losses=3")
     path = folder / "checkpoints" / "last.ckpt"
 
@@ -197,7 +197,7 @@ def test_a_run_keeps_the_number_that_the_yaml_files_gave_when_it_began(run, conf
     for change, said in (("algo.step_losses=4", "4"), ("algo=fomaml", "null")):
         for beginning in (call, [f"checkpoint={path}"]):
             with pytest.raises(UserError, match=rf"algo.step_losses={said}: .* with algo.step_losses=3;"):
-                goes_on(*(each for each in beginning if each != "algo=msl" or change != "algo=fomaml"), change)
+                goes_on(*(word for word in beginning if word != "algo=msl" or change != "algo=fomaml"), change)
 
 
 def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):

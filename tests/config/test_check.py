@@ -59,7 +59,7 @@ def test_the_promised_files_are_there():
     assert {"model=conv4_strided", "model=conv4_pooled", "experiment=paper_omniglot_5w1s"} <= set(CONFIGS)
 
 
-@pytest.mark.parametrize("override", [each for each in CONFIGS if each.startswith("dataset=")])
+@pytest.mark.parametrize("override", [override for override in CONFIGS if override.startswith("dataset=")])
 def test_a_dataset_file_says_what_the_checks_need(override):
     data = composed(override).dataset
     assert data.name == override.removeprefix("dataset=")
@@ -168,7 +168,7 @@ def test_explicit_test_steps_stand():
         (["algo=zero_init", "+zeroing=true"], True, True),
         (["algo=fomaml", "+zeroing=false"], True, False),
     ],
-    ids=lambda each: " ".join(each) if isinstance(each, list) else None,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_algorithm_and_zeroing_in_every_pairing(overrides, first_order, zeroing):
     cfg = composed(*overrides)
@@ -185,7 +185,7 @@ def test_settings_do_not_tell_how_zeroing_was_asked_for():
     assert settings(composed("algo=zero")) != settings(composed("algo=fomaml"))
 
 
-@pytest.mark.parametrize("override", ["algo=fomaml", *(each for each in CONFIGS if "experiment=" in each)])
+@pytest.mark.parametrize("override", ["algo=fomaml", *(override for override in CONFIGS if "experiment=" in override)])
 def test_nothing_takes_the_place_of_plus_zeroing(override):
     """Hydra refuses `+zeroing=true` where there is a top-level key or a config group of that name."""
     assert "zeroing" not in composed(override)

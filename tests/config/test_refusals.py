@@ -141,19 +141,19 @@ PARTS = {
 
 def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
     """No YAML file sets what the schema does not know, and the schema knows nothing that no YAML file sets."""
-    found = {place: set() for place in ("", *PARTS)}
+    in_yaml = {place: set() for place in ("", *PARTS)}
     for path in [CONF / "config.yaml", *(path for group in GROUPS for path in (CONF / group).rglob("*.yaml"))]:
         content = OmegaConf.load(path)
         group = path.relative_to(CONF).parts[0]
         if group in GROUPS and not path.read_text().startswith("# @package _global_"):
             content = OmegaConf.create({group: content})
-        for place, names in found.items():
+        for place, names in in_yaml.items():
             part = OmegaConf.select(content, place) if place else content
             names |= set() if part is None else {*part} - {"defaults", "hydra"}
-    assert found.pop("") | {*GROUPS, "zeroing"} == {*schema.Config.knobs()}
-    found["trainer"] |= {key.removeprefix("trainer.") for key in help.files("trainer")["auto"].added}  # with a plus
-    assert found.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more
-    for place, names in found.items():
+    assert in_yaml.pop("") | {*GROUPS, "zeroing"} == {*schema.Config.knobs()}
+    in_yaml["trainer"] |= {key.removeprefix("trainer.") for key in help.files("trainer")["auto"].added}  # with a plus
+    assert in_yaml.pop("callbacks") - {"progress"} == {*schema.Callbacks.knobs()}  # which takes more
+    for place, names in in_yaml.items():
         assert names == {*PARTS[place].knobs()}, place
 
 

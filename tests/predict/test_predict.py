@@ -96,13 +96,13 @@ def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
     support = {f"class {way}": images(count, seed=way) for way, count in enumerate(shots)}
     asked = images(queries, seed=100)
     before = {name: value.clone() for name, value in model.learner.state_dict().items()}
-    found = predict(model, support, asked, steps=3, test_zeroing=zeroing)
+    predictions = predict(model, support, asked, steps=3, test_zeroing=zeroing)
 
     parameters = {name: value.detach().clone() for name, value in model.learner.network.named_parameters()}
-    given = torch.tensor(np.stack([image for each in support.values() for image in each])[:, None] / 255)
+    pixels = torch.tensor(np.stack([image for shots in support.values() for image in shots])[:, None] / 255)
     labels = torch.tensor([way for way, count in enumerate(shots) for _ in range(count)])
     if "algo=protomaml" in overrides:
-        features = encode(parameters, given)
+        features = encode(parameters, pixels)
         prototypes = torch.stack([features[labels == way].mean(0) for way in range(ways)])
         parameters |= {"head.weight": 2 * prototypes, "head.bias": -(prototypes**2).sum(1)}
     for name in ("head.weight", "head.bias"):
@@ -119,22 +119,22 @@ def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
     for _ in range(3):
         for name in adapted:
             parameters[name].requires_grad_()
-        loss = -forward(parameters, given).log_softmax(1)[torch.arange(len(labels)), labels].mean()
+        loss = -forward(parameters, pixels).log_softmax(1)[torch.arange(len(labels)), labels].mean()
         gradients = torch.autograd.grad(loss, [parameters[name] for name in adapted])
         for name, gradient in zip(adapted, gradients, strict=True):
             parameters[name] = (parameters[name] - etas[name] * gradient).detach()
     x = torch.tensor(np.stack(asked)[:, None] / 255)
-    x = torch.cat([given, x]) if queries == 1 else x
+    x = torch.cat([pixels, x]) if queries == 1 else x
     expected = forward(parameters, x)[-queries:].softmax(1).detach().numpy()
-    np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)  # pixels are normalised in float32
-    assert found.classes == tuple(support) and found.probabilities.shape == (queries, ways)
-    assert found.labels == [f"class {way}" for way in expected.argmax(1)]
+    np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-6)  # pixels are normalised in float32
+    assert predictions.classes == tuple(support) and predictions.probabilities.shape == (queries, ways)
+    assert predictions.labels == [f"class {way}" for way in expected.argmax(1)]
     after = model.learner.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize(
-    ("classes", "queries", "how", "line"),
+    ("classes", "queries", "options", "line"),
     [
         (4, 1, {}, "test_zeroing=false: support has 4 classes, the head 3 rows"),
         (1, 1, {}, "support: has 1 classes; give at least 2"),
@@ -143,9 +143,9 @@ def test_predict_is_sgd_on_the_support_set(ways, zeroing, queries, overrides):
         (2, 1, {"steps": 2.5}, "steps=2.5: must be an integer"),
     ],
 )
-def test_predict_refuses_in_one_line(classes, queries, how, line):
+def test_predict_refuses_in_one_line(classes, queries, options, line):
     with pytest.raises(UserError) as error:
-        predict(untrained(), {str(way): images(1, way) for way in range(classes)}, images(queries, 9), **how)
+        predict(untrained(), {str(way): images(1, way) for way in range(classes)}, images(queries, 9), **options)
     assert str(error.value).startswith(line)
 
 
@@ -202,8 +202,8 @@ def test_an_image_is_made_smaller_as_the_dataset_says_and_an_older_omniglot_by_l
     stored = settings(config(f"dataset={name}", *knobs))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (105, 105), dtype=np.uint8))
     sharp, smooth = (
-        torch.tensor(np.asarray(picture.resize((28, 28), how)))[None]
-        for how in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR)
+        torch.tensor(np.asarray(picture.resize((28, 28), resample)))[None]
+        for resample in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR)
     )
     expected = sharp if (name, knobs) == ("omniglot", ()) else smooth
     assert torch.equal(Preprocess.from_config(stored["dataset"]).pixels(picture), expected)
@@ -274,33 +274,33 @@ def read_csv(path: Path) -> list[list[str]]:
 
 def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
     truth = write_letters(tmp_path, cache, letters=5)
-    knobs = [f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=found"]
+    knobs = [f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=written"]
     command = [sys.executable, "-m", "fewshot.predict", *knobs]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert process.returncode == 0, process.stderr
-    assert process.stdout == "40 images, 5 classes, 1 skipped: written to found\n"
+    assert process.stdout == "40 images, 5 classes, 1 skipped: written to written\n"
     left_out, warning = process.stderr.splitlines()
     assert left_out == "query=query: 1 file is left out, no images by their names or in no class: 1 .txt"
     assert warning.startswith("query: half0/broken.png is skipped, it cannot be read: ")
-    header, skipped = read_csv(tmp_path / "found" / "skipped.csv")
+    header, skipped = read_csv(tmp_path / "written" / "skipped.csv")
     assert header == ["set", "file", "reason"] and skipped[:2] == ["query", "half0/broken.png"] and skipped[2]
-    header, *rows = read_csv(tmp_path / "found" / "predictions.csv")
+    header, *rows = read_csv(tmp_path / "written" / "predictions.csv")
     assert header == ["file", "class", *(f"probability of letter{letter}" for letter in range(5))]
     assert [row[0] for row in rows] == sorted(truth)
     for _, name, *probabilities in rows:
         p = np.array(probabilities, dtype=float)
         assert abs(p.sum() - 1) < 1e-4 and name == f"letter{p.argmax()}"
     assert np.mean([truth[file] == name for file, name, *_ in rows]) > 0.5  # chance: 0.2, standard deviation 0.06
-    with Image.open(tmp_path / "found" / "contact_sheet.png") as sheet:
+    with Image.open(tmp_path / "written" / "contact_sheet.png") as sheet:
         assert sheet.width > 1000 and sheet.height > 1000
-    assert len(list((tmp_path / "found").iterdir())) == 3
+    assert len(list((tmp_path / "written").iterdir())) == 3
 
 
 def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():
     image, number = torch.zeros(3, 4, 4, dtype=torch.uint8), SHEET_CLASSES + 1
     support = {f"class {place}": [image] for place in range(number)}
-    found = Predictions(tuple(support), np.eye(number)[[number - 1]] / 2)
-    rows = _sheet_rows(support, [("sub/a.png", image)], found)
+    predictions = Predictions(tuple(support), np.eye(number)[[number - 1]] / 2)
+    rows = _sheet_rows(support, [("sub/a.png", image)], predictions)
     assert rows[0].label == "support, the first 50 of 51 classes: what the model adapted to"
     assert sum(len(row.images) for row in rows) == 50 + 1 and rows[-1].captions == [("51 class 50", "0.50", "a.png")]
     few, more = (
@@ -344,8 +344,8 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
     files = {path.name: sorted(path.iterdir()) for path in sorted((tmp_path / "support").iterdir())}
     support = {name: [Image.open(path) for path in paths] for name, paths in files.items()}
     query = [np.asarray(Image.open(tmp_path / "query" / row[0])) for row in rows[1:]]
-    found = predict(fewshot.load(checkpoint), support, query, steps=2, test_zeroing=True)
-    assert found.labels == [row[1] for row in rows[1:]]
+    predictions = predict(fewshot.load(checkpoint), support, query, steps=2, test_zeroing=True)
+    assert predictions.labels == [row[1] for row in rows[1:]]
     with pytest.raises(UserError, match="test_zeroing=false: support has 7 classes, the head 5 rows"):
         run(checkpoint, str(tmp_path / "support"), str(tmp_path / "query"), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

@@ -75,10 +75,10 @@ def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(
     """As submitit's: it lets SIGTERM pass, and ends the run itself at SIGUSR2."""
     whole = outcome(run(tmp_path / "whole", *MANY))
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    found = []
+    iterations = []
 
     def bypass(signum, frame):
-        found.append(checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"])
+        iterations.append(checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"])
 
     def requeue(signum, frame):
         bypass(signum, frame)
@@ -89,13 +89,13 @@ def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(
     try:
         with monkeypatch.context() as patch:
             send(patch, signal.SIGTERM, at=3)
-            assert outcome(run(tmp_path / "run", *MANY)) == whole and found == [3]
+            assert outcome(run(tmp_path / "run", *MANY)) == whole and iterations == [3]
         (tmp_path / "run").rename(tmp_path / "bypassed")
         with monkeypatch.context() as patch:
             send(patch, signal.SIGUSR2, at=5)
             with pytest.raises(SystemExit):
                 run(tmp_path / "run", *MANY)
-        assert found == [3, 5]
+        assert iterations == [3, 5]
         assert outcome(run(tmp_path / "run", *MANY)) == whole
     finally:
         for signum, handler in before.items():

@@ -125,8 +125,8 @@ def test_a_sweep_is_an_array_that_outlives_a_cancelled_and_a_preempted_job(progr
     whole = outcome(run(tmp_path / "whole", "iterations=400", "val_every=100", "seed=0"))
 
     def first(seed):
-        found = (tmp_path / "sweep").glob("*/checkpoints/last.ckpt")
-        return next((path for path in found if read(path)["fewshot"]["config"]["seed"] == seed), None)
+        checkpoints = (tmp_path / "sweep").glob("*/checkpoints/last.ckpt")
+        return next((path for path in checkpoints if read(path)["fewshot"]["config"]["seed"] == seed), None)
 
     process = program(*call)
     wait_until(lambda: first(0) or process.poll() is not None)

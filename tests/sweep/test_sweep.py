@@ -79,12 +79,12 @@ def test_settings_are_means_over_seeds_with_their_confidence_interval(config, tm
     sweep_main([str(tmp_path / "a"), str(tmp_path / "b"), f"into={tmp_path}"])
     rows = table(tmp_path / "summary.csv")
     assert len(rows) == 2 * 2 * 2  # settings, zeroing modes, steps
-    found = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
-    one = found["FOMAML, zeroing", "off", "1"]
+    row_of = {(row["setting"], row["test_zeroing"], row["step"]): row for row in rows}
+    one = row_of["FOMAML, zeroing", "off", "1"]
     # By hand: mean 19/30, standard deviation sqrt(7/300), Student's t of 2 degrees of freedom 4.302653
     assert (one["accuracy"], one["ci95"], one["n"]) == ("0.633333", "0.379458", "3")
     assert one["algo.first_order"] == "true" and one["algo.zeroing"] == "true"
-    other = found["SOMAML, no zeroing", "on", "1"]
+    other = row_of["SOMAML, no zeroing", "on", "1"]
     assert (other["accuracy"], other["ci95"], other["n"]) == ("0.750000", "", "1")
     text = (tmp_path / "summary.md").read_text()
     assert re.search(r"FOMAML, zeroing +\| 20.00 ± 0.00 \| 63.33 ± 37.95 \| 3 ", text)
@@ -200,8 +200,8 @@ def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_i
         configs.append(config("dataset=folder", "dataset.root=/plain", f"seed={seed}"))
         configs[-1].dataset.name = f"\x9b31m|{seed}"
         OmegaConf.update(configs[-1], "of_another_version", f"{seed}{wild}", force_add=True)
-    for number, each in enumerate((*configs, configs[0])):
-        make_run(tmp_path / f"{wild}{number}", each, accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
+    for number, cfg in enumerate((*configs, configs[0])):
+        make_run(tmp_path / f"{wild}{number}", cfg, accuracy=[0.2, 0.5], curve=[(0, 0.2), (10, 0.5)])
     make_run(tmp_path / f"{wild}failed", config("seed=2"), error=f"ValueError: {wild}")
     with pytest.raises(SystemExit):
         tables.conclude(tmp_path, ["dataset.name"])
@@ -209,7 +209,7 @@ def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_i
     settings_ = grouped.group(grouped.read_jobs([tmp_path]))
     drawn = figures.sweep(settings_[:2]), figures.panels(settings_[:2], ["dataset.name"])
     for figure in drawn:
-        said += [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
+        said += [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
     assert all(line.isprintable() for text in said for line in text.split("\n"))
     assert sum("owned" in text for text in said) > 5 and "left out, the same setting" in caplog.text
     rows = [line for line in said[2].split("\n") if "owned" in line]
@@ -452,7 +452,7 @@ def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
         text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
         records = [json.loads(line) for line in text.splitlines()]
-        (begun,) = (each["run"] for each in records if each["type"] == "run")
+        (begun,) = (record["run"] for record in records if record["type"] == "run")
         assert begun["run_group"] == "a sweep" and begun["config"]["update"]["inner_steps"] == 2
         assert f"wandb sync '{file.parent}'" in output
         said[begun["config"]["update"]["inner_lr"]] = file, text, records[-1]["exit"]["exit_code"]
@@ -473,10 +473,10 @@ def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(main, tmp_pa
     knobs = ("hydra.sweeper.n_trials=3", "inner_steps=1", "outer_lr=choice(0.001,0.01,1e30)", "iterations=2")
     status = main("experiment=search", *knobs, "logger=none", f"hydra.sweep.dir={tmp_path}", small=True)
     said = capsys.readouterr()
-    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    optimum = OmegaConf.load(tmp_path / "optimization_results.yaml")
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
     failed = len(list(tmp_path.glob("*/error.txt")))
     assert failed >= 1 and failed + len(results) == 3 and status == min(failed, 1), said
-    best = max(results, key=lambda each: each["val"]["zeroing_off"]["accuracy"][1])
-    assert found.best_value == best["val"]["zeroing_off"]["accuracy"][1]
-    assert found.best_params.inner_lr == best["config"]["inner_lr"]
+    best = max(results, key=lambda result: result["val"]["zeroing_off"]["accuracy"][1])
+    assert optimum.best_value == best["val"]["zeroing_off"]["accuracy"][1]
+    assert optimum.best_params.inner_lr == best["config"]["inner_lr"]

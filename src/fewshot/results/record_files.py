@@ -1,16 +1,17 @@
-"""What a run says of itself: its first line, metrics.csv, splits.json, results.json, the table on the terminal."""
+"""What a run says of itself: its first line, scores, metrics.csv, splits.json, results.json, the table at the end."""
 
 import csv
 import io
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
@@ -24,9 +25,6 @@ from fewshot.errors import UserError, printable
 from fewshot.files import write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.processes import ranks
-
-if TYPE_CHECKING:
-    from fewshot.results.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +40,36 @@ PACKAGES = (
     "numpy",
 )
 FINISHED = stored.form({"val": stored.SCORES, "best_iteration": integer(0)})  # results.json, beside what all have
+
+
+class Scores(NamedTuple):
+    """Query accuracy after every inner step: mean over the tasks and half width of its 95% confidence interval."""
+
+    tasks: int
+    accuracy: list[float]
+    ci95: list[float]
+
+    @classmethod
+    def of(cls, accuracies: Any) -> "Scores":
+        """accuracies: (B, T + 1), for B tasks and T inner steps of the evaluation."""
+        import numpy as np  # takes half a second, which the first line of a run does not wait for
+
+        values = np.asarray(accuracies, dtype=np.float64)
+        mean, ci95 = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
+        return cls(len(values), *([round(value, 6) for value in numbers.tolist()] for numbers in (mean, ci95)))
+
+
+def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
+    """After which inner step the logits of some task were not finite, and what would help; None: after none.
+
+    start: what would help if they were not even before the first inner step.
+    """
+    bad = [step for scores in results.values() for step, accuracy in enumerate(scores.accuracy) if math.isnan(accuracy)]
+    if not bad:
+        return None
+    remedy = "lower inner_lr" if min(bad) else start
+    remedy += f", or use test_steps={min(bad) - 1}" if min(bad) > inner_steps else ""
+    return f"the logits of some task are not finite numbers after inner step {min(bad)}; {remedy}"
 
 
 def title(config: dict[str, Any], algorithm: bool = True) -> str:
@@ -135,7 +163,7 @@ def over(results: dict[str, Any]) -> bool:
 
 
 def content(
-    results: dict[str, dict[str, "Scores"]],
+    results: dict[str, dict[str, Scores]],
     *,
     iterations: int,
     best_iteration: int,
@@ -183,7 +211,7 @@ def validation_accuracy(results: dict[str, Any]) -> float:
     return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
 
 
-def _scores(modes: dict[str, "Scores"]) -> dict[str, Any]:
+def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
     tasks = next(iter(modes.values())).tasks
     return {"tasks": tasks, **{mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}}
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError
 from fewshot.files import write_file
-from fewshot.results.record_files import write_metrics
-from fewshot.results.scores import diverged
+from fewshot.results.record_files import diverged, write_metrics
 from fewshot.theory.features import class_similarities
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from fewshot.config.tree import MODES
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
 from fewshot.results.figures import accuracy_over_steps
-from fewshot.results.scores import Scores
+from fewshot.results.record_files import Scores
 
 
 def measure(model: Model) -> page.Evidence:
