@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from fewshot import train
-from fewshot.config.output_folder import Call
+from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF, GROUPS
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import keep_memory

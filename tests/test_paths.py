@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot.config.output_folder import OutputFolder
+from fewshot.config.hydra_call import OutputFolder
 from fewshot.config.tree import CONF
 from fewshot.errors import UserError
 from fewshot.paths import at_home, checkpoint_file, claimed, escaped, in_shell, override, run_folder, user_path

@@ -3,8 +3,7 @@
 from omegaconf import DictConfig
 
 from fewshot.config.check import check, processes
-from fewshot.config.output_folder import Call, calling
-from fewshot.config.refusals import hydra_command
+from fewshot.config.hydra_call import Call, calling, hydra_command
 from fewshot.processes import ranks
 from fewshot.results.record_files import announce, read, validation_accuracy
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fewshot
 from fewshot.config import stored
-from fewshot.config.output_folder import OutputFolder
+from fewshot.config.hydra_call import OutputFolder
 from fewshot.config.schema import integer, optional
 from fewshot.config.tree import CONF, settings
 from fewshot.errors import UserError

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from fewshot import train
-from fewshot.config.output_folder import Call
+from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
 from fewshot.errors import UserError

@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 
 from fewshot import train
 from fewshot.config.check import check
-from fewshot.config.output_folder import Call
+from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
 from fewshot.data import meta_batches as data_module  # noqa: F401
 from fewshot.errors import UserError

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from fewshot.config.check import check_overrides
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.config.refusals import not_composed, refuse
+from fewshot.config.hydra_call import not_composed, refuse
 from fewshot.config.tree import CONF
 from fewshot.errors import UserError, shown
 from fewshot.paths import user_path

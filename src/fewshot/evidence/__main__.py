@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from fewshot.config.check import check, processes
 from fewshot.config.command import Command, Parameter, one_line_errors
-from fewshot.config.refusals import hydra_command
+from fewshot.config.hydra_call import hydra_command
 from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
