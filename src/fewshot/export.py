@@ -15,6 +15,8 @@ from fewshot.errors import UserError, one_line, shown
 from fewshot.files import check_place, write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.paths import EXPORTED, EXPORTED_CONFIG, checkpoint_file, user_path
+from fewshot.results.record_files import read as read_results
+from fewshot.results.record_files import versions
 
 CARD = "README.md"
 
@@ -47,17 +49,14 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, str]:
     """results.json of the checkpoint's run if it was this model that was tested; else None and why not."""
-    from fewshot.config import stored
-
-    path = checkpoint.absolute().parent.parent / "results.json"
-    if not path.exists():
+    folder = checkpoint.absolute().parent.parent
+    if not (folder / "results.json").exists():
         return None, "the checkpoint was exported without a results.json beside its folder"
     try:
-        results = stored.read_results(path)
-        tested = results["best_iteration"]
-    except (UserError, KeyError):
+        results = read_results(folder)
+    except UserError:
         return None, "the results.json beside the checkpoint's folder cannot be read"
-    if tested != iteration:
+    if (tested := results["best_iteration"]) != iteration:
         return None, f"the results beside it are of outer update {tested}, this model is of {iteration}"
     return results, ""
 
@@ -72,7 +71,6 @@ def model_card(
 ) -> str:
     """The text of README.md, with the front matter that model hubs read."""
     from fewshot.data.task import SPLITS
-    from fewshot.results.record_files import versions
 
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))

@@ -54,7 +54,8 @@ def make_run(folder, config, *, accuracy=None, curve=(), error=None):
     else:
         scores = {"accuracy": accuracy, "ci95": [0.0] * len(accuracy)}
         test = {"tasks": 6, "zeroing_off": scores, "zeroing_on": scores}
-        content = {"test": test, "config": settings(config)}
+        val = test | {"zeroing_off": {"accuracy": [0.0] * (config.inner_steps + 1), "ci95": []}}
+        content = {"test": test, "val": val, "best_iteration": 0, "config": settings(config)}
         (folder / "results.json").write_text(json.dumps(content))
     if curve:
         step = f"val/query_accuracy/step_{config.inner_steps}"

@@ -17,8 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from fewshot.config.schema import Config, Dataset, Flag, OwnAlgo, Part, above_zero, integer, mistakes, must_be, text
-from fewshot.config.tree import MODES
+from fewshot.config.schema import Config, Dataset, OwnAlgo, Part, above_zero, integer, mistakes, must_be, text
 from fewshot.errors import UserError, one_line, shown
 from fewshot.files import is_regular
 
@@ -104,18 +103,6 @@ CONFIG = form(
     }
 )
 MODEL = form({"algo": form(dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), Any))})  # new keys
-CURVE = many(NUMBER)
-SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, form({"accuracy": CURVE, "ci95": CURVE}))})
-RESULTS = form(  # results.json; not all its readers need what is optional here
-    {
-        "test": SCORES,
-        "val?": SCORES,
-        "iterations?": integer(0),
-        "best_iteration?": integer(0),
-        "config": form({"fit": Flag}),
-        "versions?": dict[KEY, NAME],
-    }
-)
 # The forms of ${...} in this program's own YAML files; ${oc.env:...}, and all that reads more than values, is none.
 PLACE = r"[\w-]+(?:\.[\w-]+)*"
 SIMPLE = rf"\$\{{{PLACE}\}}"
@@ -236,25 +223,6 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path, 256 * MEBIBYTE))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({_reason(error)})") from None
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a run.
-
-    Raises:
-        UserError: it cannot be read, or is not of the form that a run writes.
-    """
-    results = read_json(path)
-    check(str(path), results, RESULTS)
-    check_config(str(path), results["config"])
-    results["config"] = to_today(results["config"])
-    curves = [results["test"][mode][name] for mode in MODES for name in ("accuracy", "ci95")]
-    if not curves[0] or len({len(curve) for curve in curves}) > 1:
-        raise UserError(f"{path}: test must have as many accuracies as intervals in both modes, one for each step")
-    steps = results["config"]["inner_steps"]
-    if "val" in results and len(results["val"]["zeroing_off"]["accuracy"]) <= steps:
-        raise UserError(f"{path}: val has no accuracy after inner_steps={steps}")
-    return results
 
 
 def read_yaml(path: Path) -> Any:

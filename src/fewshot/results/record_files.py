@@ -17,9 +17,8 @@ import rich.console
 import rich.table
 from omegaconf import DictConfig
 
-from fewshot.config import stored
-from fewshot.config.schema import integer
-from fewshot.config.stored import read_text
+from fewshot.config.schema import Flag, integer
+from fewshot.config.stored import KEY, NAME, NUMBER, check, check_config, form, many, read_json, read_text, to_today
 from fewshot.config.tree import MODES, settings
 from fewshot.errors import UserError, printable
 from fewshot.files import write_file
@@ -39,7 +38,18 @@ PACKAGES = (
     "kornia",
     "numpy",
 )
-FINISHED = stored.form({"val": stored.SCORES, "best_iteration": integer(0)})  # results.json, beside what all have
+CURVE = many(NUMBER)
+SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, form({"accuracy": CURVE, "ci95": CURVE}))})
+RESULTS = form(
+    {
+        "test": SCORES,
+        "val": SCORES,
+        "iterations?": integer(0),
+        "best_iteration": integer(0),
+        "config": form({"fit": Flag}),  # and what check_config says
+        "versions?": dict[KEY, NAME],
+    }
+)
 
 
 class Scores(NamedTuple):
@@ -146,11 +156,18 @@ def read(folder: Path) -> dict[str, Any]:
     """results.json of a finished run.
 
     Raises:
-        UserError: it cannot be read, or lacks something.
+        UserError: it cannot be read, or is not of the form that a run writes.
     """
     path = folder / "results.json"
-    results = stored.read_results(path)
-    stored.check(str(path), results, FINISHED)
+    results = read_json(path)
+    check(str(path), results, RESULTS)
+    check_config(str(path), results["config"])
+    results["config"] = to_today(results["config"])
+    lengths = {len(results["test"][mode][curve]) for mode in MODES for curve in ("accuracy", "ci95")}
+    if len(lengths) > 1 or 0 in lengths:
+        raise UserError(f"{path}: test must have as many accuracies as intervals in both modes, one for each step")
+    if len(results["val"]["zeroing_off"]["accuracy"]) <= (steps := results["config"]["inner_steps"]):
+        raise UserError(f"{path}: val has no accuracy after inner_steps={steps}")
     return results
 
 
@@ -158,7 +175,7 @@ def over(results: dict[str, Any]) -> bool:
     """Whether a run went to its last iteration or to its accuracy; not if trainer.max_time ended it before."""
     config = results["config"]
     target, at_the_end = config.get("stop_at_accuracy"), results.get("iterations", config["iterations"])
-    reached = target is not None and "val" in results and validation_accuracy(results) >= target
+    reached = target is not None and validation_accuracy(results) >= target
     return not config["fit"] or at_the_end >= config["iterations"] or reached
 
 

@@ -18,7 +18,7 @@ from fewshot.config.tree import MODES, leaves
 from fewshot.config.tree import settings as resolved
 from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.inner_loop import ORDERS, InnerLoop
-from fewshot.results.record_files import over, read_metrics
+from fewshot.results.record_files import over, read, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_job(folder: Path) -> Job | None:
     if not (result_file or begun):
         return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
     try:
-        results = stored.read_results(result_file) if result_file else None
+        results = read(folder) if result_file else None
         config = results["config"] if results else _begun(begun)
         InnerLoop.of(config)  # refuses an algorithm that has no name
         curves = read_metrics(metrics) if metrics else {}
