@@ -13,6 +13,7 @@ from data_files import FINE, know, make_cifar100, picture, serving
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
+from fewshot.data import pickles
 from fewshot.data.__main__ import main
 from fewshot.data.sources import cifar
 from fewshot.errors import UserError
@@ -58,7 +59,7 @@ def test_cifarfs_has_bertinettos_classes(root, load):
 
 def test_fc100_never_has_a_superclass_in_two_splits(root, load):
     with tarfile.open(root / CIFAR100.filename) as archive:  # its own superclasses, not ours
-        train = cifar.unpickle(archive.extractfile(f"{CIFAR100.base_folder}/train"))
+        train = pickles.unpickle(archive.extractfile(f"{CIFAR100.base_folder}/train"))
     kind = {FINE[fine]: coarse for fine, coarse in zip(train["fine_labels"], train["coarse_labels"], strict=True)}
     kinds = {name: {kind[label] for label in split.names} for name, split in load(root, "fc100").items()}
     # Oreshkin et al. 2018, supplementary material and code, by the number of the superclass
@@ -85,7 +86,7 @@ def test_another_size_and_grey(root, load):
 
 def test_the_second_load_reads_the_cache(root, load, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(cifar, "unpickle", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(pickles, "unpickle", lambda file: pytest.fail("read again"))
     assert same(load(root), first)
 
 
@@ -104,20 +105,21 @@ def test_downloads_once(root, load, monkeypatch, tmp_path):
 
 
 def test_files_with_another_checksum_are_never_unpickled(root, load, monkeypatch):
-    monkeypatch.setattr(cifar, "unpickle", lambda file: pytest.fail("unpickled"))
-    for name in ("meta", "test", "train"):
-        with open(root / CIFAR100.base_folder / name, "ab") as file:
+    unpickle, base = pickles.unpickle, root / CIFAR100.base_folder
+    for name in ("meta", "test", "train"):  # the last that is read comes first
+        with open(base / name, "ab") as file:
             file.write(b".")
-        with pytest.raises(
-            UserError, match=rf"^dataset\.root=.*: not CIFAR-100 .*\({name} has the MD5 .* instead of .*$"
-        ):
-            load(root / CIFAR100.base_folder) if name == "train" else load_only(name, root, load, monkeypatch)
 
+        def checked(file, name=name):
+            assert not file.name.endswith(f"/{name}")
+            return unpickle(file)
 
-def load_only(name, root, load, monkeypatch):
-    with monkeypatch.context() as patch:  # the files before it are not the point
-        patch.setattr(cifar, "_checksums", lambda: {name: "0"})
-        load(root / CIFAR100.base_folder)
+        monkeypatch.setattr(pickles, "unpickle", checked)
+        message = (
+            rf"^dataset\.root=.*: {name} is not as {CIFAR100.url} .*{name} has the MD5 .* instead of .*; get it again"
+        )
+        with pytest.raises(UserError, match=message):
+            load(base)
 
 
 def test_a_pickle_that_would_run_something_does_not(root, load, monkeypatch, tmp_path):
@@ -132,16 +134,18 @@ def test_a_pickle_that_would_run_something_does_not(root, load, monkeypatch, tmp
 def test_a_truncated_archive_is_one_line(root, load):
     path = root / CIFAR100.filename
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(UserError, match=r"^dataset\.root=.*: not CIFAR-100 as .*; download it again.*$"):
+    with pytest.raises(UserError, match=r"^dataset\.root=.*: .* is not as .*cifar-100.* has it .*; get it again.*$"):
         load(path)
 
 
 def test_an_archive_with_another_checksum_is_never_opened(root, load, monkeypatch):
     """What a header of it says can take all memory."""
-    monkeypatch.setattr(cifar.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(pickles.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
     with open(root / CIFAR100.filename, "ab") as file:
         file.write(b"\0")
-    with pytest.raises(UserError, match=rf"^dataset\.root=.*\({CIFAR100.filename} has the MD5 .* instead of .*$"):
+    with pytest.raises(
+        UserError, match=rf"^dataset\.root=.*\(ValueError: {CIFAR100.filename} has the MD5 .* instead of .*$"
+    ):
         load(root / CIFAR100.filename)
 
 
@@ -149,7 +153,7 @@ def test_an_archive_of_something_else_is_one_line(root, load):
     path = root / "other.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
-    with pytest.raises(UserError, match=r"^dataset\.root=.*: not CIFAR-100 as .*$"):
+    with pytest.raises(UserError, match=r"^dataset\.root=.*: .* is not as .*cifar-100.* has it .*$"):
         load(path)
 
 
@@ -198,5 +202,5 @@ def test_the_facts_add_up():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared CIFAR-FS is not here")
 def test_the_real_cifarfs_has_these_classes():
     with zipfile.ZipFile(SHARED / "cifarfs.zip") as archive:
-        found = {tuple(name.split("/")[:2]) for name in archive.namelist() if name.endswith(".png")}
-    assert found == {(split, label) for split, labels in cifar.class_split("cifarfs").items() for label in labels}
+        classes = {tuple(name.split("/")[:2]) for name in archive.namelist() if name.endswith(".png")}
+    assert classes == {(split, label) for split, labels in cifar.class_split("cifarfs").items() for label in labels}

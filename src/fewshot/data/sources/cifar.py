@@ -8,23 +8,16 @@ What is read is torchvision's download, the archive or the files in it. These ar
 MD5 torchvision knows are opened. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
 """
 
-import functools
-import io
 import json
-import tarfile
-import zlib
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from torchvision.datasets import CIFAR100
 
 from fewshot.data.cache import LazySplit, cached
-from fewshot.data.download import download, md5
-from fewshot.data.folder_or_zip import read_file
-from fewshot.data.pickles import fingerprint, fit, gather, unpickle
+from fewshot.data.download import download
+from fewshot.data.pickles import fit, gather, open_pickles
 from fewshot.data.sources import folder
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
@@ -56,15 +49,19 @@ def load(
     else:
         place = user_path("dataset.root", root)
     classes = class_split(name)
-    opened = _cifar100(place)
-    if opened is None:
+    files = {file: (file,) for file in _checksums()}
+    pickles = open_pickles(place, (CIFAR100.filename, CIFAR100.base_folder), files, CIFAR100.url, _check)
+    if pickles is None:
         splits = folder.load(root=str(place), name=name, size=size, channels=channels, cache=cache)
         _check_classes(name, place, splits, classes)
         return splits
-    read, version = opened
+    read, version = pickles
 
     def build() -> dict[str, LazySplit]:
-        pixels, labels, names = _read(place, read)
+        parts = [read(file) for file, _ in (*CIFAR100.train_list, *CIFAR100.test_list)]
+        pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.concatenate([part["fine_labels"] for part in parts])
+        names = read(CIFAR100.meta["filename"])[CIFAR100.meta["key"]]
         numbers = {label: np.flatnonzero(labels == number).tolist() for number, label in enumerate(names)}
         return {
             split: gather(
@@ -98,60 +95,12 @@ def _check_classes(name: str, place: Path, splits: dict[str, Split], classes: di
             )
 
 
-def _cifar100(place: Path) -> tuple[Callable[[str], bytes], list[Any]] | None:
-    """A function that reads CIFAR-100's files by name, and their fingerprint; None where something else lies there."""
-    for path in (place, place / CIFAR100.filename):
-        if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            return _from_archive(path), fingerprint([path])
-    for base in (place, place / CIFAR100.base_folder):
-        paths = [base / name for name in _checksums()]
-        if all(path.is_file() for path in paths):
-            return functools.partial(_bytes, base), fingerprint(paths)
-    return None
-
-
 def _checksums() -> dict[str, str]:
     """MD5 by file."""
     return dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
 
 
-def _bytes(base: Path, name: str) -> bytes:
-    return read_file(base / name)
-
-
-def _from_archive(path: Path) -> Callable[[str], bytes]:
-    @functools.cache
-    def checked() -> None:
-        with open(path, "rb") as file:
-            _check_md5(path.name, file, CIFAR100.tgz_md5)
-
-    def read(name: str) -> bytes:
-        checked()  # first: tarfile believes whatever size a header says
-        with tarfile.open(path) as archive:
-            return archive.extractfile(f"{CIFAR100.base_folder}/{name}").read()
-
-    return read
-
-
-def _check_md5(name: str, file: BinaryIO, expected: str) -> None:
-    if (actual := md5(file)) != expected:
-        raise ValueError(f"{name} has the MD5 {actual} instead of {expected}")
-
-
-def _read(place: Path, read: Callable[[str], bytes]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(60000, 32, 32, 3) uint8, the numbers of their classes, the names of the classes."""
-    contents = {}
-    for name, expected in _checksums().items():
-        try:
-            file = io.BytesIO(read(name))
-            _check_md5(name, file, expected)
-            contents[name] = unpickle(file)
-        except (OSError, EOFError, LookupError, ValueError, tarfile.TarError, zlib.error) as error:
-            raise UserError(
-                f"dataset.root={place}: not CIFAR-100 as {CIFAR100.url} has it ({' '.join(str(error).split())}); "
-                "download it again, or leave dataset.root out"
-            ) from error
-    parts = [contents[name] for name, _ in (*CIFAR100.train_list, *CIFAR100.test_list)]
-    pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels = np.concatenate([part["fine_labels"] for part in parts])
-    return pixels, labels, contents[CIFAR100.meta["filename"]][CIFAR100.meta["key"]]
+def _check(path: Path, md5: str) -> None:
+    expected = _checksums().get(path.name, CIFAR100.tgz_md5)
+    if md5 != expected:
+        raise ValueError(f"{path.name} has the MD5 {md5} instead of {expected}")

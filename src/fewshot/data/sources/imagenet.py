@@ -6,26 +6,24 @@ Both are photos of ImageNet (ILSVRC-12), for non-commercial research only, and a
 
 import functools
 import hashlib
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fewshot.data.cache import LazySplit, cached
-from fewshot.data.download import download, md5, zenodo
+from fewshot.data.download import download, zenodo
 from fewshot.data.folder_or_zip import open_source, plain_text, read_classes
 from fewshot.data.images import decode, read_splits
-from fewshot.data.pickles import fingerprint, fit, gather, unpickle
+from fewshot.data.pickles import as_published, fit, gather, open_pickles
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
 from fewshot.paths import user_path
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
-RECORD = 7978538
+PUBLISHER, RECORD = "learn2learn", 7978538
 # Ren et al.'s files (github.com/renmengye/few-shot-ssl-public). Whether learn2learn's are the same is not known.
 MD5S = {
     "b38f1eb4251fb9459ecc8e7febf9b2eb",  # mini-imagenet.tar.gz: tristandeleu/pytorch-meta, torchmeta/datasets
@@ -66,29 +64,19 @@ def miniimagenet(
     Raises:
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
-    shape = {"size": size, "channels": channels}
-    place = _place("miniImageNet", MINI_FILES, root, trust, cache)
-    pickles = _open_pickles(place, MINI_FILES, trust)
-    if pickles is None:
-        return _mini_photos(place, classes, cache, shape)
-    read, version = pickles
-
-    def build() -> dict[str, LazySplit]:
-        splits = {split: _mini_split(place, read, split, shape) for split in SPLITS}
-        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
-        return splits
-
-    return cached("miniimagenet", version, cache=cache, build=build, **shape)
+    shape, place = {"size": size, "channels": channels}, _place("miniImageNet", MINI_FILES, root, trust, cache)
+    splits = _from_pickles("miniimagenet", place, MINI_FILES, _mini_split, classes, shape, trust, cache)
+    return _mini_photos(place, classes, cache, shape) if splits is None else splits
 
 
 def _mini_split(place: Path, read: Callable[[str], Any], split: str, shape: dict[str, int]) -> LazySplit:
     data = read(split)
-    with _as_published(place, split):
+    with as_published(place, split, PUBLISHER):
         pixels, members = data["image_data"], data["class_dict"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
             raise ValueError(f"images of {pixels.dtype} and shape {pixels.shape[1:]}")
 
-        @_as_published(place, split)
+        @as_published(place, split, PUBLISHER)
         def image(number: int) -> np.ndarray:
             return fit(pixels[number], **shape)
 
@@ -133,24 +121,16 @@ def tieredimagenet(
     Raises:
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
-    shape = {"size": size, "channels": channels}
-    place = _place("tieredImageNet", TIERED_FILES, root, trust, cache)
-    pickles = _open_pickles(place, TIERED_FILES, trust)
-    if pickles is None:
+    shape, place = {"size": size, "channels": channels}, _place("tieredImageNet", TIERED_FILES, root, trust, cache)
+    splits = _from_pickles("tieredimagenet", place, TIERED_FILES, _tiered_split, classes, shape, trust, cache)
+    if splits is None:
         raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
-    read, version = pickles
-
-    def build() -> dict[str, LazySplit]:
-        splits = {split: _tiered_split(place, read, split, shape) for split in SPLITS}
-        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
-        return splits
-
-    return cached("tieredimagenet", version, cache=cache, build=build, **shape)
+    return splits
 
 
 def _tiered_split(place: Path, read: Callable[[str], Any], split: str, shape: dict[str, int]) -> LazySplit:
     labels = read(f"{split} labels")
-    with _as_published(place, split):
+    with as_published(place, split, PUBLISHER):
         numbers = np.asarray(labels["label_specific"])
 
         @functools.cache
@@ -160,7 +140,7 @@ def _tiered_split(place: Path, read: Callable[[str], Any], split: str, shape: di
                 raise ValueError(f"{len(pngs)} images and labels of shape {numbers.shape}")
             return pngs
 
-        @_as_published(place, split)
+        @as_published(place, split, PUBLISHER)
         def image(number: int) -> np.ndarray:
             return decode(bytes(files()[number]), resample=Image.Resampling.BILINEAR, **shape)
 
@@ -178,70 +158,37 @@ def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Map
             )
 
 
-@contextmanager
-def _as_published(place: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever else a pickle may hold
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _from_pickles(
+    name: str,
+    place: Path,
+    files: Mapping[str, Sequence[str]],
+    split_of: Callable[[Path, Callable[[str], Any], str, dict[str, int]], LazySplit],
+    classes: Mapping[str, int],
+    shape: dict[str, int],
+    trust: bool,
+    cache: str | None,
+) -> dict[str, Split] | None:
+    """The splits that `split_of` makes of the pickles; None where they are not there."""
+    check = None if trust else _refuse_unknown
+    pickles = open_pickles(place, ("tiered-imagenet",), files, PUBLISHER, check)  # where learn2learn keeps it
+    if pickles is None:
+        return None
+    read, version = pickles
+
+    def build() -> dict[str, LazySplit]:
+        splits = {split: split_of(place, read, split, shape) for split in SPLITS}
+        _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
+        return splits
+
+    return cached(name, version, cache=cache, build=build, **shape)
+
+
+def _refuse_unknown(place: Path | str, md5: str) -> None:
+    if md5 not in MD5S:
         raise UserError(
-            f"dataset.root={place}: {name} is not as learn2learn reads it ({reason}); get it again"
-        ) from error
-
-
-# Which pickles are opened
-
-
-def _open_pickles(
-    place: Path, files: Mapping[str, Sequence[str]], trust: bool
-) -> tuple[Callable[[str], Any], list[Any]] | None:
-    """A function that reads the pickle of a key of `files`, and their fingerprint; None where they are not there."""
-    if place.is_file() and place.name.endswith((".tar", ".tar.gz", ".tgz")):
-
-        @functools.cache
-        def checked() -> None:
-            with open(place, "rb") as file:
-                _check_trusted(place, file, trust)
-
-        def from_tar(key: str) -> Any:
-            checked()
-            with _as_published(place, f"{files[key][0]} in it"), tarfile.open(place) as archive:
-                members = {PurePosixPath(member.name).name: member for member in archive if member.isfile()}
-                present = [members[name] for name in files[key] if name in members]
-                if not present:
-                    raise LookupError("there is none")
-                return unpickle(archive.extractfile(present[0]))
-
-        return from_tar, fingerprint([place])
-    for folder in (place, place / "tiered-imagenet"):  # where learn2learn keeps it
-        paths = {
-            key: next((folder / name for name in names if (folder / name).is_file()), None)
-            for key, names in files.items()
-        }
-        if all(paths.values()):
-
-            def from_folder(key: str, paths: dict[str, Path] = paths) -> Any:
-                with open(paths[key], "rb") as file:
-                    _check_trusted(paths[key], file, trust)
-                    with _as_published(place, paths[key].name):
-                        return unpickle(file)
-
-            return from_folder, fingerprint(paths.values())
-    return None
-
-
-def _check_trusted(path: Path, file: BinaryIO, trust: bool) -> None:
-    if not trust and (actual := md5(file)) not in MD5S:
-        raise _untrusted(f"{path} holds pickles", actual)
-
-
-def _untrusted(what: str, md5_sum: str) -> UserError:
-    return UserError(
-        f"dataset.trust=false: {what}, which could run any program, and its MD5 {md5_sum} is none that is known; "
-        "if you trust where it comes from, dataset.trust=true reads it"
-    )
+            f"dataset.trust=false: {place} holds pickles, which could run any program, and its MD5 {md5} is none that "
+            "is known; if you trust where it comes from, dataset.trust=true reads it"
+        )
 
 
 def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
@@ -253,9 +200,8 @@ def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, tru
     def find() -> dict[str, tuple[str, str]]:
         prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
         sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
-        for url, published in sources.values():  # before gigabytes are fetched in vain
-            if not trust and published not in MD5S:
-                raise _untrusted(f"{url} holds pickles", published)
+        for url, published in () if trust else sources.values():  # before gigabytes are fetched in vain
+            _refuse_unknown(url, published)
         return sources
 
     holds = MINI_HOLDS if folder == "miniimagenet" else TIERED_HOLDS
