@@ -131,27 +131,27 @@ def know(folder, monkeypatch):
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5(base / "meta")})
 
 
-def make_mini(folder, classes=MINI, each=2, protocol=2):
+def make_mini(folder, classes=MINI, images=2, protocol=2):
     """The pickles, the images of the classes mixed."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for split, count in classes.items():
-        place = random.permutation(count * each)
+        place = random.permutation(count * images)
         labels = [f"n{random.integers(10**8):08d}" for _ in range(count)]
         data = {
-            "image_data": random.integers(0, 256, (count * each, 84, 84, 3), dtype=np.uint8),
+            "image_data": random.integers(0, 256, (count * images, 84, 84, 3), dtype=np.uint8),
             "class_dict": {label: place[number::count].tolist() for number, label in enumerate(labels)},
         }
         (folder / f"mini-imagenet-cache-{MODES[split]}.pkl").write_bytes(pickle.dumps(data, protocol))
     return folder
 
 
-def make_tiered(folder, classes=MINI, each=2, prefix=""):
+def make_tiered(folder, classes=MINI, images=2, prefix=""):
     """Ren et al.'s: PNG files as OpenCV encodes them, (bytes, 1) arrays; labels as arrays, and their names."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for split, count in classes.items():
-        numbers = random.permutation(np.arange(count * each, dtype=np.int32) % count)
+        numbers = random.permutation(np.arange(count * images, dtype=np.int32) % count)
         files = []
         for _ in numbers:
             buffer = io.BytesIO()

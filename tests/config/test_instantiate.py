@@ -17,7 +17,7 @@ ROOTS = {"omniglot": SHARED / "omniglot", "cifarfs": SHARED / "cifarfs.zip", "fo
 MADE = {  # few images, but of every class
     "fc100": lambda folder, classes, monkeypatch: make_cifar100(folder, monkeypatch),
     "miniimagenet": lambda folder, classes, monkeypatch: make_mini(folder, classes),
-    "tieredimagenet": lambda folder, classes, monkeypatch: make_tiered(folder, classes, each=1),
+    "tieredimagenet": lambda folder, classes, monkeypatch: make_tiered(folder, classes, images=1),
 }
 
 

@@ -116,7 +116,7 @@ def test_no_room_is_one_line(server, get, tmp_path):
 
 def test_several_at_once_download_it_once(server, get, tmp_path):
     with ThreadPoolExecutor(4) as workers:  # what locks them out of each other does so between processes, too
-        places = [each.result() for each in [workers.submit(get) for _ in range(4)]]
+        places = [attempt.result() for attempt in [workers.submit(get) for _ in range(4)]]
     assert set(places) == {tmp_path / "cache" / "photos"}
     assert server.asked == [None]
     assert left(tmp_path) == {"photos.tar": CONTENT}

@@ -66,8 +66,8 @@ def zipped(path, files=FILES, method=zipfile.ZIP_DEFLATED, flag=0x800):
 @pytest.fixture
 def load(tmp_path):
     def load(root, **knobs):
-        how = {"size": 8, "channels": 3, "cache": str(tmp_path / "cache"), "fractions": FRACTIONS}
-        return folder.load(root=str(root), **(how | knobs))
+        usual = {"size": 8, "channels": 3, "cache": str(tmp_path / "cache"), "fractions": FRACTIONS}
+        return folder.load(root=str(root), **(usual | knobs))
 
     return load
 
@@ -305,13 +305,13 @@ def mutated(data, chance, in_place=False):
     data = bytearray(data)
     for _ in range(chance.choice([1, 1, 2, 5, 20])):
         place, length = chance.randrange(len(data) + 1), chance.choice([1, 2, 4, chance.randrange(1, 200)])
-        how = "change" if in_place else chance.choice(["change", "change", "change", "cut", "double", "end"])
-        if how == "change":
+        change = "change" if in_place else chance.choice(["change", "change", "change", "cut", "double", "end"])
+        if change == "change":
             new = chance.choice([b"\0", b"\xff", b",", b'"', b"\n", b"/", b"\\", b"..", b"PK", chance.randbytes(1)])
             data[place : place + len(new)] = new
         else:
-            data[place : None if how == "end" else place + length] = (
-                data[place : place + length] * 2 * (how == "double")
+            data[place : None if change == "end" else place + length] = (
+                data[place : place + length] * 2 * (change == "double")
             )
     return bytes(data)
 
@@ -340,8 +340,8 @@ def test_mutated_zips_and_lists_are_read_or_refused_in_one_line(bounded, tmp_pat
         path.write_bytes(mutated_directory(path.read_bytes(), chance))
     labels = "labels.csv" if changed == "list" or chance.random() < 0.2 else None
     try:
-        how = {"size": 8, "channels": 3, "cache": str(place), "fractions": chance.choice([FRACTIONS, None])}
-        folder.load(root=str(path), labels=labels, **how)
+        knobs = {"size": 8, "channels": 3, "cache": str(place), "fractions": chance.choice([FRACTIONS, None])}
+        folder.load(root=str(path), labels=labels, **knobs)
     except UserError as error:
         assert "\n" not in str(error) and "memory" not in str(error).lower()
     finally:
@@ -424,10 +424,10 @@ def test_tables_of_many_classes_take_a_time_in_proportion(tmp_path, monkeypatch)
             files[f"{split}.csv"] = b"\xef\xbb\xbffilename,label\n" + rows.encode()
         path = zipped(tmp_path / f"{number}.zip", files)
         classes = dict.fromkeys(("train", "val", "test"), number)
-        how = {"classes": classes, "size": 8, "channels": 3, "trust": False, "cache": None}
+        knobs = {"classes": classes, "size": 8, "channels": 3, "trust": False, "cache": None}
         sys.settrace(count)
         try:
-            assert imagenet.miniimagenet(root=str(path), **how) is None
+            assert imagenet.miniimagenet(root=str(path), **knobs) is None
         finally:
             sys.settrace(None)
         return counted

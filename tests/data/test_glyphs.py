@@ -12,6 +12,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFilter
 
 from fewshot.data import __main__ as prepare
+from fewshot.data.cache import LazySplit
 from fewshot.data.sources import glyphs
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset" / "glyphs.yaml"
@@ -25,7 +26,7 @@ def splits(cache):
 @pytest.fixture(scope="module")
 def drawings():
     """letter -> face -> the letter fitted to one square, as `glyphs.json` compares them."""
-    found = {}
+    fitted = {}
     for face, (font, letters) in enumerate(glyphs._fonts(pixels=96)):
         for letter in letters.intersection("".join(alphabet())):
             canvas = Image.new("L", (400, 300))
@@ -35,8 +36,8 @@ def drawings():
             ink = ink.resize([max(1, round(side * scale)) for side in ink.size], Image.Resampling.LANCZOS)
             square = Image.new("L", (32, 32))
             square.paste(ink, ((32 - ink.width) // 2, (32 - ink.height) // 2))
-            found.setdefault(letter, {})[face] = square
-    return found
+            fitted.setdefault(letter, {})[face] = square
+    return fitted
 
 
 def alphabet():
@@ -76,7 +77,8 @@ def test_the_same_bytes_every_time(splits):
 
 
 def test_the_cache_gives_what_was_drawn(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs, "_build", lambda size: splits)
+    drawn = {name: LazySplit(split.images, split.counts.tolist(), split.names) for name, split in splits.items()}
+    monkeypatch.setattr(glyphs, "_build", lambda size: drawn)
     glyphs.load(size=28, cache=str(tmp_path))
     monkeypatch.delattr(glyphs, "_build")
     loaded = glyphs.load(size=28, cache=str(tmp_path))

@@ -19,14 +19,14 @@ from fewshot.data.sources import folder
 from fewshot.errors import UserError, shown
 from fewshot.training.resume import refuse_difference
 
-HOW = {"size": 16, "channels": 3, "resample": Image.Resampling.BILINEAR}
+KNOBS = {"size": 16, "channels": 3, "resample": Image.Resampling.BILINEAR}
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/">nothing</x:xmpmeta>'
 
 
-def save(image, kind, **how):
+def save(image, kind, **options):
     file = io.BytesIO()
-    image.save(file, kind, **how)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -35,8 +35,8 @@ def noise(size=16):
 
 
 def load(root, tmp_path, **knobs):
-    how = {"size": 16, "channels": 3, "cache": str(tmp_path / "cache")}
-    return folder.load(root=str(root), **(how | knobs))
+    usual = {"size": 16, "channels": 3, "cache": str(tmp_path / "cache")}
+    return folder.load(root=str(root), **(usual | knobs))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def exif_of_a_broken_camera():
 def test_a_resolution_of_a_wrong_type_does_not_stop_a_photo(kind):
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     pixels[0:2] = 255  # a white line on top, of a photo that was taken with the camera on its side
-    image = decode(save(Image.fromarray(pixels), kind, exif=exif_of_a_broken_camera(), quality=95), **HOW)
+    image = decode(save(Image.fromarray(pixels), kind, exif=exif_of_a_broken_camera(), quality=95), **KNOBS)
     assert image[:, :, -1].min() > 240 and image[:, :, 0].max() < 15
 
 
@@ -97,19 +97,19 @@ def with_all_side_information():
     for key, zipped in (("plain", False), ("zipped", True)):
         text.add_text(key, "text" * 100, zip=zipped)
         text.add_itxt(key, "text" * 100, zip=zipped)
-    how = {"exif": exif, "icc_profile": PROFILE, "dpi": (72, 72)}
-    yield save(noise(), "PNG", pnginfo=text, **how)
-    jpeg = save(noise(), "JPEG", quality=95, xmp=XMP, comment=b"comment", **how)
+    options = {"exif": exif, "icc_profile": PROFILE, "dpi": (72, 72)}
+    yield save(noise(), "PNG", pnginfo=text, **options)
+    jpeg = save(noise(), "JPEG", quality=95, xmp=XMP, comment=b"comment", **options)
     photoshop = b"Photoshop 3.0\x008BIM\x03\xed\x00\x00\x00\x00\x00\x10" + bytes(16)
     yield jpeg[:2] + b"\xff\xed" + struct.pack(">H", len(photoshop) + 2) + photoshop + jpeg[2:]
-    yield save(noise(), "WEBP", lossless=True, xmp=XMP, **how)
+    yield save(noise(), "WEBP", lossless=True, xmp=XMP, **options)
 
 
 def test_nothing_but_pixels_stops_an_image(recwarn):
     """Whatever bytes are in the side information, the pixels are read; broken EXIF may turn them."""
     chance = random.Random(0)
     for data in with_all_side_information():
-        expected, parts = np.sort(decode(data, **HOW).ravel()), list(side_parts(data))
+        expected, parts = np.sort(decode(data, **KNOBS).ravel()), list(side_parts(data))
         assert len(parts) >= 3
         for _ in range(150):
             broken = bytearray(data)
@@ -118,7 +118,7 @@ def test_nothing_but_pixels_stops_an_image(recwarn):
                 broken[chance.randrange(first, min(last, first + 80))] = chance.choice([0, 2, 6, 255])
             if checked and chance.random() < 0.8:
                 broken[last : last + 4] = struct.pack(">I", zlib.crc32(broken[checked:last]))
-            assert np.array_equal(np.sort(decode(bytes(broken), **HOW).ravel()), expected), bytes(broken)
+            assert np.array_equal(np.sort(decode(bytes(broken), **KNOBS).ravel()), expected), bytes(broken)
 
 
 @pytest.mark.parametrize("tail", [b"", b"\n", b"\0\0", b"\xff" * 100])  # after the end
@@ -128,7 +128,7 @@ def test_a_text_that_unpacks_to_a_flood_does_not_stop_an_image(where, tail):
     body = b"zTXt" + b"key\0\0" + zlib.compress(bytes(2 * 10**6))
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     place = 33 if where == "before" else len(data) - 12
-    assert np.array_equal(decode(data[:place] + chunk + data[place:] + tail, **HOW), decode(data, **HOW))
+    assert np.array_equal(decode(data[:place] + chunk + data[place:] + tail, **KNOBS), decode(data, **KNOBS))
 
 
 @pytest.mark.parametrize("tag", [270, 271, 282, 305])
@@ -139,7 +139,7 @@ def test_side_information_of_a_tiff_does_not_stop_it(tag, recwarn):
     for entry in entries:
         if struct.unpack_from("<H", data, entry)[0] in (tag, 271):
             struct.pack_into("<HII", data, entry + 2, 2, 2**31, 2**32 - 1)
-    assert np.array_equal(decode(bytes(data), **HOW)[:, 3, 3], np.asarray(noise())[3, 3])
+    assert np.array_equal(decode(bytes(data), **KNOBS)[:, 3, 3], np.asarray(noise())[3, 3])
 
 
 def test_a_warning_of_pillow_names_the_file_once(root, tmp_path, caplog, recwarn):
@@ -173,14 +173,14 @@ def tiff(bits, data, kind=1, photometric=1):
     ids=["16 bits", "16 bits, zero is white", "12 bits", "PGM up to 1023"],
 )
 def test_white_is_what_the_file_says(data, expected):
-    assert decode(data, **(HOW | {"size": 2, "channels": 1})).ravel().tolist() == expected
+    assert decode(data, **(KNOBS | {"size": 2, "channels": 1})).ravel().tolist() == expected
 
 
 @pytest.mark.parametrize("values", [(0, 1, 100, 255), (0, 1, 40000, 65535), (0, 1, 100, 2**31)])
 @pytest.mark.parametrize("kind", [1, 2, 3], ids=["unsigned", "signed", "fractions"])
 def test_white_is_never_guessed_from_the_pixels(values, kind):
     with pytest.raises(ValueError, match="no agreed white: save it with 8 or 16 bits"):
-        decode(tiff(32, struct.pack("<4I", *values), kind), **HOW)
+        decode(tiff(32, struct.pack("<4I", *values), kind), **KNOBS)
 
 
 # Large ones
@@ -190,7 +190,7 @@ def test_a_photo_of_a_hundred_megapixels_is_reduced_while_it_is_decoded(monkeypa
     data = save(Image.linear_gradient("L").resize((12000, 9000)), "JPEG", quality=50)
     sizes = []
     monkeypatch.setattr(images, "upright", lambda image: sizes.append(image.size) or image)
-    image = decode(data, **HOW)
+    image = decode(data, **KNOBS)
     assert sizes == [(1500, 1125)]
     assert np.abs(image[0].mean(axis=1) - np.linspace(8, 247, 16)).max() < 2
 

@@ -74,7 +74,7 @@ def test_a_task_is_k_classes_with_disjoint_support_and_query(drawn, first, tasks
         classes = torch.cat([support, query])[:, 0]
         labels = torch.cat([support_labels, query_labels])
         class_of = [set(classes[labels == label].tolist()) for label in range(ways)]
-        assert all(len(found) == 1 for found in class_of), "a label with images of two classes"
+        assert all(len(shown) == 1 for shown in class_of), "a label with images of two classes"
         assert len(set.union(*class_of)) == ways, "a class under two labels"
 
 
@@ -177,11 +177,13 @@ def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_a
     plain = TaskSampler(COLOURS, seed=0, **AUGMENTED | {"mean": (0.0,), "std": (1.0,)})(5, 2)
     assert [images.shape for images in seen] == 2 * [(9, 3, 12, 12)]  # a call per task
     assert all(images.min() >= 0 and 0.9 < images.max() <= 1 for images in seen)
-    found, images = (torch.cat([task.support, task.query], dim=1).flatten(0, 1) for task in (drawn, plain))
-    found = found * torch.tensor(AUGMENTED["std"]).view(-1, 1, 1) + torch.tensor(AUGMENTED["mean"]).view(-1, 1, 1)
+    augmented, images = (torch.cat([task.support, task.query], dim=1).flatten(0, 1) for task in (drawn, plain))
+    augmented = augmented * torch.tensor(AUGMENTED["std"]).view(-1, 1, 1) + torch.tensor(AUGMENTED["mean"]).view(
+        -1, 1, 1
+    )
     ways = [(down, right, turn) for down in range(5) for right in range(5) for turn in (False, True)]
     chosen = []
-    for after, before in zip(found, nn.functional.pad(images, (2, 2, 2, 2)), strict=True):
+    for after, before in zip(augmented, nn.functional.pad(images, (2, 2, 2, 2)), strict=True):
         windows = [before[:, down : down + 12, right : right + 12] for down, right, _ in ways]
         windows = [window.flip(-1) if turn else window for window, (*_, turn) in zip(windows, ways, strict=True)]
         (way,) = [way for way, window in zip(ways, windows, strict=True) if torch.allclose(after, window, atol=1e-6)]
@@ -241,11 +243,11 @@ def classes_of_labels(seed, classes, ways, tasks):
 @given(st.integers(2, 6), st.integers(0, 20), st.integers(0, 2**32 - 1))
 def test_each_label_has_its_own_kth_of_the_classes_whatever_the_seed(ways, more, seed):
     classes = ways + more
-    found = classes_of_labels(seed, classes, ways, 1000)
-    assert sorted(n for part in found for n in part) == list(range(classes)), "every class under exactly one label"
-    sizes = [len(part) for part in found]
+    parts = classes_of_labels(seed, classes, ways, 1000)
+    assert sorted(n for part in parts for n in part) == list(range(classes)), "every class under exactly one label"
+    sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
-    assert [set(part) for part in found] == [set(part) for part in classes_of_labels(seed ^ 1, classes, ways, 1000)]
+    assert [set(part) for part in parts] == [set(part) for part in classes_of_labels(seed ^ 1, classes, ways, 1000)]
 
 
 def test_the_classes_of_a_label_are_equally_frequent_and_no_neighbours():
@@ -264,7 +266,9 @@ def test_one_task_is_always_the_same_in_every_order():
     assert torch.equal(batch.query_labels, task.query_labels.expand(6000, -1))
     parts = ((task.support, batch.support), (task.query, batch.query))
     own, drawn = (
-        torch.cat([marks(each.unsqueeze(0) if each.dim() == 4 else each).unflatten(1, (3, 2)) for each in pair], dim=2)
+        torch.cat(
+            [marks(images.unsqueeze(0) if images.dim() == 4 else images).unflatten(1, (3, 2)) for images in pair], dim=2
+        )
         for pair in zip(*parts, strict=True)
     )  # (1, K, 4, 2), (B, K, 4, 2): a class's two support images, then its two queries
     orders = (drawn[:, :, 0, 0, None] == own[0, :, 0, 0]).int().argmax(-1)  # (B, K), which class is label t

@@ -17,8 +17,7 @@ from fewshot.errors import UserError
 from fewshot.maml import sequential
 from fewshot.maml.recompute import recomputed
 from fewshot.models import resnet12
-from fewshot.models.network import Network, conv4_strided
-from fewshot.models.resnet12 import dropping
+from fewshot.models.network import Network, conv4_strided, dropping
 
 each_engine = pytest.mark.parametrize(
     "engine",

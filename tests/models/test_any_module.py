@@ -14,8 +14,7 @@ from fewshot.errors import UserError
 from fewshot.maml import sequential
 from fewshot.models import resnet12
 from fewshot.models.any_module import network_from_module
-from fewshot.models.network import conv4_pooled
-from fewshot.models.resnet12 import dropping
+from fewshot.models.network import conv4_pooled, dropping
 from fewshot.theory.closed_forms import closed_form_gradients
 from fewshot.theory.features import Features
 
@@ -84,10 +83,10 @@ def test_the_head_is_found_and_made_anew_and_the_encoder_keeps_its_weights(name)
     assert list(network.buffers()) == []
     assert torch.equal(network.train()(images), network.eval()(images))
 
-    found = network_from_module(build(), channels=channels, size=16, ways=5, init_scale=0, head_bias=False)
-    assert found.head.in_features == last.in_features
-    assert found.head.bias is None and found.head.weight.count_nonzero() == 0
-    assert found.encoder.get_submodule(head).__class__ is nn.Identity
+    network = network_from_module(build(), channels=channels, size=16, ways=5, init_scale=0, head_bias=False)
+    assert network.head.in_features == last.in_features
+    assert network.head.bias is None and network.head.weight.count_nonzero() == 0
+    assert network.encoder.get_submodule(head).__class__ is nn.Identity
 
 
 def test_the_new_head_begins_as_the_projects_does():
@@ -115,10 +114,10 @@ def test_both_engines_give_the_same_gradient(name, first_order, monkeypatch):
     used = []
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     for together in (1, 2):
-        found, (_, accuracy) = meta_gradient(
+        gradient, (_, accuracy) = meta_gradient(
             batched, network, tasks, first_order=first_order, tasks_at_once=together, **KNOBS
         )
-        assert_same(found, expected)
+        assert_same(gradient, expected)
         assert torch.equal(accuracy, accuracies)
     assert bool(used) != side_by_side
     assert all(torch.equal(field, value) for field, value in zip(tasks, before, strict=True))
@@ -138,15 +137,15 @@ def test_the_outer_gradient_is_that_of_the_loop_written_out(name):
     loss = F.cross_entropy(torch.func.functional_call(network, adapted, tasks.query[0]), tasks.query_labels[0])
     expected = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
     for engine in (sequential, batched):
-        found, _ = meta_gradient(engine, network, tasks, first_order=False, **KNOBS)
-        assert_same(found, expected)
+        gradient, _ = meta_gradient(engine, network, tasks, first_order=False, **KNOBS)
+        assert_same(gradient, expected)
 
 
 def test_dropblock_in_the_batched_engine_treats_each_task_alone():
     """Of each a share is dropped, and the rest makes up for its own share."""
     network = resnet12(channels=1, size=40, ways=3, width=4, drop_block=0.3)
     seen = []
-    network.encoder[3].register_forward_hook(lambda layer, given, output: seen.append((given[0], output)))
+    network.encoder[3].register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
     tasks = draw(tasks=3, shape=(1, 40, 40), queries=8)
     tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
     with dropping(network, 0):
@@ -169,7 +168,7 @@ def test_the_closed_forms_hold_for_a_foreign_encoder():
     expected, _ = meta_gradient(sequential, network, tasks, first_order=False, adapted="head", **KNOBS)
     phi_s, phi_q = network.encoder(tasks.support[0]), network.encoder(tasks.query[0])
     labels = tasks.support_labels[0], tasks.query_labels[0]
-    given = Features(
+    features = Features(
         phi_s.detach(),
         labels[0],
         phi_q.detach(),
@@ -177,11 +176,11 @@ def test_the_closed_forms_hold_for_a_foreign_encoder():
         network.head.weight.detach(),
         network.head.bias.detach(),
     )
-    closed = closed_form_gradients(given, first_order=False, **KNOBS)
+    closed = closed_form_gradients(features, first_order=False, **KNOBS)
     contrast = (closed.query_features * phi_q).sum() + (closed.support_features * phi_s).sum()
     parameters = {f"encoder.{name}": p for name, p in network.encoder.named_parameters()}
-    found = dict(zip(parameters, torch.autograd.grad(contrast, list(parameters.values())), strict=True))
-    assert_same(found, {name: expected[name] for name in found})
+    gradient = dict(zip(parameters, torch.autograd.grad(contrast, list(parameters.values())), strict=True))
+    assert_same(gradient, {name: expected[name] for name in gradient})
 
 
 class NoLinear(nn.Sequential):

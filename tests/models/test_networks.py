@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from fewshot.config.tree import CONF
 from fewshot.models import resnet12
 from fewshot.models.head import prototype_head, zero_head
-from fewshot.models.network import conv4_pooled, conv4_strided
-from fewshot.models.resnet12 import drop_squares, dropping, drops
+from fewshot.models.network import conv4_pooled, conv4_strided, drop_squares, dropping, drops
 
 conv4_64 = partial(conv4_pooled, norm_first=True)
 NETWORKS = {"conv4_strided": conv4_strided, "conv4_pooled": conv4_pooled, "conv4_64": conv4_64}

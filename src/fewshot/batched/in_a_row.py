@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fewshot.batched import side_by_side
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide, _pair
-from fewshot.models.resnet12 import drop_squares
+from fewshot.models.network import drop_squares
 
 Pair = tuple[int, int]
 FEW_PIXELS = 32 * 32  # of a map: above, oneDNN's convolution needs no columns of nine times the map's size

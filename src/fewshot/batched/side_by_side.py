@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
-from fewshot.models.resnet12 import drop_squares
+from fewshot.models.network import drop_squares
 
 
 class NotSideBySide(Exception):

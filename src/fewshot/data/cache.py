@@ -26,8 +26,6 @@ from fewshot.files import exclusive, remove_leftovers, replacing
 from fewshot.paths import user_path
 
 if TYPE_CHECKING:  # to look for the files of a cache needs no torch
-    from torch import Tensor
-
     from fewshot.data.task import Split
 
 log = logging.getLogger(__name__)
@@ -46,13 +44,13 @@ class LazySplit:
     files: what each of the M images is called in messages; may be left out
     """
 
-    images: "Iterable[np.ndarray | Tensor]"
+    images: Iterable[np.ndarray]
     counts: Sequence[int]
     names: tuple[str, ...]
     files: Sequence[str] = ()
 
 
-Splits: TypeAlias = "Mapping[str, LazySplit | Split]"
+Splits: TypeAlias = Mapping[str, LazySplit]
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -183,14 +181,13 @@ def _write(
     described = {"key": key, "shape": shape, "splits": {}}
     marks = {}
     for name, split in splits.items():
-        counts = [int(count) for count in split.counts]
-        file, digest, marks[name] = new_array(name, (sum(counts), *shape)), hashlib.sha256(), []
+        file, digest, marks[name] = new_array(name, (sum(split.counts), *shape)), hashlib.sha256(), []
         for image in split.images:
             pixels = np.ascontiguousarray(image)
             file.write(pixels)
             digest.update(pixels)
             marks[name].append(int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little"))
-        described["splits"][name] = {"names": list(split.names), "counts": counts, "sha256": digest.hexdigest()}
+        described["splits"][name] = {"names": split.names, "counts": split.counts, "sha256": digest.hexdigest()}
     described["duplicates"] = duplicate_images(splits, marks)
     return json.dumps(described | {"sha256": _sum(described)}).encode()
 
@@ -221,9 +218,7 @@ def duplicate_images(splits: Splits, marks: dict[str, list[int]], shown: int = 3
     return duplicates
 
 
-def _called(split: "LazySplit | Split", name: str, place: int) -> str:
+def _called(split: LazySplit, name: str, place: int) -> str:
     """An image's name for messages."""
-    if files := getattr(split, "files", ()):
-        return files[place]
-    ends = np.cumsum([int(count) for count in split.counts])
-    return f"{name}/{split.names[int(np.searchsorted(ends, place, side='right'))]}"
+    label = int(np.searchsorted(np.cumsum(split.counts), place, side="right"))
+    return split.files[place] if split.files else f"{name}/{split.names[label]}"

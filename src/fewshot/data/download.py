@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,9 +115,8 @@ def _fetch(url: str, expected: str, path: Path) -> None:
 def _transfer(url: str, part: Path) -> None:
     """The rest of the file, or all of it where the server sends no parts."""
     size = part.stat().st_size
-    request = Request(url, headers={"User-Agent": "fewshot"})
-    if size:
-        request.add_header("Range", f"bytes={size}-")
+    ranges = {"Range": f"bytes={size}-"} if size else {}
+    request = Request(url, headers={"User-Agent": "fewshot", **ranges})
     try:
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
@@ -130,10 +130,8 @@ def _transfer(url: str, part: Path) -> None:
         length = response.headers["Content-Length"]
         total = size + int(length) if length else None
         task = bar.add_task(part.name[1:].removesuffix(".part"), total=total, completed=size)
-        while chunk := response.read(2**16):
-            file.write(chunk)
-            size += len(chunk)
-            bar.update(task, completed=size)
+        shutil.copyfileobj(bar.wrap_file(response, task_id=task), file)
+        size = file.tell()
     if total is not None and size < total:
         raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
 

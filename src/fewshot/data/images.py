@@ -113,19 +113,14 @@ def decode(
 
     largest_image: megapixels; None: LARGEST_IMAGE.
     """
-    shape = {"size": size, "channels": channels, "resample": resample}
-    try:
-        with _opened(data, size, largest_image) as image:
-            return square(image, **shape)
-    except Exception as error:
-        bare = without_side_information(data)
-        if bare == data:
-            raise
+    first = None
+    for usable in (bytes, without_side_information):
         try:
-            with _opened(bare, size, largest_image) as image:
-                return square(image, **shape)
-        except Exception:
-            raise error from None  # the side information was not the cause
+            with _opened(usable(data), size, largest_image) as image:
+                return square(image, size=size, channels=channels, resample=resample)
+        except Exception as error:  # if it comes again, the side information is not the cause
+            first = first or error
+    raise first
 
 
 @contextmanager

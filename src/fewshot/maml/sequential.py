@@ -16,7 +16,7 @@ from fewshot.data.task import Task, query_accuracy
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml.recompute import recomputed
 from fewshot.models.head import initial_head
-from fewshot.models.resnet12 import drops
+from fewshot.models.network import drops
 
 
 def adapt(

@@ -16,7 +16,7 @@ from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss
-from fewshot.models.resnet12 import drops
+from fewshot.models.network import drops
 
 log = logging.getLogger(__name__)
 

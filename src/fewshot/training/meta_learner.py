@@ -17,7 +17,7 @@ from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import share_gradient, share_rows
-from fewshot.models.resnet12 import dropping
+from fewshot.models.network import dropping
 from fewshot.results.record_files import Scores, diverged
 from fewshot.theory import probes
 from fewshot.training.choose_engine import choose_engine, sequential_engine

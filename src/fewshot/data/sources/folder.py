@@ -39,7 +39,7 @@ Deal = Callable[[Mapping[str, Files]], Classes]
 
 def load(
     *,
-    root: str | None,
+    root: str,
     size: int,
     channels: int,
     cache: str | None,
@@ -54,26 +54,19 @@ def load(
 ) -> dict[str, Split]:
     """The splits in a folder or zip; an image is the middle square of its file, resized to (channels, size, size).
 
-    Args:
-        root: the folder or zip.
-        labels: a CSV with columns file and label, perhaps split, in root or elsewhere; None: folders are labels.
-        fractions: of the classes for train, val and test, where the images come without splits; None: they must not.
-        split_seed: see `split_classes`.
+    Args: see conf/dataset/folder.yaml; also
         name: of the dataset, in the cache.
+        fractions: None: the images must come with splits.
         ways: each split needs so many classes; an error says which fractions would give them. 0: any number will do.
         shots, queries: a class with fewer images than both together is left out, which a line says. 0: none is.
-        largest_image: so many megapixels an image may have; None: `images.LARGEST_IMAGE`.
+        largest_image: None: `images.LARGEST_IMAGE`.
 
     Raises:
         UserError: the images are not there, not in this layout or not readable.
     """
     layout = f"a folder or a zip with {SPLIT_LAYOUT}{' or CLASS/image' if fractions else ''}"
-    if root is None:
-        raise UserError(f"dataset.root=null: this dataset is not downloaded; set dataset.root to {layout}")
-    if channels not in (1, 3):
-        raise UserError(f"dataset.channels={channels}: give 1 (grey) or 3 (colour)")
     where, path = f"dataset.root={root}", user_path("dataset.root", root)
-    deal = partial(_dealt, fractions=fractions, seed=split_seed, ways=ways, where=where) if fractions else None
+    deal = partial(split_classes, fractions=fractions, seed=split_seed, ways=ways, where=where) if fractions else None
     if labels is not None:
         source, classes = _listed(path, labels, deal)
     else:
@@ -214,11 +207,13 @@ def in_seeded_order(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode(errors="surrogatepass")).digest())
 
 
-def split_classes(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, where: str) -> Classes:
+def split_classes(
+    classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, where: str, ways: int = 0
+) -> Classes:
     """Deals out the classes by their names, the seed and the fractions; nothing else matters.
 
     In seeded order the first are train, the next val, the last test. Val and test get their fraction, rounded, but each
-    split gets at least two classes, the fewest that a task can have.
+    split gets at least two classes, the fewest that a task can have. Fewer than `ways` are a UserError.
     """
     number, least = len(classes), 2
     if number < 3 * least:
@@ -231,21 +226,12 @@ def split_classes(classes: Mapping[str, Files], fractions: Mapping[str, float], 
     order, train = in_seeded_order(classes, seed), number - test - val
     parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
     for one, other, names in _shared(parts):
+        shared = first_few(names)
         log.warning(
-            "%s: but for capitals %s and %s share %s; rename them if they are one class",
-            where,
-            one,
-            other,
-            first_few(names),
+            "%s: but for capitals %s and %s share %s; rename them if they are one class", where, one, other, shared
         )
+    _check_ways({split: len(names) for split, names in parts.items()}, ways, where)
     return {split: {name: classes[name] for name in sorted(names)} for split, names in parts.items()}
-
-
-def _dealt(classes: Mapping[str, Files], fractions: Mapping[str, float], seed: int, ways: int, where: str) -> Classes:
-    """The classes dealt out to splits, if each split then has at least `ways`."""
-    splits = split_classes(classes, fractions, seed, where)
-    _check_ways({split: len(members) for split, members in splits.items()}, ways, where)
-    return splits
 
 
 def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:

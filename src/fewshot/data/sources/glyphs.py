@@ -2,8 +2,6 @@
 
 Split by script as Omniglot is by alphabet, black (0) on white (255) like Omniglot. `glyphs.json` fixes the letters and
 says how they were chosen, so the classes never depend on the installed fonts.
-
-Shapes: M images of a split, N its classes, C x H x W one image.
 """
 
 import json
@@ -14,12 +12,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
-from fewshot.data.cache import cached
-from fewshot.data.task import Split
+from fewshot.data.cache import LazySplit, cached
+from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError
 
 IMAGES = 20  # per letter, as in Omniglot
@@ -41,14 +38,13 @@ def load(*, size: int, cache: str | None) -> dict[str, Split]:
     return cached("glyphs", versions, size=size, channels=1, cache=cache, build=lambda: _build(size))
 
 
-def _build(size: int) -> dict[str, Split]:
+def _build(size: int) -> dict[str, LazySplit]:
     fonts = _fonts(pixels=6 * size)
     splits = {}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         letters = "".join(LETTERS[split].values())
-        images = np.concatenate([draw_letter(letter, fonts, size) for letter in letters])
-        offsets = torch.arange(len(letters) + 1) * IMAGES
-        splits[split] = Split(torch.from_numpy(images), offsets, tuple(unicodedata.name(letter) for letter in letters))
+        images = (image for letter in letters for image in draw_letter(letter, fonts, size))
+        splits[split] = LazySplit(images, [IMAGES] * len(letters), tuple(map(unicodedata.name, letters)))
     return splits
 
 

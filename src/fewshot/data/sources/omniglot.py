@@ -51,12 +51,7 @@ def load(
 ) -> dict[str, Split]:
     """The characters of a split, images of (1, size, size).
 
-    Args:
-        root: a folder with the two zips or the two folders in them; None to download the zips into the cache folder.
-        resample: "lanczos" or "bilinear", how images are made smaller.
-        split: "vinyals", "random1200" or "lake".
-        split_seed: of random1200.
-        rotations: whether the characters' rotations are classes too.
+    Args: see conf/dataset/omniglot.yaml.
 
     Raises:
         UserError: the images are not there, not all there or not readable, or cannot be downloaded.
@@ -98,32 +93,29 @@ def find_classes(
         for name in source.names:
             if drawing := re.fullmatch(r"\w+/([^/]+/character\d\d)/\d+_(\d\d)\.png", name):
                 drawn.setdefault(drawing[1], {})[drawing[2]] = (source, name)
-    alphabets = {alphabet: count for part in PARTS for alphabet, count in FACTS["characters"][part].items()}
-    _check_complete(root, alphabets, {character: len(drawings) for character, drawings in drawn.items()})
+    members = characters_of(split, split_seed)
+    everything = [character for characters in members.values() for character in characters]
+    _check_complete(root, everything, {character: len(drawings) for character, drawings in drawn.items()})
     return {
-        name: {character: [file for _, file in sorted(drawn[character].items())] for character in members}
-        for name, members in characters_of(split, split_seed).items()
+        name: {character: [file for _, file in sorted(drawn[character].items())] for character in characters}
+        for name, characters in members.items()
     }
 
 
 def characters_of(split: str, split_seed: int) -> dict[str, list[str]]:
     """The characters of train, val and test, alphabet by alphabet."""
-    members = {name: [] for name in SPLITS}
-    everything = []
+    splits = {}
     for part in PARTS:
         for alphabet, count in FACTS["characters"][part].items():
             for number in range(1, count + 1):
-                character = f"{alphabet}/character{number:02d}"
-                everything.append(character)
                 name = _vinyals(alphabet, number)
                 if split == "lake" and name != "val":
                     name = "train" if part == "images_background" else "test"
-                members[name].append(character)
-    if split != "random1200":
-        return members
-    order = in_seeded_order(everything, split_seed)
-    drawn = {"train": set(order[:1100]), "val": set(order[1100:1200]), "test": set(order[1200:])}
-    return {name: [character for character in everything if character in drawn[name]] for name in SPLITS}
+                splits[f"{alphabet}/character{number:02d}"] = name
+    if split == "random1200":
+        for place, character in enumerate(in_seeded_order(splits, split_seed)):
+            splits[character] = "train" if place < 1100 else "val" if place < 1200 else "test"
+    return {name: [character for character in splits if splits[character] == name] for name in SPLITS}
 
 
 def _vinyals(alphabet: str, number: int) -> str:
@@ -134,30 +126,19 @@ def _vinyals(alphabet: str, number: int) -> str:
     return "train"
 
 
-def _check_complete(root: Path, alphabets: dict[str, int], drawings: dict[str, int]) -> None:
+def _check_complete(root: Path, characters: list[str], drawings: dict[str, int]) -> None:
     if not drawings:
         raise UserError(f"dataset.root={root}: no Omniglot in it; give a folder with {HOLDS}")
-    present = {character.split("/")[0] for character in drawings}
-    lost, gone, short = [], [], []
-    for alphabet, count in alphabets.items():
-        characters = [f"{alphabet}/character{number:02d}" for number in range(1, count + 1)]
-        if alphabet not in present:
-            lost.append(alphabet)
-            continue
-        gone += [character for character in characters if character not in drawings]
-        short += [name for name in characters if name in drawings and drawings[name] < DRAWINGS]
-    missing = []
-    if lost:
-        missing.append(f"{len(lost)} of {len(alphabets)} alphabets missing ({first_few(lost)})")
-    if gone:
-        missing.append(f"{len(gone)} characters missing in other alphabets ({first_few(gone)})")
-    if short:
-        counts = [f"{character} has {drawings[character]}" for character in short]
-        missing.append(f"{len(short)} characters with fewer than {DRAWINGS} drawings ({first_few(counts)})")
-    if missing:
+    alphabets = {os.path.dirname(character) for character in drawings}
+    lacking = set()
+    for character in characters:
+        if (number := drawings.get(character, 0)) < DRAWINGS:
+            alphabet = os.path.dirname(character)
+            lacking.add(f"{character} has {number}" if alphabet in alphabets else f"all of {alphabet}")
+    if lacking:
         raise UserError(
-            f"dataset.root={root}: not all of Omniglot: {'; '.join(missing)}; "
-            f"give a folder with {HOLDS}, completely extracted"
+            f"dataset.root={root}: not all of Omniglot, {DRAWINGS} drawings of each character: it lacks "
+            f"{first_few(sorted(lacking), 5)}; give a folder with {HOLDS}, completely extracted"
         )
 
 
