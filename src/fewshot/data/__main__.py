@@ -18,7 +18,9 @@ from fewshot.config.check import check_overrides
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.hydra_call import not_composed, refuse
 from fewshot.config.tree import CONF
+from fewshot.data.cache import cache_folder, file_stem
 from fewshot.errors import UserError, shown
+from fewshot.files import write_atomically
 from fewshot.paths import user_path
 
 
@@ -47,8 +49,6 @@ def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
 def prepare(overrides: list[str]) -> None:
     """Leaves the images in the cache; says which and where."""
     cfg, _ = read_images(overrides)
-    from fewshot.data.cache import cache_folder
-
     print(f"Ready in {cache_folder(cfg.dataset.cache)}; where runs use another cache, give them dataset.cache")
 
 
@@ -57,8 +57,7 @@ def show(overrides: list[str], out: Path | None = None) -> None:
     if out is None or out.suffix.lower() != ".png":
         raise UserError(f"out={shown(out)}: give out=FILE.png, the contact sheet to be written")
     _, splits = read_images(overrides)
-    from fewshot.data.sheet import contact_sheet, dataset_rows
-    from fewshot.files import write_atomically
+    from fewshot.data.sheet import contact_sheet, dataset_rows  # imports torch
 
     write_atomically(out, partial(contact_sheet(dataset_rows(splits)).save, format="PNG"))
     print(f"Written to {out}")
@@ -84,8 +83,6 @@ def list_datasets(overrides: list[str]) -> None:
 
 
 def _on_this_machine(data: DictConfig) -> str:
-    from fewshot.data.cache import cache_folder, file_stem
-
     folder, stem = cache_folder(data.cache), file_stem(data.name, data.size, data.channels)
     if list(folder.glob(f"{stem}-*.json")):
         return f"prepared, {sum(file.stat().st_size for file in folder.glob(f'{stem}-*')) / 1e6:.0f} MB"

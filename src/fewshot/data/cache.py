@@ -74,12 +74,10 @@ def cached(
 
     Other processes wait for the one that makes the cache files.
 
-    Args:
-        name: of the source of images.
-        fingerprint: whatever the images depend on besides size and channels; plain lists, numbers and text.
-        size, channels: of the images.
-        cache: folder, None for the user's own.
-        build: makes the splits; a LazySplit is written image by image, so it may be larger than the memory.
+    name: of the source of images
+    fingerprint: whatever the images depend on besides size and channels; plain lists, numbers and text
+    cache: folder, None for the user's own
+    build: makes the splits, which are written image by image, so they may be larger than the memory
     """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, name, fingerprint, size, channels]).encode()).hexdigest()
     shape, splits = (channels, size, size), None

@@ -32,7 +32,7 @@ SYSTEM = frozenset(
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 LARGEST_TABLE = 64 * 2**20  # bytes; a million images
-COLUMNS = {"file": ("file", "filename"), "label": ("label", "class"), "split": ("split",)}
+COLUMNS = {"file": ("file", "filename"), "label": ("label", "class"), "split": ("split",)}  # the first that is there
 
 
 @dataclass(frozen=True)
@@ -263,22 +263,15 @@ def _rows(table: bytes) -> Iterator[tuple[str, str, str]]:
     reader = csv.reader(io.TextIOWrapper(io.BytesIO(table), encoding="utf-8-sig", newline=""))
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        places = {
-            column: next((header.index(name) for name in names if name in header), None)
-            for column, names in COLUMNS.items()
-        }
-        if places["file"] is None or places["label"] is None:
+        names = {column: name for column, names in COLUMNS.items() for name in reversed(names) if name in header}
+        if not names.keys() >= {"file", "label"}:
             raise ValueError("its first row names no columns file and label")
-        for row in reader:
-            if not row:
-                continue
-            cells = {
-                column: row[place].strip() if place is not None and place < len(row) else ""
-                for column, place in places.items()
-            }
-            if not cells["file"] or not cells["label"]:
-                raise ValueError(f"line {reader.line_num} has no {'label' if cells['file'] else 'file'}")
-            yield cells["file"], cells["label"], cells["split"]
+        for row in filter(None, reader):
+            cells = dict(zip(header, row, strict=False))
+            file, label, split = (cells.get(names.get(column), "").strip() for column in COLUMNS)
+            if not file or not label:
+                raise ValueError(f"line {reader.line_num} has no {'label' if file else 'file'}")
+            yield file, label, split
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from error
     except UnicodeDecodeError as error:

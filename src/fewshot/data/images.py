@@ -15,17 +15,15 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from fewshot.data.cache import LazySplit
 from fewshot.data.folder_or_zip import Source
 from fewshot.errors import UserError, first_few
-
-if TYPE_CHECKING:
-    from fewshot.data.cache import LazySplit
 
 log = logging.getLogger(__name__)
 
@@ -186,10 +184,8 @@ def read_splits(
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
     largest_image: int | None = None,
-) -> "dict[str, LazySplit]":
+) -> dict[str, LazySplit]:
     """The splits whose classes are lists of files; a file is read, or a UserError raised, when its image is due."""
-    from fewshot.data.cache import LazySplit  # imports torch, and a folder can be looked at without it
-
     make = functools.partial(decode, size=size, channels=channels, resample=resample, largest_image=largest_image)
     files = [file for split in classes.values() for images in split.values() for file in images]
     log.info("reading %d images", len(files))

@@ -34,11 +34,7 @@ def load(
 ) -> dict[str, Split]:
     """The splits of `name`, images of (channels, size, size); from CIFAR-100 600 a class, its training images first.
 
-    Args:
-        name: "cifarfs" or "fc100".
-        root: CIFAR-100's archive, the folder in it or one with either in it; or a folder or zip with
-            train|val|test/CLASS/image; None to download the archive into the cache folder.
-        archive: folder in the cache for the download.
+    Args: see conf/dataset/cifarfs.yaml; `name` may also be fc100.
 
     Raises:
         UserError: the images are not there, not these classes' or not readable, or cannot be downloaded.

@@ -54,18 +54,16 @@ def miniimagenet(
 ) -> dict[str, Split]:
     """miniImageNet's splits, images of (channels, size, size).
 
-    Args:
-        root: a folder or tar with learn2learn's pickles, each a dictionary of image_data, (M, 84, 84, 3) uint8, and
-            class_dict, the numbers of each class's images; or a folder or zip with the photos in images/ and Ravi and
-            Larochelle's train.csv, val.csv, test.csv (filename,label) beside it; None: download the pickles.
-        classes: how many there must be in each split.
-        trust: pickles with an unknown checksum too.
+    They come from learn2learn's pickles, each a dictionary of image_data, (M, 84, 84, 3) uint8, and class_dict, the
+    numbers of each class's images; or from the photos in images/ and Ravi and Larochelle's tables (filename,label).
+
+    Args: see conf/dataset/miniimagenet.yaml.
 
     Raises:
         UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
-    shape, place = {"size": size, "channels": channels}, _place("miniImageNet", MINI_FILES, root, trust, cache)
-    splits = _from_pickles("miniimagenet", place, MINI_FILES, _mini_split, classes, shape, trust, cache)
+    dataset, shape = ("miniImageNet", MINI_FILES, MINI_HOLDS, _mini_split), {"size": size, "channels": channels}
+    place, splits = _from_pickles(*dataset, root, classes, trust, cache, **shape)
     return _mini_photos(place, classes, cache, shape) if splits is None else splits
 
 
@@ -112,17 +110,11 @@ def tieredimagenet(
 ) -> dict[str, Split]:
     """tieredImageNet's splits, images of (channels, size, size): 34 categories of ImageNet, split 20/6/8.
 
-    Args:
-        root: a folder or tar with learn2learn's pickles: for each split a list of PNG files, and a dictionary of
-            label_specific, the number of each image's class, and label_specific_str, their names; None: download them.
-        classes: how many there must be in each split.
-        trust: pickles with an unknown checksum too.
-
-    Raises:
-        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
+    For each split learn2learn has a pickle with a list of PNG files, and one with a dictionary of label_specific, the
+    number of each image's class, and label_specific_str, their names. Arguments and errors as of `miniimagenet`.
     """
-    shape, place = {"size": size, "channels": channels}, _place("tieredImageNet", TIERED_FILES, root, trust, cache)
-    splits = _from_pickles("tieredimagenet", place, TIERED_FILES, _tiered_split, classes, shape, trust, cache)
+    dataset, shape = ("tieredImageNet", TIERED_FILES, TIERED_HOLDS, _tiered_split), {"size": size, "channels": channels}
+    place, splits = _from_pickles(*dataset, root, classes, trust, cache, **shape)
     if splits is None:
         raise UserError(f"dataset.root={place}: no tieredImageNet in it; give {TIERED_HOLDS}")
     return splits
@@ -159,20 +151,34 @@ def _check_classes(place: Path, names: Mapping[str, Sequence[str]], classes: Map
 
 
 def _from_pickles(
-    name: str,
-    place: Path,
+    title: str,
     files: Mapping[str, Sequence[str]],
+    holds: str,
     split_of: Callable[[Path, Callable[[str], Any], str, dict[str, int]], LazySplit],
+    root: str | None,
     classes: Mapping[str, int],
-    shape: dict[str, int],
     trust: bool,
     cache: str | None,
-) -> dict[str, Split] | None:
-    """The splits that `split_of` makes of the pickles; None where they are not there."""
+    **shape: int,
+) -> tuple[Path, dict[str, Split] | None]:
+    """`root` or the folder of the download, and the splits that `split_of` makes of its pickles; None: it has none."""
+    name, names = title.lower(), [choices[0] for choices in files.values()]
+    prefix = "tiered-imagenet-" if name == "tieredimagenet" else ""
+
+    def find() -> dict[str, tuple[str, str]]:
+        sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
+        for url, published in () if trust else sources.values():  # before gigabytes are fetched in vain
+            _refuse_unknown(url, published)
+        return sources
+
+    if root is None:
+        place = download(title, names, find, folder=name, cache=cache, holds=holds)
+    else:
+        place = user_path("dataset.root", root)
     check = None if trust else _refuse_unknown
     pickles = open_pickles(place, ("tiered-imagenet",), files, PUBLISHER, check)  # where learn2learn keeps it
     if pickles is None:
-        return None
+        return place, None
     read, version = pickles
 
     def build() -> dict[str, LazySplit]:
@@ -180,7 +186,7 @@ def _from_pickles(
         _check_classes(place, {split: part.names for split, part in splits.items()}, classes)
         return splits
 
-    return cached(name, version, cache=cache, build=build, **shape)
+    return place, cached(name, version, cache=cache, build=build, **shape)
 
 
 def _refuse_unknown(place: Path | str, md5: str) -> None:
@@ -189,20 +195,3 @@ def _refuse_unknown(place: Path | str, md5: str) -> None:
             f"dataset.trust=false: {place} holds pickles, which could run any program, and its MD5 {md5} is none that "
             "is known; if you trust where it comes from, dataset.trust=true reads it"
         )
-
-
-def _place(title: str, files: Mapping[str, Sequence[str]], root: str | None, trust: bool, cache: str | None) -> Path:
-    """`root`, or the folder of the download."""
-    if root is not None:
-        return user_path("dataset.root", root)
-    folder, names = title.lower(), [choices[0] for choices in files.values()]
-
-    def find() -> dict[str, tuple[str, str]]:
-        prefix = "tiered-imagenet-" if folder == "tieredimagenet" else ""
-        sources = zenodo(RECORD, {name: f"{prefix}{name}" for name in names})
-        for url, published in () if trust else sources.values():  # before gigabytes are fetched in vain
-            _refuse_unknown(url, published)
-        return sources
-
-    holds = MINI_HOLDS if folder == "miniimagenet" else TIERED_HOLDS
-    return download(title, names, find, folder=folder, cache=cache, holds=holds)
