@@ -8,7 +8,7 @@ from conftest import ROOT
 
 SOURCE = ROOT / "src" / "fewshot"
 FLOORS = (  # from the ground up; packages of one floor stand side by side and do not import each other
-    ("errors", "files", "paths", "inner_loop"),  # these four may
+    ("errors", "files", "inner_loop"),  # these three may
     ("models",),
     ("processes",),
     ("config",),

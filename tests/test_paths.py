@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from fewshot.config.hydra_call import OutputFolder
 from fewshot.config.tree import CONF
 from fewshot.errors import UserError
-from fewshot.paths import at_home, checkpoint_file, claimed, escaped, in_shell, override, run_folder, user_path
+from fewshot.files import at_home, checkpoint_file, claimed, escaped, in_shell, override, run_folder, user_path
 
 SIGNS = "ab1.-_/ ,;:=[](){}<>'\"`~!@#$%^&*|?+\\\n\täé漢\u0301\udcff"  # the last: a byte that is no UTF-8
 

@@ -12,9 +12,8 @@ from typing import Any
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.tree import MODES, portable
 from fewshot.errors import UserError, one_line, shown
-from fewshot.files import check_place, write_file
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, check_place, checkpoint_file, user_path, write_file
 from fewshot.inner_loop import InnerLoop
-from fewshot.paths import EXPORTED, EXPORTED_CONFIG, checkpoint_file, user_path
 from fewshot.results.record_files import read as read_results
 from fewshot.results.record_files import versions
 

@@ -11,8 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config.tree import CONF, GROUPS, entries, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
+from fewshot.files import checkpoint_file
 from fewshot.inner_loop import InnerLoop
-from fewshot.paths import checkpoint_file
 from fewshot.processes import ranks
 
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.

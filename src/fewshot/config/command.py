@@ -24,8 +24,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.errors import RankGone, RunLocked, Stopped, UserError, nearest, one_line
-from fewshot.files import write_file
-from fewshot.paths import at_home, in_shell
+from fewshot.files import at_home, in_shell, write_file
 from fewshot.processes import ranks
 
 HELP = {"-h", "--help"}

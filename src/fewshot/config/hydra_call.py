@@ -36,7 +36,7 @@ from fewshot.config.check import check_overrides, knobs, refuse
 from fewshot.config.command import HELP, Command, how_to_go_on, one_line_errors
 from fewshot.config.tree import CONF, GROUPS, given_overrides, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
-from fewshot.paths import at_home, claimed, escaped, override, user_path
+from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import lenient

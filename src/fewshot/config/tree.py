@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fewshot.paths import run_folder, user_path
+from fewshot.files import run_folder, user_path
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[3] / "conf") if path.is_dir())

@@ -20,8 +20,7 @@ from fewshot.config.hydra_call import not_composed, refuse
 from fewshot.config.tree import CONF
 from fewshot.data.cache import cache_folder, file_stem
 from fewshot.errors import UserError, shown
-from fewshot.files import write_atomically
-from fewshot.paths import user_path
+from fewshot.files import user_path, write_atomically
 
 
 def configuration(overrides: list[str]) -> DictConfig:

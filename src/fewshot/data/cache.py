@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from fewshot.files import exclusive, remove_leftovers, replacing
-from fewshot.paths import user_path
+from fewshot.files import exclusive, remove_leftovers, replacing, user_path
 
 if TYPE_CHECKING:  # to look for the files of a cache needs no torch
     from fewshot.data.task import Split

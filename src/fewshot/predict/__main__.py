@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, write_atomically
-from fewshot.paths import claimed, model_path, user_path
+from fewshot.files import check_place, claimed, model_path, user_path, write_atomically
 from fewshot.predict.predictions import Predictions, predict
 from fewshot.results.record_files import write_csv
 

@@ -24,8 +24,7 @@ from fewshot.config.tree import entries, portable
 from fewshot.data.images import decode, square
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
-from fewshot.files import is_regular
-from fewshot.paths import EXPORTED, EXPORTED_CONFIG, model_path
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular, model_path
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 

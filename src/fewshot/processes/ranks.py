@@ -21,7 +21,7 @@ from hydra.types import RunMode
 
 from fewshot import files
 from fewshot.errors import Stopped, UserError
-from fewshot.paths import override
+from fewshot.files import override
 
 PARENT = "FEWSHOT_PARENT"  # start() puts its own process number here, into the environment of the processes it starts
 RANKS_LOCK = ".lock-ranks"

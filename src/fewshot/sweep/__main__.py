@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fewshot.config import stored
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.paths import user_path
+from fewshot.files import user_path
 from fewshot.sweep.tables import summarise
 
 COMMAND = Command(

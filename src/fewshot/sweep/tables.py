@@ -17,8 +17,7 @@ from fewshot.config import stored
 from fewshot.config.command import one_line_errors
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, printable, shown
-from fewshot.files import write_file
-from fewshot.paths import in_shell
+from fewshot.files import in_shell, write_file
 from fewshot.results.record_files import title, write_csv
 from fewshot.sweep.settings import (
     OVER_SEEDS,

@@ -21,7 +21,7 @@ from fewshot.config.tree import GROUPS, entries, key_of, leaves, settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, first_few, first_line, one_line, shown
-from fewshot.paths import checkpoint_file
+from fewshot.files import checkpoint_file
 from fewshot.training.checkpoint import Describe, read, refuse_misfit
 
 # Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.errors import UserError
-from fewshot.paths import in_shell
+from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.results import record_files

@@ -1,11 +1,8 @@
-"""CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): CIFAR-100's classes, split anew.
+"""CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018): the classes of CIFAR-100, split anew.
 
-CIFAR-100 (Krizhevsky 2009) has 100 classes in 20 superclasses, and 600 colour images of 32 x 32 pixels of each class.
-CIFAR-FS splits the classes by chance, 64/16/20. FC100 splits the superclasses, 12/4/4, so that the test classes are of
-another kind than the training classes: 60/20/20.
-
-What is read is torchvision's download, the archive or the files in it. These are pickles, but only the very files whose
-MD5 torchvision knows are opened. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
+CIFAR-FS splits its 100 classes by chance. FC100 splits their 20 superclasses, so that the test classes are of another
+kind than the training classes. What is read is torchvision's download, the archive or the pickles in it, and only if it
+has the MD5 that torchvision knows. (CIFAR-100 without pickles exists, at an address that torchvision does not know.)
 """
 
 import json
@@ -21,7 +18,7 @@ from fewshot.data.pickles import fit, gather, open_pickles
 from fewshot.data.sources import folder
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
-from fewshot.paths import user_path
+from fewshot.files import user_path
 
 TITLES = {"cifarfs": "CIFAR-FS", "fc100": "FC100"}
 HOLDS = f"{CIFAR100.filename}, the folder {CIFAR100.base_folder} in it, or a folder or zip with {folder.SPLIT_LAYOUT}"

@@ -21,7 +21,7 @@ from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_tex
 from fewshot.data.images import is_image, plain_classes, read_splits, tell_left_out
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
-from fewshot.paths import user_path
+from fewshot.files import user_path
 
 log = logging.getLogger(__name__)
 

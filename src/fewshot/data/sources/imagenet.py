@@ -20,7 +20,7 @@ from fewshot.data.images import decode, read_splits
 from fewshot.data.pickles import as_published, fit, gather, open_pickles
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
-from fewshot.paths import user_path
+from fewshot.files import user_path
 
 # learn2learn's copies, at the addresses in its mini_imagenet.py and tiered_imagenet.py, which know no checksums.
 PUBLISHER, RECORD = "learn2learn", 7978538

@@ -1,16 +1,9 @@
-"""Omniglot (Lake et al. 2015): 50 alphabets, 1,623 characters, 20 drawings of each.
+"""Omniglot (Lake et al. 2015): 50 alphabets, 1,623 characters, 20 drawings of each, black (0) on white (255).
 
-Drawings are black (0) on white (255) as in the original files. The splits:
-
-    vinyals: 1028/172/423 characters, those of Vinyals et al. 2016; `omniglot.json` has them and names its source.
-    random1200: 1100/100/423, drawn by seed. MAML's code (github.com/cbfinn/maml, data_generator.py) shuffles all
-        characters, takes 1,200 for training and sets 100 of these aside for validation; learn2learn's
-        omniglot_tasksets does the same. Their shuffles hang on the machine or on the run's seed, this one does not.
-    lake: the background set is for training, the evaluation set (659) for the test, as the dataset came. It came
-        without a validation set, and torchmeta has none for it: here it is the 172 characters that validate in
-        Vinyals' split, five whole alphabets of the background set, which leaves 792.
-
-With rotations each character is four classes, itself and turned by 90, 180 and 270 degrees (Santoro et al. 2016).
+docs/datasets.md lists the splits. MAML's code (github.com/cbfinn/maml, data_generator.py) and learn2learn's
+omniglot_tasksets draw the 1,200 of random1200 by shuffles that hang on the machine or on the run's seed; this one does
+not. Lake's split came without a validation set, and torchmeta has none for it: here the 172 characters that validate in
+Vinyals' split do so, five whole alphabets of the background set.
 """
 
 import json
@@ -30,7 +23,7 @@ from fewshot.data.images import read_splits
 from fewshot.data.sources.folder import in_seeded_order
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
-from fewshot.paths import user_path
+from fewshot.files import user_path
 
 PARTS = ("images_background", "images_evaluation")
 DRAWINGS = 20
