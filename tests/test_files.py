@@ -16,7 +16,7 @@ import torch
 from fewshot import files
 from fewshot.config.command import one_line_errors
 from fewshot.data import cache
-from fewshot.data.download import download
+from fewshot.data.published import download
 from fewshot.errors import UserError
 from fewshot.files import exclusive
 from fewshot.processes import ranks

@@ -13,7 +13,7 @@ from data_files import FINE, know, make_cifar100, picture, serving
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from fewshot.data import pickles
+from fewshot.data import published
 from fewshot.data.__main__ import main
 from fewshot.data.sources import cifar
 from fewshot.errors import UserError
@@ -59,7 +59,7 @@ def test_cifarfs_has_bertinettos_classes(root, load):
 
 def test_fc100_never_has_a_superclass_in_two_splits(root, load):
     with tarfile.open(root / CIFAR100.filename) as archive:  # its own superclasses, not ours
-        train = pickles.unpickle(archive.extractfile(f"{CIFAR100.base_folder}/train"))
+        train = published.unpickle(archive.extractfile(f"{CIFAR100.base_folder}/train"))
     kind = {FINE[fine]: coarse for fine, coarse in zip(train["fine_labels"], train["coarse_labels"], strict=True)}
     kinds = {name: {kind[label] for label in split.names} for name, split in load(root, "fc100").items()}
     # Oreshkin et al. 2018, supplementary material and code, by the number of the superclass
@@ -86,7 +86,7 @@ def test_another_size_and_grey(root, load):
 
 def test_the_second_load_reads_the_cache(root, load, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(pickles, "unpickle", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(published, "unpickle", lambda file: pytest.fail("read again"))
     assert same(load(root), first)
 
 
@@ -105,7 +105,7 @@ def test_downloads_once(root, load, monkeypatch, tmp_path):
 
 
 def test_files_with_another_checksum_are_never_unpickled(root, load, monkeypatch):
-    unpickle, base = pickles.unpickle, root / CIFAR100.base_folder
+    unpickle, base = published.unpickle, root / CIFAR100.base_folder
     for name in ("meta", "test", "train"):  # the last that is read comes first
         with open(base / name, "ab") as file:
             file.write(b".")
@@ -114,7 +114,7 @@ def test_files_with_another_checksum_are_never_unpickled(root, load, monkeypatch
             assert not file.name.endswith(f"/{name}")
             return unpickle(file)
 
-        monkeypatch.setattr(pickles, "unpickle", checked)
+        monkeypatch.setattr(published, "unpickle", checked)
         message = (
             rf"^dataset\.root=.*: {name} is not as {CIFAR100.url} .*{name} has the MD5 .* instead of .*; get it again"
         )
@@ -140,7 +140,7 @@ def test_a_truncated_archive_is_one_line(root, load):
 
 def test_an_archive_with_another_checksum_is_never_opened(root, load, monkeypatch):
     """What a header of it says can take all memory."""
-    monkeypatch.setattr(pickles.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(published.tarfile, "open", lambda *_, **__: pytest.fail("opened"))
     with open(root / CIFAR100.filename, "ab") as file:
         file.write(b"\0")
     with pytest.raises(

@@ -15,8 +15,7 @@ from data_files import MINI, MODES, make_mini, make_tiered, serving
 from learn2learn.vision.datasets import MiniImagenet, TieredImagenet
 from PIL import Image
 
-from fewshot.data import download as downloads
-from fewshot.data import pickles
+from fewshot.data import published
 from fewshot.data.sources import imagenet
 from fewshot.errors import UserError
 
@@ -79,7 +78,7 @@ def test_addresses_are_learn2learns():
     ):
         source = inspect.getsource(theirs)
         for names in files.values():
-            assert f"'{downloads.ZENODO}/record/{imagenet.RECORD}/files/{prefix}{names[0]}'" in source
+            assert f"'{published.ZENODO}/record/{imagenet.RECORD}/files/{prefix}{names[0]}'" in source
 
 
 # Other places and forms
@@ -181,7 +180,7 @@ def test_nothing_there_is_one_line(tmp_path, load):
 def test_an_unknown_checksum_is_not_unpickled_unless_trusted(tmp_path, load, monkeypatch, which):
     root = (make_mini if which == "miniimagenet" else make_tiered)(tmp_path / "root")
     with monkeypatch.context() as patch:
-        patch.setattr(pickles, "unpickle", lambda file: pytest.fail("unpickled"))
+        patch.setattr(published, "unpickle", lambda file: pytest.fail("unpickled"))
         with pytest.raises(
             UserError, match=r"^dataset\.trust=false: .*\.pkl holds pickles, .* MD5 .* dataset\.trust=true .*$"
         ):
@@ -259,8 +258,8 @@ def test_the_files_of_one_split_at_a_time_are_in_memory(tmp_path, load, monkeypa
             seen.append(weakref.ref(content))
         return content
 
-    unpickle, seen = pickles.unpickle, []
-    monkeypatch.setattr(pickles, "unpickle", unpickled)
+    unpickle, seen = published.unpickle, []
+    monkeypatch.setattr(published, "unpickle", unpickled)
     load(make_tiered(tmp_path / "tiered"), "tieredimagenet")
     assert len(seen) == 3
 
@@ -299,7 +298,7 @@ def test_downloads_once_and_only_what_is_known_or_trusted(tmp_path, load, monkey
     make = make_mini if which == "miniimagenet" else lambda folder: make_tiered(folder, prefix="tiered-imagenet-")
     expected = load(make(tmp_path / "folder"), which, cache="other")
     with publish(tmp_path / "folder") as server:
-        monkeypatch.setattr(downloads, "ZENODO", server.address)
+        monkeypatch.setattr(published, "ZENODO", server.address)
         with pytest.raises(UserError, match=r"^dataset\.trust=false: http:.*\.pkl holds pickles, .*$"):
             load(None, which, trust=False)
         assert len(server.asked) == 1  # the checksums, no file
@@ -311,6 +310,6 @@ def test_downloads_once_and_only_what_is_known_or_trusted(tmp_path, load, monkey
 def test_no_network_is_one_line(load, monkeypatch):
     with serving(".") as server:
         pass
-    monkeypatch.setattr(downloads, "ZENODO", server.address)
+    monkeypatch.setattr(published, "ZENODO", server.address)
     with pytest.raises(UserError, match=r"^dataset\.root=null: downloading miniImageNet .* failed .*; try again.*$"):
         load(None)

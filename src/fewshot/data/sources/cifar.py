@@ -13,8 +13,7 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from fewshot.data.cache import LazySplit, cached
-from fewshot.data.download import download
-from fewshot.data.pickles import fit, gather, open_pickles
+from fewshot.data.published import download, fit, gather, open_pickles
 from fewshot.data.sources import folder
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few

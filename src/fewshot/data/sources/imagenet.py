@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fewshot.data.cache import LazySplit, cached
-from fewshot.data.download import download, zenodo
 from fewshot.data.folder_or_zip import open_source, plain_text, read_classes
 from fewshot.data.images import decode, read_splits
-from fewshot.data.pickles import as_published, fit, gather, open_pickles
+from fewshot.data.published import as_published, download, fit, gather, open_pickles, zenodo
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
 from fewshot.files import user_path

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from fewshot.data.cache import cached
-from fewshot.data.download import download
 from fewshot.data.folder_or_zip import Source, open_source
 from fewshot.data.images import read_splits
+from fewshot.data.published import download
 from fewshot.data.sources.folder import in_seeded_order
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few

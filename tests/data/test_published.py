@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from data_files import serving
 
-from fewshot.data import download as downloads
-from fewshot.data.download import download
+from fewshot.data import published
+from fewshot.data.published import download
 from fewshot.errors import UserError
 
 CONTENT = bytes(range(256)) * 2000
@@ -21,7 +21,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 def server(tmp_path, monkeypatch):
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "photos.tar").write_bytes(CONTENT)
-    monkeypatch.setattr(downloads, "PAUSE", 0.0)
+    monkeypatch.setattr(published, "PAUSE", 0.0)
     with serving(tmp_path / "published") as server:
         yield server
 
@@ -130,7 +130,7 @@ def test_a_terminal_sees_a_bar_and_a_file_none(server, get, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    downloads._fetch(f"{server.address}/photos.tar", MD5, tmp_path / "again.tar")
+    published._fetch(f"{server.address}/photos.tar", MD5, tmp_path / "again.tar")
     assert "again.tar" in terminal.getvalue() and "512.0/512.0 kB" in terminal.getvalue()
 
 
@@ -139,7 +139,7 @@ def test_zenodos_checksums(tmp_path, monkeypatch, form):
     (tmp_path / "api" / "records").mkdir(parents=True)
     (tmp_path / "api" / "records" / "7").write_text(json.dumps({"files": [form]}))
     with serving(tmp_path) as server:
-        monkeypatch.setattr(downloads, "ZENODO", server.address)
-        assert downloads.zenodo(7, {"b.pkl": "a.pkl"}) == {"b.pkl": (f"{server.address}/record/7/files/a.pkl", "12")}
+        monkeypatch.setattr(published, "ZENODO", server.address)
+        assert published.zenodo(7, {"b.pkl": "a.pkl"}) == {"b.pkl": (f"{server.address}/record/7/files/a.pkl", "12")}
         with pytest.raises(LookupError):
-            downloads.zenodo(7, {"b.pkl": "c.pkl"})
+            published.zenodo(7, {"b.pkl": "c.pkl"})
