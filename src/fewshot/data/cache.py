@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -172,47 +171,34 @@ def _write(
 ) -> bytes:
     """Writes each split into a file of its own and gives the JSON that describes them.
 
-    Holds one image at a time, and eight bytes of every other. (Written as files: a full disk ends a process that writes
+    Holds one image at a time, and a hash of every other: images in another split too, or in their own once more, are
+    counted, since they can be support and query of one task. (Written as files: a full disk ends a process that writes
     to memory-mapped ones.)
     """
-    described = {"key": key, "shape": shape, "splits": {}}
-    marks = {}
+    described: dict[str, Any] = {"key": key, "shape": shape, "splits": {}}
+    described["duplicates"] = duplicates = {"in two splits": [0, []], "twice in one split": [0, []]}
+    firsts: dict[str, dict[bytes, int]] = {}  # for each split where its pixels come first
     for name, split in splits.items():
-        file, digest, marks[name] = new_array(name, (sum(split.counts), *shape)), hashlib.sha256(), []
-        for image in split.images:
+        file, digest, firsts[name] = new_array(name, (sum(split.counts), *shape)), hashlib.sha256(), {}
+        for place, image in enumerate(split.images):
             pixels = np.ascontiguousarray(image)
             file.write(pixels)
             digest.update(pixels)
-            marks[name].append(int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little"))
+            mark = hashlib.blake2b(pixels, digest_size=8).digest()
+            for other, places in firsts.items():
+                if mark in places:
+                    kind = duplicates["twice in one split" if other == name else "in two splits"]
+                    kind[0] += 1
+                    if len(kind[1]) < 3:
+                        first = _called(splits[other], other, places[mark])
+                        kind[1].append(f"{_called(split, name, place)} = {first}")
+            firsts[name].setdefault(mark, place)
         described["splits"][name] = {"names": split.names, "counts": split.counts, "sha256": digest.hexdigest()}
-    described["duplicates"] = duplicate_images(splits, marks)
     return json.dumps(described | {"sha256": _sum(described)}).encode()
 
 
 def _sum(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def duplicate_images(splits: Splits, marks: dict[str, list[int]], shown: int = 3) -> dict[str, Any]:
-    """How many images are in another split too, or in their own once more, and the first few of each kind.
-
-    Those of one split can be support and query of one task.
-
-    marks: a number for each image of each split, the same for the same pixels.
-    """
-    arrays = {name: np.array(numbers, dtype=np.uint64) for name, numbers in marks.items() if numbers}
-    duplicates: dict[str, Any] = {"in two splits": [0, []], "twice in one split": [0, []]}
-    for one, other in combinations_with_replacement(arrays, 2):
-        known, firsts = np.unique(arrays[one], return_index=True)
-        nearest = np.searchsorted(known, arrays[other]).clip(max=len(known) - 1)
-        twins = firsts[nearest]  # the first image of `one` with these pixels, where there is one
-        itself = (one == other) & (twins == np.arange(len(twins)))
-        places = np.flatnonzero((known[nearest] == arrays[other]) & ~itself)
-        kind = duplicates["twice in one split" if one == other else "in two splits"]
-        kind[0] += len(places)
-        for place in places[: shown - len(kind[1])]:
-            kind[1].append(f"{_called(splits[other], other, place)} = {_called(splits[one], one, twins[place])}")
-    return duplicates
 
 
 def _called(split: LazySplit, name: str, place: int) -> str:

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -187,33 +188,28 @@ def read_splits(
 ) -> dict[str, LazySplit]:
     """The splits whose classes are lists of files; a file is read, or a UserError raised, when its image is due."""
     make = functools.partial(decode, size=size, channels=channels, resample=resample, largest_image=largest_image)
-    files = [file for split in classes.values() for images in split.values() for file in images]
+    files = [file for members in classes.values() for images in members.values() for file in images]
     log.info("reading %d images", len(files))
-    splits, first, told = {}, 0, set()
-    for split, members in classes.items():
-        counts = [len(images) for images in members.values()]
-        last = first + sum(counts)
-        names = [name for _, name in files[first:last]]
-        splits[split] = LazySplit(_read_images(files, first, last, make, told), counts, tuple(members), names)
-        first = last
+    images, splits = _read_images(files, make), {}
+    for split, members in classes.items():  # the cache takes their images in this order
+        counts = [len(part) for part in members.values()]
+        names = [name for part in members.values() for _, name in part]
+        splits[split] = LazySplit(islice(images, len(names)), counts, tuple(members), names)
     return splits
 
 
-def _read_images(
-    files: list[tuple[Source, str]], first: int, last: int, make: Callable[[bytes], np.ndarray], told: set[str]
-) -> Iterator[np.ndarray]:
-    """The images of files[first:last]. If one cannot be read, all after it are tried, so that one error names all."""
-    for place in range(first, last):
-        image = try_image(*files[place], make, told)
+def _read_images(files: list[tuple[Source, str]], make: Callable[[bytes], np.ndarray]) -> Iterator[np.ndarray]:
+    """The images of the files. If one cannot be read, all after it are tried, so that one error names all."""
+    told: set[str] = set()
+    tried = ((file, try_image(*file, make, told)) for file in files)
+    for (source, name), image in tried:
         if isinstance(image, str):
-            broken = [f"{files[place][1]!r}: {image}"]
-            for source, name in files[place + 1 :]:
-                if isinstance(reason := try_image(source, name, make, told), str):
-                    broken.append(f"{name!r}: {reason}")
-            number = f"{len(broken)} images: " if len(broken) > 1 else "image "
-            remedy = "them" if len(broken) > 1 else "it"
-            root = files[place][0].root
-            raise UserError(f"dataset.root={root}: cannot read {number}{first_few(broken)}; replace or remove {remedy}")
+            rest = [(name, reason) for (_, name), reason in tried if isinstance(reason, str)]
+            broken = [f"{name!r}: {reason}" for name, reason in [(name, image), *rest]]
+            number, remedy = (f"{len(broken)} images: ", "them") if rest else ("image ", "it")
+            raise UserError(
+                f"dataset.root={source.root}: cannot read {number}{first_few(broken)}; replace or remove {remedy}"
+            )
         yield image
 
 
