@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import SPLITS, Split, Task
-from fewshot.errors import UserError
+from fewshot.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,9 @@ def augmentation(transforms: list[Callable[[Tensor], Tensor]], pixels: Tensor) -
                 first = augment(beside_others.clone())[0]
             is_kept = (after.shape, after.dtype) == (images.shape, images.dtype)
         except Exception as error:  # whatever it makes of images that it is not made for
-            reason = str(error).split("\n")[0]
-            raise UserError(f"augment: fails on images of {shape} ({reason}); use other transforms") from error
+            raise UserError(
+                f"augment: fails on images of {shape} ({first_line(error)}); use other transforms"
+            ) from error
         if not is_kept:
             turned = f"{tuple(after.shape[1:])} {after.dtype}"
             raise UserError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")

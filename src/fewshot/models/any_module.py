@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fewshot.errors import UserError
+from fewshot.errors import UserError, first_line
 from fewshot.models.network import Network
 
 log = logging.getLogger(__name__)
@@ -73,15 +73,14 @@ def network_from_module(
 def _head(module: nn.Module, images: Tensor, wanted: str | None) -> tuple[str, Tensor]:
     """The name of the linear layer whose output is the module's, and that output."""
     kind, calls = type(module).__name__, []
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     hooks = [
         layer.register_forward_hook(lambda layer, inputs, output, name=name: calls.append((name, output)))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
+        for name, layer in linear.items()
     ]
     logits = _forward(module, images)
     for hook in hooks:
         hook.remove()
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise UserError(f"model.module: {kind} has no torch.nn.Linear; give one that ends in it, which is the head")
     if wanted is not None and wanted not in linear:
@@ -106,9 +105,9 @@ def _forward(module: nn.Module, images: Tensor) -> Any:
             return module(images)
     except Exception as error:  # whatever it makes of images that it was not made for
         _, channels, size, _ = images.shape
-        kind, reason = type(module).__name__, str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"dataset.channels={channels} dataset.size={size}: {kind} fails on such images ({reason}); "
+            f"dataset.channels={channels} dataset.size={size}: {type(module).__name__} fails on such images "
+            f"({first_line(error)}); "
             "use a dataset with the channels and the size that it takes"
         ) from error
 
@@ -121,9 +120,8 @@ def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
         try:
             gradients = torch.autograd.grad(network(images).sum(), list(parameters.values()), allow_unused=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0].split(":")[0]
             raise UserError(
-                f"model.module: {kind} cannot be differentiated ({reason}); "
+                f"model.module: {kind} cannot be differentiated ({first_line(error).split(':')[0]}); "
                 "overwrite nothing in place that is still needed"
             ) from error
         frozen = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
