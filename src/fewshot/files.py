@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from filelock import lock_descriptor
@@ -158,9 +159,7 @@ def check_writable(knob: str, folder: Path) -> None:
     """Makes the folder; raises UserError where that is not possible, or nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        with open(create(probe), "wb") as file:
-            probe.unlink()
+        with TemporaryFile(dir=folder) as file:
             file.write(bytes(2**16))  # an empty file fits on a full disk
     except OSError as error:
         raise UserError(f"{knob}={folder}: cannot be written ({error.strerror}); name a folder that can") from None
@@ -251,11 +250,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def user_path(knob: str, value: Any) -> Path:
-    """The path that a knob names; a ~ at its beginning is a home folder, whichever knob it is.
-
-    Raises:
-        UserError: there is no such user, or it is empty.
-    """
+    """The path that a knob names; a ~ at its beginning is a home folder. No such user, or "", is a UserError."""
     text = os.path.expanduser(str(value))  # pathlib's takes ./~ for ~
     if not text:
         raise UserError(f"{knob}=: is empty; give a path")
@@ -282,11 +277,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def checkpoint_file(value: Any, name: str) -> Path:
-    """The file that checkpoint= names; if it names a run's folder RUN, that is RUN/checkpoints/NAME.ckpt.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """The file that checkpoint= names, of a run's folder RUN it is RUN/checkpoints/NAME.ckpt; none is a UserError."""
     path = user_path("checkpoint", value)
     if os.path.isdir(path):
         path = run_folder(path) / "checkpoints" / f"{name}.ckpt"

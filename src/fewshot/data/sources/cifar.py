@@ -28,13 +28,7 @@ FACTS = json.loads((files("fewshot.data.sources") / "cifar.json").read_text())
 def load(
     *, name: str, root: str | None, size: int, channels: int, cache: str | None, archive: str = "cifar100"
 ) -> dict[str, Split]:
-    """The splits of `name`, images of (channels, size, size); from CIFAR-100 600 a class, its training images first.
-
-    Args: see conf/dataset/cifarfs.yaml; `name` may also be fc100.
-
-    Raises:
-        UserError: the images are not there, not these classes' or not readable, or cannot be downloaded.
-    """
+    """The splits of `name`, cifarfs or fc100; from CIFAR-100 600 images a class, its training images first."""
     if root is None:
         title, source = f"CIFAR-100 for {TITLES[name]}", {CIFAR100.filename: (CIFAR100.url, CIFAR100.tgz_md5)}
         place = download(title, list(source), lambda: source, folder=archive, cache=cache, holds=HOLDS)

@@ -54,15 +54,9 @@ def load(
 ) -> dict[str, Split]:
     """The splits in a folder or zip; an image is the middle square of its file, resized to (channels, size, size).
 
-    Args: see conf/dataset/folder.yaml; also
-        name: of the dataset, in the cache.
-        fractions: None: the images must come with splits.
-        ways: each split needs so many classes; an error says which fractions would give them. 0: any number will do.
-        shots, queries: a class with fewer images than both together is left out, which a line says. 0: none is.
-        largest_image: None: `images.LARGEST_IMAGE`.
-
-    Raises:
-        UserError: the images are not there, not in this layout or not readable.
+    name: of the dataset, in the cache
+    fractions: None: the images must come with splits
+    ways, shots, queries: as in conf/dataset/folder.yaml; 0: any number of classes, or of images of a class, will do
     """
     layout = f"a folder or a zip with {SPLIT_LAYOUT}{' or CLASS/image' if fractions else ''}"
     where, path = f"dataset.root={root}", user_path("dataset.root", root)

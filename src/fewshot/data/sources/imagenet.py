@@ -55,11 +55,6 @@ def miniimagenet(
 
     They come from learn2learn's pickles, each a dictionary of image_data, (M, 84, 84, 3) uint8, and class_dict, the
     numbers of each class's images; or from the photos in images/ and Ravi and Larochelle's tables (filename,label).
-
-    Args: see conf/dataset/miniimagenet.yaml.
-
-    Raises:
-        UserError: the images are not there, not these or not readable, not to be trusted, or cannot be downloaded.
     """
     dataset, shape = ("miniImageNet", MINI_FILES, MINI_HOLDS, _mini_split), {"size": size, "channels": channels}
     place, splits = _from_pickles(*dataset, root, classes, trust, cache, **shape)
@@ -110,7 +105,7 @@ def tieredimagenet(
     """tieredImageNet's splits, images of (channels, size, size): 34 categories of ImageNet, split 20/6/8.
 
     For each split learn2learn has a pickle with a list of PNG files, and one with a dictionary of label_specific, the
-    number of each image's class, and label_specific_str, their names. Arguments and errors as of `miniimagenet`.
+    number of each image's class, and label_specific_str, their names.
     """
     dataset, shape = ("tieredImageNet", TIERED_FILES, TIERED_HOLDS, _tiered_split), {"size": size, "channels": channels}
     place, splits = _from_pickles(*dataset, root, classes, trust, cache, **shape)

@@ -42,13 +42,7 @@ def load(
     split_seed: int = 0,
     rotations: bool = False,
 ) -> dict[str, Split]:
-    """The characters of a split, images of (1, size, size).
-
-    Args: see conf/dataset/omniglot.yaml.
-
-    Raises:
-        UserError: the images are not there, not all there or not readable, or cannot be downloaded.
-    """
+    """The characters of a split, images of (1, size, size); see conf/dataset/omniglot.yaml."""
     folder = _download(cache) if root is None else user_path("dataset.root", root)
     sources = {part: _open_part(folder, part) for part in PARTS}
     classes = find_classes(sources, folder, split, split_seed)
