@@ -44,8 +44,7 @@ def root(tmp_path):
 @pytest.fixture
 def load(tmp_path):
     def load(root, size=8, channels=3, **knobs):
-        root = None if root is None else str(root)
-        return folder.load(root=root, size=size, channels=channels, cache=str(tmp_path / "cache"), **knobs)
+        return folder.load(root=str(root), size=size, channels=channels, cache=str(tmp_path / "cache"), **knobs)
 
     return load
 

@@ -165,12 +165,9 @@ def find_classes(source: Source, where: str, layout: str) -> Classes:
     """The classes of SPLIT_LAYOUT, in order of their names; some may have no images."""
     classes = {split: defaultdict(list) for split in SPLITS}
     for name in source.names:
-        split, _, rest = name.partition("/")
-        label, inside, file = rest.partition("/")
-        if inside:
-            images = classes[split][label]
-            if is_image(file):
-                images.append((source, name))
+        if name.count("/") > 1:
+            split, label, file = name.split("/", 2)
+            classes[split][label] += [(source, name)] * is_image(file)
     if missing := [split for split in SPLITS if not classes[split]]:
         raise UserError(f"{where}: no classes in {', '.join(f'{split}/' for split in missing)}; it must be {layout}")
     _refuse_shared(classes, where)
