@@ -12,6 +12,7 @@ import unicodedata
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,27 +159,26 @@ def _walk(base: Path, tops: frozenset[str], where: str) -> Iterator[tuple[str, o
     before is a UserError, because the walk could go on for ever.
     """
     seen: dict[tuple[int, int], tuple[str, bool]] = {}
-    pending = [(f"{top}/", os.path.islink(base / top)) for top in sorted(tops) if (base / top).is_dir()]
-    for folder, linked in [("", False)] if not tops else pending:
-        todo = [(folder, linked)]
-        while todo:
-            folder, linked = todo.pop()
-            status = os.stat(base / folder)
-            other, other_linked = seen.setdefault((status.st_dev, status.st_ino), (folder, linked))
-            if other != folder and (linked or other_linked):
-                raise UserError(f"{where}: {other or '.'} and {folder} are one folder, by a link; remove the link")
-            if folder:
-                yield folder, status
-            with os.scandir(base / folder) as entries:
-                for entry in entries:
-                    try:
-                        status = entry.stat()
-                    except OSError:
-                        status = None
-                    if not status or not stat.S_ISDIR(status.st_mode):
-                        yield folder + entry.name, status
-                    elif not _of_the_system(entry.name):
-                        todo.append((f"{folder}{entry.name}/", linked or entry.is_symlink()))
+    present = [top for top in sorted(tops, reverse=True) if (base / top).is_dir()]
+    todo = [(f"{top}/", os.path.islink(base / top)) for top in present] if tops else [("", False)]
+    while todo:
+        folder, linked = todo.pop()
+        status = os.stat(base / folder)
+        other, other_linked = seen.setdefault((status.st_dev, status.st_ino), (folder, linked))
+        if other != folder and (linked or other_linked):
+            raise UserError(f"{where}: {other or '.'} and {folder} are one folder, by a link; remove the link")
+        if folder:
+            yield folder, status
+        with os.scandir(base / folder) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError:
+                    status = None
+                if not status or not stat.S_ISDIR(status.st_mode):
+                    yield folder + entry.name, status
+                elif not _of_the_system(entry.name):
+                    todo.append((f"{folder}{entry.name}/", linked or entry.is_symlink()))
 
 
 def _open_zip(root: Path, tops: frozenset[str], where: str) -> Source:
@@ -209,12 +209,10 @@ def _open_zip(root: Path, tops: frozenset[str], where: str) -> Source:
 
 def _name(info: zipfile.ZipInfo) -> str:
     """An entry's name. Many programs write UTF-8 without saying so; zipfile then reads it as code page 437."""
-    if info.flag_bits & UTF8_NAME:
-        return info.filename
-    try:
-        return info.filename.encode("cp437").decode()
-    except ValueError:
-        return info.filename
+    if not info.flag_bits & UTF8_NAME:
+        with suppress(ValueError):
+            return info.filename.encode("cp437").decode()
+    return info.filename
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
