@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import sys
 import tarfile
 import time
@@ -153,7 +152,9 @@ def _transfer(url: str, part: Path) -> None:
         length = response.headers["Content-Length"]
         total = size + int(length) if length else None
         task = bar.add_task(part.name[1:].removesuffix(".part"), total=total, completed=size)
-        shutil.copyfileobj(bar.wrap_file(response, task_id=task), file)
+        while chunk := response.read(2**16):
+            file.write(chunk)
+            bar.advance(task, len(chunk))
         size = file.tell()
     if total is not None and size < total:
         raise OSError(f"the connection ended after {size:,} of {total:,} bytes")
