@@ -103,12 +103,9 @@ def zenodo(record: int, names: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     return {here: (f"{ZENODO}/record/{record}/files/{there}", md5s[there]) for here, there in names.items()}
 
 
-def md5(file: BinaryIO) -> str:
-    """The MD5 of a whole file, which is at its beginning afterwards."""
-    file.seek(0)
-    digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    file.seek(0)
-    return digest
+def md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _fetch(url: str, expected: str, path: Path) -> None:
@@ -125,12 +122,11 @@ def _fetch(url: str, expected: str, path: Path) -> None:
                 raise
             log.info("the connection broke, going on after %d bytes (%s)", part.stat().st_size, error)
             time.sleep(PAUSE)
-    with open(part, "rb") as file:
-        actual = md5(file)
-        os.fsync(file.fileno())
-    if actual != expected:
+    if (actual := md5(part)) != expected:
         part.unlink()
         raise OSError(f"{url} has the MD5 {actual} instead of {expected}")
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
@@ -221,8 +217,7 @@ def open_pickles(
 
     @functools.cache
     def checked(path: Path) -> None:
-        with open(path, "rb") as file:
-            check(path, md5(file))
+        check(path, md5(path))
 
     def read(key: str) -> Any:
         path, packed = paths[key], paths[key].name.endswith(TARS)
