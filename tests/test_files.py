@@ -99,7 +99,7 @@ def test_where_nothing_can_be_locked_one_line_says_so_and_the_run_goes_on(tmp_pa
 
 
 def test_no_lock_of_unix_is_needed_to_import_what_locks():
-    code = "import sys; sys.modules['fcntl'] = None; import fewshot.files, fewshot.data.download, fewshot.config.check"
+    code = "import sys; sys.modules['fcntl'] = None; import fewshot.files, fewshot.data.published, fewshot.config.check"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
