@@ -76,9 +76,12 @@ def test_the_same_bytes_every_time(splits):
         assert np.array_equal(images, glyphs.draw_letter(letter, fonts, 28))
 
 
+def as_drawn(splits):
+    return {name: LazySplit(split.images, split.counts.tolist(), split.names) for name, split in splits.items()}
+
+
 def test_the_cache_gives_what_was_drawn(splits, tmp_path, monkeypatch):
-    drawn = {name: LazySplit(split.images, split.counts.tolist(), split.names) for name, split in splits.items()}
-    monkeypatch.setattr(glyphs, "_build", lambda size: drawn)
+    monkeypatch.setattr(glyphs, "_build", lambda size: as_drawn(splits))
     glyphs.load(size=28, cache=str(tmp_path))
     monkeypatch.delattr(glyphs, "_build")
     loaded = glyphs.load(size=28, cache=str(tmp_path))
@@ -131,7 +134,7 @@ def test_no_two_letters_are_near_twins(drawings):
 
 
 def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(glyphs, "_build", lambda size: splits)
+    monkeypatch.setattr(glyphs, "_build", lambda size: as_drawn(splits))
     prepare.main(["prepare", f"dataset.cache={tmp_path}"])
     assert f"glyphs train: {len(splits['train'].names)} classes" in capsys.readouterr().out
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", *[".npy"] * 3]
