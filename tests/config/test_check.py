@@ -317,7 +317,10 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
         "must be {_target_: kornia.augmentation.NAME}",
     ),
     # the tasks of training
-    "dataset.tasks=both": ("dataset.tasks=both: ", "one of mutually_exclusive, non_mutually_exclusive, one_task"),
+    "dataset.tasks=both": (
+        "dataset.tasks=both: ",
+        "one of mutually_exclusive, non_mutually_exclusive, fixed_blocks, one_task",
+    ),
     "dataset.tasks=null": ("dataset.tasks=null: ", "one of mutually_exclusive"),
     "callbacks=cosine_similarity": ("dataset.tasks=mutually_exclusive: ", "dataset.tasks=one_task"),
     "experiment=cosine_similarity queries=1": ("queries=1: ", "at least 2"),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fewshot.data.__main__ import main
-from fewshot.data.meta_batches import images_device, manifest
+from fewshot.data.meta_batches import TaskDataModule, images_device, manifest
 from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import Split
 from fewshot.errors import UserError
@@ -51,6 +51,18 @@ def test_images_that_stay_behind_travel_with_each_task():
     assert sampler.split.images.device == CPU
     assert {field.device.type for field in after} == {"meta"}
     assert [(field.shape, field.dtype) for field in after] == [(field.shape, field.dtype) for field in before]
+
+
+@pytest.mark.parametrize(("kind", "evaluated"), [("fixed_blocks", "fixed_blocks"), ("one_task", "mutually_exclusive")])
+def test_all_splits_have_fixed_blocks_where_training_has_them(config, kind, evaluated):
+    splits = {name: split(name, classes=4) for name in ("train", "val", "test")}
+    cfg = config(f"dataset.tasks={kind}", "ways=2", "shots=1", "queries=2", "dataset.mean=[0]", "dataset.std=[1]")
+    samplers = TaskDataModule(splits, cfg).samplers
+    assert {name: sampler.kind for name, sampler in samplers.items()} == {
+        "train": kind,
+        "val": evaluated,
+        "test": evaluated,
+    }
 
 
 def test_the_manifest_changes_with_names_numbers_and_pixels():

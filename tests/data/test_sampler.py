@@ -258,6 +258,22 @@ def test_the_classes_of_a_label_are_equally_frequent_and_no_neighbours():
         assert chi_square(Counter({members.index(n): count for n, count in part.items()}), 6) < 20.5
 
 
+@every_case
+@given(st.integers(2, 6), st.integers(0, 20), st.integers(0, 2**32 - 1))
+def test_a_fixed_block_is_k_consecutive_classes_each_with_its_own_label(ways, more, seed):
+    classes = ways + more
+    knobs = {"ways": ways, "shots": 1, "queries": 2, "stream": 0, "kind": "fixed_blocks"}
+    drawn = marks(TaskSampler(marked([4] * classes), seed=seed, **knobs)(0, 1000).support)[:, :, 0]
+    blocks = {tuple(task) for task in drawn.tolist()}
+    assert blocks == {tuple(range(first, first + ways)) for first in range(0, classes - ways + 1, ways)}
+
+
+def test_fixed_blocks_are_equally_frequent():
+    sampler = TaskSampler(marked([4] * 32), ways=5, shots=1, queries=2, seed=3, stream=0, kind="fixed_blocks")
+    drawn = marks(sampler(0, 6000).support)[:, 0, 0]
+    assert chi_square(Counter((drawn // 5).tolist()), 6) < 20.5  # 5 degrees of freedom, as above
+
+
 def test_one_task_is_always_the_same_in_every_order():
     knobs = {"ways": 3, "shots": 2, "queries": 2, "stream": 0, "kind": "one_task"}
     sampler = TaskSampler(marked([9] * 20), seed=5, **knobs)

@@ -12,7 +12,7 @@ from fewshot.errors import nearest, shown
 from fewshot.inner_loop import ADAPTED, HEADS
 
 LARGEST = 3.4e38  # of 32-bit floating-point numbers
-TASKS = ("mutually_exclusive", "non_mutually_exclusive", "one_task")
+TASKS = ("mutually_exclusive", "non_mutually_exclusive", "fixed_blocks", "one_task")
 
 
 # Types that say what a value must be

@@ -108,7 +108,8 @@ def augmentation(transforms: list[Callable[[Tensor], Tensor]], pixels: Tensor) -
 class TaskDataModule(pl.LightningDataModule):
     """Turns the splits of a dataset into meta-batches on the compute device.
 
-    Validation and test tasks are mutually exclusive, and the same for every seed.
+    Validation and test tasks are the same for every seed. They are mutually exclusive, unless training has fixed
+    blocks of classes: then they are blocks too, as in the paper's released code.
 
     splits: train, val and test images, (M, C, H, W) uint8; cfg: the composed configuration.
     """
@@ -130,9 +131,11 @@ class TaskDataModule(pl.LightningDataModule):
         }
         shape = {knob: cfg[knob] for knob in ("ways", "shots", "queries")}
         shape |= {knob: tuple(cfg.dataset[knob]) for knob in ("mean", "std")}
+        blocks = cfg.dataset.tasks == "fixed_blocks"
+        evaluated = {"seed": EVALUATION_SEED, "kind": "fixed_blocks" if blocks else "mutually_exclusive"}
         self.samplers = {}
         for stream, name in enumerate(SPLITS):
-            knobs = training if name == "train" else {"split": splits[name], "seed": EVALUATION_SEED}
+            knobs = training if name == "train" else {"split": splits[name], **evaluated}
             try:
                 self.samplers[name] = TaskSampler(**knobs, stream=stream, **shape)
             except ValueError as error:

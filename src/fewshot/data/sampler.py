@@ -34,9 +34,10 @@ class TaskSampler:
     Random numbers come from a counter (Philox: key = seed and stream, counter = position), so a resumed run, another
     rank or another chunk size sees the same tasks.
 
-    kind, for training:
+    kind:
         "mutually_exclusive": a class may get any label, so a label means nothing outside of its task.
         "non_mutually_exclusive": label t is always of the same K-th of the classes, so classes can be memorised.
+        "fixed_blocks": each K classes in a row are a task, so a class has the same label and companions always.
         "one_task": always the task `one_task`, with the order of its labels drawn anew for each position.
 
     Args:
@@ -113,6 +114,9 @@ class TaskSampler:
         keys, image_keys = self._random(first, tasks)
         if self.kind == "non_mutually_exclusive":
             chosen = np.stack([part[keys[:, part].argmin(axis=1)] for part in self._parts()], axis=1)
+        elif self.kind == "fixed_blocks":
+            block = keys[:, : keys.shape[1] // self.ways].argmin(axis=1)
+            chosen = block[:, None] * self.ways + np.arange(self.ways)
         else:
             chosen = keys.argsort(axis=1, kind="stable")[:, : self.ways]  # a random order, so random labels
         most = image_keys.shape[2]
