@@ -38,13 +38,15 @@ LONG = ("iterations=1500", "val_every=300")
 def slurm():
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge's socket wants to be reached by all
-    started = subprocess.run([ROOT / "tests/slurm/up.sh", folder], capture_output=True, text=True, timeout=HANG)
-    assert started.returncode == 0, started.stdout + started.stderr
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    yield
-    del os.environ["SLURM_CONF"]
-    subprocess.run([ROOT / "tests/slurm/down.sh", folder], timeout=HANG)
-    shutil.rmtree(folder)
+    try:
+        started = subprocess.run([ROOT / "tests/slurm/up.sh", folder], capture_output=True, text=True, timeout=HANG)
+        assert started.returncode == 0, started.stdout + started.stderr
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        yield
+    finally:  # also where only some of the daemons started
+        os.environ.pop("SLURM_CONF", None)
+        subprocess.run([ROOT / "tests/slurm/down.sh", folder], timeout=HANG)
+        shutil.rmtree(folder)
 
 
 def wait_until(what):
