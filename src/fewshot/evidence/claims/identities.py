@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewshot.data.task import Task
 from fewshot.evidence import page
+from fewshot.evidence.adapting_all import split_adapting_all
 from fewshot.evidence.model import GRADIENT, Equation, Model, equation, largest, measured, relative
 from fewshot.theory.closed_forms import closed_form_gradients, contrastive_coefficients
 from fewshot.theory.features import ROUNDING, Features, agreement
@@ -134,7 +136,7 @@ def _from_prototypes(zero: Model, eta: float) -> float:
 
 @split(GRADIENT, "relative difference of the whole gradient, by differentiation and by the closed form")
 def fomaml_split_with_this_head(own: Model) -> float:
-    """FOMAML’s gradient is interference + noisy contrastive term (§2.4), for the head’s own gradient too."""
+    """FOMAML’s gradient is interference + noisy contrastive term (§2.4), here if the head alone adapts."""
     return _split(own, first_order=True)
 
 
@@ -142,6 +144,18 @@ def fomaml_split_with_this_head(own: Model) -> float:
 def somaml_split_with_this_head(own: Model) -> float:
     """SOMAML’s is the closed form of §2.5, which also reaches the support features."""
     return _split(own, first_order=False)
+
+
+@split(GRADIENT, "relative difference of the whole gradient, where the program’s inner loop adapts all parameters")
+def fomaml_split_adapting_all(own: Model) -> float:
+    """FOMAML’s is that sum too if everything adapts, with the support features of every step’s own encoder (§2.9)."""
+    for task in (Task(*fields) for fields in zip(*own.tasks, strict=True)):
+        terms = split_adapting_all(own, task, own.loop.inner_steps)
+        surrogate = ((terms.interference + terms.contrastive) * terms.query).sum()  # pulled back at theta_N
+        gradients = (*torch.autograd.grad(surrogate, terms.encoder), *terms.head_gradient)
+        for parameter, gradient in zip(own.network.parameters(), gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return relative(own.taken_gradient() / len(own.tasks.support), own.gradient(inner_steps=own.loop.inner_steps))
 
 
 def _split(own: Model, first_order: bool) -> float:
@@ -185,7 +199,7 @@ def section(evidence: page.Evidence) -> page.Section:
         "E_{Q} sum to 0, so it vanishes too where all classes have the same weights.",
         tables=[
             table(IDENTITIES, "With the head zeroed, one inner step"),
-            table(SPLITS, f"With this model’s own head, {page.counted(config['inner_steps'])} of the head"),
+            table(SPLITS, f"With this model’s own head, {page.counted(config['inner_steps'])}"),
         ],
         note="" if "bias_after_one_step" in checks else "This model’s head has no bias.",
     )

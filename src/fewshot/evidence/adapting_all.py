@@ -1,0 +1,68 @@
+"""The split of FOMAML's gradient where the inner loop adapts everything, not the head alone (docs/method.md 2.9).
+
+By differentiation and the formula alone, apart from the program's own inner loop.
+
+Shapes: of one task, S support and Q query images, d features, K ways, N inner steps.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from fewshot.data.task import Task
+from fewshot.evidence.model import Model
+from fewshot.models.network import Network
+
+
+class Terms(NamedTuple):
+    """dL/dPhi_Q(theta_N) = interference + contrastive."""
+
+    interference: Tensor  # (Q, d), E_Q W_0
+    contrastive: Tensor  # (Q, d), -eta/(N_s N_q) sum_p C^(p) Phi_S(theta_p)
+    coefficients: Tensor  # (Q, S), sum_p C^(p)
+    query: Tensor  # (Q, d), Phi_Q(theta_N), a function of the encoder
+    encoder: list[Tensor]  # the encoder's parameters in theta_N
+    head_gradient: list[Tensor]  # E_Q^T Phi_Q(theta_N), and E_Q^T 1 where there is a bias
+
+
+def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
+    """The two terms after so many inner steps of all parameters from this model's head."""
+    eta, W_0 = model.loop.inner_lr, model.network.head.weight.detach()
+    T_S, T_Q = (F.one_hot(labels, len(W_0)).double() for labels in (task.support_labels, task.query_labels))
+    theta = dict(model.network.named_parameters())
+    memory, coefficients = torch.zeros_like(W_0), []  # sum_p (T_S - P^(p))^T Phi_S(theta_p), and its factors
+    for _ in range(steps):
+        theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
+        phi_S, logits = _forward(model.network, theta, task.support)
+        gradients = torch.autograd.grad(F.cross_entropy(logits, task.support_labels), theta.values())
+        coefficients.append((T_S - logits.softmax(1)).detach())
+        memory = memory + coefficients[-1].mT @ phi_S.detach()
+        theta = {name: p - eta * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+    theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
+    phi_Q, logits = _forward(model.network, theta, task.query)
+    residual = (logits.softmax(1) - T_Q).detach()  # N_q E_Q
+    N_s, N_q = len(T_S), len(T_Q)
+    return Terms(
+        interference=residual @ W_0 / N_q,
+        contrastive=eta / (N_s * N_q) * residual @ memory,
+        coefficients=-residual @ torch.stack(coefficients).sum(0).mT,
+        query=phi_Q,
+        encoder=[p for name, p in theta.items() if name.startswith("encoder.")],
+        head_gradient=[
+            residual.mT @ phi_Q.detach() / N_q,
+            *([residual.sum(0) / N_q] if "head.bias" in theta else []),
+        ],
+    )
+
+
+def _forward(network: Network, theta: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits with these parameters."""
+    encoder, head = (
+        {name.removeprefix(part): p for name, p in theta.items() if name.startswith(part)}
+        for part in ("encoder.", "head.")
+    )
+    features = functional_call(network.encoder, encoder, images)
+    return features, functional_call(network.head, head, features)
