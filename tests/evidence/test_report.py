@@ -14,9 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from by_hand import Features, by_hand, cosine, differentiated, softmax
+from by_hand import (
+    Features,
+    by_hand,
+    cosine,
+    differentiated,
+    np_adapted,
+    np_meta_gradient,
+    np_tasks,
+    np_theta,
+    softmax,
+)
 from conftest import HANG, SMALL
-from examples import NETWORKS, convolutional, images_for
+from examples import NETWORKS, convolutional, draw, images_for, meta_gradient, tiny, vector
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -30,6 +40,7 @@ from fewshot.evidence import model as measured
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.claims import (
     accuracy,
+    frozen_encoder,
     identities,
     limits,
     memory,
@@ -43,6 +54,7 @@ from fewshot.evidence.model import Model
 from fewshot.evidence.page import Shown
 from fewshot.evidence.report import render
 from fewshot.inner_loop import InnerLoop
+from fewshot.maml import sequential
 from fewshot.models.head import zero_head
 from fewshot.models.network import Network
 from fewshot.processes.signals import Signals
@@ -160,7 +172,7 @@ def test_a_trick_that_zeroes_half_of_the_head_is_found_out(monkeypatch):
     assert failing(network, tasks) == {
         *("coefficient_is_free_of_noise", "sign_of_coefficients", "head_after_one_step"),
         *("bias_after_one_step", "fomaml_is_the_explicit_loss", "somaml_is_the_explicit_loss"),
-        "step_1_independent_of_inner_lr",
+        *("fomaml_first_step_is_of_the_head", "somaml_first_step_is_of_the_head", "step_1_independent_of_inner_lr"),
     }
     monkeypatch.setattr(measured, "zero_head", lambda head: torch.nn.init.zeros_(head.bias))
     assert failing(network, tasks) == names(identities.IDENTITIES)
@@ -259,6 +271,47 @@ def test_the_outer_step_is_that_of_differentiation():
     assert numbers["zeroed_head"]["somaml"]["support_norm"] > 0
     values = np.linalg.eigvalsh(both.T @ both)
     assert numbers["spread_shown"] == pytest.approx(values[-2:].sum() / values.sum())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_from_a_zero_head_the_first_step_moves_the_head_alone(steps):
+    """Exactly, for any N: theta_1 = theta and d theta_1 / d theta = 1 in the encoder, so both orders may skip it."""
+    network, tasks = tiny(zeroed=True), draw(shots=2, queries=3)
+    theta = np_theta(network)
+    for x, labels, *_ in np_tasks(tasks):
+        A, a, *_ = np_adapted(theta, x, labels, 0.7, 1)
+        assert np.array_equal(A, theta[0]) and np.array_equal(a, theta[1])
+        for place in range(2):  # of theta's encoder; a complex step of any of its numbers stays where it is
+            moved = [p.astype(complex) for p in theta]
+            moved[place] = moved[place] + 1e-30j * np.arange(1, theta[place].size + 1).reshape(theta[place].shape)
+            stepped = np_adapted(tuple(moved), x, labels, 0.7, 1)
+            assert all(np.array_equal(after, before) for after, before in zip(stepped[:2], moved[:2], strict=True))
+    for first_order in (True, False):
+        knobs = {"inner_lr": 0.7, "inner_steps": steps, "first_order": first_order}
+        expected, *_ = np_meta_gradient(network, tasks, **knobs)
+        skipped, _ = meta_gradient(sequential, network, tasks, **knobs, zeroing=True)
+        for name in ("encoder.1.weight", "encoder.1.bias"):
+            np.testing.assert_allclose(skipped[name], expected[name], rtol=1e-10, atol=1e-15)
+
+
+def test_the_frozen_encoder_is_exact_for_one_step_and_measured_beyond():
+    network, tasks = model()
+    numbers = frozen_encoder.measure(measuring(network, tasks))["frozen_encoder"]
+    expected = {}
+    for adapted in ("all", "head"):
+        knobs = {"inner_lr": 0.4, "inner_steps": 2, "first_order": True, "adapted": adapted}
+        gradients, _ = meta_gradient(sequential, network, tasks, **knobs)
+        expected[adapted] = vector({name: g for name, g in gradients.items() if name.startswith("encoder.")})
+    apart = (expected["all"] - expected["head"]).norm() / expected["head"].norm()
+    assert numbers["this_head"]["2"]["fomaml"] == pytest.approx(apart.item())
+    one, two = numbers["zeroed_head"]["1"], numbers["zeroed_head"]["2"]
+    assert max(one["fomaml"], one["somaml"]) < 1e-12 and one["agree"] == 1
+    assert min(two["fomaml"], two["somaml"]) > 1e-3
+    said = {"same_for_all": {"weight": False, "bias": True}, "frozen_encoder": {"this_head": {}, "zeroed_head": {}}}
+    for apart, kind in ((0.05, "holds"), (0.3, "partly"), (0.9, "fails")):
+        for head in ("this_head", "zeroed_head"):
+            said["frozen_encoder"][head]["2"] = {"fomaml": apart, "somaml": 0.01}
+        assert kinds(frozen_encoder.verdict(said)) == [kind, kind]
 
 
 def test_the_memory_is_what_the_formulas_say():
@@ -486,7 +539,11 @@ def test_a_claim_is_added_in_one_file_and_one_entry(tmp_path, monkeypatch):
 
 
 PICTURES = dict.fromkeys(
-    ("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy"), b"png"
+    [
+        *("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy"),
+        "frozen_encoder",
+    ],
+    b"png",
 )
 
 
@@ -553,6 +610,7 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
         ("identities", "The interference term E_{Q} W_{0} of the queries’ gradient vanishes"),
         ("motivating-example", "Column i of w becomes η m_{i}"),
         ("prototypes", "From a zeroed head one inner step is exactly this classifier"),
+        ("frozen-encoder", "From a zeroed head the first step moves the head alone"),
     ):
         part, judged = parts[anchor]
         assert said in part.theorem and not any(said in about for about in judged)
@@ -563,7 +621,7 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
 def test_every_section_of_the_method_that_is_named_is_on_the_page():
     html = render(everything(*model()), PICTURES)
     checked = Page(html)
-    assert {f"#method-2.{number}" for number in range(1, 8)} <= set(checked.links)
+    assert {f"#method-2.{number}" for number in (*range(1, 8), 9)} <= set(checked.links)
     assert all(link[1:] in checked.anchors for link in checked.links) and "§" not in html
     assert "c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u]" in "".join(checked.text)
 
@@ -668,15 +726,17 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = program(f"checkpoint={trained}/checkpoints/best.ckpt", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "15 of 15 identities hold" in process.stdout and "report.html" in process.stdout
+    assert "18 of 18 identities hold" in process.stdout and "report.html" in process.stdout
     after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     new = {path.relative_to(trained).as_posix() for path in after.keys() - before.keys()}
-    names = ("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy")
+    names = tuple(PICTURES)
     assert new == {"evidence/evidence.json", "evidence/report.html", *(f"evidence/{name}.png" for name in names)}
     assert all(after[path] == content for path, content in before.items())
     assert list(tmp_path.iterdir()) == []
     numbers = json.loads(after[trained / "evidence" / "evidence.json"])
-    assert {"identities", "limits", "test", "tasks", "model", "config", "versions", *names[:-1]} <= numbers.keys()
+    assert {"identities", "limits", "test", "tasks", "model", "config", "versions", *names} - {
+        "accuracy"
+    } <= numbers.keys()
     for check in [*numbers["identities"].values(), *numbers["limits"].values()]:
         assert check.keys() == {"value", "bound", "pass"} and check["pass"] == (check["value"] <= check["bound"])
     gain = numbers["test"].pop("gain")["accuracy"]
@@ -685,7 +745,7 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     assert gain == pytest.approx([x - y for x, y in zip(on, off, strict=True)], abs=2e-6)
     assert numbers["tasks"] == {"features": 6, "gradients": 6}
     text = assert_self_contained(after[trained / "evidence" / "report.html"].decode(), len(names))
-    assert "all 15 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
+    assert "all 18 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
 
 
 def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
@@ -698,7 +758,7 @@ def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path
     )
     assert len(numbers["prototypes"]["this_head"]) == 4 and numbers["prototypes"]["this_head"][0] == 1
     assert numbers["memory"]["this_head_before"] is None and numbers["limits"]["uniform_without_zeroing"]["pass"]
-    text = assert_self_contained(html, 7)
+    text = assert_self_contained(html, len(PICTURES))
     assert "has no bias" in text and "head is zero" in text and "2 of the 2 statements tested do not hold" in text
 
 
@@ -729,7 +789,7 @@ def test_on_another_dataset_of_the_same_size(trained, evidence, tmp_path):
         and numbers["model"]["trained_with"]["dataset"]["name"] == "glyphs"
     )
     assert all(check["pass"] for check in numbers["identities"].values())
-    assert "measured on folder" in assert_self_contained(html, 7)
+    assert "measured on folder" in assert_self_contained(html, len(PICTURES))
 
 
 def test_what_a_checkpoint_stores_is_refused_or_shown_as_text(trained, evidence, tmp_path):
@@ -742,7 +802,7 @@ def test_what_a_checkpoint_stores_is_refused_or_shown_as_text(trained, evidence,
     except UserError as refusal:
         assert "\n" not in str(refusal)
     else:
-        assert EVIL in assert_self_contained(html, 7)
+        assert EVIL in assert_self_contained(html, len(PICTURES))
 
 
 def test_images_are_shown_as_they_were():
@@ -761,8 +821,8 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
     monkeypatch.setattr(measured, "zero_head", lambda head: None)
     numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
     failed = [name for name, check in numbers["identities"].items() if not check["pass"]]
-    text = assert_self_contained(html, 7)
-    assert len(failed) > 5 and f"{len(failed)} of 15 identities do not hold" in text and "all 15" not in text
+    text = assert_self_contained(html, len(PICTURES))
+    assert len(failed) > 5 and f"{len(failed)} of 18 identities do not hold" in text and "all 18" not in text
 
 
 @pytest.mark.parametrize(
@@ -820,4 +880,6 @@ def test_on_real_images(trained, evidence, tmp_path):
     dataset = ("dataset=omniglot", f"dataset.root={SHARED / 'omniglot'}", "dataset.other_split=true", "test_tasks=3")
     numbers, html = evidence(trained / "checkpoints" / "last.ckpt", tmp_path / "evidence", *dataset)
     assert all(check["pass"] for check in numbers["identities"].values())
-    assert "glyphs 5-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(html, 7)
+    assert "glyphs 5-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(
+        html, len(PICTURES)
+    )

@@ -51,17 +51,23 @@ class Model:
         return {"this_head": self.features, "zeroed_head": self.features.zeroed()}
 
     @property
+    def by_head(self) -> dict[str, "Model"]:
+        return {"this_head": self, "zeroed_head": self.zeroed}
+
+    @property
     def same_for_all(self) -> dict[str, bool]:
         """Whether all classes have one weight vector, and one bias: then they have no effect, as if they were zero."""
         w, b = self.features.weight, self.features.bias
         return {"weight": not centred(w).any().item(), "bias": b is None or not centred(b[:, None]).any().item()}
 
+    @cached_property
     def zeroed(self) -> "Model":
         """The same model with a zero head."""
         network = copy.deepcopy(self.network)
         zero_head(network.head)
         return replace(self, network=network)
 
+    @cached_property
     def on_few_tasks(self) -> "Model":
         """The same model on the tasks for gradients alone."""
         return replace(self, tasks=Task(*(field[: self.gradient_tasks] for field in self.tasks)))

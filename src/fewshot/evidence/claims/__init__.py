@@ -10,6 +10,7 @@ Each file has
 
 from fewshot.evidence.claims import (
     accuracy,
+    frozen_encoder,
     identities,
     limits,
     memory,
@@ -20,4 +21,7 @@ from fewshot.evidence.claims import (
     similarity,
 )
 
-CLAIMS = [motivating_example, outer_step, noise, similarity, memory, prototypes, accuracy, identities, limits]
+CLAIMS = [
+    *(motivating_example, outer_step, noise, similarity, memory, prototypes, accuracy),
+    *(frozen_encoder, identities, limits),
+]

@@ -78,6 +78,26 @@ def full_somaml_is_head_only(zero: Model) -> float:
     return relative(head_only, zero.encoder_gradient(first_order=False))
 
 
+@identity(
+    GRADIENT, "relative difference of the encoder’s gradient after 3 steps, the first of the head alone or of all"
+)
+def fomaml_first_step_is_of_the_head(zero: Model) -> float:
+    """The first of any number of steps may as well adapt the head alone: FOMAML’s gradient is the same (§2.6)."""
+    return _first_step(zero, first_order=True)
+
+
+@identity(GRADIENT, "relative difference, likewise")
+def somaml_first_step_is_of_the_head(zero: Model) -> float:
+    """So is SOMAML’s, which goes back through that step: θ_{1} = θ for every θ, so its derivative is 1."""
+    return _first_step(zero, first_order=False)
+
+
+def _first_step(zero: Model, first_order: bool) -> float:
+    """With zeroing the program takes the first step for one of the head; without it, it differentiates them all."""
+    of_head, of_all = (zero.encoder_gradient(inner_steps=3, first_order=first_order, zeroing=z) for z in (True, False))
+    return relative(of_head, of_all)
+
+
 @identity(0, "largest entry of the support loss’s gradient in the encoder")
 def inner_step_leaves_the_encoder(zero: Model) -> float:
     """The inner step, though of all parameters, leaves the encoder as it was."""
@@ -172,8 +192,8 @@ def _split(own: Model, first_order: bool) -> float:
 
 
 def measure(model: Model) -> page.Evidence:
-    own = model.on_few_tasks()
-    return {"identities": {**measured(IDENTITIES, own.zeroed()), **measured(SPLITS, own)}}
+    own = model.on_few_tasks
+    return {"identities": {**measured(IDENTITIES, own.zeroed), **measured(SPLITS, own)}}
 
 
 def section(evidence: page.Evidence) -> page.Section:
@@ -198,7 +218,7 @@ def section(evidence: page.Evidence) -> page.Section:
         theorem="The interference term E_{Q} W_{0} of the queries’ gradient vanishes, for W_{0} = 0 (§2.4). Rows of "
         "E_{Q} sum to 0, so it vanishes too where all classes have the same weights.",
         tables=[
-            table(IDENTITIES, "With the head zeroed, one inner step"),
+            table(IDENTITIES, "With the head zeroed, one inner step where no other number is named"),
             table(SPLITS, f"With this model’s own head, {page.counted(config['inner_steps'])}"),
         ],
         note="" if "bias_after_one_step" in checks else "This model’s head has no bias.",
