@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from by_hand import (
     by_hand,
     cosine,
     differentiated,
+    np_accuracy,
     np_adapted,
     np_meta_gradient,
     np_tasks,
@@ -42,8 +44,10 @@ from fewshot.evidence.claims import (
     accuracy,
     frozen_encoder,
     identities,
+    label_orders,
     limits,
     memory,
+    motion,
     motivating_example,
     noise,
     outer_step,
@@ -173,6 +177,7 @@ def test_a_trick_that_zeroes_half_of_the_head_is_found_out(monkeypatch):
         *("coefficient_is_free_of_noise", "sign_of_coefficients", "head_after_one_step"),
         *("bias_after_one_step", "fomaml_is_the_explicit_loss", "somaml_is_the_explicit_loss"),
         *("fomaml_first_step_is_of_the_head", "somaml_first_step_is_of_the_head", "step_1_independent_of_inner_lr"),
+        "labels_have_no_order",
     }
     monkeypatch.setattr(measured, "zero_head", lambda head: torch.nn.init.zeros_(head.bias))
     assert failing(network, tasks) == names(identities.IDENTITIES)
@@ -312,6 +317,64 @@ def test_the_frozen_encoder_is_exact_for_one_step_and_measured_beyond():
         for head in ("this_head", "zeroed_head"):
             said["frozen_encoder"][head]["2"] = {"fomaml": apart, "somaml": 0.01}
         assert kinds(frozen_encoder.verdict(said)) == [kind, kind]
+
+
+def test_the_accuracies_of_all_label_orders_are_those_of_a_head_whose_rows_are_in_that_order():
+    """A task with its labels renamed, against the head's rows renamed the other way, by loops in NumPy."""
+    network, tasks = tiny(), draw(tasks=5, shots=1, queries=8, spread=2.0)
+    numbers = label_orders.measure(measuring(network, tasks))["label_orders"]
+    A, a, W, b = np_theta(network)
+    assert numbers["orders"] == 6 and len(numbers["this_head"]["accuracies"]) == label_orders.TASKS
+    for task, accuracies in zip(np_tasks(tasks), numbers["this_head"]["accuracies"], strict=False):
+        x, labels, query, query_labels = task
+        expected = []
+        for order in itertools.permutations(range(3)):
+            theta = np_adapted((A, a, W[list(order)], b[list(order)]), x, labels, 0.4, 2)
+            expected.append(np_accuracy(theta, query, query_labels))
+        assert list(accuracies) == pytest.approx(expected, abs=1e-6)
+    spreads = [max(values) - min(values) for values in numbers["this_head"]["accuracies"]]
+    assert numbers["this_head"]["spread"] == pytest.approx(np.mean(spreads), abs=2e-6) and max(spreads) > 0
+    zeroed = numbers["zeroed_head"]
+    assert zeroed["spread"] == zeroed["largest_spread"] == 0 and zeroed["apart"] < 1e-12 < numbers["this_head"]["apart"]
+
+
+def test_of_many_labels_some_orders_are_taken():
+    assert label_orders.orders(5).shape == (120, 5) and len(label_orders.orders(5).unique(dim=0)) == 120
+    many = label_orders.orders(9)
+    assert many.shape == (120, 9) and torch.equal(many.sort(dim=1).values, torch.arange(9).expand(120, -1))
+    assert torch.equal(many[0], torch.arange(9)) and torch.equal(many, label_orders.orders(9))
+
+
+def test_the_motion_is_that_of_the_encoder_by_hand():
+    """tanh's derivative by the chain rule, on the gradient that complex steps and formulas give in NumPy."""
+    network, tasks = tiny(), draw(tasks=2, shots=2, queries=3)
+    numbers = motion.measure(measuring(network, tasks))["motion"]["this_head"]
+    A, a, *_ = np_theta(network)
+    for order, first_order in (("fomaml", True), ("somaml", False)):
+        queries, supports, same, other, cosines = [], [], [], [], []
+        for i, (x, labels, query, query_labels) in enumerate(np_tasks(tasks)):
+            one = Task(*(field[i : i + 1] for field in tasks))
+            gradients, *_ = np_meta_gradient(network, one, **KNOBS, first_order=first_order)
+            to_A, to_a = -gradients["encoder.1.weight"], -gradients["encoder.1.bias"]
+            S, Q = np.tanh(x @ A.T + a), np.tanh(query @ A.T + a)
+            to_S, to_Q = (1 - S**2) * (x @ to_A.T + to_a), (1 - Q**2) * (query @ to_A.T + to_a)
+            queries += np.linalg.norm(to_Q, axis=1).tolist()
+            supports += np.linalg.norm(to_S, axis=1).tolist()
+            change = to_Q @ S.T + Q @ to_S.T
+            own = query_labels[:, None] == labels[None]
+            same += change[own].tolist()
+            other += change[~own].tolist()
+            arguments = (torch.as_tensor(part) for part in (S, labels, Q, query_labels))
+            head = (p.detach() for p in (network.head.weight, network.head.bias))
+            _, drawn, *_ = differentiated(*arguments, *head, **KNOBS, first_order=first_order, loss="cross_entropy")
+            cosines.append(cosine(-drawn.numpy().ravel(), to_Q.ravel()))
+        moved = numbers[order]
+        assert [moved["query"], moved["support"]] == pytest.approx([np.mean(queries), np.mean(supports)], rel=1e-5)
+        assert [moved["same_class"], moved["other_class"]] == pytest.approx([np.mean(same), np.mean(other)], rel=1e-4)
+        assert moved["same_class_drawn"] == np.mean(np.array(same) > 0)
+        assert moved["other_class_pushed"] == np.mean(np.array(other) < 0)
+        assert moved["as_drawn"] == pytest.approx(np.mean(cosines), rel=1e-4)
+    assert numbers["fomaml"]["support"] > 0.1 * numbers["fomaml"]["query"]  # FOMAML moves them too
 
 
 def test_the_memory_is_what_the_formulas_say():
@@ -454,12 +517,19 @@ def test_a_verdict_follows_its_number():
         assert kinds(prototypes.verdict({**own_head, "prototypes": shares})) == [kind, kind]
     shares = {"zeroed_head": [1], "this_head": [0.4]}
     assert kinds(prototypes.verdict({**own_head, "prototypes": shares})) == ["untested", "fails"]
+    for spread, kind in ((0.1, "holds"), (0, "fails")):
+        numbers = {"this_head": {"spread": spread, "largest_spread": spread}}
+        assert kinds(label_orders.verdict({**own_head, "label_orders": numbers})) == [kind]
     right_way = {"same_class_drawn": 1.0, "other_class_pushed": 0.9}
     moved = {"this_head": {"fomaml": right_way, "somaml": {**right_way, "same_class_drawn": 0.2}}}
     assert kinds(outer_step.verdict({"outer_step": moved})) == ["partly", "fails"]
     for this, later, expected in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
         signs = {"this_head": {"wrong_among_other": this}, "more_steps": {"wrong_among_other": later}, "inner_steps": 2}
         assert kinds(noise.verdict({**own_head, "coefficients": signs})) == expected
+    for support, kind in ((0.001, "holds"), (0.8, "fails")):
+        moves = {"query": 1.0, "support": support, **right_way}
+        numbers = {"motion": {"this_head": {"fomaml": moves, "somaml": {**moves, "same_class_drawn": 1.0}}}}
+        assert kinds(motion.verdict(numbers)) == [kind, "partly", "partly"]
     for larger, kind in ((4, "holds"), (3, "partly"), (1, "fails")):
         example = {"tasks": 4, "tasks_where_own_is_larger": larger, "same_class": 0.5, "other_class": 0.1}
         assert kinds(motivating_example.verdict({"motivating_example": example})) == [kind]
@@ -541,7 +611,7 @@ def test_a_claim_is_added_in_one_file_and_one_entry(tmp_path, monkeypatch):
 PICTURES = dict.fromkeys(
     [
         *("motivating_example", "outer_step", "coefficients", "similarity", "memory", "prototypes", "accuracy"),
-        "frozen_encoder",
+        *("label_orders", "frozen_encoder", "motion"),
     ],
     b"png",
 )
@@ -610,6 +680,8 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
         ("identities", "The interference term E_{Q} W_{0} of the queries’ gradient vanishes"),
         ("motivating-example", "Column i of w becomes η m_{i}"),
         ("prototypes", "From a zeroed head one inner step is exactly this classifier"),
+        ("motion", "a support feature stands still only where J(s)g = 0"),
+        ("label-orders", "A head of equal rows has no order"),
         ("frozen-encoder", "From a zeroed head the first step moves the head alone"),
     ):
         part, judged = parts[anchor]
@@ -621,7 +693,7 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
 def test_every_section_of_the_method_that_is_named_is_on_the_page():
     html = render(everything(*model()), PICTURES)
     checked = Page(html)
-    assert {f"#method-2.{number}" for number in (*range(1, 8), 9)} <= set(checked.links)
+    assert {f"#method-2.{number}" for number in (*range(1, 8), 9, 10, 11)} <= set(checked.links)
     assert all(link[1:] in checked.anchors for link in checked.links) and "§" not in html
     assert "c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u]" in "".join(checked.text)
 
@@ -726,7 +798,7 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = program(f"checkpoint={trained}/checkpoints/best.ckpt", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "18 of 18 identities hold" in process.stdout and "report.html" in process.stdout
+    assert "19 of 19 identities hold" in process.stdout and "report.html" in process.stdout
     after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     new = {path.relative_to(trained).as_posix() for path in after.keys() - before.keys()}
     names = tuple(PICTURES)
@@ -745,7 +817,7 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     assert gain == pytest.approx([x - y for x, y in zip(on, off, strict=True)], abs=2e-6)
     assert numbers["tasks"] == {"features": 6, "gradients": 6}
     text = assert_self_contained(after[trained / "evidence" / "report.html"].decode(), len(names))
-    assert "all 18 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
+    assert "all 19 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
 
 
 def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
@@ -822,7 +894,7 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
     numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
     failed = [name for name, check in numbers["identities"].items() if not check["pass"]]
     text = assert_self_contained(html, len(PICTURES))
-    assert len(failed) > 5 and f"{len(failed)} of 18 identities do not hold" in text and "all 18" not in text
+    assert len(failed) > 5 and f"{len(failed)} of 19 identities do not hold" in text and "all 19" not in text
 
 
 @pytest.mark.parametrize(

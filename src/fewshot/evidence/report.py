@@ -84,13 +84,13 @@ def anchor(claim: ModuleType) -> str:
 
 def _pieces(plain: str) -> list[tuple[str, str, str]]:
     """(text, index, number): a piece ends with an index, as in x_{2}, a section's number, as in §2.6, or neither."""
-    words = [word or "" for word in re.split(r"_\{(.+?)\}|§(\d(?:\.\d)?)", plain)]
+    words = [word or "" for word in re.split(r"_\{(.+?)\}|§(\d(?:\.\d+)?)", plain)]
     return list(zip(words[::3], [*words[1::3], ""], [*words[2::3], ""], strict=True))
 
 
 def _method(markdown: str) -> list[tuple[str, str, str]]:
     """(number, heading, text): "2.6", or empty for the title, and the text as it is written, in plain characters."""
-    _, *pieces = re.split(r"^#+ ((\d(?:\.\d)?)?.+)$", markdown, flags=re.MULTILINE)
+    _, *pieces = re.split(r"^#+ ((\d(?:\.\d+)?)?.+)$", markdown, flags=re.MULTILINE)
     headings, numbers, texts = pieces[::3], pieces[1::3], pieces[2::3]
     return [(number or "", *rest) for number, *rest in zip(numbers, headings, texts, strict=True)]
 

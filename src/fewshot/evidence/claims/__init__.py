@@ -12,8 +12,10 @@ from fewshot.evidence.claims import (
     accuracy,
     frozen_encoder,
     identities,
+    label_orders,
     limits,
     memory,
+    motion,
     motivating_example,
     noise,
     outer_step,
@@ -22,6 +24,6 @@ from fewshot.evidence.claims import (
 )
 
 CLAIMS = [
-    *(motivating_example, outer_step, noise, similarity, memory, prototypes, accuracy),
-    *(frozen_encoder, identities, limits),
+    *(motivating_example, outer_step, motion, noise, similarity, memory, prototypes, accuracy),
+    *(label_orders, frozen_encoder, identities, limits),
 ]

@@ -30,6 +30,15 @@ def one_vector_is_none(zero: Model) -> float:
     return largest(shared.predictions() - zero.predictions())
 
 
+@identity(GRADIENT, "largest difference of a prediction, the labels in the opposite order and put back, 3 steps")
+def labels_have_no_order(zero: Model) -> float:
+    """The order of the labels makes no difference to any prediction (§2.10)."""
+    last = len(zero.features.weight) - 1
+    tasks = zero.tasks
+    opposite = tasks._replace(support_labels=last - tasks.support_labels, query_labels=last - tasks.query_labels)
+    return largest(replace(zero, tasks=opposite).predictions(inner_steps=3).flip(-1) - zero.predictions(inner_steps=3))
+
+
 @identity(ROUNDING, "largest difference, q_{t} as the model adapted by one inner step predicts it")
 def coefficient_is_free_of_noise(zero: Model) -> float:
     """The contrastive coefficient is c_{qs} = 1[t=u] − q_{t}: there is no noise in it."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewshot.evidence import page
 from fewshot.evidence.model import Model, plain
 from fewshot.theory.closed_forms import closed_form_gradients
+from fewshot.theory.features import Features
 
 ORDERS = {"fomaml": True, "somaml": False}
 # Okabe-Ito, and a marker each: classes are told apart without colour too. A ninth class begins again.
@@ -27,17 +28,11 @@ def measure(model: Model) -> page.Evidence:
     small, moves the right way: up within a class, down across.
     """
     features = model.features
-    phi = torch.cat([features.support[0], features.query[0]])
-    _, spread, axes = torch.linalg.svd(phi - phi.mean(0), full_matrices=False)
-    plane = axes[:2] * torch.where(axes[:2].sum(1) < 0, -1.0, 1.0)[:, None]  # one picture, whatever signs svd chose
-
-    def places(vectors: Tensor) -> list:
-        return plain(F.pad(vectors @ plane.mT, (0, 2 - len(plane))))  # of a single feature, a line
-
+    middle, plane, spread_shown = plane_of(features)
     measured: page.Evidence = {
-        "spread_shown": (spread[:2].square().sum() / spread.square().sum()).item(),
-        "support": places(features.support[0] - phi.mean(0)),
-        "query": places(features.query[0] - phi.mean(0)),
+        "spread_shown": spread_shown,
+        "support": plain((features.support[0] - middle) @ plane),
+        "query": plain((features.query[0] - middle) @ plane),
     }
     same = features.same_class()
     for head, with_head in model.heads.items():
@@ -47,8 +42,8 @@ def measure(model: Model) -> page.Evidence:
             to_Q, to_S = -gradients.query_features, -gradients.support_features
             change = to_Q @ features.support.mT + features.query @ to_S.mT  # of phi(q).phi(s), (B, Q, S)
             measured[head][order] = {
-                "query_arrows": places(to_Q[0]),
-                "support_arrows": places(to_S[0]),
+                "query_arrows": plain(to_Q[0] @ plane),
+                "support_arrows": plain(to_S[0] @ plane),
                 "query_norm": to_Q.flatten(1).norm(dim=1).mean().item(),
                 "support_norm": to_S.flatten(1).norm(dim=1).mean().item(),
                 "same_class_drawn": (change > 0)[same].double().mean().item(),
@@ -57,23 +52,43 @@ def measure(model: Model) -> page.Evidence:
     return {"outer_step": measured}
 
 
+def plane_of(features: Features) -> tuple[Tensor, Tensor, float]:
+    """Of the first task: the middle (d,) and the two directions (d, 2) of most spread, and the share of it in them."""
+    phi = torch.cat([features.support[0], features.query[0]])
+    _, spread, axes = torch.linalg.svd(phi - phi.mean(0), full_matrices=False)
+    plane = axes[:2] * torch.where(axes[:2].sum(1) < 0, -1.0, 1.0)[:, None]  # one picture, whatever signs svd chose
+    shown = (spread[:2].square().sum() / spread.square().sum()).item()
+    return phi.mean(0), F.pad(plane.mT, (0, 2 - len(plane))), shown  # of a single feature, a line
+
+
 def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
     """FOMAML beside SOMAML, from this model's head and from a zeroed one."""
     step = evidence["outer_step"]
     heads = {"zeroed_head": "head zero"} if page.head_is_zero(evidence) else page.HEADS
+    return panels(step, {name: step[head] for head, name in heads.items()}, shown)
+
+
+def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Shown, to_scale: str = "") -> Figure:
+    """The features of `step` and a row of arrows for each title, FOMAML left; in row `to_scale` all have one scale."""
     everything = np.array(step["support"] + step["query"])
     low, high = everything.min(0), everything.max(0)
     span = max(high - low)
     margin = 0.22 * span  # more than the longest arrow
     wide, tall = high - low + 2 * margin
-    figure = Figure(figsize=(9, 0.7 + (0.4 + 4.4 * tall / wide) * len(heads)), layout="constrained")
-    for row, (head, name) in zip(figure.subplots(len(heads), 2, squeeze=False), heads.items(), strict=True):
+    figure = Figure(figsize=(9, 0.7 + (0.4 + 4.4 * tall / wide) * len(rows)), layout="constrained")
+    for row, (title, orders) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):
+        arrows = {
+            (kind, order): np.array(orders[order][f"{kind}_arrows"])
+            for kind in ("query", "support")
+            for order in ORDERS
+        }
+        lengths = {key: np.hypot(*of_both.T).max() for key, of_both in arrows.items()}
         for axes, order in zip(row, ORDERS, strict=True):
             for kind, labels in (("query", shown.query_labels), ("support", shown.support_labels)):
-                arrows = {name: np.array(step[head][name][f"{kind}_arrows"]) for name in ORDERS}
-                longest = max(np.hypot(*of_order.T).max() for of_order in arrows.values())  # 0.2 span in the picture
-                _moved(axes, np.array(step[kind]), arrows[order], labels, longest / (0.2 * span), kind == "support")
-            axes.set_title(f"{order.upper()}, {name}", fontsize=11)
+                longest = max(lengths[key] for key in lengths if key[0] == kind or title == to_scale)
+                scale = longest / (0.2 * span)  # of the longest arrow, in the picture
+                _moved(axes, np.array(step[kind]), arrows[kind, order], labels, scale, kind == "support")
+            axes.set_title(f"{order.upper()}, {title}", fontsize=11)
             limits = zip(("xlim", "ylim"), zip(low - margin, high + margin, strict=True), strict=True)
             axes.set(xticks=[], yticks=[], aspect="equal", **dict(limits))
             axes.spines[:].set_color("#BBBBBB")
@@ -82,7 +97,9 @@ def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
         "support image": Line2D([], [], **grey, markeredgecolor="black", markersize=11),
         "and its step": Line2D([], [], **STEP, color="none", markerfacecolor="black"),
         "query": Line2D([], [], **grey, markeredgecolor="none", markersize=5),
-        "and its step (a scale of its own)": Line2D([], [], **STEP, color="none", markerfacecolor="grey"),
+        "and its step (scale of its own)" if not to_scale else "and its step": Line2D(
+            [], [], **STEP, color="none", markerfacecolor="grey"
+        ),
     }
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     return figure
