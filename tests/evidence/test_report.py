@@ -42,6 +42,7 @@ from fewshot.evidence import model as measured
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.claims import (
     accuracy,
+    cross_task,
     frozen_encoder,
     identities,
     label_orders,
@@ -377,6 +378,35 @@ def test_the_motion_is_that_of_the_encoder_by_hand():
     assert numbers["fomaml"]["support"] > 0.1 * numbers["fomaml"]["query"]  # FOMAML moves them too
 
 
+def test_cross_task_interference_is_what_the_formulas_say():
+    """One outer step of the head on a task, then both terms of the same and of the next task, pair by pair."""
+    network, tasks = tiny(), draw(tasks=3, shots=2, queries=3)
+    numbers = cross_task.measure(measuring(network, tasks))["cross_task"]
+    A, a, W, b = np_theta(network)
+    heads = []
+    by_task = list(np_tasks(tasks))
+
+    def terms(weight, bias, task):
+        """Interference and contrastive term where the head alone adapts, two steps of .4."""
+        x, labels, query, query_labels = task
+        S, Q = np.tanh(x @ A.T + a), np.tanh(query @ A.T + a)
+        w1, b1 = stepped(S, labels, weight, bias, 0.4)
+        w2, b2 = stepped(S, labels, w1, b1, 0.4)
+        E = (softmax(Q @ w2.T + b2) - np.eye(3)[query_labels]) / len(Q)
+        return (E @ weight).ravel(), (E @ (w2 - weight)).ravel(), E.T @ Q, E.sum(0)
+
+    for task in by_task:
+        *_, to_w, to_b = terms(0 * W, 0 * b, task)
+        heads.append((-to_w, -to_b))
+    for name, met in (("own_task", heads), ("next_task", [heads[2], *heads[:2]]), ("this_head", [(W, b)] * 3)):
+        pairs = [terms(*head, task)[:2] for head, task in zip(met, by_task, strict=True)]
+        aligned = [cosine(*pair) for pair in pairs]
+        assert numbers[name]["aligned"] == pytest.approx(np.mean(aligned), abs=2e-6)
+        assert numbers[name]["ci95"] == pytest.approx(1.96 * np.std(aligned, ddof=1) / 3**0.5, abs=2e-6)
+        ratios = [np.linalg.norm(interference) / np.linalg.norm(contrastive) for interference, contrastive in pairs]
+        assert numbers[name]["ratio"] == pytest.approx(np.mean(ratios), abs=2e-6)
+
+
 def test_the_memory_is_what_the_formulas_say():
     network, tasks = model(shots=2)
     numbers, (w, b) = memory.measure(measuring(network, tasks))["memory"], head(network)
@@ -526,6 +556,9 @@ def test_a_verdict_follows_its_number():
     for this, later, expected in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
         signs = {"this_head": {"wrong_among_other": this}, "more_steps": {"wrong_among_other": later}, "inner_steps": 2}
         assert kinds(noise.verdict({**own_head, "coefficients": signs})) == expected
+    for aligned, expected in ((0.3, ["holds", "fails", "fails"]), (0.01, ["fails", "holds", "holds"])):
+        numbers = {head: {"aligned": aligned, "ci95": 0.02} for head in ("own_task", "next_task", "this_head")}
+        assert kinds(cross_task.verdict({**own_head, "cross_task": numbers})) == expected
     for support, kind in ((0.001, "holds"), (0.8, "fails")):
         moves = {"query": 1.0, "support": support, **right_way}
         numbers = {"motion": {"this_head": {"fomaml": moves, "somaml": {**moves, "same_class_drawn": 1.0}}}}
@@ -681,6 +714,7 @@ def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():
         ("motivating-example", "Column i of w becomes η m_{i}"),
         ("prototypes", "From a zeroed head one inner step is exactly this classifier"),
         ("motion", "a support feature stands still only where J(s)g = 0"),
+        ("cross-task", "the head stores query features of the class that was called k"),
         ("label-orders", "A head of equal rows has no order"),
         ("frozen-encoder", "From a zeroed head the first step moves the head alone"),
     ):
@@ -798,7 +832,7 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     process = program(f"checkpoint={trained}/checkpoints/best.ckpt", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "19 of 19 identities hold" in process.stdout and "report.html" in process.stdout
+    assert "20 of 20 identities hold" in process.stdout and "report.html" in process.stdout
     after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     new = {path.relative_to(trained).as_posix() for path in after.keys() - before.keys()}
     names = tuple(PICTURES)
@@ -817,7 +851,7 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
     assert gain == pytest.approx([x - y for x, y in zip(on, off, strict=True)], abs=2e-6)
     assert numbers["tasks"] == {"features": 6, "gradients": 6}
     text = assert_self_contained(after[trained / "evidence" / "report.html"].decode(), len(names))
-    assert "all 19 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
+    assert "all 20 identities hold exactly" in text and "6 of the 6 statements tested do not hold" in text
 
 
 def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
@@ -894,7 +928,7 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
     numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence")
     failed = [name for name, check in numbers["identities"].items() if not check["pass"]]
     text = assert_self_contained(html, len(PICTURES))
-    assert len(failed) > 5 and f"{len(failed)} of 19 identities do not hold" in text and "all 19" not in text
+    assert len(failed) > 5 and f"{len(failed)} of 20 identities do not hold" in text and "all 20" not in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Each file has
 
 from fewshot.evidence.claims import (
     accuracy,
+    cross_task,
     frozen_encoder,
     identities,
     label_orders,
@@ -25,5 +26,5 @@ from fewshot.evidence.claims import (
 
 CLAIMS = [
     *(motivating_example, outer_step, motion, noise, similarity, memory, prototypes, accuracy),
-    *(label_orders, frozen_encoder, identities, limits),
+    *(label_orders, cross_task, frozen_encoder, identities, limits),
 ]

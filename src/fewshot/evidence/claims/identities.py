@@ -187,6 +187,17 @@ def fomaml_split_adapting_all(own: Model) -> float:
     return relative(own.taken_gradient() / len(own.tasks.support), own.gradient(inner_steps=own.loop.inner_steps))
 
 
+@split(GRADIENT, "relative difference of the whole gradient, FOMAML’s of all parameters")
+def heads_are_centred(own: Model) -> float:
+    """Only what sets the head’s rows apart has an effect: taking their mean off changes nothing (§2.12)."""
+    apart = replace(own, network=copy.deepcopy(own.network))
+    with torch.no_grad():
+        for parameter in apart.network.head.parameters():
+            parameter.copy_(parameter - parameter.mean(0))
+    steps = own.loop.inner_steps
+    return relative(apart.gradient(inner_steps=steps), own.gradient(inner_steps=steps))
+
+
 def _split(own: Model, first_order: bool) -> float:
     """Encoder and head gradient of head-only MAML: by differentiation and through the features."""
     expected = own.gradient(inner_steps=own.loop.inner_steps, first_order=first_order, adapted="head")
