@@ -61,9 +61,9 @@ def section(evidence: page.Evidence) -> page.Section:
     return page.Section(
         overline="Cross-task interference",
         claim="What an outer step leaves in the head is noise to the next task",
-        lead="Where the head is not zeroed it keeps what outer steps have written into it, and the next task meets this "
-        "as interference (§2.7). Does that help or hinder? So a zeroed head takes one outer step on a task. Then the same "
-        "task meets it, and another one does: does the interference term point where the contrastive term points?",
+        lead="Where the head is not zeroed it keeps what outer steps have written into it, and the next task meets it "
+        "as interference (§2.7). Does that help or hinder? So a zeroed head takes one outer step on a task. Then the "
+        "same task meets it, and another one does: does the interference term point where the contrastive term does?",
         theorem="An outer step of SGD adds ρ E(1[k=u] − q_{k}) φ(q) to row k: the head stores query features of the "
         "class that was called k, and takes those of the others away. In the next task k is the name of another class. "
         "Averaged over all orders of its labels, the stored part of the logits is the same for every class, so in a "
