@@ -45,8 +45,8 @@ def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
             differences = [by_steps[str(steps)][order] for steps in STEPS]
             axes.plot(STEPS, differences, color=colour, marker=marker, markersize=6, label=label)
         axes.set(xlabel="inner steps", xticks=STEPS, title=order.upper())
-        axes.set_ylim(bottom=0)
         plain(axes)
+    panels[0].set_ylim(0, 1.08 * panels[0].get_ylim()[1])
     panels[0].set_ylabel("relative difference\nof the encoder's gradients")
     panels[1].legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

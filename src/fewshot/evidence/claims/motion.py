@@ -105,7 +105,7 @@ def section(evidence: page.Evidence) -> page.Section:
             "Features of a task with arrows, as the poster draws them above and as they move below",
             "The features of one test task, as in the picture of the outer step. Above: against the gradient by the "
             "features, queries and support with a scale each. Below: the motion of the same features when the encoder "
-            "takes a small step, all with one scale.",
+            "takes a small step, both with one scale, FOMAML’s larger than SOMAML’s.",
         ),
         tables=[page.Table(heads, rows)],
         note=f"A step of SGD on one task, {evidence['tasks']['gradients']} tasks, the inner loop as in training. "

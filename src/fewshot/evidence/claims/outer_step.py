@@ -69,7 +69,10 @@ def draw(evidence: page.Evidence, shown: page.Shown) -> Figure:
 
 
 def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Shown, to_scale: str = "") -> Figure:
-    """The features of `step` and a row of arrows for each title, FOMAML left; in row `to_scale` all have one scale."""
+    """The features of `step` and a row of arrows for each title, FOMAML left.
+
+    Queries and support have a scale each, the same left and right; in row `to_scale` each panel has one for both.
+    """
     everything = np.array(step["support"] + step["query"])
     low, high = everything.min(0), everything.max(0)
     span = max(high - low)
@@ -85,7 +88,8 @@ def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Show
         lengths = {key: np.hypot(*of_both.T).max() for key, of_both in arrows.items()}
         for axes, order in zip(row, ORDERS, strict=True):
             for kind, labels in (("query", shown.query_labels), ("support", shown.support_labels)):
-                longest = max(lengths[key] for key in lengths if key[0] == kind or title == to_scale)
+                alike = order if title == to_scale else kind
+                longest = max(length for key, length in lengths.items() if alike in key)
                 scale = longest / (0.2 * span)  # of the longest arrow, in the picture
                 _moved(axes, np.array(step[kind]), arrows[kind, order], labels, scale, kind == "support")
             axes.set_title(f"{order.upper()}, {title}", fontsize=11)
@@ -97,16 +101,14 @@ def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Show
         "support image": Line2D([], [], **grey, markeredgecolor="black", markersize=11),
         "and its step": Line2D([], [], **STEP, color="none", markerfacecolor="black"),
         "query": Line2D([], [], **grey, markeredgecolor="none", markersize=5),
-        "and its step (scale of its own)" if not to_scale else "and its step": Line2D(
-            [], [], **STEP, color="none", markerfacecolor="grey"
-        ),
+        "and the query's step": Line2D([], [], **STEP, color="none", markerfacecolor="grey"),
     }
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
 def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarray, scale: float, large: bool) -> None:
-    """Images at their places (I, 2), their class in colour and shape; arrows (I, 2), less than scale long per unit."""
+    """Images at their places (I, 2), their class in colour and shape; arrows (I, 2) of 1/scale."""
     for k in np.unique(labels):
         colour, marker = CLASSES[k % len(CLASSES)], MARKERS[k % len(MARKERS)]
         x, y = places[labels == k].T
