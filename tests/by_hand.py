@@ -33,23 +33,26 @@ def np_logits(theta, x):
     return np.tanh(x @ A.T + a) @ W.T + b
 
 
-def np_gradient(theta, x, labels):
-    """Of the mean cross entropy."""
+def np_gradient(theta, x, labels, loss="cross_entropy"):
+    """Of the mean cross entropy, or of half the squared distance to the one-hot labels, summed over images."""
     A, a, W, _ = theta
-    phi = np.tanh(x @ A.T + a)
-    E = (softmax(np_logits(theta, x)) - np.eye(len(W))[labels]) / len(x)
+    phi, logits, T = np.tanh(x @ A.T + a), np_logits(theta, x), np.eye(len(W))[labels]
+    E = (softmax(logits) - T) / len(x) if loss == "cross_entropy" else logits - T
     inside = (E @ W) * (1 - phi**2)
     return inside.T @ x, inside.sum(0), E.T @ phi, E.sum(0)
 
 
-def np_adapted(theta, x, labels, inner_lr, steps):
+def np_adapted(theta, x, labels, inner_lr, steps, loss="cross_entropy"):
     for _ in range(steps):
-        theta = tuple(p - inner_lr * g for p, g in zip(theta, np_gradient(theta, x, labels), strict=True))
+        theta = tuple(p - inner_lr * g for p, g in zip(theta, np_gradient(theta, x, labels, loss), strict=True))
     return theta
 
 
-def np_loss(theta, x, labels):
-    return -np.log(softmax(np_logits(theta, x))[np.arange(len(x)), labels]).mean()
+def np_loss(theta, x, labels, loss="cross_entropy"):
+    logits = np_logits(theta, x)
+    if loss == "mse":
+        return ((logits - np.eye(logits.shape[1])[labels]) ** 2).sum() / 2
+    return -np.log(softmax(logits)[np.arange(len(x)), labels]).mean()
 
 
 def np_accuracy(theta, x, labels):
@@ -76,20 +79,20 @@ def np_theta(network):
     return tuple(p.detach().numpy().copy() for p in network.parameters())
 
 
-def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order):
+def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order, loss="cross_entropy"):
     """Mean over tasks, and the loss and accuracy of each."""
     theta, found, losses, accuracies = np_theta(network), [], [], []
     for x, labels, query, query_labels in np_tasks(tasks):
-        adapted = np_adapted(theta, x, labels, inner_lr, inner_steps)
+        adapted = np_adapted(theta, x, labels, inner_lr, inner_steps, loss)
         if first_order:
-            found.append(np_gradient(adapted, query, query_labels))
+            found.append(np_gradient(adapted, query, query_labels, loss))
         else:
 
             def through_the_inner_loop(theta, x=x, labels=labels, query=query, query_labels=query_labels):
-                return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps), query, query_labels)
+                return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps, loss), query, query_labels, loss)
 
             found.append(complex_step(through_the_inner_loop, theta))
-        losses.append(np_loss(adapted, query, query_labels))
+        losses.append(np_loss(adapted, query, query_labels, loss))
         accuracies.append(np_accuracy(adapted, query, query_labels))
     mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
     return dict(zip(dict(network.named_parameters()), mean, strict=True)), losses, accuracies
@@ -100,6 +103,32 @@ def np_prototypes(theta, x, labels):
     phi = np.tanh(x @ A.T + a)
     c = np.stack([phi[labels == k].mean(0) for k in range(len(W))])
     return A, a, 2 * c, -(c**2).sum(1)
+
+
+def np_prototypical_network(network, tasks, distance, temperature, first_order):
+    """The encoder's gradient, mean over tasks, and the loss of each; in first order the prototypes are constants."""
+    theta, found, losses = np_theta(network), [], []
+    for x, labels, query, query_labels in np_tasks(tasks):
+
+        def features(at, images):
+            phi = np.tanh(images @ at[0].T + at[1])
+            return phi / np.sqrt((phi * phi).sum(1, keepdims=True)) if distance == "cosine" else phi
+
+        def prototypes(at, x=x, labels=labels, features=features):
+            phi = features(at, x)
+            c = np.stack([phi[labels == k].mean(0) for k in range(labels.max() + 1)])
+            return c / np.sqrt((c * c).sum(1, keepdims=True)) if distance == "cosine" else c
+
+        def loss(at, prototypes=prototypes, features=features, query=query, query_labels=query_labels):
+            c, phi = prototypes(theta if first_order else at), features(at, query)
+            scores = np.array([[-((q - k) @ (q - k)) if distance == "squared" else q @ k for k in c] for q in phi])
+            return -np.log(softmax(scores / temperature)[np.arange(len(query)), query_labels]).mean()
+
+        found.append(complex_step(loss, theta))
+        losses.append(loss(theta))
+    names = [name for name, _ in network.encoder.named_parameters()]
+    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    return {f"encoder.{name}": gradient for name, gradient in zip(names, mean, strict=False)}, losses
 
 
 def np_steps(theta, etas, task, steps, prototypes, constants=None):

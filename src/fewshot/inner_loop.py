@@ -5,12 +5,15 @@ Imports no torch, because checks, sweeps and model cards ask it too.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fewshot.errors import UserError, shown
 
-Adapted = Literal["all", "head", "encoder"]
-Head = Literal["learned", "shared", "prototypes", "own"]
+ADAPTED, HEADS = ("all", "head", "encoder"), ("learned", "shared", "prototypes", "own")
+DISTANCES = {"dot": "dot product", "squared": "squared distance", "cosine": "cosine"}
+LOSSES = ("cross_entropy", "mse")
+THEORY = "a learned, adapting head, a single inner_lr and cross entropy"
+TOP = ("inner_steps", "inner_lr", "loss", "recompute_steps")  # knobs that are none of algo's
 ORDERS = {True: "first order", False: "second order"}
 
 
@@ -21,6 +24,7 @@ class InnerLoop:
     MAML    first_order=False   ANIL  adapted="head"     ProtoMAML    head="prototypes"  MAML++ (MSL)  step_losses=60
     FOMAML  first_order=True    BOIL  adapted="encoder"  UnicornMAML  head="shared"      Meta-SGD      learned_inner_lr
 
+    A prototypical network is ProtoMAML without inner steps, by one of DISTANCES.
     A head rule of one's own is a class that derives from this one and has an `initial_head`; algo.head=own says so, and
     algo._target_ names the class. It may have more fields, which are knobs of algo.
     """
@@ -29,8 +33,11 @@ class InnerLoop:
     inner_lr: float  # eta; if eta is learned, the value that it starts from
     first_order: bool  # True: d theta_n / d theta is taken to be 1
     zeroing: bool = False  # w <- 0 whenever the loop begins
-    adapted: Adapted = "all"
-    head: Head = "learned"  # where the head of each task starts; shared: one learned row for all classes
+    adapted: str = "all"  # one of ADAPTED
+    head: str = "learned"  # where the head of each task starts; shared: one learned row for all classes
+    distance: str | None = None  # of a prototypical network, from query to prototype; None: it is none
+    temperature: float | None = None  # of a prototypical network; None: the distance's usual one
+    loss: str = "cross_entropy"  # of the inner loop and of the queries
     step_losses: int | None = None  # outer updates until only the last step's query loss counts; None: from the start
     learned_inner_lr: bool = False  # one eta for every number that adapts
     noise: bool | None = None  # a term of the explicit loss, which takes MAML's place; None: MAML
@@ -49,33 +56,43 @@ class InnerLoop:
         """
         algo = config["algo"]
         stored = {name: algo[name] for field in fields(cls) if (name := field.name) in algo}
-        stored |= {name: config[name] for name in ("inner_steps", "inner_lr", "recompute_steps") if name in config}
+        stored |= {name: config[name] for name in TOP if name in config}
+        if stored.get("distance"):  # whatever the others of a sweep have
+            stored["inner_steps"] = 0
         zeroing = config.get("zeroing", algo["zeroing"])  # +zeroing=true|false overrides the algorithm's
         loop = cls(**stored | {"zeroing": zeroing, "target": algo.get("_target_")})
         loop._check()
         return loop
 
     def evaluation(self, steps: int, zeroing: bool) -> "InnerLoop":
-        """The same adaptation to be evaluated; in first order, since the adapted parameters are the same."""
-        return replace(self, inner_steps=steps, first_order=True, zeroing=zeroing)
+        """The same adaptation to be evaluated; in first order, since the adapted parameters are the same.
+
+        A prototypical network is the same after every step, and has no head to zero.
+        """
+        return self if self.distance else replace(self, inner_steps=steps, first_order=True, zeroing=zeroing)
 
     def _check(self) -> None:
-        if self.explicit and (self.inner_steps != 1 or self.adapted != "head"):
-            raise UserError(
-                f"inner_steps={self.inner_steps} algo.adapted={self.adapted}: the explicit loss of algo=contrastive is "
-                "that of one inner step of the head; use inner_steps=1 algo.adapted=head"
-            )
-        usual = {"head": "learned", "step_losses": None, "learned_inner_lr": False}
-        for name, value in usual.items() if self.explicit else ():
-            if getattr(self, name) != value:
-                unlike = shown(getattr(self, name))
-                raise UserError(f"algo.{name}={unlike}: algo=contrastive has an explicit loss without it")
-        if self.zeroing and self.adapted == "encoder":
-            raise UserError(
-                "+zeroing=true: with algo.adapted=encoder the head stays zero and nothing is learned from it"
-            )
-        if self.zeroing and self.makes_head:
-            raise UserError(f"+zeroing=true: with algo.head={self.head} no head is learned that could be zeroed")
+        def only(why: str, **usual: Any) -> None:
+            for name, value in usual.items():
+                if getattr(self, name) != value:
+                    prefix = "+" if name == "zeroing" else "algo." * (name not in TOP)
+                    raise UserError(f"{prefix}{name}={shown(getattr(self, name))}: {why}")
+
+        plain = {"step_losses": None, "learned_inner_lr": False}
+        if self.explicit:
+            only("algo=contrastive is the explicit loss of algo.adapted=head", adapted="head", head="learned", **plain)
+            only("the explicit loss is that of cross entropy", loss="cross_entropy")
+        if self.explicit and not self.first_order:
+            only("the explicit loss of several inner steps is known in first order alone; use 1", inner_steps=1)
+        if self.distance:
+            why = "algo=protonet has prototypes for a head and adapts nothing"
+            only(why, head="prototypes", adapted="all", **plain)
+        else:
+            only("only algo=protonet has one", temperature=None)
+        if self.adapted == "encoder":
+            only("with algo.adapted=encoder the head stays zero and nothing is learned from it", zeroing=False)
+        if self.makes_head:
+            only(f"with algo.head={self.head} no head is learned that could be zeroed", zeroing=False)
         if (self.head == "own") != (self.target is not None):
             raise UserError(
                 f"algo.head={self.head} algo._target_={shown(self.target)}: a head rule of your own needs both, "
@@ -105,9 +122,15 @@ class InnerLoop:
         return self.head in ("prototypes", "own")
 
     @property
-    def theory_applies(self) -> bool:
-        """Whether the closed forms speak of it: a learned head that adapts with a single inner_lr."""
-        return self.head in ("learned", "shared") and self.adapted != "encoder" and not self.learned_inner_lr
+    def beyond_theory(self) -> str:
+        """The knob by which the closed forms do not speak of it; they cover THEORY."""
+        beyond = {
+            f"algo.head={self.head}": self.makes_head,
+            f"algo.adapted={self.adapted}": self.adapted == "encoder",
+            "algo.learned_inner_lr=true": self.learned_inner_lr,
+            f"loss={self.loss}": self.loss != "cross_entropy",
+        }
+        return next((knob for knob, holds in beyond.items() if holds), "")
 
     def ways(self, rows: int) -> str:
         """How many classes a model adapts to whose head has so many rows, in words."""
@@ -121,7 +144,7 @@ class InnerLoop:
     @property
     def name(self) -> str:
         """E.g. "SOMAML", "ANIL (first order) + zeroing"."""
-        return self.named() + " + zeroing" * self.zeroing
+        return self.named() + " + zeroing" * self.zeroing + f", loss={self.loss}" * (self.loss != LOSSES[0])
 
     def named(self, maml: str = "", order: bool = True) -> str:
         """The algorithm by the papers' names where it has one, without its zeroing.
@@ -130,27 +153,28 @@ class InnerLoop:
             maml: what MAML itself is called; empty: FOMAML or SOMAML.
             order: whether the other algorithms say their order.
         """
-        maml = maml or ("FOMAML" if self.first_order else "SOMAML")
-        details = [ORDERS[self.first_order]] if order else []
+        changes, details = self.changes, [ORDERS[self.first_order]] if order else []
         if self.explicit:
             left_out = " or ".join(term for term in ("noise", "interference") if getattr(self, term) is False)
             name = "explicit contrastive loss" + f" without {left_out}" * bool(left_out)
-        elif len(self.changes) == 1:
-            name = next(iter(self.changes))
-            details = [f"{self.step_losses} updates"] * (name == "MSL") + details
+        elif len(changes) == 1:
+            ((name, words),) = changes.items()
+            details = {"MSL": [f"{self.step_losses} updates"], "ProtoNet": [words]}.get(name, []) + details
         else:
-            return ", ".join([maml, *self.changes.values()])
+            return ", ".join([maml or ("FOMAML" if self.first_order else "SOMAML"), *changes.values()])
         return name + (f" ({', '.join(details)})" if details else "")
 
     @property
     def changes(self) -> dict[str, str]:
         """What differs from MAML: the algorithm's name, if it is the only change, and words for it beside others."""
         own = (self.target or "").rsplit(".", 1)[-1]
+        scale = f", temperature {self.temperature:g}" if self.temperature else ""
         changes = {
             "ANIL": ("head only", self.adapted == "head"),
             "BOIL": ("encoder only", self.adapted == "encoder"),
             "UnicornMAML": ("one head vector", self.head == "shared"),
-            "ProtoMAML": ("head from prototypes", self.head == "prototypes"),
+            "ProtoMAML": ("head from prototypes", self.head == "prototypes" and not self.distance),
+            "ProtoNet": (DISTANCES.get(self.distance, "") + scale, self.distance is not None),
             own: (own, self.target is not None),
             "MSL": (f"step losses for {self.step_losses}", self.step_losses is not None),
             "Meta-SGD": ("learned inner_lr", self.learned_inner_lr),
@@ -161,6 +185,3 @@ class InnerLoop:
     def is_maml(self) -> bool:
         """FOMAML or SOMAML, with or without zeroing."""
         return not self.explicit and not self.changes
-
-
-ADAPTED, HEADS = get_args(Adapted), get_args(Head)

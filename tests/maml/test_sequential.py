@@ -56,10 +56,11 @@ def test_the_arithmetic_itself_is_right():
     """The gradient by hand is the complex step derivative of the loss: the two halves of the reference agree."""
     network, tasks = tiny(), draw()
     x, labels, _, _ = next(np_tasks(tasks))
-    by_hand = np_gradient(np_theta(network), x, labels)
-    by_step = complex_step(lambda theta: np_loss(theta, x, labels), np_theta(network))
-    for hand, step in zip(by_hand, by_step, strict=True):
-        np.testing.assert_allclose(hand, step, rtol=1e-12, atol=1e-14)
+    for loss in ("cross_entropy", "mse"):
+        by_hand = np_gradient(np_theta(network), x, labels, loss)
+        by_step = complex_step(lambda theta, loss=loss: np_loss(theta, x, labels, loss), np_theta(network))
+        for hand, step in zip(by_hand, by_step, strict=True):
+            np.testing.assert_allclose(hand, step, rtol=1e-12, atol=1e-14)
 
 
 @each_engine
@@ -67,9 +68,11 @@ def test_the_arithmetic_itself_is_right():
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("shots", [1, 5])
 @each_head
-def test_the_outer_gradient_is_that_of_the_arithmetic(engine, first_order, inner_steps, shots, zeroed):
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_the_outer_gradient_is_that_of_the_arithmetic(engine, first_order, inner_steps, shots, zeroed, loss):
     network, tasks = tiny(zeroed=zeroed), draw(tasks=3, shots=shots, queries=4)
-    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
+    inner_lr = 0.4 if loss == "cross_entropy" else 0.05
+    knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "loss": loss}
     expected, losses, accuracies = np_meta_gradient(network, tasks, **knobs)
     found, (loss, accuracy) = meta_gradient(engine, network, tasks, **knobs)
     assert_close(found, expected, 1e-10)

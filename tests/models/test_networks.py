@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fewshot.config.tree import CONF
+from fewshot.inner_loop import InnerLoop
 from fewshot.models import resnet12
 from fewshot.models.head import prototype_head, zero_head
 from fewshot.models.network import conv4_pooled, conv4_strided, drop_squares, dropping, drops
@@ -121,9 +122,10 @@ def test_resnet12_is_what_is_written_out_here():
 def test_the_head_of_prototypes_is_exact_under_autocast():
     """In bfloat16 |c|^2 of many features is off by whole logits."""
     features, labels = torch.randn(10, 800, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 5
-    exact = prototype_head(features.double(), labels, 5)
+    loop = InnerLoop(1, 0.1, first_order=True, head="prototypes")
+    exact = prototype_head(loop, features.double(), labels, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        head = prototype_head(features, labels, 5)
+        head = prototype_head(loop, features, labels, 5)
     assert head["bias"].dtype == torch.float32
     torch.testing.assert_close(head["bias"].double(), exact["bias"], rtol=1e-5, atol=0)
 

@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from fewshot.batched.execution import Execute, Function, on_threads, one_by_one
 from fewshot.batched.in_a_row import in_a_row
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide
-from fewshot.data.task import Task, query_accuracy
+from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml.recompute import recomputed
 from fewshot.models.head import initial_head
@@ -108,7 +108,7 @@ def _outer_gradient(
     for n, query_logits in enumerate(_adapt(network, theta, tasks, loop, eta, encode)):
         if n == loop.inner_steps or (n > 0 and step_weights is not None):
             logits = query_logits()
-            losses = _losses(logits, tasks.query_labels)  # L(theta_n, Q_n)
+            losses = LOSSES[loop.loss](logits, tasks.query_labels)  # L(theta_n, Q_n)
             outer = losses if step_weights is None else outer + step_weights[n - 1] * losses
     leaves = list(theta.values())
     gradients = torch.autograd.grad(outer.sum(), [*leaves, *eta], materialize_grads=True)
@@ -167,7 +167,7 @@ def _adapt(
         """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned eta."""
         theta = dict(zip(initial, inputs, strict=False))
         rates = dict(zip(adapts, inputs[len(theta) :] or [loop.inner_lr] * len(adapts), strict=True))
-        loss = _losses(outputs(theta, tasks.support), tasks.support_labels).sum()
+        loss = LOSSES[loop.loss](outputs(theta, tasks.support), tasks.support_labels).sum()
         gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not loop.first_order)
         return [theta[name] - rates[name] * g for name, g in zip(names, gradients, strict=True)]
 
@@ -195,9 +195,12 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
     }
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of each task: (B, I, K), (B, I) -> (B,)."""
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over each task's images: (B, I, K), (B, I) -> (B,)."""
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+
+
+LOSSES = {"cross_entropy": _cross_entropies, "mse": squared_errors}
 
 
 def rows(x: Tensor) -> bool:

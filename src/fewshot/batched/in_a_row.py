@@ -96,6 +96,7 @@ def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
 
 
 OWN = side_by_side.OWN | {F.conv2d: _conv2d, F.batch_norm: _batch_norm, F.linear: _linear, drop_squares: _drop_squares}
+OWN[F.normalize] = lambda tasks, *args, **options: side_by_side._normalize(1, *args, **options)
 
 
 # The patches under a kernel gathered, and added up where they came from: each is the derivative of the other.

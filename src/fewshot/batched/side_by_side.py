@@ -87,6 +87,12 @@ def _flatten(tasks: int, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Te
     return x.flatten(start_dim, end_dim)
 
 
+def _normalize(tasks: int, x: Tensor, p: float = 2.0, dim: int = 1, **options: Any) -> Tensor:
+    if x.dim() != 2 or dim % 2 == 0:
+        raise NotSideBySide(F.normalize)
+    return F.normalize(x.unflatten(1, (tasks, -1)), p, dim=-1, **options).flatten(1)
+
+
 def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
     return torch.cat([drop_squares(images, share) for images in x.chunk(tasks, dim=1)], dim=1)
 
@@ -95,6 +101,7 @@ OWN = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     F.linear: _linear,
+    F.normalize: _normalize,
     drop_squares: _drop_squares,
     torch.flatten: _flatten,
     Tensor.flatten: _flatten,

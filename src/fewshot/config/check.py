@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fewshot.config.tree import CONF, GROUPS, entries, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
 from fewshot.files import checkpoint_file
-from fewshot.inner_loop import InnerLoop
+from fewshot.inner_loop import THEORY, InnerLoop
 from fewshot.processes import ranks
 
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
@@ -80,12 +80,10 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     loop = InnerLoop.of(cfg)
-    if loop.head == "prototypes" and cfg.model.get("head_bias") is False:
+    if loop.head == "prototypes" and loop.distance in (None, "squared") and cfg.model.get("head_bias") is False:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
-    if cfg.probes and not loop.theory_applies:
-        raise UserError(
-            "probes=true: they measure a learned head that adapts with one inner_lr; leave them out with this algorithm"
-        )
+    if cfg.probes and loop.beyond_theory:
+        raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
     _check_dataset(cfg)
     if cfg.dataset.size < cfg.model.smallest_image:
         least = f"{cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"

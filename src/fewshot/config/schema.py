@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
-from fewshot.inner_loop import ADAPTED, HEADS
+from fewshot.inner_loop import ADAPTED, DISTANCES, HEADS, LOSSES
 
 LARGEST = 3.4e38  # of 32-bit floating-point numbers
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "fixed_blocks", "one_task")
@@ -144,6 +144,8 @@ class Algo(Part):
     step_losses: optional(integer(1))
     learned_inner_lr: Flag
     zeroing: Flag
+    distance: optional(one_of(*DISTANCES)) = None
+    temperature: optional(above_zero()) = None
     noise: Flag = True
     interference: Flag = True
 
@@ -308,6 +310,7 @@ class Config(Part):
     inner_steps: integer(1, 1000)
     test_steps: integer(1, 1000)
     inner_lr: above_zero()
+    loss: one_of(*LOSSES)
     recompute_steps: Flag
     outer_lr: above_zero()
     meta_batch_size: integer(1)

@@ -53,7 +53,7 @@ def to_today(stored: Any) -> Any:
         dataset = today.get("dataset")
         if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
             today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
-        return today
+        return today | ({"loss": "cross_entropy"} | today if "inner_lr" in today else {})  # a knob that there was not
     return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
 
 
@@ -90,7 +90,7 @@ NUMBER = must_be("a finite number", Annotated[float, Field(ge=-1e300, le=1e300, 
 CONFIG = form(
     {
         **as_knobs(Config, "ways shots queries inner_steps test_steps inner_lr outer_lr"),
-        **as_knobs(Config, "meta_batch_size iterations seed init_scale? tasks_at_once"),
+        **as_knobs(Config, "meta_batch_size iterations seed init_scale? tasks_at_once loss?"),
         "model": form({"name": NAME, "network": form({"_target_": NAME})}),
         "dataset": form(
             {"name": NAME, "mean": many(NUMBER), "std": many(above_zero())}
@@ -98,6 +98,7 @@ CONFIG = form(
         ),
         "algo": form(
             as_knobs(OwnAlgo, "first_order zeroing adapted? head? step_losses? learned_inner_lr? noise? interference?")
+            | as_knobs(OwnAlgo, "distance? temperature?")
         ),
         "augment?": dict[str, Any],
     }

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -45,6 +46,12 @@ class Task(NamedTuple):
     support_labels: Tensor
     query: Tensor
     query_labels: Tensor
+
+
+def squared_errors(logits: Tensor, labels: Tensor) -> Tensor:
+    """1/2 sum over a task's images and ways of (logits - one-hot labels)^2: (..., I, K), (..., I) -> (...)."""
+    one_hot = F.one_hot(labels, logits.shape[-1]).to(logits)
+    return F.mse_loss(logits, one_hot, reduction="none").sum((-2, -1)) / 2
 
 
 def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:

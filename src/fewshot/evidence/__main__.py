@@ -17,7 +17,7 @@ from fewshot.config.command import Command, Parameter, one_line_errors
 from fewshot.config.hydra_call import hydra_command
 from fewshot.config.tree import given_overrides, settings
 from fewshot.errors import UserError
-from fewshot.inner_loop import InnerLoop
+from fewshot.inner_loop import THEORY, InnerLoop
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +110,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
 
 
 def _refuse_beyond_theory(loop: InnerLoop, path: Path) -> None:
-    if not loop.theory_applies:
-        beyond = f"algo.head={loop.head}" if loop.makes_head else f"algo.adapted={loop.adapted}"
-        beyond = "algo.learned_inner_lr=true" if loop.learned_inner_lr else beyond
-        covered = "the theory covers a learned, adapting head and a single inner_lr"
-        raise UserError(f"checkpoint={path}: {covered}; this model has {beyond}")
+    if loop.beyond_theory:
+        raise UserError(f"checkpoint={path}: the theory covers {THEORY}; this model has {loop.beyond_theory}")
 
 
 if __name__ == "__main__":

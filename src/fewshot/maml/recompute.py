@@ -35,7 +35,8 @@ class Recomputed(torch.autograd.Function):
     def forward(ctx: Any, function: Function, draws: bool, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
         ctx.function, device = function, inputs[0].device
-        ctx.state = _random_state(device) if draws else None
+        on_cpu = device.type == "cpu"
+        ctx.state = (torch.get_rng_state() if on_cpu else torch.cuda.get_rng_state(device)) if draws else None
         # A GPU's backward pass has a thread of its own, where autocast is off; cached casts would outlive the step.
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         ctx.autocast = {"device_type": device.type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
@@ -61,10 +62,6 @@ class Recomputed(torch.autograd.Function):
 
 def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     return [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
 
 
 @contextmanager

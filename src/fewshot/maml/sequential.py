@@ -5,6 +5,7 @@ Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from learn2learn import clone_module
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor, nn
 
-from fewshot.data.task import Task, query_accuracy
+from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml.recompute import recomputed
 from fewshot.models.head import initial_head
 from fewshot.models.network import drops
+
+LOSSES = {"cross_entropy": F.cross_entropy, "mse": squared_errors}  # of one task: (I, K), (I,) -> ()
 
 
 def adapt(
@@ -33,7 +36,7 @@ def adapt(
         eta: the learned inner learning rates, one tensor for each parameter that adapts; empty: loop.inner_lr.
         encode: images to their features at theta, which sees each set of images once; None: the network's encoder.
     """
-    encode = encode or cache(network.encoder)
+    encode, loss = encode or cache(network.encoder), LOSSES[loop.loss]
     theta_n = clone_module(network)  # theta_n <- theta
     own = dict(network.head.named_parameters())
     theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
@@ -52,9 +55,7 @@ def adapt(
             learner = MAML(
                 moving, lr=loop.inner_lr, first_order=loop.first_order, allow_nograd=True, allow_unused=False
             )
-        learner.adapt(
-            F.cross_entropy(logits(task.support), task.support_labels)
-        )  # theta_n <- theta_n - eta grad L(S_n)
+        learner.adapt(loss(logits(task.support), task.support_labels))  # theta_n <- theta_n - eta grad L(S_n)
 
     def next_theta(inputs: Sequence[Tensor]) -> list[Tensor]:
         """theta_{n+1}; inputs: theta_n, then eta."""
@@ -97,7 +98,7 @@ def meta_gradient(
         for n, query_logits in enumerate(adapt(network, task, loop, eta)):
             if n == loop.inner_steps or (n > 0 and step_weights is not None):
                 prediction = query_logits()
-                loss = F.cross_entropy(prediction, task.query_labels)  # L(theta_n, Q_n)
+                loss = LOSSES[loop.loss](prediction, task.query_labels)  # L(theta_n, Q_n)
                 outer = loss if step_weights is None else outer + step_weights[n - 1] * loss
         (outer / len(tasks.support)).backward()  # grad_theta L(theta_n, Q_n); frees the graph of this task
         losses.append(loss.detach())
@@ -114,34 +115,28 @@ def step_accuracies(
 
     evaluations: see InnerLoop.evaluation; together they cost less than one by one, for they share theta's features.
     """
-    accuracies = []
-    for task in _one_by_one(tasks):
-        encode = cache(torch.no_grad()(network.encoder))
-        logits = torch.stack([_step_logits(network, task, loop, eta, encode) for loop in evaluations])
-        accuracies.append(query_accuracy(logits, task.query_labels))
-    return torch.stack(accuracies, dim=1)
+    return query_accuracy(_step_logits(network, tasks, evaluations, eta), tasks.query_labels[:, None])
 
 
 def step_logits(
     network: nn.Module, tasks: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = (), *, first: int = 0
 ) -> Tensor:
     """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K); the network is left as it is."""
-    logits = []
-    for task in _one_by_one(tasks):
-        logits.append(_step_logits(network, task, evaluation, eta, cache(torch.no_grad()(network.encoder)), first))
-    return torch.stack(logits)
+    return _step_logits(network, tasks, [evaluation], eta, first)[0]
 
 
 def _step_logits(
-    network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor], encode: Callable, first: int = 0
+    network: nn.Module, tasks: Task, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor], first: int = 0
 ) -> Tensor:
-    """(T + 1 - first, Q, K)"""
+    """(evaluations, B, T + 1 - first, Q, K)"""
     logits = []
-    for n, query_logits in enumerate(adapt(network, task, evaluation, eta, encode)):
-        if n >= first:
-            with torch.no_grad():
-                logits.append(query_logits())
-    return torch.stack(logits)
+    for task in _one_by_one(tasks):
+        encode = cache(torch.no_grad()(network.encoder))
+        for loop in evaluations:
+            for query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
+                with torch.no_grad():
+                    logits.append(query_logits())
+    return torch.stack(logits).unflatten(0, (len(tasks.support), len(evaluations), -1)).transpose(0, 1)
 
 
 def _with(parameters: Sequence[Tensor], network: nn.Module) -> nn.Module:

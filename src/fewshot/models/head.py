@@ -4,6 +4,8 @@ Shapes: ... any leading task dimensions, S support images, K ways, d features.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def initial_head(
         return {name: torch.zeros_like(w).requires_grad_() for name, w in head.items()}  # w <- 0
     if not loop.makes_head:
         return {}
-    make = prototype_head if loop.head == "prototypes" else loop.initial_head
+    make = loop.initial_head if loop.head == "own" else partial(prototype_head, loop)
     made = make(encode(support), labels, head["weight"].shape[-2])
     for name, w in head.items():
         if name not in made or made[name].shape != w.shape:
@@ -44,8 +46,10 @@ def zero_head(head: nn.Linear) -> None:
             parameter.zero_()
 
 
-def prototype_head(features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
+def prototype_head(loop: InnerLoop, features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
     """The head that gives each class -|phi(x) - c_k|^2 up to what all share: w_k = 2 c_k, b_k = -|c_k|^2.
+
+    A prototypical network may have phi(x).c_k instead, or the cosine, where phi(x) has length 1; and a temperature.
 
     Args:
         features: of the support, (..., S, d); c_k, the prototype, is the mean of class k's.
@@ -53,11 +57,22 @@ def prototype_head(features: Tensor, labels: Tensor, ways: int) -> dict[str, Ten
 
     Returns weight (..., K, d) and bias (..., K), as ProtoMAML begins with (Triantafillou et al. 2020, section 3).
     """
+    if loop.distance and loop.first_order:
+        features = features.detach()  # constants, as support features are to FOMAML
+    temperature = loop.temperature or {"dot": ways / loop.inner_lr, "cosine": 0.1}.get(loop.distance, 1.0)
     with torch.autocast(features.device.type, enabled=False):  # eight bits are too few for |c_k|^2
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         members = F.one_hot(labels, ways).to(features).mT  # (..., K, S)
         c = members @ features / members.sum(-1, keepdim=True)
-        return {"weight": 2 * c, "bias": -c.square().sum(-1)}
+        if loop.distance in (None, "squared"):
+            return {"weight": 2 * c / temperature, "bias": -c.square().sum(-1) / temperature}
+        c = F.normalize(c, dim=-1) if loop.distance == "cosine" else c
+        return {"weight": c / temperature, "bias": c.new_zeros(c.shape[:-1])}
+
+
+def unit_length(module: nn.Module, inputs: Any, features: Tensor) -> Tensor:
+    """A hook of an encoder: its features divided by their length."""
+    return F.normalize(features, dim=-1)
 
 
 def share_rows(head: nn.Linear) -> None:

@@ -62,12 +62,16 @@ def predict(
     import torch
 
     from fewshot.data.task import Task
+    from fewshot.maml.sequential import step_logits
     from fewshot.predict.pretrained import load
+    from fewshot.training.choose_engine import sequential_engine
 
     if isinstance(model, str | os.PathLike):
         model = load(model)
     steps = model.config["inner_steps"] if steps is None else integer("steps", str(steps), 1)
     zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
+    if zeroing and model.learner.loop.distance:
+        raise UserError("test_zeroing=true: a prototypical network has no head that could be zeroed; use false")
     if zeroing and model.learner.loop.adapted == "encoder":
         raise UserError("test_zeroing=true: this model adapts all but the head, which would stay zero; use false")
     classes, shots = tuple(support), [len(images) for images in support.values()]
@@ -89,7 +93,9 @@ def predict(
         asked = torch.cat([shown, asked])
     unknown = torch.zeros(len(asked), dtype=torch.int64, device=parameter.device)  # a task has labels; none is read
     task = Task(*(field[None] for field in (shown, labels, asked, unknown)))
-    logits = learner.logits_after(task, steps=steps, zeroing=zeroing)[0, -len(query) :]
+    loop = learner.loop.evaluation(steps, zeroing)
+    with torch.enable_grad(), sequential_engine().one_line_out_of_memory(task):
+        logits = step_logits(learner.network, task, loop, learner.etas, first=loop.inner_steps)[0, 0, -len(query) :]
     if not logits.isfinite().all():
         raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
     return Predictions(classes, logits.double().softmax(dim=1).cpu().numpy())

@@ -16,11 +16,10 @@ from fewshot.config.tree import MODES
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
-from fewshot.models.head import share_gradient, share_rows
+from fewshot.models.head import share_gradient, share_rows, unit_length
 from fewshot.models.network import dropping
 from fewshot.results.record_files import Scores, diverged
-from fewshot.theory import probes
-from fewshot.training.choose_engine import choose_engine, sequential_engine
+from fewshot.training.choose_engine import choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
 from fewshot.training.runtime import check_network, loop_class
 
@@ -65,12 +64,13 @@ class MetaLearner(pl.LightningModule):
         self.test_steps, self.outer_lr = test_steps, outer_lr
         if loop.head == "shared":
             share_rows(network.head)
+        if loop.distance == "cosine":
+            network.encoder.register_forward_hook(unit_length)
         adapts = network if loop.adapted == "all" else getattr(network, loop.adapted)
         etas = (torch.full_like(p, loop.inner_lr) for p in adapts.parameters() if loop.learned_inner_lr)
-        self.etas = nn.ParameterList(etas)
+        self.etas = nn.ParameterList(etas)  # the inner learning rates that are learned; none: all are loop.inner_lr
         self.results: dict[str, dict[str, Scores]] = {}
         self.tested: dict[str, dict[str, Tensor]] = {}  # accuracies of the test by split and mode, (tasks, T + 1)
-        self._tested: tuple[list, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
@@ -85,7 +85,7 @@ class MetaLearner(pl.LightningModule):
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
         self.trainer.precision_plugin.convert_module(self)
         self._chosen = choose_engine(self.engine, self.network, self.loop, self.tasks_at_once, self.trainer)
-        self.engine = self._chosen.name
+        self.engine, self._tested = self._chosen.name, ([], [])
         self._step_weights = torch.zeros(self.loop.inner_steps, device=self.trainer.strategy.root_device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -93,11 +93,6 @@ class MetaLearner(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
-
-    @property
-    def eta(self) -> tuple[Tensor, ...]:
-        """The inner learning rates that are learned; none: all are loop.inner_lr."""
-        return tuple(self.etas)
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
         """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch.
@@ -114,7 +109,7 @@ class MetaLearner(pl.LightningModule):
         remembers = not loop.first_order and not loop.recompute_steps and loop.inner_steps > 1
         remedy = "use recompute_steps=true, or " * (remembers and loop.adapted != "head")
         with self._chosen.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
-            loss, accuracy = self._chosen.meta_gradient(self.network, tasks, loop, self.eta, v)
+            loss, accuracy = self._chosen.meta_gradient(self.network, tasks, loop, self.etas, v)
         means = loss.mean(), accuracy.mean()
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
@@ -134,28 +129,6 @@ class MetaLearner(pl.LightningModule):
         return {mode: Scores.of(torch.cat([chunk[mode] for chunk in accuracies])) for mode in MODES}
 
     @torch.enable_grad()
-    def logits_after(self, tasks: Task, *, steps: int, zeroing: bool) -> Tensor:
-        """The queries' logits after the last of `steps` inner steps, (B, Q, K), one task after the other.
-
-        zeroing: adapt from a copy whose head is zeroed. Changes nothing in the module; needs no trainer.
-        """
-        from fewshot.maml.sequential import step_logits
-
-        with sequential_engine().one_line_out_of_memory(tasks):
-            return step_logits(self.network, tasks, self.loop.evaluation(steps, zeroing), self.eta, first=steps)[:, 0]
-
-    def probes(self, batches: Iterable[Task]) -> dict[str, float]:
-        """What theory/probes.py measures; changes nothing in the module."""
-        precision = self.trainer.precision_plugin
-        with precision.forward_context():
-            tasks = (precision.convert_input(batch) for batch in batches)
-            knobs = {"inner_lr": self.loop.inner_lr, "inner_steps": self.loop.inner_steps}
-            return probes.probes(self.network, tasks, **knobs)
-
-    def on_test_start(self) -> None:
-        self._tested = ([], [])
-
-    @torch.enable_grad()
     def test_step(self, tasks: Task, batch_idx: int, dataloader_idx: int) -> None:
         """The tasks of loader 0 are validation tasks, of loader 1 test tasks."""
         self._tested[dataloader_idx].append(self._accuracies(tasks))
@@ -169,11 +142,11 @@ class MetaLearner(pl.LightningModule):
                 raise UserError(f"{split}_tasks={len(self.tested[split]['zeroing_on'])}: {what}")
 
     def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
-        """{mode: (B, T + 1); the two are one computation where the head they begin with is zero already}"""
+        """{mode: (B, T + 1); the two are one computation where the head is zero already, or none begins the loop}"""
         zero = not self.loop.makes_head and not any(parameter.any() for parameter in self.network.head.parameters())
-        evaluations = [
-            self.loop.evaluation(self.test_steps, zeroing) for zeroing in ((True,) if zero else (False, True))
-        ]
+        both = (True,) if zero or self.loop.distance else (False, True)
+        evaluations = [self.loop.evaluation(self.test_steps, zeroing) for zeroing in both]
         with self._chosen.one_line_out_of_memory(tasks):
-            modes = self._chosen.step_accuracies(self.network, tasks, evaluations, self.eta).cpu()
+            modes = self._chosen.step_accuracies(self.network, tasks, evaluations, self.etas).cpu()
+        modes = modes.expand(-1, -1, self.test_steps + 1)  # a prototypical network takes no step
         return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}

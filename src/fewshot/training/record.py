@@ -19,6 +19,7 @@ from fewshot.errors import UserError
 from fewshot.files import write_file
 from fewshot.results.record_files import diverged, write_metrics
 from fewshot.theory.features import class_similarities
+from fewshot.theory.probes import probes
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ class Record(pl.Callback):
         if validate:
             row |= self._evaluated("val", trainer, module, self.val_tasks)
             if self.probes:
-                validation = trainer.datamodule.fixed("val", self.val_tasks, shared=False)
-                row |= {f"probe/{name}": value for name, value in module.probes(validation).items()}
+                row |= {f"probe/{name}": value for name, value in self._probed(trainer, module).items()}
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["iteration"]))
@@ -113,6 +113,12 @@ class Record(pl.Callback):
             for mode, scores in results.items()
             for step, accuracy in enumerate(scores.accuracy)
         }
+
+    def _probed(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        precision, loop = trainer.precision_plugin, module.loop
+        with precision.forward_context():
+            tasks = map(precision.convert_input, trainer.datamodule.fixed("val", self.val_tasks, shared=False))
+            return probes(module.network, tasks, inner_lr=loop.inner_lr, inner_steps=loop.inner_steps)
 
     def _write(self, trainer: pl.Trainer, row: dict[str, float], accuracy: float) -> None:
         better = accuracy > self.best_accuracy  # the earliest wins ties

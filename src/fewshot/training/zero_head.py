@@ -13,10 +13,8 @@ class ZeroHead(pl.Callback):
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         if self.enabled:
             zero_head(module.network.head)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        if self.enabled:
-            zero_head(module.network.head)
+    on_train_batch_end = on_train_start
