@@ -171,6 +171,8 @@ def _check_dataset(cfg: DictConfig) -> None:
             f"shots+queries={cfg.shots}+{cfg.queries}: {data.name} has {data.images_per_class} images per class; "
             "lower shots or queries"
         )
+    if "inner_products" in cfg.callbacks and cfg.loss != "mse":
+        raise UserError(f"loss={cfg.loss}: callbacks=inner_products records what loss=mse wants to be 1 and 0")
     if "cosine_similarity" in cfg.callbacks:
         if data.tasks != "one_task":
             raise UserError(f"dataset.tasks={data.tasks}: callbacks=cosine_similarity needs dataset.tasks=one_task")

@@ -301,6 +301,7 @@ class Callbacks(Part, extra="allow"):
     zero_head: part(ZeroHead)
     record: part(Record)
     cosine_similarity: part(CosineSimilarity) = None
+    inner_products: part(CosineSimilarity) = None
 
 
 class Config(Part):

@@ -53,7 +53,7 @@ def to_today(stored: Any) -> Any:
         dataset = today.get("dataset")
         if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
             today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
-        return today | ({"loss": "cross_entropy"} | today if "inner_lr" in today else {})  # a knob that there was not
+        return {"loss": "cross_entropy"} | today if "inner_lr" in today else today  # a knob that there was not
     return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
 
 
@@ -120,6 +120,8 @@ def _is_square(rows: Any) -> bool:
 
 MATRIX = must_be("a square of numbers", Any, refused=lambda rows: not rows or not _is_square(rows))
 SIMILARITIES = form({"updates": many(integer(0)), "query_support": many(MATRIX), "query_query": many(MATRIX)})
+COUNTS = dict.fromkeys(("same_class", "other_class"), many(many(integer(0))))
+PRODUCTS = form({"between": many(NUMBER), "updates": many(integer(0)), **COUNTS})
 
 
 def check(where: str, value: Any, kind: Any) -> None:

@@ -4,9 +4,11 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fewshot.config import stored
 from fewshot.config.tree import MODES
 from fewshot.files import write_file
 from fewshot.results.record_files import read_metrics, title
@@ -73,6 +75,31 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
     return figure
 
 
+def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
+    """What inner_products.json holds, at up to four moments of the training."""
+    chosen = sorted({round(place) for place in np.linspace(0, len(content["updates"]) - 1, 4)})
+    figure = Figure(figsize=(7, 0.8 + 1.5 * len(chosen)), layout="constrained")
+    for axes, place in zip(figure.subplots(len(chosen), sharex=True, squeeze=False).flat, chosen, strict=True):
+        for name, colour, wanted in (("other_class", ON, 0), ("same_class", OFF, 1)):
+            counts = np.array(content[name][place])
+            axes.stairs(
+                counts / counts.sum(),
+                np.linspace(*content["between"], len(counts) + 1),
+                color=colour,
+                fill=True,
+                alpha=0.6,
+                label=name.replace("_", " "),
+            )
+            axes.axvline(wanted, color=colour, linewidth=0.8, linestyle="--")
+        axes.set_title(f"after {content['updates'][place]} outer updates", fontsize=9, loc="left")
+        axes.set(ylabel="share of pairs")
+        plain(axes)
+    axes.set(xlabel=r"$\eta\,\phi(q)\cdot\phi(s)$; dashed: what the loss wants")
+    figure.suptitle(f"{title(config)}, validation tasks", fontsize=10, parse_math=False)
+    _with_legend(figure, axes)
+    return figure
+
+
 def write(folder: Path, results: dict[str, Any]) -> None:
     """The figures of a run, from its results and its metrics.csv."""
     config = results["config"]
@@ -82,6 +109,10 @@ def write(folder: Path, results: dict[str, Any]) -> None:
         pictures["accuracy_over_iterations"] = accuracy_over_iterations(curves, config)
         if any(name.startswith("probe/") for name in curves):
             pictures["probes"] = probes(curves, config)
+    if (folder / "inner_products.json").exists():
+        content = stored.read_json(folder / "inner_products.json")
+        stored.check(str(folder), content, stored.PRODUCTS)
+        pictures["inner_products"] = inner_products(content, config)
     for name, picture in pictures.items():
         write_file(folder / "figures" / f"{name}.png", png(picture))
 

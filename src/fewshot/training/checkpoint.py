@@ -108,7 +108,9 @@ FORM = form(
         "global_step": integer(0),
         "pytorch-lightning_version": text("a version of Lightning", r"[2-9]\.[0-9]+\.[0-9]+[\w.+-]{0,40}"),
         "engine?": one_of("sequential", "batched"),
-        "callbacks": form({"Record": form(RECORD), "CosineSimilarity?": stored.SIMILARITIES}),
+        "callbacks": form(
+            {"Record": form(RECORD), "CosineSimilarity?": stored.SIMILARITIES, "InnerProducts?": stored.PRODUCTS}
+        ),
     }
 )
 

@@ -18,10 +18,12 @@ from fewshot.config.tree import MODES
 from fewshot.errors import UserError
 from fewshot.files import write_file
 from fewshot.results.record_files import diverged, write_metrics
-from fewshot.theory.features import class_similarities
+from fewshot.theory.features import Features, class_similarities
 from fewshot.theory.probes import probes
 
 log = logging.getLogger(__name__)
+
+TASKS, BINS = 20, 80  # whose inner products are counted, and in how many
 
 
 class Record(pl.Callback):
@@ -175,6 +177,49 @@ class CosineSimilarity(pl.Callback):
             self.content[name].append(matrix)
         if trainer.is_global_zero:
             write_file(Path(trainer.default_root_dir) / "cosine_similarity.json", json.dumps(self.content))
+
+
+class InnerProducts(pl.Callback):
+    """How the inner products eta phi(q).phi(s) of validation tasks are distributed, after 0, every, 2 every .. updates.
+
+    From a zero head, by the squared error and in one step, they are the logits (docs/method.md 2.1), which the outer
+    loss wants to be 1 within a class and 0 across. Recorded like CosineSimilarity, in inner_products.json.
+    """
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        # What lies beyond is counted at the edge.
+        self.content: dict[str, list] = {"between": [-0.5, 1.5], "updates": [], "same_class": [], "other_class": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.content = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not self.content["updates"]:
+            self._measure(trainer, module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self._measure(trainer, module)
+
+    @torch.no_grad()
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        precision, counts = trainer.precision_plugin, torch.zeros(2, BINS)
+        with precision.forward_context():
+            for tasks in map(precision.convert_input, trainer.datamodule.fixed("val", TASKS, shared=False)):
+                features = Features.of(module.network, tasks)
+                products = module.loop.inner_lr * features.query @ features.support.mT
+                for row, which in enumerate((features.same_class(), ~features.same_class())):
+                    inside = products[which].float().cpu().clamp(*self.content["between"])
+                    counts[row] += torch.histc(inside, BINS, *self.content["between"])
+        self.content["updates"].append(trainer.global_step)
+        for name, row in zip(("same_class", "other_class"), counts, strict=True):
+            self.content[name].append(row.int().tolist())
+        if trainer.is_global_zero:
+            write_file(Path(trainer.default_root_dir) / "inner_products.json", json.dumps(self.content))
 
 
 class Progress(pl.Callback):
