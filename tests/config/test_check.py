@@ -285,6 +285,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "algo=contrastive algo.adapted=all": ("algo.adapted=all: ", "algo.adapted=head"),
     "algo=contrastive loss=mse": ("loss=mse: ", "cross entropy"),
     "loss=absolute": ("loss=absolute: ", "one of cross_entropy, mse"),
+    "callbacks=inner_products": ("loss=cross_entropy: ", "loss=mse"),
     "loss=mse probes=true": ("probes=true: ", "leave them out with loss=mse"),
     "algo=protonet +zeroing=true": ("+zeroing=true: ", "no head is learned"),
     "algo=protonet algo.adapted=head": ("algo.adapted=head: ", "adapts nothing"),

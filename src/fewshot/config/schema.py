@@ -61,9 +61,8 @@ def above_zero(most: float = LARGEST) -> Any:
 
 def from_zero(below: float = LARGEST) -> Any:
     words = "a fraction, below 1" if below == 1 else f"below {below:g}"
-    return must_be(
-        "a number of at least 0", Annotated[float, Field(ge=0, lt=below, allow_inf_nan=False)], (below, words)
-    )
+    kind = Annotated[float, Field(ge=0, lt=below, allow_inf_nan=False)]
+    return must_be("a number of at least 0", kind, (below, words))
 
 
 def numbers(words: str, **limits: float) -> Any:
@@ -226,11 +225,8 @@ def _of_torchvision(transform: Made) -> bool:  # one set of random numbers for a
 
 
 Transform = must_be("{_target_: kornia.augmentation.NAME}", Made, refused=_of_torchvision)
-
-
-_duration = must_be(
-    "DAYS:HOURS:MINUTES:SECONDS, not all zero", text("", r"\d\d(:\d\d){3}"), refused=lambda time: not time.strip("0:")
-)
+_time = text("", r"\d\d(:\d\d){3}")
+_duration = must_be("DAYS:HOURS:MINUTES:SECONDS, not all zero", _time, refused=lambda time: not time.strip("0:"))
 
 
 class Trainer(Part):
