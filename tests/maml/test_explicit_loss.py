@@ -28,12 +28,13 @@ def drawn_features(K=3, d=4, B=2):
     return Features(features(5), labels(size=(B, 5)), features(7), labels(size=(B, 7)), *head)
 
 
-def test_its_terms_are_the_terms_of_the_closed_form():
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_its_terms_are_the_terms_of_the_closed_form(inner_steps):
     given = drawn_features()
-    closed = closed_form_gradients(given, inner_lr=0.3, inner_steps=1, first_order=True)
+    closed = closed_form_gradients(given, inner_lr=0.3, inner_steps=inner_steps, first_order=True)
 
     def gradient(**terms):
-        loss = adapt_head(given, inner_lr=0.3, inner_steps=1).explicit_loss(first_order=True, **terms)
+        loss = adapt_head(given, inner_lr=0.3, inner_steps=inner_steps).explicit_loss(first_order=True, **terms)
         assert loss.shape == (2,)
         return torch.autograd.grad(loss.sum(), (given.support, given.query), allow_unused=True)
 
@@ -46,6 +47,14 @@ def test_its_terms_are_the_terms_of_the_closed_form():
         torch.testing.assert_close(by_query, expected, rtol=1e-12, atol=1e-14)
     _, quiet = gradient(noise=False, interference=False)
     assert (quiet - closed.contrastive).norm() > 0.1 * closed.contrastive.norm()
+    for task in range(2):  # pair by pair: eta/(N_s N_q) (q_t - 1[t=u]) phi(s) in every step
+        adapted = adapt_head(given, inner_lr=0.3, inner_steps=inner_steps)
+        for i, u in enumerate(given.query_labels[task]):
+            by_hand = sum(
+                (adapted.Q[task, i, t] - float(t == u)) * given.support[task, j]
+                for j, t in enumerate(given.support_labels[task])
+            )
+            torch.testing.assert_close(quiet[task, i], inner_steps * 0.3 / 5 / 7 * by_hand, rtol=1e-10, atol=1e-14)
 
 
 def test_without_noise_the_coefficients_have_the_right_sign():
@@ -63,10 +72,11 @@ def test_without_noise_the_coefficients_have_the_right_sign():
 @each_network
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shots", [1, 5])
-def test_first_order_is_head_only_maml_from_any_head(build, bias, shots):
+@pytest.mark.parametrize("inner_steps", [1, 2, 5])
+def test_first_order_is_head_only_maml_from_any_head(build, bias, shots, inner_steps):
     tasks = images_for(build, tasks=3, shots=shots)
     network = convolutional(partial(build, head_bias=bias), tasks)
-    knobs = {"inner_lr": 0.4, "inner_steps": 1, "first_order": True}
+    knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": True}
     expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, adapted="head", **knobs)
     found, (loss, accuracy) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
     assert_close(found, expected, 1e-10)
@@ -127,7 +137,7 @@ def test_the_ablations_train_otherwise(run, tmp_path):
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_more_than_one_inner_step_is_refused():
+def test_more_than_one_inner_step_is_refused_in_second_order():
     build = NETWORKS["conv4_strided"]
     with pytest.raises(ValueError, match="inner_steps=2"):
         meta_gradient(
@@ -136,5 +146,6 @@ def test_more_than_one_inner_step_is_refused():
             images_for(build),
             inner_lr=0.1,
             inner_steps=2,
+            first_order=False,
             **EXPLICIT,
         )

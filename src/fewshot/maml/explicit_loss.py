@@ -19,12 +19,9 @@ def meta_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
 
-    With noise and interference, one inner step and first order that is head-only MAML's outer gradient (method.md 2.4);
-    second order for a zero head only. InnerLoop refuses eta and step_weights here. Returns the query loss and accuracy
-    after the inner step, (B,) each.
-
-    Raises:
-        ValueError: more than one inner step.
+    With noise and interference that is head-only MAML's outer gradient in first order (method.md 2.4); in second order
+    for one inner step from a zero head only. InnerLoop refuses eta and step_weights here. Returns the query loss and
+    accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []
     terms = {"noise": loop.noise, "interference": loop.interference}

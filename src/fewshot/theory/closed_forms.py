@@ -140,18 +140,18 @@ class AdaptedHead(NamedTuple):
         return torch.stack([-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P])  # -(Q - T_Q) (T_S - P^(p))^T
 
     def explicit_loss(self, *, first_order: bool, noise: bool = True, interference: bool = True) -> Tensor:
-        """The contrastive loss whose gradient by the features is MAML's after one inner step (method.md 5).
+        """The contrastive loss whose gradient by the features is MAML's after the inner steps (method.md 5).
 
-        L1 = mean_{q,s} eta [-c_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order; without noise
-        c_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is added. Second order
-        is exact for a zero head only (2.5). More than one inner step is a ValueError. Returns (...), to be
-        differentiated with respect to the features.
+        L1 = mean_{q,s} eta [-sum_p c^(p)_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order;
+        without noise c^(p)_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is
+        added. Second order is exact for a zero head only (2.5); of several steps it is a ValueError. Returns (...), to
+        be differentiated with respect to the features.
         """
-        if len(self.P) > 1:
-            raise ValueError(f"inner_steps={len(self.P)}: the explicit loss is that of one inner step")
+        if len(self.P) > 1 and not first_order:
+            raise ValueError(f"inner_steps={len(self.P)}: in second order the explicit loss is that of one inner step")
         phi_S, phi_Q = self.features.support, self.features.query
         residual = self.Q - self.T_Q
-        c = -residual @ (self.T_S - (self.P[0] if noise else 0)).mT  # -(Q - T_Q) T_S^T is 1[t=u] - q_t
+        c = -residual @ (len(self.P) * self.T_S - (sum(self.P) if noise else 0)).mT  # -(Q - T_Q) T_S^T is 1[t=u] - q_t
         loss = -self.inner_lr * (c * (phi_Q @ (phi_S.detach() if first_order else phi_S).mT)).mean((-2, -1))
         if interference:
             loss = loss + (residual @ self.features.weight.detach() * phi_Q).sum(-1).mean(-1)
