@@ -27,15 +27,15 @@ def test_a_run_counts_the_inner_products_of_validation_tasks(run, config, cache,
     learner = MetaLearner.from_config(cfg, "sequential").double()
     learner.load_state_dict(state)
     tasks = TaskDataModule.from_config(cfg)
-    counts = {"same_class": np.zeros(80, int), "other_class": np.zeros(80, int)}
+    counts = {"same_class": np.zeros(120, int), "other_class": np.zeros(120, int)}
     for batch in tasks.fixed("val", 20, shared=False):
         for support, s_labels, query, q_labels in zip(*batch, strict=True):
             with torch.no_grad():
                 S, Q = (learner.network.encoder(images.double()).numpy() for images in (support, query))
             for phi_q, u in zip(Q, q_labels, strict=True):
                 for phi_s, t in zip(S, s_labels, strict=True):
-                    place = int((min(max(0.03 * phi_q @ phi_s, -0.5), 1.5) + 0.5) / 2 * 80)
-                    counts["same_class" if t == u else "other_class"][min(place, 79)] += 1
+                    place = int((min(max(0.03 * phi_q @ phi_s, -1), 2) + 1) / 3 * 120)
+                    counts["same_class" if t == u else "other_class"][min(place, 119)] += 1
     for name, expected in counts.items():
         assert np.abs(np.array(recorded(folder)[name][1]) - expected).sum() <= 4  # float32 at the edge of a bin
         assert sum(recorded(folder)[name][1]) == expected.sum()

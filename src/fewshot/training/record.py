@@ -23,7 +23,7 @@ from fewshot.theory.probes import probes
 
 log = logging.getLogger(__name__)
 
-TASKS, BINS = 20, 80  # whose inner products are counted, and in how many
+TASKS, BINS = 20, 120  # whose inner products are counted, and in how many
 
 
 class Record(pl.Callback):
@@ -189,7 +189,7 @@ class InnerProducts(pl.Callback):
     def __init__(self, *, every: int) -> None:
         self.every = every
         # What lies beyond is counted at the edge.
-        self.content: dict[str, list] = {"between": [-0.5, 1.5], "updates": [], "same_class": [], "other_class": []}
+        self.content: dict[str, list] = {"between": [-1.0, 2.0], "updates": [], "same_class": [], "other_class": []}
 
     def state_dict(self) -> dict[str, Any]:
         return self.content
