@@ -138,11 +138,12 @@ def test_a_run_trains_tests_predicts_and_goes_on(run, tmp_path, engine, distance
         predict(model, support, images, test_zeroing=True)
 
 
-def test_evidence_says_in_one_line_what_it_covers(run, tmp_path, config):
+@pytest.mark.parametrize(("knob", "beyond"), [("algo=protonet", "algo.head=prototypes"), ("loss=mse", "loss=mse")])
+def test_evidence_says_in_one_line_what_it_covers(run, tmp_path, config, knob, beyond):
     from fewshot.evidence.__main__ import run as evidence
 
-    folder = run(tmp_path / "run", "algo=protonet", "iterations=1", "val_every=1")
-    said = "covers a learned, adapting head, a single inner_lr and cross entropy; this model has algo.head=prototypes"
+    folder = run(tmp_path / "run", knob, "inner_lr=0.01", "iterations=1", "val_every=1")
+    said = f"covers a learned, adapting head, a single inner_lr and cross entropy; this model has {beyond}"
     with pytest.raises(UserError, match=said):
         overrides = [f"checkpoint={folder}", "fit=false"]
         evidence(config(*overrides), overrides, tmp_path / "evidence")

@@ -136,6 +136,7 @@ def test_an_algorithm_is_called_by_its_papers_name(config, tmp_path):
         **{"fomaml": "FOMAML, random head", "zero": "FOMAML, zeroed every update", "anil": "ANIL, random head"},
         **{"zero_init": "FOMAML, zero at the start", "boil": "BOIL, random head", "metasgd": "Meta-SGD, random head"},
         **{"protomaml": "ProtoMAML", "unicorn": "UnicornMAML", "msl": "MSL (300 updates), random head"},
+        "protonet": "ProtoNet (dot product)",
     }
     for algo in algos:
         make_run(tmp_path / "family" / algo, config(f"algo={algo}"), accuracy=[0.2])

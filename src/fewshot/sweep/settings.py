@@ -153,7 +153,8 @@ class Setting(NamedTuple):
         knobs = {knob: value for knob, value in self.knobs.items() if knob not in without}
         parts = _knobs_as_words(knobs)
         if self.loop.head != "learned":  # its name says where the head begins
-            parts = [part for part in parts if part != "random head"]
+            said = ("random head", "no zeroing") if self.loop.makes_head else ("random head",)
+            parts = [part for part in parts if part not in said]
         if any(knob.startswith("algo.") and knob != "algo.zeroing" for knob in knobs):
             maml = "MAML" if "algo.first_order" in without else ""
             parts = [self.loop.named(maml, order="algo.first_order" in knobs), *parts]
