@@ -107,7 +107,7 @@ def np_prototypes(theta, x, labels):
 
 def np_prototypical_network(network, tasks, distance, temperature, first_order):
     """The encoder's gradient, mean over tasks, and the loss of each; in first order the prototypes are constants."""
-    theta, found, losses = np_theta(network), [], []
+    theta, gradients, losses = np_theta(network), [], []
     for x, labels, query, query_labels in np_tasks(tasks):
 
         def features(at, images):
@@ -124,10 +124,10 @@ def np_prototypical_network(network, tasks, distance, temperature, first_order):
             scores = np.array([[-((q - k) @ (q - k)) if distance == "squared" else q @ k for k in c] for q in phi])
             return -np.log(softmax(scores / temperature)[np.arange(len(query)), query_labels]).mean()
 
-        found.append(complex_step(loss, theta))
+        gradients.append(complex_step(loss, theta))
         losses.append(loss(theta))
     names = [name for name, _ in network.encoder.named_parameters()]
-    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    mean = [np.mean(of_tasks, axis=0) for of_tasks in zip(*gradients, strict=True)]
     return {f"encoder.{name}": gradient for name, gradient in zip(names, mean, strict=False)}, losses
 
 

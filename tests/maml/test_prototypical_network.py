@@ -49,9 +49,9 @@ def test_the_outer_gradient_is_that_of_the_arithmetic(engine, first_order, dista
     if distance == "cosine":
         network.encoder.register_forward_hook(unit_length)
     knobs = {"inner_lr": 0.4, "first_order": first_order, "distance": distance, "temperature": temperature}
-    found, (loss, _) = meta_gradient(engine, network, tasks, **PROTONET, **knobs)
-    assert not (found.pop("head.weight").any() or found.pop("head.bias").any())
-    assert_close(found, expected, 1e-10)
+    ours, (loss, _) = meta_gradient(engine, network, tasks, **PROTONET, **knobs)
+    assert not (ours.pop("head.weight").any() or ours.pop("head.bias").any())
+    assert_close(ours, expected, 1e-10)
     np.testing.assert_allclose(loss.numpy(), losses, rtol=1e-12)
 
 
@@ -70,8 +70,8 @@ def test_maml_with_zeroing_and_one_step_is_the_network_of_dot_products(
     maml, (losses, accuracies) = meta_gradient(
         engine, network, tasks, inner_steps=1, zeroing=True, adapted=adapted, **knobs
     )
-    found, (loss, accuracy) = meta_gradient(engine, network, tasks, distance="dot", **PROTONET, **knobs)
-    assert_close(of_encoder(found), of_encoder(maml), 1e-10)
+    ours, (loss, accuracy) = meta_gradient(engine, network, tasks, distance="dot", **PROTONET, **knobs)
+    assert_close(of_encoder(ours), of_encoder(maml), 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-12, atol=0)
     assert torch.equal(accuracy, accuracies)
 
@@ -91,8 +91,8 @@ def test_features_of_length_one_lie_side_by_side_too(build, monkeypatch):
     monkeypatch.setattr(batched, "vmap", None)
     for in_rows in (True, False):
         monkeypatch.setattr(batched, "rows", lambda x, in_rows=in_rows: in_rows)
-        found, _ = gradient(tasks_at_once=3)
-        assert_close(of_encoder(found), of_encoder(expected), 1e-10)
+        ours, _ = gradient(tasks_at_once=3)
+        assert_close(of_encoder(ours), of_encoder(expected), 1e-10)
 
 
 KNOBS = ("trainer.precision=64-true", "iterations=4", "val_every=2")
