@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fewshot.evidence import page
 from fewshot.evidence.model import Model
-from fewshot.results.scores import Scores
+from fewshot.results.record_files import Scores
 from fewshot.theory.closed_forms import closed_form_gradients
 from fewshot.theory.features import Features
 
