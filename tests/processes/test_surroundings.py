@@ -110,7 +110,7 @@ import importlib, pkgutil, signal, sys
 import fewshot
 del signal.SIGUSR1, signal.SIGUSR2  # as on a system without them
 sys.modules["fcntl"] = None
-names = ["errors", "files", "paths", "inner_loop"]
+names = ["errors", "files", "inner_loop"]
 for package in ("config", "processes", "results", "sweep"):
     places = importlib.import_module(f"fewshot.{package}").__path__
     names += [f"{package}.{module.name}" for module in pkgutil.iter_modules(places)]
