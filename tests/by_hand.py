@@ -263,19 +263,17 @@ def differentiated(x, labels, query, query_labels, weight, bias, *, first_order,
 
 
 def np_split_adapting_all(theta, task, eta, steps):
-    """interference and contrastive term (Q, d) where everything adapts, and sum_p C^(p), pair by pair."""
+    """Interference and contrastive term (Q, d) where everything adapts, pair by pair."""
     x, labels, query, query_labels = task
     thetas = [np_adapted(theta, x, labels, eta, step) for step in range(steps + 1)]
     features = [np.tanh(x @ A.T + a) for A, a, *_ in thetas]
     P = [softmax(np_logits(at, x)) for at in thetas]
     q, W_0 = softmax(np_logits(thetas[-1], query)), theta[2]
     interference, contrastive = (np.zeros((len(query), W_0.shape[1])) for _ in range(2))
-    C = np.zeros((len(query), len(x)))
     for i, u in enumerate(query_labels):
         interference[i] = (q[i] @ W_0 - W_0[u]) / len(query)
         for p in range(steps):
             for j, t in enumerate(labels):
                 c = q[i] @ P[p][j] - P[p][j][u] - q[i][t] + (t == u)
-                C[i, j] += c
                 contrastive[i] -= eta / (len(x) * len(query)) * c * features[p][j]
-    return interference, contrastive, C
+    return interference, contrastive

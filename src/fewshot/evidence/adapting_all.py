@@ -22,7 +22,6 @@ class Terms(NamedTuple):
 
     interference: Tensor  # (Q, d), E_Q W_0
     contrastive: Tensor  # (Q, d), -eta/(N_s N_q) sum_p C^(p) Phi_S(theta_p)
-    coefficients: Tensor  # (Q, S), sum_p C^(p)
     query: Tensor  # (Q, d), Phi_Q(theta_N), a function of the encoder
     encoder: list[Tensor]  # the encoder's parameters in theta_N
     head_gradient: list[Tensor]  # E_Q^T Phi_Q(theta_N), and E_Q^T 1 where there is a bias
@@ -33,13 +32,12 @@ def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
     eta, W_0 = model.loop.inner_lr, model.network.head.weight.detach()
     T_S, T_Q = (F.one_hot(labels, len(W_0)).double() for labels in (task.support_labels, task.query_labels))
     theta = dict(model.network.named_parameters())
-    memory, coefficients = torch.zeros_like(W_0), []  # sum_p (T_S - P^(p))^T Phi_S(theta_p), and its factors
+    memory = torch.zeros_like(W_0)  # sum_p (T_S - P^(p))^T Phi_S(theta_p)
     for _ in range(steps):
         theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
         phi_S, logits = _forward(model.network, theta, task.support)
         gradients = torch.autograd.grad(F.cross_entropy(logits, task.support_labels), theta.values())
-        coefficients.append((T_S - logits.softmax(1)).detach())
-        memory = memory + coefficients[-1].mT @ phi_S.detach()
+        memory = memory + ((T_S - logits.softmax(1)).mT @ phi_S).detach()
         theta = {name: p - eta * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
     theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
     phi_Q, logits = _forward(model.network, theta, task.query)
@@ -47,8 +45,7 @@ def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
     N_s, N_q = len(T_S), len(T_Q)
     return Terms(
         interference=residual @ W_0 / N_q,
-        contrastive=eta / (N_s * N_q) * residual @ memory,
-        coefficients=-residual @ torch.stack(coefficients).sum(0).mT,
+        contrastive=eta / (N_s * N_q) * residual @ memory,  # C^(p) = -(Q - T_Q) (T_S - P^(p))^T
         query=phi_Q,
         encoder=[p for name, p in theta.items() if name.startswith("encoder.")],
         head_gradient=[
