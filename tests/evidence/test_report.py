@@ -379,32 +379,44 @@ def test_the_motion_is_that_of_the_encoder_by_hand():
 
 
 def test_cross_task_interference_is_what_the_formulas_say():
-    """One outer step of the head on a task, then both terms of the same and of the next task, pair by pair."""
-    network, tasks = tiny(), draw(tasks=3, shots=2, queries=3)
+    """One outer step of the head on a task, then the same and the next task from this head."""
+    network, tasks = tiny(), draw(tasks=8, shots=1, queries=6, spread=2.0)
     numbers = cross_task.measure(measuring(network, tasks))["cross_task"]
     A, a, W, b = np_theta(network)
     heads = []
     by_task = list(np_tasks(tasks))
 
     def terms(weight, bias, task):
-        """Interference and contrastive term where the head alone adapts, two steps of .4."""
+        """Interference and contrastive term, head gradient and accuracy: the head alone adapts, two steps of .4."""
         x, labels, query, query_labels = task
         S, Q = np.tanh(x @ A.T + a), np.tanh(query @ A.T + a)
         w1, b1 = stepped(S, labels, weight, bias, 0.4)
         w2, b2 = stepped(S, labels, w1, b1, 0.4)
-        E = (softmax(Q @ w2.T + b2) - np.eye(3)[query_labels]) / len(Q)
-        return (E @ weight).ravel(), (E @ (w2 - weight)).ravel(), E.T @ Q, E.sum(0)
+        q = softmax(Q @ w2.T + b2)
+        E = (q - np.eye(3)[query_labels]) / len(Q)
+        return (
+            (E @ weight).ravel(),
+            (E @ (w2 - weight)).ravel(),
+            E.T @ Q,
+            E.sum(0),
+            (q.argmax(1) == query_labels).mean(),
+        )
 
+    from_zero = []
     for task in by_task:
-        *_, to_w, to_b = terms(0 * W, 0 * b, task)
+        *_, to_w, to_b, right = terms(0 * W, 0 * b, task)
         heads.append((-to_w, -to_b))
-    for name, met in (("own_task", heads), ("next_task", [heads[2], *heads[:2]]), ("this_head", [(W, b)] * 3)):
-        pairs = [terms(*head, task)[:2] for head, task in zip(met, by_task, strict=True)]
-        aligned = [cosine(*pair) for pair in pairs]
-        assert numbers[name]["aligned"] == pytest.approx(np.mean(aligned), abs=2e-6)
-        assert numbers[name]["ci95"] == pytest.approx(1.96 * np.std(aligned, ddof=1) / 3**0.5, abs=2e-6)
-        ratios = [np.linalg.norm(interference) / np.linalg.norm(contrastive) for interference, contrastive in pairs]
-        assert numbers[name]["ratio"] == pytest.approx(np.mean(ratios), abs=2e-6)
+        from_zero.append(right)
+    for name, met in (("own_task", heads), ("next_task", [heads[-1], *heads[:-1]]), ("this_head", [(W, b)] * 8)):
+        after = [terms(*head, task) for head, task in zip(met, by_task, strict=True)]
+        gains = [right - before for (*_, right), before in zip(after, from_zero, strict=True)]
+        aligned = [cosine(*both) for *both, _, _, _ in after]
+        ratios = [np.linalg.norm(interference) / np.linalg.norm(contrastive) for interference, contrastive, *_ in after]
+        for key, values in (("gain", gains), ("aligned", aligned), ("ratio", ratios)):
+            assert numbers[name][key] == pytest.approx(np.mean(values), abs=2e-6)
+        for key, values in (("gain_ci95", gains), ("aligned_ci95", aligned)):
+            assert numbers[name][key] == pytest.approx(1.96 * np.std(values, ddof=1) / 8**0.5, abs=2e-6)
+    assert numbers["own_task"]["gain"] != numbers["next_task"]["gain"]
 
 
 def test_the_memory_is_what_the_formulas_say():
@@ -556,8 +568,12 @@ def test_a_verdict_follows_its_number():
     for this, later, expected in ((0.2, 0, ["holds", "holds"]), (0, 0.01, ["fails", "partly"])):
         signs = {"this_head": {"wrong_among_other": this}, "more_steps": {"wrong_among_other": later}, "inner_steps": 2}
         assert kinds(noise.verdict({**own_head, "coefficients": signs})) == expected
-    for aligned, expected in ((0.3, ["holds", "fails", "fails"]), (0.01, ["fails", "holds", "holds"])):
-        numbers = {head: {"aligned": aligned, "ci95": 0.02} for head in ("own_task", "next_task", "this_head")}
+    for gain, expected in (
+        (0.3, ["holds", "fails", "fails"]),
+        (-0.3, ["fails", "holds", "holds"]),
+        (0.01, ["partly"] * 3),
+    ):
+        numbers = {head: {"gain": gain, "gain_ci95": 0.02} for head in ("own_task", "next_task", "this_head")}
         assert kinds(cross_task.verdict({**own_head, "cross_task": numbers})) == expected
     for support, kind in ((0.001, "holds"), (0.8, "fails")):
         moves = {"query": 1.0, "support": support, **right_way}

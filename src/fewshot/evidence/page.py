@@ -127,7 +127,9 @@ def percent(share: float | None) -> str:
     return "< 0.1%" if text == "0" and share > 0 else f"{text}%"
 
 
-def interval(mean: float, half: float) -> str:
+def interval(mean: float | None, half: float | None) -> str:
+    if mean is None or half is None:
+        return "–"
     return f"{100 * mean:.1f} ± {100 * half:.1f}%".replace("-", "−")
 
 
