@@ -780,8 +780,9 @@ def trained(cache, tmp_path_factory):
 
 @pytest.fixture
 def evidence(config, monkeypatch):
-    """evidence(checkpoint, folder, *overrides) does what the program does, in this process and in rough pictures."""
+    """evidence(checkpoint, folder, *overrides): the program, in this process, in rough pictures and on fewer tasks."""
     monkeypatch.setattr(report, "png", partial(png, dpi=20))
+    monkeypatch.setattr(label_orders, "TASKS", 1)
 
     def evidence(checkpoint, folder, *overrides):
         overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]
