@@ -99,7 +99,7 @@ def test_whole_runs_of_two_engines_part_without_zeroing_and_stay_together_with_i
 
     def watched(self, tasks, batch_idx):
         result = step(self, tasks, batch_idx)
-        weights[self.engine].append(torch.cat([parameter.detach().flatten() for parameter in self.parameters()]))
+        weights[self.engine.name].append(torch.cat([parameter.detach().flatten() for parameter in self.parameters()]))
         return result
 
     monkeypatch.setattr(meta_learner.MetaLearner, "training_step", watched)

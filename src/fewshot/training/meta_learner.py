@@ -3,7 +3,8 @@
 Shapes: B tasks, N inner steps while training, T while testing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,7 +20,7 @@ from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import share_gradient, share_rows, unit_length
 from fewshot.models.network import dropping
 from fewshot.results.record_files import Scores, diverged
-from fewshot.training.choose_engine import choose_engine
+from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
 from fewshot.training.runtime import check_network, loop_class
 
@@ -41,10 +42,9 @@ class MetaLearner(pl.LightningModule):
     Args:
         network: has .encoder and .head, a linear layer; its forward is head(encoder(images)).
         loop: the inner loop; with zeroing, the callback ZeroHead sees to it that the head is zero when it begins.
-        engine: see choose_engine; when a run has begun, the name of the one that was chosen.
+        choose: gives the engine for a network, an inner loop and a trainer when a run begins; see choose_engine.
         test_steps: T >= N, inner steps of the evaluation.
         outer_lr: rho.
-        tasks_at_once: of the batched engine; None: one to four for each CPU thread, or all on a GPU.
     """
 
     def __init__(
@@ -52,16 +52,14 @@ class MetaLearner(pl.LightningModule):
         network: nn.Module,
         loop: InnerLoop,
         *,
-        engine: str,
+        choose: Callable[..., Engine],
         test_steps: int,
         outer_lr: float,
-        tasks_at_once: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
         self.network, self.loop = network, loop
-        self.engine, self.tasks_at_once = engine, tasks_at_once
-        self.test_steps, self.outer_lr = test_steps, outer_lr
+        self.choose, self.test_steps, self.outer_lr = choose, test_steps, outer_lr
         if loop.head == "shared":
             share_rows(network.head)
         if loop.distance == "cosine":
@@ -78,18 +76,19 @@ class MetaLearner(pl.LightningModule):
         loop = loop_class(cfg).of(cfg)
         network = instantiate(cfg.model.network)
         check_network(network, cfg)
-        knobs = {"test_steps": cfg.test_steps, "outer_lr": cfg.outer_lr, "tasks_at_once": cfg.tasks_at_once}
-        return cls(network, loop, engine=engine, **knobs)
+        choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
+        return cls(network, loop, choose=choose, test_steps=cfg.test_steps, outer_lr=cfg.outer_lr)
 
     def setup(self, stage: str) -> None:
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
         self.trainer.precision_plugin.convert_module(self)
-        self._chosen = choose_engine(self.engine, self.network, self.loop, self.tasks_at_once, self.trainer)
-        self.engine, self._tested = self._chosen.name, ([], [])
+        self.engine = self.choose(network=self.network, loop=self.loop, trainer=self.trainer)
+        self.choose = partial(self.choose, asked=self.engine.name)  # the test after training has the same
+        self._tested = ([], [])
         self._step_weights = torch.zeros(self.loop.inner_steps, device=self.trainer.strategy.root_device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["engine"] = self.engine  # a run that goes on keeps it
+        checkpoint["engine"] = self.engine.name  # a run that goes on keeps it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
@@ -108,8 +107,8 @@ class MetaLearner(pl.LightningModule):
         position = self.global_step * self.trainer.world_size + self.global_rank
         remembers = not loop.first_order and not loop.recompute_steps and loop.inner_steps > 1
         remedy = "use recompute_steps=true, or " * (remembers and loop.adapted != "head")
-        with self._chosen.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
-            loss, accuracy = self._chosen.meta_gradient(self.network, tasks, loop, self.etas, v)
+        with self.engine.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
+            loss, accuracy = self.engine.meta_gradient(self.network, tasks, loop, self.etas, v)
         means = loss.mean(), accuracy.mean()
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
@@ -146,7 +145,7 @@ class MetaLearner(pl.LightningModule):
         zero = not self.loop.makes_head and not any(parameter.any() for parameter in self.network.head.parameters())
         both = (True,) if zero or self.loop.distance else (False, True)
         evaluations = [self.loop.evaluation(self.test_steps, zeroing) for zeroing in both]
-        with self._chosen.one_line_out_of_memory(tasks):
-            modes = self._chosen.step_accuracies(self.network, tasks, evaluations, self.etas).cpu()
+        with self.engine.one_line_out_of_memory(tasks):
+            modes = self.engine.step_accuracies(self.network, tasks, evaluations, self.etas).cpu()
         modes = modes.expand(-1, -1, self.test_steps + 1)  # a prototypical network takes no step
         return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}
