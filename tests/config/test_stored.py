@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import fewshot
 from fewshot.config import stored
 from fewshot.config.hydra_call import OutputFolder
-from fewshot.config.schema import integer, optional
+from fewshot.config.kinds import integer, optional
 from fewshot.config.tree import CONF, settings
 from fewshot.errors import UserError
 from fewshot.results import record_files

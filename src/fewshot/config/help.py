@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewshot.config.command import line_width
-from fewshot.config.schema import Config, Made, Part
+from fewshot.config.kinds import Made, Part
+from fewshot.config.schema import Config
 from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, nearest
 

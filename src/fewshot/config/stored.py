@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
-from fewshot.config.schema import Config, Dataset, OwnAlgo, Part, above_zero, integer, mistakes, must_be, text
+from fewshot.config.kinds import Part, above_zero, integer, must_be, text
+from fewshot.config.schema import Config, Dataset, OwnAlgo, mistakes
 from fewshot.errors import UserError, one_line, shown
 from fewshot.files import is_regular
 

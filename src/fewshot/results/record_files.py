@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 from omegaconf import DictConfig
 
-from fewshot.config.schema import Flag, integer
+from fewshot.config.kinds import Flag, integer
 from fewshot.config.stored import KEY, NAME, NUMBER, check, check_config, form, many, read_json, read_text, to_today
 from fewshot.config.tree import MODES, settings
 from fewshot.errors import UserError, printable

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config import stored
-from fewshot.config.schema import Flag
+from fewshot.config.kinds import Flag
 from fewshot.config.stored import compared, to_today
 from fewshot.config.tree import MODES, leaves
 from fewshot.config.tree import settings as resolved

@@ -15,7 +15,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from fewshot.config import stored
-from fewshot.config.schema import Flag, integer, must_be, one_of, text
+from fewshot.config.kinds import Flag, integer, must_be, one_of, text
 from fewshot.config.stored import form, many, to_today
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, shown
