@@ -8,7 +8,6 @@ import copy
 import json
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from fewshot.batched import engine as batched
 from fewshot.data.task import Task
 from fewshot.maml import sequential
 from fewshot.models.network import conv4_strided
-from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.outer_step import OuterStep
 
 FIGURES = json.loads((Path(__file__).parent / "authors_code.json").read_text())
 WAYS, TASKS, QUERIES, INNER_LR = 5, 2, 3, FIGURES["inner_lr"]
@@ -100,8 +99,7 @@ def computed(engine, inner_lr, *, first_order, zeroed_head, shots):
         )
         losses.append(loss.mean().item())
         gradients = [parameter.grad.clone() for parameter in theta.parameters()]
-        outer = SimpleNamespace(parameters=theta.parameters, outer_lr=0.001)
-        MetaLearner.configure_optimizers(outer).step()
+        OuterStep(0.001).of(theta.parameters()).step()
         results[steps] = {
             "support_loss_before": before[0],
             "query_loss_after_step": list(losses),

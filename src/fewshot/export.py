@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot.config.command import Command, Parameter, one_line_errors, read
+from fewshot.config.stored import OUTER
 from fewshot.config.tree import MODES, portable
 from fewshot.errors import UserError, one_line, shown
 from fewshot.files import EXPORTED, EXPORTED_CONFIG, check_place, checkpoint_file, user_path, write_file
@@ -33,13 +34,13 @@ def export(checkpoint: Path, folder: Path) -> None:
     from fewshot.training import checkpoint as stored_run
 
     content = stored_run.read(checkpoint)
-    config = portable(content["fewshot"]["config"])
+    trained = content["fewshot"]["config"]
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
     splits = content["fewshot"].get("splits", {})
-    card = model_card(config, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
+    card = model_card(trained, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card,
-        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(config)),
+        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable(trained))),
         EXPORTED: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
     }
     for name, data in files.items():
@@ -85,7 +86,8 @@ def model_card(
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
         + ", where the learned ones began" * algo["learned_inner_lr"],
         "outer loop": f"outer update {iteration} of {config['iterations']}, "
-        f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}",
+        f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}"
+        + "".join(f" {knob}={shown(config[knob])}" for knob in OUTER if config[knob] != OUTER[knob]),
         "seed": str(config["seed"]),
         "versions": ", ".join(
             f"{name} {number}" for name, number in (results or {}).get("versions", versions()).items()

@@ -30,8 +30,8 @@ def check_overrides(overrides: list[str]) -> None:
     """Refuses what Hydra would take in silence, such as a key that is added (+zerong=true), or would refuse at length.
 
     Raises:
-        UserError: an override is not KNOB=VALUE, or names no file of its group. Only +zeroing and +trainer.KEY may be
-            added; nothing can be removed with ~.
+        UserError: an override is not KNOB=VALUE, or names no file of its group. Only +zeroing, +trainer.KEY and
+            +optimizer.KEY may be added; nothing can be removed with ~.
     """
     for text in overrides:
         try:
@@ -42,10 +42,11 @@ def check_overrides(overrides: list[str]) -> None:
         key, plus = override.key_or_group, override.is_add() or override.is_force_add()
         if key.startswith("hydra"):
             continue
-        if override.is_delete() or (plus and key != "zeroing" and not key.startswith("trainer.")):
+        if override.is_delete() or (plus and key != "zeroing" and not key.startswith(("trainer.", "optimizer."))):
             remedy = nearest(key, knobs() | {"zeroing"})
             raise UserError(
-                f"{text}: only +zeroing and +trainer.KEY may be added, nothing can be removed with ~; {remedy}"
+                f"{text}: only +zeroing, +trainer.KEY and +optimizer.KEY may be added, nothing can be removed with ~; "
+                f"{remedy}"
             )
         if key == "zeroing" and not plus:
             raise UserError(f"{text}: this one takes a plus, +{text}")
@@ -84,12 +85,23 @@ def check(cfg: DictConfig) -> None:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
     if cfg.probes and loop.beyond_theory:
         raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
+    _check_outer_step(cfg)
     _check_dataset(cfg)
     if cfg.dataset.size < cfg.model.smallest_image:
         least = f"{cfg.model.name} needs images of at least {cfg.model.smallest_image} pixels"
         raise UserError(f"dataset.size={cfg.dataset.size}: {least}")
     _check_made(cfg)
     _check_processes(cfg)
+
+
+def _check_outer_step(cfg: DictConfig) -> None:
+    for key in {"lr", "params"} & {*cfg.optimizer}:
+        raise UserError(f"optimizer.{key}={shown(cfg.optimizer[key])}: leave it out; outer_lr is the learning rate")
+    milestones, multistep = shown(list(cfg.milestones)), cfg.schedule == "multistep"
+    if cfg.milestones and not multistep:
+        raise UserError(f"milestones={milestones}: add schedule=multistep, or leave them out")
+    if multistep and not any(milestone < cfg.iterations for milestone in cfg.milestones):
+        raise UserError(f"milestones={milestones}: schedule=multistep needs one below iterations={cfg.iterations}")
 
 
 def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in check.py."""
 
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -29,6 +29,7 @@ from fewshot.config.kinds import (
 )
 from fewshot.inner_loop import ADAPTED, DISTANCES, HEADS, LOSSES
 
+SCHEDULES = ("none", "cosine", "multistep")
 TASKS = ("mutually_exclusive", "non_mutually_exclusive", "fixed_blocks", "one_task")
 
 
@@ -128,6 +129,12 @@ _time = text("", r"\d\d(:\d\d){3}")
 _duration = must_be("DAYS:HOURS:MINUTES:SECONDS, not all zero", _time, refused=lambda time: not time.strip("0:"))
 
 
+class Optimizer(Made):
+    weight_decay: from_zero() = 0
+    momentum: from_zero(below=1) = 0
+    nesterov: Flag = False
+
+
 class Trainer(Part):
     """Training here is one epoch of outer updates: what Lightning does by its own loops is not among these."""
 
@@ -209,6 +216,9 @@ class Config(Part):
     loss: one_of(*LOSSES)
     recompute_steps: Flag
     outer_lr: above_zero()
+    schedule: one_of(*SCHEDULES)
+    milestones: must_be("a list of whole numbers above 0", list[Annotated[int, Field(ge=1)]])
+    clip_norm: optional(above_zero())
     meta_batch_size: integer(1)
     iterations: integer(1)
     init_scale: from_zero()
@@ -229,6 +239,7 @@ class Config(Part):
     dataset: part(Dataset, OwnDataset, maker="source")
     model: part(Model, OwnModel, maker="network")
     augment: dict[str, Transform]
+    optimizer: Optimizer
     trainer: Trainer
     logger: optional(part(Logger))
     callbacks: Callbacks

@@ -43,6 +43,10 @@ TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it i
     "fewshot.logger.wandb_logger": "fewshot.training.wandb_run.wandb_logger",
 }
 
+# Knobs that there were not, and what was so without them: of a model, and of a run besides
+NEWER = {"loss": "cross_entropy"}
+OUTER = {"optimizer": {"_target_": "torch.optim.Adam"}, "schedule": "none", "milestones": [], "clip_norm": None}
+
 
 def to_today(stored: Any) -> Any:
     """A stored configuration, or a part of one, as plain data with today's names."""
@@ -54,7 +58,7 @@ def to_today(stored: Any) -> Any:
         dataset = today.get("dataset")
         if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
             today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
-        return {"loss": "cross_entropy"} | today if "inner_lr" in today else today  # a knob that there was not
+        return (NEWER if "inner_lr" in today else {}) | (OUTER if "trainer" in today else {}) | today
     return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
 
 

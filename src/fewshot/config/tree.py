@@ -12,7 +12,7 @@ from fewshot.files import run_folder, user_path
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[3] / "conf") if path.is_dir())
-GROUPS = ("algo", "model", "dataset", "augment", "trainer", "logger", "callbacks")
+GROUPS = ("algo", "model", "dataset", "augment", "optimizer", "trainer", "logger", "callbacks")
 
 # The test adapts the head as it was trained, and a copy that was zeroed: each mode's name in results.json, and what the
 # names of its metrics add.
@@ -38,7 +38,8 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 NOT_THE_MODEL = (
-    *("trainer", "logger", "callbacks", "checkpoint", "fit", "augment"),
+    *("trainer", "logger", "callbacks", "checkpoint", "fit"),
+    *("augment", "optimizer", "schedule", "milestones", "clip_norm"),
     *(f"dataset.{key}" for key in ("root", "labels", "cache", "archive", "source", "device", "trust")),
 )
 

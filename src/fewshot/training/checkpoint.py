@@ -20,6 +20,7 @@ from fewshot.config.stored import form, many, to_today
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, shown
 from fewshot.files import is_regular, write_atomically
+from fewshot.training.outer_step import state_after_a_step
 
 FLOATS = (torch.float32, torch.float64)
 COUNTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers
@@ -91,7 +92,7 @@ RECORD = {
     "rows": many(must_be("a row of metrics.csv", Any, refused=lambda value: not _is_row(value))),
     "best_accuracy": stored.NUMBER,
     "stopped": Flag,
-    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR})),
+    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR, "gradient_norm?": SCALAR})),
 }
 # What this program and Lightning read of a checkpoint
 FORM = form(
@@ -169,15 +170,16 @@ def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.
     where = f"checkpoint={trainer.ckpt_path}"
     loops = {name: getattr(trainer, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}
     stored.check(where, content, form({"epoch": integer(0), "loops": _form_of(loops)}))
-    (own,) = module.configure_optimizers().state_dict()["param_groups"]
-    shapes = dict(enumerate(parameter.shape for parameter in module.parameters()))
+    own = state_after_a_step(module.outer, module)
     match content.get("optimizer_states"), content.get("lr_schedulers"):
         case [{"state": dict(states), "param_groups": [dict(group)]}], []:
             stored.check_plain(where, group)
-            sound = all(key in own and own[key] == value for key, value in group.items())
-            if sound and all(_is_adams(state, shapes.get(number)) for number, state in states.items()):
+            as_now = own["param_groups"][0] | ({"lr": group.get("lr")} if module.outer.schedule != "none" else {})
+            sound = all(key in as_now and as_now[key] == value for key, value in group.items())
+            if sound and all(_alike(state, own["state"].get(number)) for number, state in states.items()):
                 return
-    raise UserError(f"{where}: its optimizer_states are not those of Adam for these weights; start anew")
+    name = type(module.configure_optimizers()).__name__
+    raise UserError(f"{where}: its optimizer_states are not those of {name} for these weights; start anew")
 
 
 def _form_of(counts: Any) -> Any:
@@ -186,13 +188,15 @@ def _form_of(counts: Any) -> Any:
     return Flag if isinstance(counts, bool) else integer(0)
 
 
-def _is_adams(state: Any, shape: torch.Size | None) -> bool:
-    """Whether it is what Adam remembers of a parameter of this shape."""
-    match state:
-        case {"step": step, "exp_avg": mean, "exp_avg_sq": square}:
-            tensors = all(map(_dense, (step, mean, square)))
-            return len(state) == 3 and tensors and step.dim() == 0 and mean.shape == square.shape == shape
-    return False
+def _alike(state: Any, own: dict[str, Any] | None) -> bool:
+    """Whether what an optimiser remembers of a parameter has the names, kinds and shapes of what it would remember."""
+    if own is None or not isinstance(state, dict) or state.keys() != own.keys():
+        return False
+    pairs = [(state[name], own[name]) for name in own]
+    return all(
+        _dense(value) and value.shape == wanted.shape if isinstance(wanted, Tensor) else type(value) is type(wanted)
+        for value, wanted in pairs
+    )
 
 
 def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:

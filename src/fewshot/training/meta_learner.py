@@ -22,6 +22,7 @@ from fewshot.models.network import dropping
 from fewshot.results.record_files import Scores, diverged
 from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
+from fewshot.training.outer_step import OuterStep
 from fewshot.training.runtime import check_network, loop_class
 
 
@@ -37,14 +38,14 @@ def step_weights(steps: int, done: float) -> list[float]:
 
 
 class MetaLearner(pl.LightningModule):
-    """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n), with Adam as outer optimiser (method.md section 0).
+    """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n) (method.md section 0).
 
     Args:
         network: has .encoder and .head, a linear layer; its forward is head(encoder(images)).
         loop: the inner loop; with zeroing, the callback ZeroHead sees to it that the head is zero when it begins.
         choose: gives the engine for a network, an inner loop and a trainer when a run begins; see choose_engine.
         test_steps: T >= N, inner steps of the evaluation.
-        outer_lr: rho.
+        outer: what becomes of the outer gradient.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class MetaLearner(pl.LightningModule):
         *,
         choose: Callable[..., Engine],
         test_steps: int,
-        outer_lr: float,
+        outer: OuterStep,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
         self.network, self.loop = network, loop
-        self.choose, self.test_steps, self.outer_lr = choose, test_steps, outer_lr
+        self.choose, self.test_steps, self.outer = choose, test_steps, outer
         if loop.head == "shared":
             share_rows(network.head)
         if loop.distance == "cosine":
@@ -77,7 +78,8 @@ class MetaLearner(pl.LightningModule):
         network = instantiate(cfg.model.network)
         check_network(network, cfg)
         choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
-        return cls(network, loop, choose=choose, test_steps=cfg.test_steps, outer_lr=cfg.outer_lr)
+        outer = OuterStep.from_config(cfg)
+        return cls(network, loop, choose=choose, test_steps=cfg.test_steps, outer=outer)
 
     def setup(self, stage: str) -> None:
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
@@ -91,10 +93,12 @@ class MetaLearner(pl.LightningModule):
         checkpoint["engine"] = self.engine.name  # a run that goes on keeps it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.outer_lr)
+        return self.outer.of(self.parameters())
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
         """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch.
+
+        Where the outer gradient's norm has a limit, it is returned too.
 
         tasks: this rank's share of it.
         """
@@ -113,8 +117,9 @@ class MetaLearner(pl.LightningModule):
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
             share_gradient(self.network.head)
+        norm = self.outer.prepare(optimizer, self.network, self.global_step, loop.zeroing)
         optimizer.step()  # theta <- theta - rho grad; with zeroing, ZeroHead follows: w <- 0
-        return dict(zip(("loss", "query_accuracy"), means, strict=True))
+        return dict(zip(("loss", "query_accuracy"), means, strict=True)) | norm
 
     @torch.enable_grad()
     def evaluate(self, batches: Iterable[Task]) -> dict[str, Scores]:

@@ -136,15 +136,13 @@ class Record(pl.Callback):
 
     def _trained(self, iteration: int) -> dict[str, float]:
         """Means of the training metrics since the last row."""
-        losses, accuracies = (
-            torch.stack([metrics[name] for metrics in self.pending]).tolist() for name in ("loss", "query_accuracy")
-        )
+        columns = {name: torch.stack([row[name] for row in self.pending]).tolist() for name in self.pending[0]}
         first = iteration - len(self.pending) + 1
         self.pending.clear()
-        for number, loss in enumerate(losses, first):
+        for number, loss in enumerate(columns["loss"], first):
             if not math.isfinite(loss):
                 raise self._diverged(f"train/loss={loss} at iteration {number}: lower inner_lr or outer_lr")
-        return {"train/loss": sum(losses) / len(losses), "train/query_accuracy": sum(accuracies) / len(accuracies)}
+        return {f"train/{name}": sum(values) / len(values) for name, values in columns.items()}
 
 
 class CosineSimilarity(pl.Callback):

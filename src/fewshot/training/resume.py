@@ -275,6 +275,11 @@ def refuse_difference(cfg: DictConfig, trained: dict[str, Any], path: Path) -> N
                 f"{key}={shown(asked.get(key))}: {path} was trained with {key}={shown(trained.get(key))}; "
                 "continue with that, or start anew in another hydra.run.dir"
             )
+    if asked["schedule"] == "cosine" and asked["iterations"] != trained["iterations"]:
+        raise UserError(
+            f"iterations={asked['iterations']}: {path} was trained with schedule=cosine, which ends at its "
+            f"iterations={trained['iterations']}; continue with that, or start anew in another hydra.run.dir"
+        )
     if asked["iterations"] < trained["iterations"]:
         raise UserError(
             f"iterations={asked['iterations']}: {path} was trained with iterations={trained['iterations']}; "
