@@ -21,6 +21,8 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("training",),
     ("predict",),
     ("export", "evidence", "train"),
+    ("test",),
+    ("__main__",),
 )
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 # What a reader of the paper reads.

@@ -163,8 +163,8 @@ BatchNorm normalises all queries of a call together, so the prediction for one d
 
 
 COMMAND = Command(
-    "python -m fewshot.export",
-    "writes a model to share, which fewshot.load and python -m fewshot.predict read.",
+    "export",
+    "writes a model to share, which fewshot.load and predict read.",
     {
         "checkpoint=PATH": Parameter(
             "The folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt.",

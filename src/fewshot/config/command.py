@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fewshot.errors import RankGone, RunLocked, Stopped, UserError, nearest, one_line
 from fewshot.files import at_home, in_shell, write_file
 from fewshot.processes import ranks
+from fewshot.processes.surroundings import as_called
 
 HELP = {"-h", "--help"}
 
@@ -41,10 +42,14 @@ class Parameter(NamedTuple):
 class Command(NamedTuple):
     """A command. --help shows its parameters by their keys: KEY=WHAT, a word as it is, or FOLDER... for several."""
 
-    call: str
+    name: str
     does: str
     parameters: Mapping[str, Parameter]
     knobs: bool = False  # whether it takes those of train.py too
+
+    @property
+    def call(self) -> str:
+        return as_called(self.name)
 
     def help(self) -> str:
         """One line for each parameter, or as many as its sentence needs."""
@@ -53,7 +58,7 @@ class Command(NamedTuple):
             textwrap.fill(f"{word:{width}}{parameter.sentence}", line_width(), subsequent_indent=" " * width)
             for word, parameter in self.parameters.items()
         ]
-        more = ["", "It also takes the knobs of train.py, which python train.py --help tells of."] * self.knobs
+        more = ["", f"It also takes the knobs of training, which {as_called('train')} --help tells of."] * self.knobs
         return "\n".join([f"{self.call}: {self.does}", "", *lines, *more])
 
 
@@ -184,4 +189,4 @@ def how_to_go_on() -> str:
     if hydra.mode == RunMode.MULTIRUN:
         return f"; the same command with {in_shell('hydra.sweep.dir', hydra.sweep.dir)} goes on"
     last = Path(hydra.runtime.output_dir) / "checkpoints" / "last.ckpt"
-    return f"; python train.py {in_shell('checkpoint', last)} goes on" if last.exists() else ""
+    return f"; {as_called('train')} {in_shell('checkpoint', last)} goes on" if last.exists() else ""

@@ -17,13 +17,14 @@ from fewshot.config.kinds import Made, Part
 from fewshot.config.schema import Config
 from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, nearest
+from fewshot.processes.surroundings import as_called
 
 MARKERS = ("<!-- written by: python -m fewshot.config.help README.md -->\n", "<!-- end of the knobs -->\n")
 LINE = re.compile(
     r"(?P<indent> *)(?P<plus># \+)?(?P<key>\w+):(?: (?P<value>[^#\s](?:[^#]*[^#\s])?))?(?: +# (?P<says>.*))?"
 )
 INDENT = 27
-TOP = """python train.py KNOB=VALUE ...: trains, validates, tests and reports.
+TOP = """{} KNOB=VALUE ...: trains, validates, tests and reports.
 
 -m              Several values behind a =, as in -m seed=0,1,2 algo=fomaml,zero, are a sweep.
 --help WORD     The knobs of a group, or one knob: --help dataset, --help inner_lr.
@@ -125,7 +126,7 @@ def page(words: list[str]) -> str:
     if unknown := [key for key in asked if key not in (*groups, *known)]:
         raise UserError(f"--help {unknown[0]}: no such knob or group; {nearest(unknown[0], {*groups, *known})}")
     if not asked:
-        lines = [TOP, *(_line(group, ", ".join(choices(group))) for group in groups), ""]
+        lines = [TOP.format(as_called("train")), *(_line(group, ", ".join(choices(group))) for group in groups), ""]
     else:
         named = [
             (f"{group}={name}", text) for group in asked if group in groups for name, text in choices(group).items()

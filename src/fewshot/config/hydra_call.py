@@ -39,18 +39,20 @@ from fewshot.errors import UserError, first_line, nearest, one_line, shown
 from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
-from fewshot.processes.surroundings import lenient
+from fewshot.processes.surroundings import as_called, lenient
 
 
 def hydra_command(
     task: Callable[[DictConfig], Any],
     first: Callable[[argparse.Namespace], None] = lambda asked: None,
     command: Command | None = None,
+    added: str | None = None,
 ) -> Callable[[], None]:
     """`task` as hydra.main makes a command of it, but what Hydra would say at length is said in one line.
 
     first: raises UserError for what this command in particular does not take.
     command: what its --help tells of; None: of the knobs.
+    added: an override that every call has.
     """
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     compose_config = Hydra.compose_config
@@ -73,7 +75,10 @@ def hydra_command(
                 words = [word.removeprefix("--help=") for word in sys.argv[1:] if word not in HELP]
                 print(command.help() if command else page(words))
                 return
-            sys.argv[1:] = at_home(sys.argv[1:])
+            sys.argv[1:] = words = at_home(sys.argv[1:])
+            if added:  # before the others, since Hydra takes overrides in one row
+                overrides = (place for place, word in enumerate(words) if "=" in word and word[0] != "-")
+                sys.argv.insert(1 + next(overrides, len(words)), added)
             asked = _arguments(sys.argv[1:])
             if not (asked.hydra_help or asked.shell_completion):
                 check_overrides(asked.overrides)
@@ -217,7 +222,7 @@ class OutputFolder(Callback):
         with one_line_errors():
             if ranks.launcher():
                 raise UserError(
-                    f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use python train.py -m "
+                    f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use {as_called('train')} -m "
                     f"trainer=ddp trainer.devices=N{ranks.only_process()}"
                 )
             _job(config, config.hydra.sweep.dir)

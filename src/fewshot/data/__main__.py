@@ -91,7 +91,7 @@ def _on_this_machine(data: DictConfig) -> str:
 
 
 COMMAND = Command(
-    "python -m fewshot.data",
+    "data",
     "lists, prepares and shows the datasets.",
     {
         "list": Parameter("Which datasets there are, and which of them are on this machine."),

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import logging
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, 
 
 
 COMMAND = Command(
-    "python -m fewshot.evidence",
+    "evidence",
     "puts the theory to a trained model, and trains nothing. Left out, a knob is as in training.",
     {
         "checkpoint=PATH": Parameter(
@@ -54,7 +53,8 @@ def _refuse(asked: argparse.Namespace) -> None:
         raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
 
 
-@partial(hydra_command, first=_refuse, command=COMMAND)
+# Hydra is to write no log into the folder of the run that is measured.
+@partial(hydra_command, first=_refuse, command=COMMAND, added="hydra/job_logging=stdout")
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -115,8 +115,4 @@ def _refuse_beyond_theory(loop: InnerLoop, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra is to write no log into the folder of the run that is measured. It takes overrides in one row.
-    places = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
-    first = next(places, len(sys.argv))
-    sys.argv[first:first] = ["hydra/job_logging=stdout"]
     main()

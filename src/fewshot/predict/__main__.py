@@ -146,11 +146,11 @@ def _sheet_rows(
 
 
 COMMAND = Command(
-    "python -m fewshot.predict",
+    "predict",
     "adapts a model to the images in `support` and classifies those in `query`.",
     {
         "checkpoint=PATH": Parameter(
-            "The folder of a run, RUN/checkpoints/best.ckpt, or a folder that python -m fewshot.export wrote.",
+            "The folder of a run, RUN/checkpoints/best.ckpt, or a folder that export wrote.",
             needed=True,
         ),
         "support=FOLDER": Parameter("A folder or zip with one folder of images for each class.", needed=True),

@@ -11,7 +11,9 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from functools import cache
 
+CALLED = "FEWSHOT_CALLED"  # how the program was called, for the processes that it starts too; see as_called()
 # torch.distributed and MPI set these for the processes that they start; without torchrun they are somebody else's.
 RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JSM_NAMESPACE_RANK")
 
@@ -42,8 +44,17 @@ class Output(io.TextIOWrapper):
             os.close(nowhere)
 
 
+def as_called(command: str) -> str:
+    """What a hint names a command by: as the program itself was called."""
+    if start := os.environ.get(CALLED):
+        return f"{start}{command}"
+    return "python train.py" if command == "train" else f"python -m fewshot.{command}"
+
+
+@cache
 def settle() -> None:
     """Every command calls this once, before it imports anything but the standard library and this package."""
+    os.environ.setdefault(CALLED, "python -m fewshot." if sys.argv[:1] == ["-m"] else "")
     os.environ["MPLBACKEND"] = "agg"  # figures go to files; with a notebook's backend the import of matplotlib fails
     os.environ.pop("HYDRA_MAIN_MODULE", None)  # set by another program that Hydra runs; it would name our log file
     for name in [name for name in os.environ if name.startswith("PL_TRAINER_")]:

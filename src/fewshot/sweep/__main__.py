@@ -9,7 +9,7 @@ from fewshot.files import user_path
 from fewshot.sweep.tables import summarise
 
 COMMAND = Command(
-    "python -m fewshot.sweep",
+    "sweep",
     "makes one table and one figure of many runs.",
     {
         "FOLDER...": Parameter("The folders of sweeps, or of runs."),

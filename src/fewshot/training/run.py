@@ -17,6 +17,7 @@ from fewshot.errors import UserError
 from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
+from fewshot.processes.surroundings import as_called
 from fewshot.results import record_files
 from fewshot.training import wandb_run
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
@@ -207,5 +208,5 @@ class Stop(pl.Callback):
             trainer.save_checkpoint(last)
             log.info(
                 f"iteration {trainer.global_step}/{trainer.max_steps}  trainer.max_time is over; "
-                f"python train.py {in_shell('checkpoint', last)} goes on"
+                f"{as_called('train')} {in_shell('checkpoint', last)} goes on"
             )

@@ -1,0 +1,47 @@
+"""Tests a trained model in a new folder: fewshot test RUN test_tasks=2000"""
+
+import sys
+
+from fewshot import train
+from fewshot.config.command import HELP, Command, Parameter, one_line_errors
+from fewshot.config.tree import key_of
+from fewshot.errors import UserError
+from fewshot.files import override
+
+COMMAND = Command(
+    "test",
+    "tests a trained model in a new folder, as train checkpoint=RUN fit=false does. Left out, a knob is as in training.",
+    {
+        "RUN": Parameter("The folder of a run, whose best model is taken, or one file, RUN/checkpoints/last.ckpt."),
+        "test_tasks=N": Parameter("Tasks of the test."),
+        "test_steps=N": Parameter("Inner steps of the test."),
+        "dataset=NAME": Parameter("Another dataset of the same image size, with dataset.other_split=true."),
+        "hydra.run.dir=FOLDER": Parameter("The new folder; left out: one in outputs/, named after the time."),
+    },
+    knobs=True,
+)
+
+
+def words_of_train(words: list[str]) -> list[str]:
+    """The call of train that tests the run which the first word names."""
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        words = [override("checkpoint", words[0]), *words[1:]]
+    place = next((number for number, word in enumerate(words) if key_of(word) == "checkpoint"), None)
+    if place is None:
+        raise UserError(f"RUN: is missing; write {COMMAND.call} RUN, with the folder of a run")
+    if fit := [word for word in words if key_of(word) == "fit"]:
+        raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
+    return [*words[: place + 1], "fit=false", *words[place + 1 :]]
+
+
+def main() -> None:
+    with one_line_errors():
+        if HELP & {*sys.argv[1:]}:
+            print(COMMAND.help())
+            return
+        sys.argv[1:] = words_of_train(sys.argv[1:])
+    train.main()
+
+
+if __name__ == "__main__":
+    main()
