@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG, ROOT, SMALL
+from conftest import HANG, ROOT
 
 from fewshot import test
 from fewshot.__main__ import COMMANDS, help_text
@@ -68,13 +68,13 @@ def test_test_is_train_with_a_checkpoint_and_nothing_to_fit():
     assert test.words_of_train(["-m", "x=1", "checkpoint=a"]) == ["-m", "x=1", "checkpoint=a", "fit=false"]
     with pytest.raises(UserError, match=r"^RUN: is missing; write python -m fewshot\.test RUN, "):
         test.words_of_train(["test_tasks=9"])
-    with pytest.raises(UserError, match="^fit=true: nothing is trained here; leave it out$"):
+    with pytest.raises(UserError, match=r"^fit=true: nothing is trained here; leave it out$"):
         test.words_of_train(["RUN", "fit=true"])
 
 
 def test_ones_own_modules_in_the_current_folder_are_found_and_hide_no_others(tmp_path):
     program = f"import sys; sys.argv = [{str(SCRIPT)!r}, 'export', '--help']\n"
-    program += "from fewshot.__main__ import main; main(); print(sys.path[-1])"
+    program += "from fewshot.__main__ import main\ntry:\n    main()\nfinally:\n    print(sys.path[-1])"
     done = call(sys.executable, "-c", program, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == str(tmp_path), done.stderr
 

@@ -10,7 +10,7 @@ from fewshot.files import override
 
 COMMAND = Command(
     "test",
-    "tests a trained model in a new folder, as train checkpoint=RUN fit=false does. Left out, a knob is as in training.",
+    "tests a trained model in a new folder: train checkpoint=RUN fit=false. Left out, a knob is as in training.",
     {
         "RUN": Parameter("The folder of a run, whose best model is taken, or one file, RUN/checkpoints/last.ckpt."),
         "test_tasks=N": Parameter("Tasks of the test."),
