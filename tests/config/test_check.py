@@ -513,8 +513,8 @@ def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_
         (["ways=1"], "ways=1: must be an integer of at least 2"),
         (
             ["+zerong=true"],
-            "+zerong=true: only +zeroing, +trainer.KEY and +optimizer.KEY may be added, nothing can be removed with ~; "
-            "did you mean zeroing?",
+            "+zerong=true: only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY may be added, "
+            "nothing can be removed with ~; did you mean zeroing?",
         ),
         (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
     ],

@@ -71,7 +71,7 @@ def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(r
 
     handed = []
     monkeypatch.setattr(record_files, "show", show)
-    monkeypatch.setattr(wandb_run, "summarise", lambda logger, content: handed.append(content))
+    monkeypatch.setattr(wandb_run, "summarise", lambda logger, summary, content: handed.append(content))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(Shown):
         run(tmp_path, "logger=wandb")

@@ -18,6 +18,9 @@ from fewshot.processes import ranks
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
+# Parts that take more knobs than their YAML files have: arguments of a class of others, callbacks of one's own.
+ADDED = ("trainer.", "optimizer.", "logger.", "callbacks.")
+
 
 def knobs() -> set[str]:
     """The names of the top-level knobs."""
@@ -30,8 +33,8 @@ def check_overrides(overrides: list[str]) -> None:
     """Refuses what Hydra would take in silence, such as a key that is added (+zerong=true), or would refuse at length.
 
     Raises:
-        UserError: an override is not KNOB=VALUE, or names no file of its group. Only +zeroing, +trainer.KEY and
-            +optimizer.KEY may be added; nothing can be removed with ~.
+        UserError: an override is not KNOB=VALUE, or names no file of its group. Only +zeroing and what is in
+            ADDED may be added; nothing can be removed with ~.
     """
     for text in overrides:
         try:
@@ -42,11 +45,11 @@ def check_overrides(overrides: list[str]) -> None:
         key, plus = override.key_or_group, override.is_add() or override.is_force_add()
         if key.startswith("hydra"):
             continue
-        if override.is_delete() or (plus and key != "zeroing" and not key.startswith(("trainer.", "optimizer."))):
+        if override.is_delete() or (plus and key != "zeroing" and not key.startswith(ADDED)):
             remedy = nearest(key, knobs() | {"zeroing"})
             raise UserError(
-                f"{text}: only +zeroing, +trainer.KEY and +optimizer.KEY may be added, nothing can be removed with ~; "
-                f"{remedy}"
+                f"{text}: only +zeroing, {', '.join(f'+{part}KEY' for part in ADDED)} may be added, nothing can be "
+                f"removed with ~; {remedy}"
             )
         if key == "zeroing" and not plus:
             raise UserError(f"{text}: this one takes a plus, +{text}")

@@ -174,7 +174,7 @@ def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.
     match content.get("optimizer_states"), content.get("lr_schedulers"):
         case [{"state": dict(states), "param_groups": [dict(group)]}], []:
             stored.check_plain(where, group)
-            as_now = own["param_groups"][0] | ({"lr": group.get("lr")} if module.outer.schedule != "none" else {})
+            as_now = own["param_groups"][0] | {"lr": module.outer.rate(content["global_step"])}
             sound = all(key in as_now and as_now[key] == value for key, value in group.items())
             if sound and all(_alike(state, own["state"].get(number)) for number, state in states.items()):
                 return

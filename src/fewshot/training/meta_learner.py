@@ -117,8 +117,9 @@ class MetaLearner(pl.LightningModule):
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
             share_gradient(self.network.head)
-        norm = self.outer.prepare(optimizer, self.network, self.global_step, loop.zeroing)
+        norm = self.outer.clip(optimizer, self.network, loop.zeroing)
         optimizer.step()  # theta <- theta - rho grad; with zeroing, ZeroHead follows: w <- 0
+        self.outer.set_rate(optimizer, self.global_step)
         return dict(zip(("loss", "query_accuracy"), means, strict=True)) | norm
 
     @torch.enable_grad()

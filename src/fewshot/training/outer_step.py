@@ -48,16 +48,16 @@ class OuterStep:
             return self.lr * (1 + math.cos(math.pi * done / self.iterations)) / 2
         return self.lr * 0.1 ** sum(done >= milestone for milestone in self.milestones)
 
-    def prepare(self, optimizer: Optimizer, network: nn.Module, done: int, zeroing: bool) -> dict[str, Tensor]:
-        """Sets rho and shortens the gradient for the update after `done` others.
+    def set_rate(self, optimizer: Optimizer, done: int) -> None:
+        """rho of the next update, a function of the count alone, so that a run goes on exactly."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(done)
+
+    def clip(self, optimizer: Optimizer, network: nn.Module, zeroing: bool) -> dict[str, Tensor]:
+        """Scales a gradient down that is longer than clip_norm; returns what its norm was as "gradient_norm".
 
         With zeroing the head's gradient is left as it is and does not count, since the update of the head is undone.
-
-        Returns the norm before it was shortened as "gradient_norm", if there is a clip_norm.
         """
-        if self.schedule != "none":  # a function of the count alone, so that a run goes on exactly
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate(done)
         if self.clip_norm is None:
             return {}
         head = {*network.head.parameters()} if zeroing else set()

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from pytorch_lightning.loggers import Logger
+from omegaconf import DictConfig
 
 from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
-from fewshot.errors import UserError
+from fewshot.errors import UserError, first_line
 from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import as_called
 from fewshot.results import record_files
-from fewshot.training import wandb_run
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
 from fewshot.training.ddp import cluster, max_over_ranks
+from fewshot.training.logger import log_results, logger_of
 from fewshot.training.meta_learner import MetaLearner
 from fewshot.training.record import Progress, Record
 from fewshot.training.resume import Start, refuse_difference
@@ -65,8 +65,8 @@ class Run:
         logger, callbacks = False, []
         if signals is not None:
             record_files.write_splits(start.folder, tasks.manifest)
-            logger = _logger(start)
-            own = in_order(instantiate(cfg.callbacks).values())
+            logger = logger_of(start)
+            own = in_order(_callback(name, config) for name, config in cfg.callbacks.items())
             callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals)]
         trainer = instantiate(
             cfg.trainer,
@@ -114,9 +114,20 @@ class Run:
             figures.write(self.start.folder, results)
             record_files.write(self.start.folder, results)
             for logger in self.trainer.loggers:
-                wandb_run.summarise(logger, results)
+                log_results(logger, results)
             record_files.show(results, self.start.folder)
         return record_files.validation_accuracy(results)
+
+
+def _callback(name: str, config: DictConfig) -> pl.Callback:
+    asked = f"callbacks.{name}._target_={config._target_}"
+    try:
+        callback = instantiate(config)
+    except Exception as error:  # whatever the class and its arguments make of it
+        raise UserError(f"{asked}: cannot be made ({first_line(error.__cause__ or error)})") from None
+    if not isinstance(callback, pl.Callback):
+        raise UserError(f"{asked}: must be a pytorch_lightning.Callback")
+    return callback
 
 
 def in_order(callbacks: Iterable[pl.Callback]) -> list[pl.Callback]:
@@ -130,13 +141,6 @@ def in_order(callbacks: Iterable[pl.Callback]) -> list[pl.Callback]:
 
     places = {ZeroHead: 0, Record: 2, Progress: 3}
     return sorted(callbacks, key=place)
-
-
-def _logger(start: Start) -> Logger | bool:
-    if not start.cfg.logger:
-        return False
-    logger = instantiate(start.cfg.logger, _partial_=True)  # Hydra would read what follows as configurations
-    return logger(folder=start.folder, run_id=start.run_id, values=settings(start.cfg), rows=start.rows)
 
 
 def finished(start: Start) -> dict[str, Any] | None:

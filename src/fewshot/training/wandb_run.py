@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 
 from fewshot.config.tree import MODES
 from fewshot.errors import Stopped, UserError, one_line, shown
@@ -29,7 +29,7 @@ class EachOnce(WandbLogger):
     last = -1
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if metrics["iteration"] > self.last:
+        if metrics.get("iteration", step) > self.last:
             super().log_metrics(metrics, step)
 
 
@@ -149,18 +149,14 @@ def finished_run() -> Iterator[None]:
                 log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
 
 
-def summarise(logger: Logger, results: dict[str, Any]) -> None:
-    """The final test: a table and a line plot, and in the summary final_test/query_accuracy/step_K and the rest."""
-    if not isinstance(logger, WandbLogger):
-        return
+def summarise(logger: WandbLogger, summary: dict[str, float], results: dict[str, Any]) -> None:
+    """The final test: a table and a line plot, and the summary beside them."""
     import wandb
 
-    summary = {"best_iteration": results["best_iteration"], "iterations": results["iterations"]}
     rows = []
-    for mode, suffix in MODES.items():
+    for mode in MODES:
         scores = results["test"][mode]
         for step, (accuracy, ci95) in enumerate(zip(scores["accuracy"], scores["ci95"], strict=True)):
-            summary[f"final_test{suffix}/query_accuracy/step_{step}"] = accuracy
             rows.append([step, accuracy, ci95, mode.removeprefix("zeroing_")])
     table = wandb.Table(columns=["inner_step", "query_accuracy", "ci95", "test_zeroing"], data=rows)
     plot = wandb.plot.line(table, "inner_step", "query_accuracy", "test_zeroing", "query accuracy by inner step")

@@ -1,0 +1,75 @@
+"""Loggers and callbacks that are not this program's: what they write, and that a run with them goes on exactly."""
+
+import csv
+import re
+
+import pytest
+from conftest import outcome, rows
+
+from fewshot.training.checkpoint import read
+
+RATES = "+callbacks.rates._target_=pytorch_lightning.callbacks.LearningRateMonitor"
+KNOBS = ("schedule=multistep", "milestones=[1]", "val_every=2", "trainer.log_every_n_steps=1", RATES)
+
+
+def logged(folder, version):
+    with open(folder / "csv" / f"version_{version}" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_lightnings_logger_has_what_metrics_csv_has_and_what_its_callbacks_log(run, tmp_path):
+    folder = run(tmp_path, "logger=csv", "iterations=4", *KNOBS)
+    theirs, ours = logged(folder, 0), rows(folder)
+    for name in ("train/loss", "val/query_accuracy/step_1", "val_zeroed/query_accuracy/step_3"):
+        found = {float(row["iteration"]): float(row[name]) for row in theirs if row[name]}
+        assert found == pytest.approx(
+            {float(row["iteration"]): float(row[name]) for row in ours if row[name]}, abs=1e-6
+        )
+        assert len(found) == (4 if name == "train/loss" else 3)
+    rates = [float(row["lr-Adam"]) for row in theirs if row["lr-Adam"]]
+    assert rates[-4:] == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4])
+    (final,) = (row for row in theirs if row["final_test/query_accuracy/step_1"])
+    assert 0 <= float(final["final_test_zeroed/query_accuracy/step_3"]) <= 1
+
+
+def test_a_run_with_others_loggers_and_callbacks_goes_on_exactly(run, tmp_path):
+    whole = outcome(run(tmp_path / "whole", "logger=csv", "iterations=4", *KNOBS))
+    folder = run(tmp_path / "short", "logger=csv", "iterations=2", *KNOBS)
+    run(folder, f"checkpoint={folder}", "iterations=4", "logger=csv")
+    assert outcome(folder)["state"] == whole["state"] and outcome(folder)["metrics"] == whole["metrics"]
+    assert "LearningRateMonitor" not in read(folder / "checkpoints" / "last.ckpt")["callbacks"]  # remembers nothing
+    first, second = logged(folder, 0), logged(folder, 1)
+    losses = [[row["train/loss"] for row in table if row["train/loss"]] for table in (first, second)]
+    assert losses[1][:2] == losses[0] and len(losses[1]) == 4
+
+
+def test_tensorboard_has_the_curves(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = run(tmp_path, "logger=tensorboard", "iterations=4", "val_every=2", "trainer.log_every_n_steps=2")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    ours = {int(row["iteration"]): float(row["train/loss"]) for row in rows(folder) if row["train/loss"]}
+    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(ours, rel=1e-5)
+    assert [event.step for event in events.Scalars("final_test/query_accuracy/step_1")] == [4]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        (["logger=csv", "logger._target_=pytorch_lightning.Nope"], "logger._target_=pytorch_lightning.Nope: cannot be"),
+        (["logger=csv", "+logger.nope=1"], "logger._target_=pytorch_lightning.loggers.CSVLogger: cannot be made ("),
+        (["logger=csv", "logger._target_=torch.nn.ReLU", "logger.name=no"], "logger._target_=torch.nn.ReLU: cannot be"),
+        (["logger=csv", "logger._target_=torch.nn.Identity"], "logger._target_=torch.nn.Identity: must be a pytorch_"),
+        (["logger=wandb", "+logger.nope=1"], "logger.nope=1: no such knob"),
+        (["+callbacks.mine=1"], "callbacks.mine=1: must be {_target_: ..."),
+        (["+callbacks.mine._target_=no.such"], "callbacks.mine._target_=no.such: cannot be made ("),
+        (
+            ["+callbacks.mine._target_=torch.nn.ReLU"],
+            "callbacks.mine._target_=torch.nn.ReLU: must be a py",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(main, tmp_path, knobs, line):
+    ended = main("logger=none", *knobs, f"hydra.run.dir={tmp_path / 'run'}", small=True)
+    assert isinstance(ended, str) and re.match(re.escape(line), ended) and "\n" not in ended
+    assert not (tmp_path / "run" / "checkpoints").exists()
