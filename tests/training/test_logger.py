@@ -21,11 +21,8 @@ def test_lightnings_logger_has_what_metrics_csv_has_and_what_its_callbacks_log(r
     folder = run(tmp_path, "logger=csv", "iterations=4", *KNOBS)
     theirs, ours = logged(folder, 0), rows(folder)
     for name in ("train/loss", "val/query_accuracy/step_1", "val_zeroed/query_accuracy/step_3"):
-        found = {float(row["iteration"]): float(row[name]) for row in theirs if row[name]}
-        assert found == pytest.approx(
-            {float(row["iteration"]): float(row[name]) for row in ours if row[name]}, abs=1e-6
-        )
-        assert len(found) == (4 if name == "train/loss" else 3)
+        one, other = ({float(row["iteration"]): float(row[name]) for row in t if row[name]} for t in (theirs, ours))
+        assert one == pytest.approx(other, abs=1e-6) and len(one) == (4 if name == "train/loss" else 3)
     rates = [float(row["lr-Adam"]) for row in theirs if row["lr-Adam"]]
     assert rates[-4:] == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4])
     (final,) = (row for row in theirs if row["final_test/query_accuracy/step_1"])
