@@ -32,6 +32,7 @@ from fewshot.models.head import share_rows
 from fewshot.predict import Predictions, predict
 from fewshot.predict.__main__ import SHEET_CLASSES, _sheet_rows, main, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
+from fewshot.training import choose_engine
 from fewshot.training.meta_learner import MetaLearner
 
 WAYS = 3
@@ -450,3 +451,18 @@ def test_places_that_cannot_be_are_one_line_at_once(trained, tmp_path):
     for call in (lambda: main([nobody, "support=none", "query=none"]), lambda: export.main([nobody, "out=none"])):
         with pytest.raises(SystemExit, match=r"^checkpoint=~no-such-user/x: "):
             call()
+
+
+@pytest.mark.parametrize(
+    "overrides", [("algo=zero",), ("algo=fomaml", "algo.learned_inner_lr=true"), ("algo=protomaml",)]
+)
+def test_without_learn2learn_the_batched_engine_predicts_the_same(overrides, monkeypatch):
+    model, support = untrained(*overrides), {"a": images(1, 0), "b": images(3, 1), "c": images(2, 2)}
+    with_it = predict(model, support, images(4, 3)).probabilities
+
+    def absent():
+        raise ModuleNotFoundError("No module named 'learn2learn'")
+
+    monkeypatch.setattr(choose_engine, "sequential_engine", absent)
+    without = predict(model, support, images(4, 3)).probabilities
+    np.testing.assert_allclose(without, with_it, rtol=1e-10)

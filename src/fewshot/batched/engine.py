@@ -71,6 +71,14 @@ def step_accuracies(
     return query_accuracy(logits, tasks.query_labels).transpose(1, 2)
 
 
+def step_logits(
+    network: nn.Module, tasks: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = (), *, first: int = 0
+) -> Tensor:
+    """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K); the network is left as it is."""
+    function = partial(_step_logits, evaluations=(evaluation,), eta=tuple(eta))
+    return torch.cat([torch.stack(steps[first:], dim=1) for steps in _run(function, network, tasks, None, None)])
+
+
 def _run(
     function: Function, network: nn.Module, tasks: Task, tasks_at_once: int | None, execute: Execute | None
 ) -> list[tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from fewshot.files import checkpoint_file
 from fewshot.inner_loop import THEORY, InnerLoop
 from fewshot.processes import ranks
 
+NEEDS_LEARN2LEARN = "needs learn2learn, which is not installed here; docs/install.md says how it is"
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
@@ -83,6 +85,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
+    if cfg.engine == "sequential":
+        check_learn2learn("engine=sequential", ", or train with engine=batched")
     loop = InnerLoop.of(cfg)
     if loop.head == "prototypes" and loop.distance in (None, "squared") and cfg.model.get("head_bias") is False:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
@@ -105,6 +109,12 @@ def _check_outer_step(cfg: DictConfig) -> None:
         raise UserError(f"milestones={milestones}: add schedule=multistep, or leave them out")
     if multistep and not any(milestone < cfg.iterations for milestone in cfg.milestones):
         raise UserError(f"milestones={milestones}: schedule=multistep needs one below iterations={cfg.iterations}")
+
+
+def check_learn2learn(what: str, remedy: str = "") -> None:
+    """Raises UserError where learn2learn, which `what` needs, is not installed; it is not imported."""
+    if find_spec("learn2learn") is None:
+        raise UserError(f"{what}: {NEEDS_LEARN2LEARN}{remedy}")
 
 
 def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:

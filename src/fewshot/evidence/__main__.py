@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fewshot.config.check import check, processes
+from fewshot.config.check import check, check_learn2learn, processes
 from fewshot.config.command import Command, Parameter, one_line_errors
 from fewshot.config.hydra_call import hydra_command
 from fewshot.config.tree import given_overrides, settings
@@ -51,6 +51,7 @@ def _refuse(asked: argparse.Namespace) -> None:
         raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
     if not [word for word in asked.overrides if word.startswith("checkpoint=") and word != "checkpoint=null"]:
         raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
+    check_learn2learn("evidence")
 
 
 # Hydra is to write no log into the folder of the run that is measured.

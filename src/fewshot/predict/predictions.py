@@ -62,9 +62,8 @@ def predict(
     import torch
 
     from fewshot.data.task import Task
-    from fewshot.maml.sequential import step_logits
     from fewshot.predict.pretrained import load
-    from fewshot.training.choose_engine import sequential_engine
+    from fewshot.training.choose_engine import engine_to_predict
 
     if isinstance(model, str | os.PathLike):
         model = load(model)
@@ -94,8 +93,11 @@ def predict(
     unknown = torch.zeros(len(asked), dtype=torch.int64, device=parameter.device)  # a task has labels; none is read
     task = Task(*(field[None] for field in (shown, labels, asked, unknown)))
     loop = learner.loop.evaluation(steps, zeroing)
-    with torch.enable_grad(), sequential_engine().one_line_out_of_memory(task):
-        logits = step_logits(learner.network, task, loop, learner.etas, first=loop.inner_steps)[0, 0, -len(query) :]
+    engine = engine_to_predict()
+    with torch.enable_grad(), engine.one_line_out_of_memory(task):
+        logits = engine.step_logits(learner.network, task, loop, learner.etas, first=loop.inner_steps)[
+            0, 0, -len(query) :
+        ]
     if not logits.isfinite().all():
         raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
     return Predictions(classes, logits.double().softmax(dim=1).cpu().numpy())

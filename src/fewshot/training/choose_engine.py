@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 import pytorch_lightning as pl
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
+from fewshot.config.check import check_learn2learn
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
@@ -25,11 +27,12 @@ LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory b
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to compute the numbers of maml/sequential.py, whose functions these two are called like."""
+    """One way to compute the numbers of maml/sequential.py, whose functions these three are called like."""
 
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, Tensor]]
     step_accuracies: Callable[..., Tensor]
+    step_logits: Callable[..., Tensor]
     tasks_at_once: Callable[[Task], int] = lambda tasks: 1  # in memory together
 
     @contextmanager
@@ -51,9 +54,18 @@ class Engine:
 
 
 def sequential_engine() -> Engine:
+    """Raises ImportError where learn2learn is not installed, or what it imports is not."""
     from fewshot.maml import sequential  # learn2learn takes its time to import
 
-    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies)
+    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies, sequential.step_logits)
+
+
+def engine_to_predict() -> Engine:
+    """learn2learn's, or the batched one where that is not installed."""
+    try:
+        return sequential_engine()
+    except ImportError:
+        return Engine("batched", batched.meta_gradient, batched.step_accuracies, batched.step_logits)
 
 
 def choose_engine(
@@ -69,8 +81,11 @@ def choose_engine(
     device, name = trainer.strategy.root_device.type, asked
     if asked == "auto":
         name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, tasks_at_once, trainer)
+        if name == "sequential" and find_spec("learn2learn") is None:
+            name, reason = "batched", "learn2learn is not installed"
         log.info(f"engine=auto: {name} ({reason})")
     if name == "sequential":
+        check_learn2learn("engine=sequential")
         engine = sequential_engine()
     else:
         execute = CudaGraphs() if device == "cuda" else None
@@ -80,7 +95,8 @@ def choose_engine(
             batched.meta_gradient, tasks_at_once=tasks_at_once, execute=one_by_one if in_turn else execute
         )
         accuracies = partial(batched.step_accuracies, tasks_at_once=tasks_at_once, execute=execute)
-        engine = Engine(name, gradient, accuracies, partial(batched.default_tasks_at_once, network, tasks_at_once))
+        together = partial(batched.default_tasks_at_once, network, tasks_at_once)
+        engine = Engine(name, gradient, accuracies, batched.step_logits, together)
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 

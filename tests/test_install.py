@@ -1,0 +1,82 @@
+"""What an installation or a system may lack: learn2learn, and on Windows fcntl, resource and most signals."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import HANG, SMALL
+
+# Started with it, Python finds no learn2learn, wherever that is installed.
+WITHOUT_LEARN2LEARN = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *arguments):
+        return None if name.split(".")[0] == "learn2learn" else PathFinder.find_spec(name, *arguments)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+# As on a system that has none of these: imports all modules but the sequential engine, loads and predicts; then trains.
+PROGRAM = """
+import importlib, json, pkgutil, signal, sys, warnings
+OF_WINDOWS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
+names = {name for name in vars(signal) if name.startswith("SIG") and name[3] != "_"} - OF_WINDOWS
+removed = {name: vars(signal).pop(name) for name in names}
+sys.modules["fcntl"] = sys.modules["resource"] = None
+warnings.filterwarnings("ignore", "only soft file lock")  # of filelock, which locks by other means on Windows
+
+import fewshot.train, fewshot.evidence.__main__
+run, *words = json.loads(sys.argv[1])
+
+def ended(main, *words):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+
+print(ended(fewshot.train.main, "engine=sequential"))
+print(ended(fewshot.evidence.__main__.main, f"checkpoint={run}"))
+print([name for name in ("torch", "pytorch_lightning") if name in sys.modules])
+failed = []
+for module in pkgutil.walk_packages(fewshot.__path__, "fewshot."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        failed.append((module.name, error.name))
+print(failed)
+
+import numpy as np
+from fewshot.predict import predict
+images = list(np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8))
+print(predict(fewshot.load(run), {"a": images[:1], "b": images[1:3]}, images[3:]).probabilities.shape)
+vars(signal).update(removed)  # Lightning uses them wherever sys.platform is not Windows
+print(ended(fewshot.train.main, *words, "meta_batch_size=1"))
+"""
+NEEDS = "needs learn2learn, which is not installed here; docs/install.md says how it is"
+
+
+def test_without_learn2learn_all_but_its_engine_works_and_neither_fcntl_nor_posix_signals_are_needed(
+    finished, cache, tmp_path
+):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_LEARN2LEARN)
+    words = [f"{finished}", *SMALL, f"dataset.cache={cache}", "logger=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(words)],
+        **{"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}},
+        **{"capture_output": True, "text": True, "timeout": HANG},
+    )
+    lines = iter(done.stdout.splitlines())
+    assert next(lines) == f"engine=sequential: {NEEDS}, or train with engine=batched", done.stderr
+    assert next(lines) == f"evidence: {NEEDS}"
+    assert next(lines) == "[]"  # neither was imported so far
+    unimported = eval(next(lines))
+    assert {name for _, name in unimported} == {"learn2learn"}
+    assert {module.split(".")[1] for module, _ in unimported} == {"maml", "evidence"}
+    assert next(lines) == "(2, 2)"
+    said = list(lines)
+    assert said[-1] == "None" and "engine=auto: batched (learn2learn is not installed)" in said, done.stderr
+    assert (tmp_path / "run" / "results.json").exists()
