@@ -15,6 +15,7 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("data",),
     ("results",),
     ("sweep",),
+    ("compare",),
     ("theory",),
     ("maml",),
     ("batched",),

@@ -241,7 +241,7 @@ def test_runs_that_ended_at_an_accuracy_are_counted_each_on_its_own_curve(config
         curve = [(n, 0.2) for n in range(0, end, 40)] + [(end, accuracy)]
         make_run(tmp_path / f"{seed}", config(f"seed={seed}", "stop_at_accuracy=0.9"), accuracy=[0.2, 0.9], curve=curve)
     (setting,) = grouped.group(grouped.read_jobs([tmp_path]))
-    assert tables._updates_to(setting)[1 + tables.TARGETS.index(0.9)] == "120"
+    assert tables.updates_to(setting)[1 + tables.TARGETS.index(0.9)] == "120"
 
 
 def test_what_cannot_be_read_is_listed_and_a_finished_run_goes_before_an_unfinished_one(config, tmp_path, capsys):

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from fewshot.evidence import claims, page
 from fewshot.evidence.model import Model
 from fewshot.files import write_file
 from fewshot.results.figures import png
+from fewshot.results.page import pages
 from fewshot.results.record_files import title
 from fewshot.theory.probes import probes
 
@@ -60,9 +60,7 @@ def finite(content: Any) -> Any:
 
 def render(evidence: page.Evidence, pictures: dict[str, bytes]) -> str:
     """pictures: PNGs by name. Whatever text is in `evidence` is shown as text; the page needs no network, no script."""
-    templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    templates = pages(HERE)
     templates.filters["pieces"] = _pieces
     parts = [(anchor(claim), claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
     summary = [page.Statement(section.claim, verdicts, anchor=place) for place, section, verdicts in parts]

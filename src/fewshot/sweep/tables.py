@@ -136,7 +136,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
             rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
         heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
         parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
-    rows = [[setting.label(), *_updates_to(setting)] for setting in settings]
+    rows = [[setting.label(), *updates_to(setting)] for setting in settings]
     reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
     if reached:
         heading = "Outer updates until the curve after inner_steps first reaches an accuracy, test zeroing off"
@@ -148,7 +148,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     return "\n".join([*parts, OVER_SEEDS])
 
 
-def _updates_to(setting: Setting) -> list[str]:
+def updates_to(setting: Setting) -> list[str]:
     """Per target the mean over seeds; "1 of 3 seeds" if not all get there, "-" if none does."""
     split, curves = setting.curves("zeroing_off")
     cells = []

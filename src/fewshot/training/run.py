@@ -18,7 +18,7 @@ from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import as_called
-from fewshot.results import record_files
+from fewshot.results import record_files, task_scores
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
 from fewshot.training.ddp import cluster, max_over_ranks
 from fewshot.training.logger import log_results, logger_of
@@ -96,7 +96,7 @@ class Run:
         return self
 
     def write(self) -> float:
-        """Leaves results.json, the figures, the logger's summary and the table on the terminal, all by rank 0.
+        """Leaves tasks.csv.gz, results.json, the figures, the logger's summary and the table on the terminal.
 
         Returns the validation accuracy of the model that was tested, after inner_steps.
         """
@@ -112,6 +112,7 @@ class Run:
             from fewshot.results import figures  # matplotlib takes seconds to import
 
             figures.write(self.start.folder, results)
+            task_scores.write_tasks(self.start.folder, self.learner.tested)
             record_files.write(self.start.folder, results)
             for logger in self.trainer.loggers:
                 log_results(logger, results)
