@@ -146,6 +146,21 @@ def test_checkpoint_continues_in_its_own_folder_with_more_iterations(run, config
     assert outcome(folder)["metrics"] == whole["metrics"]
 
 
+def test_the_best_model_is_chosen_by_the_mode_that_is_asked_for(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    chosen = {}
+    for mode, column in {"zeroing_off": "val", "zeroing_on": "val_zeroed"}.items():
+        folder = run(tmp_path / mode, f"select={mode}", "iterations=6", "val_every=1", "val_tasks=5")
+        validated = {int(row["iteration"]): float(row[f"{column}/query_accuracy/step_2"]) for row in rows(folder)}
+        chosen[mode] = max(validated, key=validated.get)  # the first of equals
+        results = json.loads((folder / "results.json").read_text())
+        assert results["best_iteration"] == chosen[mode]
+        assert (
+            f"model of iteration {chosen[mode]}, chosen by validation with test {mode.replace('_', ' ')}" in caplog.text
+        )
+    assert len({*chosen.values()}) == 2  # else nothing was asked
+
+
 def no_gpu(accelerator, precision):
     raise UserError("there is no CUDA GPU here")
 

@@ -27,6 +27,7 @@ from fewshot.config.kinds import (
     part,
     text,
 )
+from fewshot.config.tree import MODES
 from fewshot.inner_loop import ADAPTED, DISTANCES, HEADS, LOSSES
 
 SCHEDULES = ("none", "cosine", "multistep")
@@ -185,6 +186,7 @@ class ZeroHead(Made, extra="forbid"):
 
 class Record(Made, extra="forbid"):
     val_every: integer(1)
+    select: one_of(*MODES)
     val_tasks: integer(2)
     test_every: optional(integer(1))
     test_curve_tasks: integer(2)
@@ -224,6 +226,7 @@ class Config(Part):
     init_scale: from_zero()
     seed: integer(0, 2**32 - 1)
     val_every: integer(1)
+    select: one_of(*MODES)
     val_tasks: integer(2)
     test_every: optional(integer(1))
     test_tasks: integer(2)

@@ -46,6 +46,7 @@ TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it i
 # Knobs that there were not, and what was so without them: of a model, and of a run besides
 NEWER = {"loss": "cross_entropy"}
 OUTER = {"optimizer": {"_target_": "torch.optim.Adam"}, "schedule": "none", "milestones": [], "clip_norm": None}
+OUTER |= {"select": "zeroing_off"}
 
 
 def to_today(stored: Any) -> Any:

@@ -39,7 +39,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 NOT_THE_MODEL = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit"),
-    *("augment", "optimizer", "schedule", "milestones", "clip_norm"),
+    *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select"),
     *(f"dataset.{key}" for key in ("root", "labels", "cache", "archive", "source", "device", "trust")),
 )
 

@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 from omegaconf import DictConfig
 
-from fewshot.config.kinds import Flag, integer
+from fewshot.config.kinds import Flag, integer, one_of
 from fewshot.config.stored import KEY, NAME, NUMBER, check, check_config, form, many, read_json, read_text, to_today
 from fewshot.config.tree import MODES, settings
 from fewshot.errors import UserError, printable
@@ -46,7 +46,7 @@ RESULTS = form(
         "val": SCORES,
         "iterations?": integer(0),
         "best_iteration": integer(0),
-        "config": form({"fit": Flag}),  # and what check_config says
+        "config": form({"fit": Flag, "select?": one_of(*MODES)}),  # and what check_config says
         "versions?": dict[KEY, NAME],
     }
 )
@@ -224,8 +224,8 @@ def _as_json(value: Any, indent: str = "") -> str:
 
 
 def validation_accuracy(results: dict[str, Any]) -> float:
-    """Of the best model, after inner_steps; by what a search goes."""
-    return results["val"]["zeroing_off"]["accuracy"][results["config"]["inner_steps"]]
+    """Of the best model, after inner_steps, in the mode by which it was chosen; by what a search goes."""
+    return results["val"][results["config"].get("select", "zeroing_off")]["accuracy"][results["config"]["inner_steps"]]
 
 
 def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
@@ -240,7 +240,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     test = results["test"]
     heading = (
         f"{title(results['config'], algorithm=False)}: query accuracy in % on {test['tasks']} test tasks, "
-        f"model of iteration {results['best_iteration']}"
+        f"model of iteration {results['best_iteration']}, chosen by validation with test "
+        f"{results['config'].get('select', 'zeroing_off').replace('_', ' ')}"
     )
     table = rich.table.Table()
     table.add_column("inner step", justify="right")

@@ -40,13 +40,14 @@ class Record(pl.Callback):
         self,
         *,
         val_every: int,
+        select: str,
         val_tasks: int,
         test_every: int | None,
         test_curve_tasks: int,
         stop_at_accuracy: float | None,
         probes: bool,
     ) -> None:
-        self.val_every, self.val_tasks = val_every, val_tasks
+        self.val_every, self.select, self.val_tasks = val_every, select, val_tasks
         self.test_every, self.test_curve_tasks = test_every, test_curve_tasks
         self.stop_at_accuracy, self.probes = stop_at_accuracy, probes
         self.rows: list[dict[str, float]] = []  # of metrics.csv
@@ -102,7 +103,7 @@ class Record(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["iteration"]))
         if validate:
-            self._write(trainer, row, row[f"val/query_accuracy/step_{module.loop.inner_steps}"])
+            self._write(trainer, row, row[f"val{MODES[self.select]}/query_accuracy/step_{module.loop.inner_steps}"])
 
     def _evaluated(self, split: str, trainer: pl.Trainer, module: pl.LightningModule, tasks: int) -> dict[str, float]:
         """The per-step accuracies under the names of metrics.csv and W&B."""
