@@ -128,6 +128,7 @@ PARTS = {
     "dataset": schema.Dataset,
     "model": schema.Model,
     "trainer": schema.Trainer,
+    "optimizer": schema.Optimizer,
     "logger": schema.Logger,
     "callbacks": schema.Callbacks,
     "callbacks.zero_head": schema.ZeroHead,
@@ -144,6 +145,8 @@ def test_the_yaml_has_the_knobs_of_the_schema_and_no_others():
     in_yaml = {place: set() for place in ("", *PARTS)}
     for path in [CONF / "config.yaml", *(path for group in GROUPS for path in (CONF / group).rglob("*.yaml"))]:
         content = OmegaConf.load(path)
+        if path.parent == CONF / "logger" and "fewshot." not in str(content.get("_target_", "fewshot.")):
+            continue  # of Lightning's
         group = path.relative_to(CONF).parts[0]
         if group in GROUPS and not path.read_text().startswith("# @package _global_"):
             content = OmegaConf.create({group: content})

@@ -66,7 +66,7 @@ def to_today(stored: Any) -> Any:
 def compared(key: str, value: Any) -> bool:
     """Whether two configurations can differ in this leaf: what this program calls its own says nothing of a run."""
     own = key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith("fewshot.")
-    return not own and key != "dataset.needs_root"  # which older runs lack
+    return not own and key not in ("dataset.needs_root", "callbacks.record.select")  # which older runs lack
 
 
 # What is read must be of its form: a type as pydantic takes it
