@@ -24,11 +24,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from fewshot import train
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF, GROUPS
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import keep_memory
+from fewshot.train import main as train_main
+from fewshot.train import run as train_run
 
 ROOT = Path(__file__).parents[1]
 HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine
@@ -178,7 +179,7 @@ def _runner(cache: Path) -> Callable[..., Path]:
             patch.setattr("fewshot.training.resume.compose", lambda name, overrides: composed(*overrides))
             if not pictures:
                 patch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
-            train.run(composed(*overrides), Call(list(overrides), folder, signals))
+            train_run(composed(*overrides), Call(list(overrides), folder, signals))
         return folder
 
     return run
@@ -217,7 +218,7 @@ def main(cache: Path) -> Iterator[Callable[..., str | int | None]]:
             if small:
                 patch.chdir(cache)
             try:
-                train.main()
+                train_main()
             except SystemExit as ended:
                 return ended.code
         return 0

@@ -25,9 +25,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from fewshot import train  # noqa: E402
 from fewshot.data import meta_batches as data_module  # noqa: E402, F401
 from fewshot.results import record_files  # noqa: E402, F401  what train.py imports late
+from fewshot.train import main as train  # noqa: E402
 
 KNOBS = (
     *("queries=3", "meta_batch_size=2", "iterations=100", "val_every=4", "val_tasks=2", "test_tasks=3", "threads=1"),
@@ -57,7 +57,7 @@ def start(words: list[str], log: Path) -> multiprocessing.Process:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.argv = [str(ROOT / "train.py"), *words]
-        train.main()
+        train()
 
     process = multiprocessing.get_context("fork").Process(target=program)
     process.start()

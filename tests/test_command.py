@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import HANG, ROOT
 
-from fewshot import test
 from fewshot.__main__ import COMMANDS, help_text
 from fewshot.errors import UserError
+from fewshot.test import words_of_train
 
 SCRIPT = Path(sys.executable).with_name("fewshot")
 MODULE = (sys.executable, "-m", "fewshot")
@@ -63,13 +63,13 @@ def test_hints_name_the_command_as_it_was_called():
 
 
 def test_test_is_train_with_a_checkpoint_and_nothing_to_fit():
-    assert test.words_of_train(["RUN", "test_tasks=9"]) == ["checkpoint='RUN'", "fit=false", "test_tasks=9"]
-    assert test.words_of_train(["a/b.ckpt", "-m", "x=1,2"]) == ["checkpoint=a/b.ckpt", "fit=false", "-m", "x=1,2"]
-    assert test.words_of_train(["-m", "x=1", "checkpoint=a"]) == ["-m", "x=1", "checkpoint=a", "fit=false"]
+    assert words_of_train(["RUN", "test_tasks=9"]) == ["checkpoint='RUN'", "fit=false", "test_tasks=9"]
+    assert words_of_train(["a/b.ckpt", "-m", "x=1,2"]) == ["checkpoint=a/b.ckpt", "fit=false", "-m", "x=1,2"]
+    assert words_of_train(["-m", "x=1", "checkpoint=a"]) == ["-m", "x=1", "checkpoint=a", "fit=false"]
     with pytest.raises(UserError, match=r"^RUN: is missing; write python -m fewshot\.test RUN, "):
-        test.words_of_train(["test_tasks=9"])
+        words_of_train(["test_tasks=9"])
     with pytest.raises(UserError, match=r"^fit=true: nothing is trained here; leave it out$"):
-        test.words_of_train(["RUN", "fit=true"])
+        words_of_train(["RUN", "fit=true"])
 
 
 def test_ones_own_modules_in_the_current_folder_are_found_and_hide_no_others(tmp_path):

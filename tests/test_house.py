@@ -23,6 +23,7 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("predict",),
     ("export", "evidence", "train"),
     ("test",),
+    ("api",),
     ("__main__",),
 )
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

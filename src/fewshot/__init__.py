@@ -1,23 +1,51 @@
 """MAML with and without the zeroing trick."""
 
 import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fewshot.processes.surroundings import settle
 
 if TYPE_CHECKING:
+    from fewshot.api import Run, test, train
+    from fewshot.errors import UserError
     from fewshot.predict.pretrained import load
 
-__all__ = ["load"]
+    __version__: str
+
+__all__ = ["Run", "UserError", "__version__", "load", "test", "train"]
+
+PUBLIC = {  # name: the module that has it, imported when it is first asked for, since torch takes seconds
+    **dict.fromkeys(("Run", "test", "train"), "fewshot.api"),
+    "UserError": "fewshot.errors",
+    "load": "fewshot.predict.pretrained",
+}
 
 if sys.argv[:1] == ["-m"]:  # Python is still on its way to the module of python -m fewshot.X
     settle()
 
 
-def __getattr__(name: str) -> Any:
-    """fewshot.load is fetched when it is first asked for: `import fewshot` alone does not wait for torch."""
-    if name == "load":
-        from fewshot.predict.pretrained import load
+class _Package(ModuleType):
+    """fewshot.train and fewshot.test are functions, also once the commands, modules of these names, are imported."""
 
-        return load
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fewshot")
+    if name in PUBLIC:
+        return getattr(import_module(PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,11 +2,11 @@
 
 import sys
 
-from fewshot import train
 from fewshot.config.command import HELP, Command, Parameter, one_line_errors
 from fewshot.config.tree import key_of
 from fewshot.errors import UserError
 from fewshot.files import override
+from fewshot.train import main as train
 
 COMMAND = Command(
     "test",
@@ -40,7 +40,7 @@ def main() -> None:
             print(COMMAND.help())
             return
         sys.argv[1:] = words_of_train(sys.argv[1:])
-    train.main()
+    train()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from examples import NETWORKS, convolutional, draw, images_for, meta_gradient, t
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from fewshot import train
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
 from fewshot.data.task import Task
@@ -66,6 +65,7 @@ from fewshot.processes.signals import Signals
 from fewshot.results.figures import png
 from fewshot.theory import closed_forms
 from fewshot.theory.features import agreement
+from fewshot.train import run as train_run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 KNOBS = {"inner_lr": 0.4, "inner_steps": 2}
@@ -774,7 +774,7 @@ def trained(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         overrides = [*SMALL, "val_tasks=4", "test_tasks=6", f"dataset.cache={cache}", "logger=none"]
-        train.run(compose("config", overrides), Call(overrides, folder, Signals()))
+        train_run(compose("config", overrides), Call(overrides, folder, Signals()))
     return folder
 
 

@@ -17,7 +17,6 @@ import torch
 from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
-from fewshot import train
 from fewshot.config.check import check
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
@@ -25,6 +24,7 @@ from fewshot.data import meta_batches as data_module  # noqa: F401
 from fewshot.errors import UserError
 from fewshot.processes.signals import Signals
 from fewshot.results import figures, record_files  # noqa: F401  what train.py imports late
+from fewshot.train import run as train_run
 from fewshot.training.checkpoint import read
 from fewshot.training.meta_learner import MetaLearner
 
@@ -51,7 +51,7 @@ def one_rank(rank, world, port, folder, overrides):
 
     MetaLearner.training_step = watched
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)), Signals() as signals:
-        train.run(compose("config", overrides), Call(overrides, folder, signals))
+        train_run(compose("config", overrides), Call(overrides, folder, signals))
     torch.save(seen[0][1], folder / f"gradient_{rank}.pt")
     torch.save(weights, folder / f"weights_{rank}.pt")
     (folder / f"tasks_{rank}.pickle").write_bytes(pickle.dumps([images for images, _ in seen]))

@@ -55,16 +55,6 @@ def hydra_command(
     added: an override that every call has.
     """
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
-    compose_config = Hydra.compose_config
-
-    def composed(hydra: Hydra, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
-        with one_line_errors():
-            try:
-                return compose_config(hydra, config_name, overrides, *args, **kwargs)
-            except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
-                raise not_composed(
-                    error, overrides, lambda groups: compose_config(hydra, config_name, groups, *args, **kwargs)
-                ) from error
 
     @wraps(task)
     def main() -> None:
@@ -84,13 +74,31 @@ def hydra_command(
                 check_overrides(asked.overrides)
                 if not (asked.cfg or asked.info):
                     first(asked)
-        Hydra.compose_config = composed
-        try:
+        with composing():
             run()
-        finally:
-            Hydra.compose_config = compose_config
 
     return main
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Inside, what Hydra would say at length of a call that it cannot compose is said in one line."""
+    compose_config = Hydra.compose_config
+
+    def composed(hydra: Hydra, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+        with one_line_errors():
+            try:
+                return compose_config(hydra, config_name, overrides, *args, **kwargs)
+            except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+                raise not_composed(
+                    error, overrides, lambda groups: compose_config(hydra, config_name, groups, *args, **kwargs)
+                ) from error
+
+    Hydra.compose_config = composed
+    try:
+        yield
+    finally:
+        Hydra.compose_config = compose_config
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """What comes before anything is trained: imports, threads, seeds, and a look at code of the user's own."""
 
 import logging
+import random
 import re
 import sys
 import warnings
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +68,22 @@ class _Without:
     def find_distributions(self, context: Any) -> Any:
         find = getattr(self.finder, "find_distributions", lambda context: ())
         return () if context.name in self.hidden else find(context)
+
+
+@contextmanager
+def torch_kept() -> Iterator[None]:
+    """What `prepare` sets for the whole process is afterwards as it was: random states, CPU threads, TF32."""
+    threads, gpus = torch.get_num_threads(), range(torch.cuda.device_count())
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def check_device(accelerator: str, precision: str) -> None:

@@ -1,0 +1,125 @@
+"""What a notebook calls: fewshot.train, fewshot.test, and a Run, which is the folder that they leave."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from fewshot.config.python_call import call_hydra, words_of
+from fewshot.files import override
+from fewshot.results import record_files
+from fewshot.test import words_of_train
+
+if TYPE_CHECKING:
+    from fewshot.predict.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class Run(os.PathLike[str]):
+    """A finished run, by its folder. It stands for that folder wherever a run or a model is asked for."""
+
+    folder: Path
+
+    def __init__(self, folder: "str | os.PathLike[str]") -> None:
+        object.__setattr__(self, "folder", Path(folder))
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    __str__ = __fspath__
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_png_(self) -> bytes | None:
+        """In a notebook: accuracy over inner steps."""
+        path = self.figures.get("accuracy_over_steps")
+        return path.read_bytes() if path else None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """results.json: results["test"]["zeroing_off"]["accuracy"] has the test accuracy after inner step 0, 1, ..."""
+        return record_files.read(self.folder)
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """metrics.csv by its columns, one number for each logged iteration; NaN: that one was not logged then."""
+        if not (path := self.folder / "metrics.csv").exists():
+            return {}  # of a test
+        curves = record_files.read_metrics(path)
+        iterations = sorted({iteration for curve in curves.values() for iteration, _ in curve})
+        columns = {name: [dict(curve).get(n, np.nan) for n in iterations] for name, curve in curves.items()}
+        return {name: np.array(column) for name, column in ({"iteration": iterations} | columns).items()}
+
+    @property
+    def figures(self) -> dict[str, Path]:
+        """The pictures in figures/ by their names without .png."""
+        return {path.stem: path for path in sorted((self.folder / "figures").glob("*.png"))}
+
+    def model(self) -> "Pretrained":
+        """The best model of the run, as fewshot.load gives it."""
+        from fewshot.predict.pretrained import load
+
+        return load(self.folder)
+
+    def evidence(self, **knobs: Any) -> Path:
+        """Measures whether the theory holds on the best model. Returns the page, RUN/evidence/report.html.
+
+        knobs: test_tasks and others of `python -m fewshot.evidence`, written as in fewshot.train.
+        """
+        from fewshot.evidence.__main__ import main
+
+        _call(main, [override("checkpoint", self.folder), *words_of(knobs)], log=False)
+        return self.folder / "evidence" / "report.html"
+
+
+def train(*, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Run:
+    """Trains, validates and tests, as `python train.py` does: fewshot.train(algo="zero", dataset="omniglot", seed=1)
+
+    It runs in this process and prints what the command prints. Random states, threads, logging, signal handlers and
+    Hydra are afterwards as they were before. Ctrl-C, or a notebook's stop button, finishes the outer update and writes
+    last.ckpt; then train(checkpoint=FOLDER) goes on.
+
+    Args:
+        folder: what is hydra.run.dir to the command; None: a new one in outputs/, named after the time.
+        knobs: those of train.py with their names and values (`python train.py --help`). A dot in a name is written as
+            two underscores, dataset__root="photos"; None is null, and a list or dict is one value. zeroing=True is
+            +zeroing=true; another knob that needs a plus is written with it, **{"+trainer.max_time": "00:01:00:00"}.
+
+    Raises:
+        fewshot.UserError: a knob, its value and what would work, in the line that the command prints; nothing is left.
+    """
+    from fewshot.train import main
+
+    place = [] if folder is None else [override("hydra.run.dir", os.fspath(folder))]
+    return Run(_call(main, [*words_of(knobs), *place]))
+
+
+def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Run:
+    """Tests a trained model in a new folder, as `fewshot test` does: fewshot.test(run, test_tasks=2000)
+
+    Args:
+        run: what train returned, the folder of a run, or one checkpoint, RUN/checkpoints/last.ckpt.
+        folder, knobs: as in train. Left out, a knob is as in training.
+    """
+    from fewshot.train import main
+
+    place = [] if folder is None else [override("hydra.run.dir", os.fspath(folder))]
+    words = words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs), *place])
+    return Run(_call(main, words))
+
+
+def _call(command: Any, words: list[str], log: bool = True) -> Path:
+    """What a command of hydra_command's does, in this process. log: whether it writes train.log."""
+    return call_hydra(partial(_leaving_torch_as_it_was, command.__wrapped__), words, log)
+
+
+def _leaving_torch_as_it_was(task: Any, cfg: DictConfig) -> Any:
+    from fewshot.training.runtime import torch_kept
+
+    with torch_kept():
+        return task(cfg)

@@ -1,0 +1,146 @@
+"""fewshot.train and fewshot.test: what the commands do, from Python, and what they leave of the process."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import HANG, SMALL, outcome
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+import fewshot
+from fewshot.config.python_call import as_error, words_of
+from fewshot.evidence import __main__ as evidence
+
+KNOBS = {word.partition("=")[0].replace(".", "__"): word.partition("=")[2] for word in SMALL} | {"logger": "none"}
+KNOBS |= {name: int(value) for name, value in KNOBS.items() if value.isdigit()}
+
+
+def of_the_process():
+    """What belongs to the whole process and a run changes."""
+    root = logging.getLogger()
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    levels = [logging.getLogger(name).level for name in ("fewshot", "matplotlib", "pytorch_lightning")]
+    hydra = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    seeds = {name: value for name, value in os.environ.items() if name.startswith("PL_")}
+    others = torch.get_num_threads(), threading.active_count(), os.getcwd(), logging.raiseExceptions, seeds
+    return *signals, root.level, root.handlers[:], *levels, *hydra, *others
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_train_is_what_the_command_does_and_leaves_the_process_as_it_was(finished, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_TRAINER_MAX_TIME", "00:00:00:00")  # Lightning would obey it
+    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = of_the_process()
+    run = fewshot.train(folder=tmp_path / "a, b=c", dataset__cache=cache, **KNOBS)
+    assert of_the_process() == before and draws() == expected
+    ours, theirs = outcome(run.folder), outcome(finished)
+    assert ours == theirs
+    assert run.folder == tmp_path / "a, b=c" and repr(run) == f"Run({str(run)!r})"
+    assert "\n" in (run.folder / "train.log").read_text()
+
+    tested = fewshot.test(run, folder=tmp_path / "test", test_tasks=2, dataset__cache=cache, logger="none")
+    assert of_the_process() == before
+    assert tested.results["test"]["tasks"] == 2 and tested.metrics == {}
+    model = fewshot.load(run)
+    assert model.config == run.model().config == fewshot.load(tested.results["config"]["checkpoint"]).config
+
+
+def test_a_run_shows_what_its_folder_holds(finished):
+    run = fewshot.Run(str(finished))
+    assert run.metrics["iteration"].tolist() == [0, 2, 4, 6] and run.results["iterations"] == 6
+    loss = run.metrics["train/loss"]
+    assert np.isnan(loss[0]) and np.isfinite(loss[1:]).all() and loss.dtype == np.float64
+    assert {*run.figures} == {"accuracy_over_iterations", "accuracy_over_steps"}
+    assert run._repr_png_() == run.figures["accuracy_over_steps"].read_bytes()
+    assert fewshot.Run("nowhere")._repr_png_() is None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ({"inner_lrr": 0.1}, "inner_lrr=0.1: no such knob; did you mean inner_lr?"),
+        ({"ways": 0}, "ways=0: must be an integer of at least 2"),
+        ({"algo": "zeroo"}, "algo=zeroo: no such choice; did you mean zero?"),
+        ({"seed": [1, 2]}, "seed=[1, 2]: must be an integer of at least 0"),
+        ({"dataset": "folder", "dataset__root": "nowhere"}, "dataset.root=nowhere: no such file or folder"),
+        ({"seed": {1, 2}}, "seed={1, 2}: a set is no value of a knob"),
+        ({"checkpoint": "nowhere"}, "checkpoint=nowhere: no such file"),
+        ({"folder": ""}, "hydra.run.dir=: must be a folder"),
+    ],
+)
+def test_a_refused_call_raises_the_commands_line_and_leaves_nothing(knobs, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = of_the_process()
+    with pytest.raises(fewshot.UserError) as error:
+        fewshot.train(**knobs)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir()) and of_the_process() == before
+
+
+def test_keywords_are_read_back_as_what_they_are(config):
+    values = {
+        "ways": np.int64(7),
+        "inner_lr": 0.25,
+        "seed": 3,
+        "zeroing": True,
+        "test_every": None,
+        "checkpoint": Path("a ${b}, c=d's"),
+        "dataset__mean": (0.5,),
+        "algo__first_order": False,
+        "model": "conv4_pooled",
+        "dataset__root": "null",
+        "milestones": [1, 2],
+        "stop_at_accuracy": 1e-3,
+    }
+    words = words_of(values)
+    assert words[:5] == ["ways=7", "inner_lr=0.25", "seed=3", "+zeroing=true", "test_every=null"]
+    cfg = config(*(word for word in words if not word.startswith("dataset.root")), "dataset=folder", words[9])
+    for keyword, value in values.items():
+        node = cfg
+        for part in keyword.split("__"):
+            node = node[part]
+        expected = str(value) if isinstance(value, Path) else value
+        if keyword == "model":
+            node = node.name
+        assert node == (list(expected) if isinstance(expected, tuple) else expected), keyword
+
+
+def test_evidence_is_the_commands_page(finished, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evidence, "run", lambda cfg, overrides, folder: asked.append((cfg.test_tasks, folder)))
+    assert fewshot.Run(finished).evidence(test_tasks=4) == finished / "evidence" / "report.html"
+    assert asked == [(4, finished / "evidence")]
+    assert not (finished / "train.log").exists() and not (finished / ".hydra").exists()
+
+
+def test_an_interrupt_is_one_and_other_ends_stay():
+    for code, kind in ((130, KeyboardInterrupt), ("a line", fewshot.UserError), (143, SystemExit)):
+        with pytest.raises(kind), as_error():
+            raise SystemExit(code)
+
+
+def test_the_package_is_light_and_its_functions_are_no_modules():
+    program = "import fewshot, sys; assert not {'torch', 'hydra', 'numpy', 'pydantic'} & {*sys.modules}\n"
+    program += "import fewshot.train, fewshot.test; from fewshot import train, test, Run\n"
+    program += "assert fewshot.train is train and train.__module__ == test.__module__ == 'fewshot.api'\n"
+    program += "assert 'torch' not in sys.modules and {*fewshot.__all__} <= {*dir(fewshot)}; print(fewshot.__version__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    assert f'\nversion = "{done.stdout.strip()}"\n' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert not hasattr(fewshot, "nothing") and SimpleNamespace(**{n: getattr(fewshot, n) for n in fewshot.__all__})
