@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("batched",),
     ("training",),
     ("predict",),
-    ("export", "evidence", "train"),
+    ("export", "evidence", "train", "push"),
     ("test",),
     ("api",),
     ("__main__",),

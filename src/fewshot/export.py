@@ -6,19 +6,20 @@ path of the machine that trained.
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.stored import OUTER
-from fewshot.config.tree import MODES, portable
-from fewshot.errors import UserError, one_line, shown
-from fewshot.files import EXPORTED, EXPORTED_CONFIG, check_place, checkpoint_file, user_path, write_file
+from fewshot.config.tree import MODES, NOT_THE_MODEL, key_of, portable
+from fewshot.errors import UserError, one_line, printable, shown
+from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, check_place, checkpoint_file, user_path, write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.results.record_files import read as read_results
 from fewshot.results.record_files import versions
-
-CARD = "README.md"
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -34,13 +35,12 @@ def export(checkpoint: Path, folder: Path) -> None:
     from fewshot.training import checkpoint as stored_run
 
     content = stored_run.read(checkpoint)
-    trained = content["fewshot"]["config"]
+    run = content["fewshot"]
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
-    splits = content["fewshot"].get("splits", {})
-    card = model_card(trained, weights, splits, content["global_step"], *_results(checkpoint, content["global_step"]))
+    card = model_card(run, weights, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card,
-        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable(trained))),
+        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable(run["config"]))),
         EXPORTED: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
     }
     for name, data in files.items():
@@ -62,16 +62,14 @@ def _results(checkpoint: Path, iteration: int) -> tuple[dict[str, Any] | None, s
 
 
 def model_card(
-    config: dict[str, Any],
-    weights: dict[str, Any],
-    splits: dict[str, Any],
-    iteration: int,
-    results: dict[str, Any] | None,
-    why_not: str,
+    run: dict[str, Any], weights: dict[str, Any], iteration: int, results: dict[str, Any] | None, why_not: str
 ) -> str:
-    """The text of README.md, with the front matter that model hubs read."""
+    """The text of README.md, with the front matter that model hubs read. run: what a checkpoint says of its run."""
+    from fewshot.data.sources import LICENCES
     from fewshot.data.task import SPLITS
 
+    config, splits = run["config"], run.get("splits")
+    loop = InnerLoop.of(config)
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     colour = "grey" if data["channels"] == 1 else "colour"
@@ -81,8 +79,12 @@ def model_card(
         + f"; SHA-256 of their names and images {splits['sha256']}"
         if splits
         else "not recorded",
+        "licence of the images": LICENCES.get(data["name"], "not known to this program"),
         "network": f"{config['model']['name']}, {numbers:,} parameters",
-        "algorithm": ", ".join(f"{knob}={shown(value)}" for knob, value in algo.items()),
+        "algorithm": f"{loop.name}: "
+        + ", ".join(
+            f"{knob}={shown(value)}" for knob, value in {**algo, "init_scale": config.get("init_scale", 1)}.items()
+        ),
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
         + ", where the learned ones began" * algo["learned_inner_lr"],
         "outer loop": f"outer update {iteration} of {config['iterations']}, "
@@ -93,11 +95,14 @@ def model_card(
             f"{name} {number}" for name, number in (results or {}).get("versions", versions()).items()
         ),
     }
+    title = f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot"
     return CARD_TEXT.format(
-        title=plain_markdown(f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot"),
+        metadata=yaml.safe_dump(_metadata(title, config, results), sort_keys=False),
+        title=plain_markdown(title),
         facts="\n".join(f"| {name} | {plain_markdown(fact)} |" for name, fact in facts.items()),
         numbers=_table(results) if results else f"None: {why_not}.",
-        ways=InnerLoop.of(config).ways(ways),
+        command=_command(run["overrides"]),
+        ways=loop.ways(ways),
     )
 
 
@@ -122,11 +127,51 @@ def _table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _metadata(title: str, config: dict[str, Any], results: dict[str, Any] | None) -> dict[str, Any]:
+    """The card's front matter; the accuracies as model hubs read them, after as many inner steps as in training."""
+
+    def plain(text: str) -> str:
+        """Some viewers show this part as Markdown, in which no escape would hold in YAML too."""
+        return re.sub(r"[^A-Za-z0-9_.,+ -]+", "-", text)
+
+    metadata = {
+        "library_name": "fewshot",
+        "pipeline_tag": "image-classification",
+        "tags": ["few-shot-learning", "meta-learning", "maml"],
+    }
+    if not results:
+        return metadata
+    test, data = results["test"], plain(config["dataset"]["name"])
+    steps = min(config["inner_steps"], len(test["zeroing_on"]["accuracy"]) - 1)
+    metrics = [
+        {
+            "type": "accuracy",
+            "name": f"query accuracy, test zeroing {mode.removeprefix('zeroing_')}",
+            "value": test[mode]["accuracy"][steps],
+            "args": {"inner_steps": steps, "tasks": test["tasks"], "ci95": test[mode]["ci95"][steps]},
+        }
+        for mode in MODES
+    ]
+    task = {"type": "image-classification", "name": f"{config['ways']}-way {config['shots']}-shot classification"}
+    dataset = {"name": data, "type": data, "split": "test"}
+    return metadata | {
+        "model-index": [{"name": plain(title), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+    }
+
+
+def _command(overrides: list[str]) -> str:
+    """The call that trained it, on one line, without places of the machine and what changes nothing in the model."""
+    left_out = {*NOT_THE_MODEL} - {"augment", *OUTER}
+    words = [
+        shlex.quote(printable(override))
+        for override in overrides
+        if not any(f"{key_of(override)}.".startswith(f"{key}.") for key in left_out)
+    ]
+    return " ".join(["python train.py", *words])
+
+
 CARD_TEXT = """---
-library_name: fewshot
-pipeline_tag: image-classification
-tags: [few-shot-learning, meta-learning, maml]
----
+{metadata}---
 
 # {title}
 
@@ -141,10 +186,16 @@ apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classificatio
 
 {numbers}
 
+## Training
+
+```bash
+{command}
+```
+
 ## Use
 
 ```bash
-python -m fewshot.predict checkpoint=THIS_FOLDER support=DIR query=DIR   # support: one folder of images per class
+python -m fewshot.predict model=THIS_FOLDER support=DIR query=DIR   # support: one folder of images per class
 ```
 
 ```python
@@ -155,7 +206,7 @@ model = fewshot.load("THIS_FOLDER")  # model.encoder, model.head, model.preproce
 predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).labels  # PIL images or uint8 arrays
 ```
 
-It adapts to {ways}.
+On the Hugging Face hub `hf://ORG/NAME` stands for the folder. The model adapts to {ways}.
 BatchNorm normalises all queries of a call together, so the prediction for one depends on the others.
 
 `model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 # What a run writes into by these names. In a folder of somebody else's each could be a link to a file of the user.
 OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", ".lock", ".lock-ranks", "error.txt")
-# In the folder of an exported model: its weights and its settings.
-EXPORTED, EXPORTED_CONFIG = "model.safetensors", "config.yaml"
+# In the folder of an exported model: its weights, its settings and its card.
+EXPORTED, EXPORTED_CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 PLAIN = re.compile(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*")  # a path that needs no quotes: neither a number nor null
 _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, and their descriptors
 
@@ -276,28 +276,28 @@ def run_folder(checkpoint: Path) -> Path:
     return path if os.path.isdir(path / "checkpoints") or path.name != "checkpoints" else path.parent
 
 
-def checkpoint_file(value: Any, name: str) -> Path:
-    """The file that checkpoint= names, of a run's folder RUN it is RUN/checkpoints/NAME.ckpt; none is a UserError."""
-    path = user_path("checkpoint", value)
+def checkpoint_file(value: Any, name: str, knob: str = "checkpoint") -> Path:
+    """The file that the knob names, of a run's folder RUN it is RUN/checkpoints/NAME.ckpt; none is a UserError."""
+    path = user_path(knob, value)
     if os.path.isdir(path):
         path = run_folder(path) / "checkpoints" / f"{name}.ckpt"
         if not os.path.isfile(path):
             raise UserError(
-                f"checkpoint={value}: no checkpoints/{name}.ckpt in this folder; give the folder of a run or a .ckpt"
+                f"{knob}={value}: no checkpoints/{name}.ckpt in this folder; give the folder of a run or a .ckpt"
             )
     elif not os.path.exists(path):
-        raise UserError(f"checkpoint={value}: no such file")
+        raise UserError(f"{knob}={value}: no such file")
     return path
 
 
 def model_path(value: Any) -> Path:
     """What checkpoint_file says of the best model; but the folder of an exported model is returned as it is."""
-    path = user_path("checkpoint", value)
+    path = user_path("model", value)
     if os.path.isfile(path / EXPORTED):
         return path
     if os.path.isdir(path) and not os.path.exists(run_folder(path) / "checkpoints"):
-        raise UserError(f"checkpoint={value}: has no {EXPORTED}; give an exported folder, a run's folder or a .ckpt")
-    return checkpoint_file(value, "best")
+        raise UserError(f"model={value}: has no {EXPORTED}; give an exported folder, a run's folder or a .ckpt")
+    return checkpoint_file(value, "best", "model")
 
 
 def claimed(folder: Path) -> Path:

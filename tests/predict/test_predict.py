@@ -356,12 +356,14 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
     ("words", "line"),
     [
         ("suport=x", "suport=x: no such knob; did you mean support?"),
-        ("support=x", "checkpoint: is missing; give checkpoint="),
-        ("checkpoint=c support=x support=y", "support=y: support is given twice"),
-        ("checkpoint=c support=x query=", "query=: give query=VALUE"),
+        ("support=x", "model: is missing; give model="),
+        ("model=c checkpoint=d", "model=d: model is given twice; model=c came first"),
+        ("model=c support=x support=y", "support=y: support is given twice"),
+        ("model=c support=x query=", "query=: give query=VALUE"),
         ("checkpoint=c support=x query=y test_zeroing=yes", "test_zeroing=yes: must be true or false"),
         ("checkpoint=c support=x query=y steps=two", "steps=two: must be an integer of at least 1"),
-        ("checkpoint=c support=x query=y", "checkpoint=c: no such file or folder"),
+        ("model=c support=x query=y", "model=c: no such file or folder"),
+        ("model=none/c support=x query=y", "model=none/c: no such file or folder"),
         ("checkpoint=a.txt support=none query=q", "support=none: no such file or folder"),
         ("checkpoint=a.txt support=loose query=q", "support=loose: 1.png lies in no class"),
         ("checkpoint=a.txt support=empty query=q", "support=empty: no images in 'b'; add images or remove the class"),
@@ -370,8 +372,8 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
         ("checkpoint=a.txt support=unsafe.zip query=q", "support=unsafe.zip: unsafe path '../a/1.png'"),
         ("checkpoint=a.txt support=two query=none", "query=none: no such file or folder"),
         ("checkpoint=a.txt support=two query=noimages", "query=noimages: no images in it"),
-        ("checkpoint=a.txt support=two query=q", "checkpoint=a.txt: cannot be read"),
-        ("checkpoint=two support=two query=q", "checkpoint=two: has no model.safetensors"),
+        ("checkpoint=a.txt support=two query=q", "model=a.txt: cannot be read"),
+        ("model=two support=two query=q", "model=two: has no model.safetensors"),
         ("checkpoint=a.txt support=two query=q out=one", "out=one: is not empty; name another folder"),
     ],
 )
@@ -412,8 +414,8 @@ def test_torch_is_imported_only_when_it_is_needed():
     """A mistake on the command line does not wait for it, nor does `import fewshot`."""
     code = """
 import sys
-import fewshot, fewshot.export, fewshot.predict.__main__
-for module in (fewshot.predict.__main__, fewshot.export):
+import fewshot, fewshot.export, fewshot.predict.__main__, fewshot.push
+for module in (fewshot.predict.__main__, fewshot.export, fewshot.push):
     try:
         module.main(["checkpoint=none", "suport=none"])
     except SystemExit as stop:
@@ -424,6 +426,7 @@ print("torch" in sys.modules, "load" in dir(fewshot) or fewshot.__all__)
     assert process.stdout.splitlines() == [
         "suport=none: no such knob; did you mean support?",
         "suport=none: no such knob; known are checkpoint, out",
+        "checkpoint=none: no such knob; known are model, private, repo",
         "False ['load']",
     ]
 
@@ -442,15 +445,16 @@ def test_names_that_are_no_utf8_are_classes_and_files_like_others(trained, tmp_p
 
 def test_places_that_cannot_be_are_one_line_at_once(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
-    place, nobody = f"out={tmp_path / 'file' / 'x'}", "checkpoint=~no-such-user/x"
+    place = f"out={tmp_path / 'file' / 'x'}"
     line = rf"^out=.*/file/x: {tmp_path}/file is no folder; name another place$"
     with pytest.raises(SystemExit, match=line):
         main(["checkpoint=none", "support=none", "query=none", place])
     with pytest.raises(SystemExit, match=line):
         export.main([f"checkpoint={trained}/checkpoints/best.ckpt", place])
-    for call in (lambda: main([nobody, "support=none", "query=none"]), lambda: export.main([nobody, "out=none"])):
-        with pytest.raises(SystemExit, match=r"^checkpoint=~no-such-user/x: "):
-            call()
+    with pytest.raises(SystemExit, match=r"^model=~no-such-user/x: "):
+        main(["model=~no-such-user/x", "support=none", "query=none"])
+    with pytest.raises(SystemExit, match=r"^checkpoint=~no-such-user/x: "):
+        export.main(["checkpoint=~no-such-user/x", "out=none"])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Images of one's own, after training: python -m fewshot.predict checkpoint=PATH support=FOLDER query=FOLDER
+"""Images of one's own: python -m fewshot.predict model=omniglot-5w1s-fomaml support=FOLDER query=FOLDER
 
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
 
 import logging
 import os
+import re
+import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, printable
-from fewshot.files import check_place, claimed, model_path, user_path, write_atomically
+from fewshot.files import check_place, claimed, user_path, write_atomically
+from fewshot.predict.find import find
 from fewshot.predict.predictions import Predictions, predict
 from fewshot.results.record_files import write_csv
 
@@ -30,7 +33,7 @@ SHEET_CLASSES, SHEET_QUERIES = 50, 200  # of the contact sheet, at most
 
 
 def run(
-    checkpoint: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **options: int | bool | None
+    model: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **options: int | bool | None
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
 
@@ -41,10 +44,10 @@ def run(
         check_place("out", folder)
     if folder is not None and os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"out={folder}: is not empty; name another folder")
-    for knob, path in {"checkpoint": checkpoint, "support": support, "query": query}.items():
+    model_path = find(model)
+    for knob, path in {"support": support, "query": query}.items():
         if not os.path.exists(user_path(knob, path)):
             raise UserError(f"{knob}={path}: no such file or folder")
-    model_path(checkpoint)
     from fewshot.data.folder_or_zip import open_source
     from fewshot.data.images import is_image, tell_left_out
 
@@ -61,16 +64,16 @@ def run(
     from fewshot.data.sheet import contact_sheet
     from fewshot.predict.pretrained import load
 
-    model = load(checkpoint, trust=trust)
+    pretrained = load(model_path, trust=trust)
     skipped: list[tuple[str, str, str]] = []
-    read = partial(_read, preprocess=model.preprocess, skipped=skipped, told=set())
+    read = partial(_read, preprocess=pretrained.preprocess, skipped=skipped, told=set())
     examples = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
     if lost := [name for name, images in examples.items() if not images]:
         raise UserError(f"support={support}: no image of {lost[0]!r} can be read; replace them or remove the class")
     queries = read("query", query_source, asked)
     if not queries:
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
-    predictions = predict(model, examples, list(queries.values()), **options)
+    predictions = predict(pretrained, examples, list(queries.values()), **options)
     rows = list(zip(queries, predictions.labels, predictions.probabilities, strict=True))
     folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
@@ -149,8 +152,9 @@ COMMAND = Command(
     "predict",
     "adapts a model to the images in `support` and classifies those in `query`.",
     {
-        "checkpoint=PATH": Parameter(
-            "The folder of a run, RUN/checkpoints/best.ckpt, or a folder that export wrote.",
+        "model=MODEL": Parameter(
+            "A model that comes with this program, such as omniglot-5w1s-fomaml; the folder of a run, or one that "
+            "export wrote; a file RUN/checkpoints/best.ckpt; or hf://ORG/NAME, on Hugging Face.",
             needed=True,
         ),
         "support=FOLDER": Parameter("A folder or zip with one folder of images for each class.", needed=True),
@@ -172,8 +176,10 @@ COMMAND = Command(
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with one_line_errors():
-        values = read_words(COMMAND, arguments).values
-        run(values.pop("checkpoint"), values.pop("support"), values.pop("query"), values.pop("out", None), **values)
+        words = sys.argv[1:] if arguments is None else arguments
+        words = [re.sub("^checkpoint=", "model=", word) for word in words]  # as it was called when only runs had models
+        values = read_words(COMMAND, words).values
+        run(values.pop("model"), values.pop("support"), values.pop("query"), values.pop("out", None), **values)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from fewshot.config.tree import entries, portable
 from fewshot.data.images import decode, square
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
-from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular, model_path
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular
+from fewshot.predict.find import find
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 
@@ -106,7 +107,8 @@ class Pretrained:
 
 
 def load(path: str | Path, *, trust: bool = False) -> Pretrained:
-    """The model of a run, RUN or RUN/checkpoints/best.ckpt, or of a folder that `python -m fewshot.export` wrote.
+    """The model of a run, RUN or RUN/checkpoints/best.ckpt; of a folder that `python -m fewshot.export` wrote; one that
+    comes with this program, by its name, as "omniglot-5w1s-fomaml"; or one on the Hugging Face hub, "hf://ORG/NAME".
 
     The model is on the CPU, in evaluation mode. Only tensors and plain data are unpickled. The stored configuration
     names what makes the network; that is called only if it is this program's own.
@@ -116,22 +118,23 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     Raises:
         UserError: nothing there can be read, the weights do not fit, or the network is foreign and not trusted.
     """
-    path = model_path(path)
+    path = find(path)
+    where = f"model={path}"
     if path.is_dir():
         config, weights = _read_folder(path)
     else:
-        content = read(path)
+        content = read(path, "model")
         config, weights = portable(content["fewshot"]["config"]), content["state_dict"]
     if not trust:
-        _refuse_foreign(config, path)
+        _refuse_foreign(where, config)
     config = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list
-    stored.check_config(f"checkpoint={path}", config)
-    stored.check(f"checkpoint={path}", config, stored.MODEL)
+    stored.check_config(where, config)
+    stored.check(where, config, stored.MODEL)
     network, data = config["model"]["network"], config["dataset"]
     for knob in ("size", "channels"):
         if network.get(knob, data[knob]) != data[knob]:
             raise UserError(
-                f"checkpoint={path}: model.network.{knob} is {stored.brief(network[knob])}, and dataset.{knob} "
+                f"{where}: model.network.{knob} is {stored.brief(network[knob])}, and dataset.{knob} "
                 f"{data[knob]}; they must be the same"
             )
     # On "meta" a network of fewshot.models takes no memory until its shapes are known to fit the weights.
@@ -141,8 +144,8 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
             learner = MetaLearner.from_config(OmegaConf.create(config), engine="sequential")
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"checkpoint={path}: its model.network cannot be made ({reason})") from None
-    refuse_misfit(weights, config, path, learner)
+        raise UserError(f"{where}: its model.network cannot be made ({reason})") from None
+    refuse_misfit(where, weights, config, learner)
     learner.load_state_dict(weights, assign=True)  # assigned, they stay float64 where they are
     return Pretrained(learner.eval(), Preprocess.from_config(data), config)
 
@@ -152,35 +155,33 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (EXPORTED, EXPORTED_CONFIG):
         if not (folder / name).exists():
             raise UserError(
-                f"checkpoint={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
+                f"model={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
                 "RUN/checkpoints/best.ckpt"
             )
-        is_regular("checkpoint", folder / name)
+        is_regular("model", folder / name)
     config = stored.read_yaml(folder / EXPORTED_CONFIG)
-    stored.check(f"checkpoint={folder / EXPORTED_CONFIG}", config, dict[str, Any])
-    stored.check_plain(f"checkpoint={folder / EXPORTED_CONFIG}", config)
+    stored.check(f"model={folder / EXPORTED_CONFIG}", config, dict[str, Any])
+    stored.check_plain(f"model={folder / EXPORTED_CONFIG}", config)
     config = to_today(config)
     try:
         weights = load_file(folder / EXPORTED)
     except SafetensorError as error:
-        raise UserError(
-            f"checkpoint={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})"
-        ) from None
-    check_weights(f"checkpoint={folder / EXPORTED}", weights)
+        raise UserError(f"model={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})") from None
+    check_weights(f"model={folder / EXPORTED}", weights)
     return config, weights
 
 
-def _refuse_foreign(config: dict[str, Any], path: Path) -> None:
+def _refuse_foreign(where: str, config: dict[str, Any]) -> None:
     """Raises UserError where building the model would call, or look up, what fewshot.models does not define.
 
     It is not enough that a name begins with fewshot., because through a module's imports it can reach everything.
     """
     for key, value in entries(config):
         if "${" in str(value):  # an interpolation could become anything after this check
-            raise UserError(f"checkpoint={path}: {key}={value}: a shared configuration has plain values only")
+            raise UserError(f"{where}: {key}={value}: a shared configuration has plain values only")
         if key.rsplit(".", 1)[-1] == "_target_" and not _own(value):
             raise UserError(
-                f"checkpoint={path}: its configuration calls {value}, and loading would run that; only what "
+                f"{where}: its configuration calls {value}, and loading would run that; only what "
                 "fewshot.models defines is called, unless you trust whoever wrote it: trust=true, in Python trust=True"
             )
 

@@ -116,34 +116,34 @@ FORM = form(
 )
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, knob: str = "checkpoint") -> dict[str, Any]:
     """A checkpoint of this program; only tensors and plain data are ever unpickled.
+
+    knob: the one that named the file.
 
     Raises:
         UserError: missing, truncated, compressed, or not of the form that this program writes.
     """
-    path = Path(path)
-    is_regular("checkpoint", path)
+    path, where = Path(path), f"{knob}={path}"
+    is_regular(knob, path)
     try:
-        refuse_bombs(path)
+        refuse_bombs(where, path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # whatever a foreign or truncated file makes of the unpickler
-        raise UserError(
-            f"checkpoint={path}: cannot be read, truncated or not a checkpoint ({type(error).__name__})"
-        ) from None
+        raise UserError(f"{where}: cannot be read, truncated or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or "fewshot" not in checkpoint:
-        raise UserError(f"checkpoint={path}: was not written by this program")
-    stored.check(f"checkpoint={path}", checkpoint, FORM)
-    check_weights(f"checkpoint={path}", checkpoint["state_dict"])
-    stored.check_config(f"checkpoint={path}: what it was trained with", checkpoint["fewshot"]["config"])
+        raise UserError(f"{where}: was not written by this program")
+    stored.check(where, checkpoint, FORM)
+    check_weights(where, checkpoint["state_dict"])
+    stored.check_config(f"{where}: what it was trained with", checkpoint["fewshot"]["config"])
     checkpoint["fewshot"]["config"] = to_today(checkpoint["fewshot"]["config"])
     return checkpoint
 
 
-def refuse_bombs(path: Path) -> None:
-    """Raises UserError where little could become much.
+def refuse_bombs(where: str, path: Path) -> None:
+    """Raises UserError where little could become much. where: how its line begins.
 
     The file must be a zip of uncompressed entries, as torch's are, and of nothing beside them (another directory of
     entries, for example, that torch would read); its pickle may name what this program's checkpoints name.
@@ -151,15 +151,15 @@ def refuse_bombs(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries, size = archive.infolist(), path.stat().st_size
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise UserError(f"checkpoint={path}: is compressed, as no checkpoint of this program")
+            raise UserError(f"{where}: is compressed, as no checkpoint of this program")
         inside = sum(max(entry.file_size, entry.compress_size) for entry in entries)
         if not inside <= size <= inside + AROUND * (len(entries) + 2):
-            raise UserError(f"checkpoint={path}: has other bytes than those of its entries")
+            raise UserError(f"{where}: has other bytes than those of its entries")
         (pickle,) = (entry for entry in entries if entry.filename.endswith("/data.pkl"))
         for operation, argument, _ in pickletools.genops(archive.read(pickle)):
             if operation.name in ("STACK_GLOBAL", "INST") or (operation.name == "GLOBAL" and argument not in NAMED):
                 name = argument or operation.name
-                raise UserError(f"checkpoint={path}: names {name}, as no checkpoint of this program")
+                raise UserError(f"{where}: names {name}, as no checkpoint of this program")
 
 
 def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -199,22 +199,22 @@ def _alike(state: Any, own: dict[str, Any] | None) -> bool:
     )
 
 
-def refuse_misfit(weights: dict[str, Tensor], trained: dict[str, Any], path: Path, module: nn.Module) -> None:
-    """Raises UserError for the first tensor in which the weights at path are not those of the module, or NaN.
+def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any], module: nn.Module) -> None:
+    """Raises UserError for the first tensor in which the weights are not those of the module, or NaN.
 
-    trained: the configuration beside them.
+    where: how its line begins; trained: the configuration beside the weights.
     """
     ours = module.state_dict()
     for name in sorted({*weights, *ours}, key=lambda name: ("head" not in name, name)):
         shapes = [_kind(state[name]) if name in state else "absent" for state in (weights, ours)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"checkpoint={path}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
+                f"{where}: {name} is {shapes[0]} there and {shapes[1]} here; it was trained with "
                 f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']} "
                 f"algo.learned_inner_lr={shown(trained['algo'].get('learned_inner_lr', False))}"
             )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"checkpoint={path}: has weights that are not finite numbers, with which nothing can be done")
+        raise UserError(f"{where}: has weights that are not finite numbers, with which nothing can be done")
 
 
 def _kind(tensor: Tensor) -> str:

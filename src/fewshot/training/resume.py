@@ -108,7 +108,7 @@ class Start:
         if self.content is None:
             return None
         trained = self.content["fewshot"]
-        refuse_misfit(self.content["state_dict"], trained["config"], self.path, learner)
+        refuse_misfit(f"checkpoint={self.path}", self.content["state_dict"], trained["config"], learner)
         if self.cfg.fit or not self.cfg.dataset.other_split:
             self._refuse_other_split(tasks.manifest, trained.get("splits", tasks.manifest))
         return self.path

@@ -1,0 +1,40 @@
+"""The model that model= and fewshot.load name: a path, the name of one that comes with this program, or hf://ORG/NAME."""
+
+from pathlib import Path
+
+from fewshot.errors import UserError, nearest
+from fewshot.files import EXPORTED, model_path, user_path
+from fewshot.predict import hub
+
+# The models that come with this program: beside its packages in a wheel, at the top of a checkout.
+PLACES = (Path(__file__).parents[1] / "trained", Path(__file__).parents[3] / "models")
+MODELS = next((path for path in PLACES if path.is_dir()), PLACES[0])
+
+
+def names() -> list[str]:
+    """Of the models that come with this program."""
+    return sorted(path.parent.name for path in MODELS.glob(f"*/{EXPORTED}"))
+
+
+def find(model: str | Path) -> Path:
+    """A checkpoint, or the folder of an exported model.
+
+    model: a path as files.model_path has it; a name, where no such path is there; or hf://ORG/NAME, which is downloaded
+        unless the hub's cache has it.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    text = str(model)
+    if text.startswith(hub.SCHEME):
+        return hub.download(text)
+    if user_path("model", model).exists():
+        return model_path(model)
+    known = names()
+    if text in known:
+        return MODELS / text
+    if "/" in text or not known:
+        raise UserError(f"model={text}: no such file or folder")
+    remedy = nearest(text, {*known})
+    listed = f" ({', '.join(known)})" * remedy.startswith("did you mean")
+    raise UserError(f"model={text}: no such file or folder, and no model{listed} of this name; {remedy}")
