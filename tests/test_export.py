@@ -139,6 +139,24 @@ def test_names_of_others_are_no_markdown_and_no_html_in_a_card(trained, tmp_path
     assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows) and len(rows) == 2
 
 
+def test_the_card_has_the_command_on_one_line_without_places_of_the_machine(trained, exported, tmp_path):
+    command = re.search(r"```bash\n(python train\.py .*)\n```\n", (exported / "README.md").read_text())[1]
+    content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    overrides = content["fewshot"]["overrides"]
+    kept = [word for word in overrides if not word.startswith(("trainer=", "logger=", "callbacks.", "dataset.cache="))]
+    assert command.split() == ["python", "train.py", *kept] and len(kept) < len(overrides) and "shots=5" in kept
+    content["fewshot"]["overrides"] = [
+        "+zeroing=true",
+        "dataset.root=/home/me",
+        "clip_norm=1",
+        "seed=0 ```\x85<b>' $(rm)",
+    ]
+    torch.save(content, tmp_path / "best.ckpt")
+    export(tmp_path / "best.ckpt", tmp_path / "out")
+    line = "python train.py +zeroing=true clip_norm=1 'seed=0 ```\\x85<b>'\"'\"' $(rm)'"
+    assert f"```bash\n{line}\n```\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_export_overwrites_nothing(trained, exported, tmp_path):
     before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):
