@@ -10,13 +10,14 @@ from fewshot.errors import UserError
 from fewshot.files import in_shell
 from fewshot.predict import hub
 from fewshot.predict.find import find
+from fewshot.processes.surroundings import as_called
 
 COMMAND = Command(
-    "python -m fewshot.push",
+    "push",
     "writes an exported model to the Hugging Face hub.",
     {
         "model=MODEL": Parameter(
-            "A folder that python -m fewshot.export wrote, or the name of a model that comes with this program.",
+            "A folder that export wrote, or the name of a model that comes with this program; model= may be left out.",
             needed=True,
         ),
         "repo=ORG/NAME": Parameter("The repository on the hub, which is made if it is not there.", needed=True),
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = find(values["model"])
         if not folder.is_dir():
             raise UserError(
-                f"model={values['model']}: is a run's, with what only training needs; python -m fewshot.export "
+                f"model={values['model']}: is a run's, with what only training needs; {as_called('export')} "
                 f"{in_shell('checkpoint', values['model'])} out=FOLDER writes the folder to give here"
             )
         address = hub.upload(folder, values["repo"], values.get("private"))
