@@ -85,6 +85,12 @@ def test_the_table_is_made_of_their_files():
     assert script.table(MODELS).count("\n") == 2 + len(names())
 
 
+def test_what_the_docs_name_is_there():
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/predict.md", "models/README.md"))
+    text += (ROOT / "src" / "fewshot" / "predict" / "__main__.py").read_text()
+    assert {*re.findall(r"(?:omniglot|cifarfs)-\d+w\d+s-[a-z-]+[a-z]", text)} <= {*names()}
+
+
 def test_a_wheel_has_them_where_an_installed_program_looks():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert PLACES[0].relative_to(ROOT) == Path("src", wheel["force-include"]["models"])
