@@ -71,6 +71,17 @@ def test_memory_that_is_asked_for_again_and_again_is_faulted_in_once():
     assert int(said(count)) < 30_000 < int(said(count, MALLOC_ARENA_MAX="8"))
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc's mallopt")
+def test_memory_that_was_kept_is_given_back():
+    """Of 512 blocks of 256 KiB every second one is freed: 64 MiB, which no block on top of the heap can hide."""
+    resident = "int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE') / 2**20"
+    program = (
+        "import os; from fewshot.processes.surroundings import give_memory_back; blocks = [bytearray(b'x' * 2**18) "
+        f"for _ in range(512)]; del blocks[::2]; kept = {resident}; give_memory_back(); print(kept - {resident})"
+    )
+    assert float(said(program)) > 60
+
+
 @pytest.mark.parametrize("libc", ["glibc", "musl", ""])  # Linux, Alpine, macOS
 @pytest.mark.parametrize(
     "name, value", [("MALLOC_TOP_PAD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0"), ("A", "")]

@@ -89,6 +89,12 @@ def keep_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # older versions take no more than 32 MiB
 
 
+def give_memory_back() -> None:
+    """Gives the system what is kept and not in use; whoever asks for memory after that has it cleared anew."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def lenient() -> None:
     """Every run calls this, for it may be in a worker of a sweep, where settle() was not called.
 

@@ -17,7 +17,7 @@ from fewshot.errors import UserError, first_line
 from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
-from fewshot.processes.surroundings import as_called
+from fewshot.processes.surroundings import as_called, give_memory_back
 from fewshot.results import record_files, task_scores
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
 from fewshot.training.ddp import cluster, max_over_ranks
@@ -100,6 +100,7 @@ class Run:
 
         Returns the validation accuracy of the model that was tested, after inner_steps.
         """
+        give_memory_back()  # before figures are drawn, and torch's libraries are read once more at the process's end
         results = record_files.content(
             self.learner.results,
             iterations=self.trainer.global_step or self.start.iteration,
