@@ -10,6 +10,7 @@ import sys
 
 import hydra
 import pytest
+import scipy.special
 from conftest import HANG, composed, halt_when, outcome
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -107,7 +108,7 @@ from fewshot.sweep.__main__ import main as sweep_main
 from fewshot.data import __main__ as data
 sweep_main([{str(tmp_path)!r}])
 data.main(["list", "dataset=glyphs", "dataset=folder"])
-slow = ("torch", "pytorch_lightning", "lightning_fabric", "wandb", "scipy.stats")
+slow = ("torch", "pytorch_lightning", "lightning_fabric", "wandb", "scipy")
 print([name for name in slow if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=HANG)
@@ -179,6 +180,11 @@ def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config
     for said in (text, figure.get_suptitle()):
         assert "95% confidence interval over" in said and "Student t" in said
     assert "All seeds share the test tasks" in text
+
+
+def test_students_t_is_that_of_scipy():
+    for degrees in (*range(1, 40), 99, 1000):
+        assert grouped.student_t(degrees) == pytest.approx(scipy.special.stdtrit(degrees, 0.975), rel=1e-12)
 
 
 def test_a_name_is_no_formula(config, tmp_path):
