@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +294,22 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "inner_lr=0.1",
     )
     return _runner(cache)(folder, *knobs)
+
+
+@contextmanager
+def copied_before_writes(folder: Path, endings: tuple[str, ...] = ("",)) -> Iterator[list[Path]]:
+    """The folder is copied before every write of such a file into it: what a kill at this place would leave."""
+    replace, copies = os.replace, []
+
+    def copying(source: Any, target: Any) -> None:
+        if str(target).startswith(f"{folder}/") and str(target).endswith(endings):
+            copies.append(folder.with_name(f"{folder.name}-killed-{len(copies)}"))
+            shutil.copytree(folder, copies[-1])
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", copying)
+        yield copies
 
 
 def outcome(folder: Path) -> dict[str, Any]:
