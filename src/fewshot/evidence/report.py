@@ -8,7 +8,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from fewshot.evidence import claims, page
 from fewshot.evidence.model import Model
@@ -86,11 +90,19 @@ def _pieces(plain: str) -> list[tuple[str, str, str]]:
     return list(zip(words[::3], [*words[1::3], ""], [*words[2::3], ""], strict=True))
 
 
-def _method(markdown: str) -> list[tuple[str, str, str]]:
-    """(number, heading, text): "2.6", or empty for the title, and the text as it is written, in plain characters."""
+def _method(markdown: str) -> list[tuple[str, str, Markup]]:
+    """(number, heading, HTML): "2.6" or empty, and the text with its formulas as MathML, which needs no script."""
     _, *pieces = re.split(r"^#+ ((\d(?:\.\d+)?)?.+)$", markdown, flags=re.MULTILINE)
-    headings, numbers, texts = pieces[::3], pieces[1::3], pieces[2::3]
-    return [(number or "", *rest) for number, *rest in zip(numbers, headings, texts, strict=True)]
+    headings, numbers, texts, to_html = pieces[::3], pieces[1::3], pieces[2::3], _to_html()
+    sections = zip(numbers, headings, texts, strict=True)
+    return [(number or "", heading, Markup(to_html.render(text))) for number, heading, text in sections]
+
+
+def _to_html() -> MarkdownIt:
+    def mathml(formula: str, options: dict[str, Any]) -> str:
+        return convert(formula, display="block" if options["display_mode"] else "inline")
+
+    return MarkdownIt("commonmark", {"html": False}).enable("table").use(dollarmath_plugin, renderer=mathml)
 
 
 def _subtitle(evidence: page.Evidence) -> str:
