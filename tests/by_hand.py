@@ -277,3 +277,90 @@ def np_split_adapting_all(theta, task, eta, steps):
                 c = q[i] @ P[p][j] - P[p][j][u] - q[i][t] + (t == u)
                 contrastive[i] -= eta / (len(x) * len(query)) * c * features[p][j]
     return interference, contrastive
+
+
+# Inner loops and outer gradients of algorithms that are one file each
+
+
+def np_momentum(eta, mu):
+    def step(theta, gradient, v):
+        v = gradient if v is None else tuple(mu * before + g for before, g in zip(v, gradient, strict=True))
+        return tuple(p - eta * moved for p, moved in zip(theta, v, strict=True)), v
+
+    return step
+
+
+def np_adam(eta, beta1, beta2, eps):
+    def step(theta, gradient, state):
+        n, first, second = state or (0, *(tuple(np.zeros_like(p) for p in theta) for _ in range(2)))
+        first = tuple(beta1 * m + (1 - beta1) * g for m, g in zip(first, gradient, strict=True))
+        second = tuple(beta2 * v + (1 - beta2) * g**2 for v, g in zip(second, gradient, strict=True))
+        m_hat, v_hat = 1 / (1 - beta1 ** (n + 1)), 1 / (1 - beta2 ** (n + 1))
+        moved = (p - eta * m * m_hat / (np.sqrt(v * v_hat) + eps) for p, m, v in zip(theta, first, second, strict=True))
+        return tuple(moved), (n + 1, first, second)
+
+    return step
+
+
+def np_proximal(eta, strength):
+    """Gradient descent on L + strength/2 |theta_n - theta_0|^2."""
+
+    def step(theta, gradient, start):
+        start = start or theta
+        pulled = (g + strength * (p - s) for g, p, s in zip(gradient, theta, start, strict=True))
+        return tuple(p - eta * g for p, g in zip(theta, pulled, strict=True)), start
+
+    return step
+
+
+def np_stepped(theta, x, labels, steps, step):
+    state = None
+    for _ in range(steps):
+        theta, state = step(theta, np_gradient(theta, x, labels), state)
+    return theta
+
+
+def np_through(network, tasks, steps, step, first_order):
+    """The outer gradient where `step` is the inner step, a mean over tasks, and the query loss of each."""
+    theta, of_tasks, losses = np_theta(network), [], []
+    for x, labels, *query in np_tasks(tasks):
+
+        def outer(at, x=x, labels=labels, query=query):
+            return np_loss(np_stepped(at, x, labels, steps, step), *query)
+
+        adapted = np_stepped(theta, x, labels, steps, step)
+        of_tasks.append(np_gradient(adapted, *query) if first_order else complex_step(outer, theta))
+        losses.append(np_loss(adapted, *query))
+    return by_name(network, of_tasks), losses
+
+
+def by_name(network, of_tasks):
+    mean = [np.mean(parts, axis=0) for parts in zip(*of_tasks, strict=True)]
+    return dict(zip(dict(network.named_parameters()), mean, strict=True))
+
+
+def np_vector(parts):
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def np_parts(vector, theta):
+    ends = np.cumsum([p.size for p in theta])
+    return tuple(part.reshape(p.shape) for part, p in zip(np.split(vector, ends[:-1]), theta, strict=True))
+
+
+def np_hessian(theta, x, labels, h=1e-30):
+    start = np_vector(theta)
+    moved = start + 1j * h * np.eye(len(start))
+    return np.array([np_vector(np_gradient(np_parts(row, theta), x, labels)).imag / h for row in moved])
+
+
+def np_conjugate_gradients(A, b, steps):
+    """As the code that Rajeswaran et al. released has it (cg_solve), without its early end."""
+    x, r = np.zeros_like(b), b.copy()
+    p = r.copy()
+    for _ in range(steps):
+        rdotr, Ap = r @ r, A @ p
+        alpha = rdotr / (p @ Ap)
+        x, r = x + alpha * p, r - alpha * Ap
+        p = r + (r @ r) / rdotr * p
+    return x

@@ -9,6 +9,7 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "fewshot"
 FLOORS = (  # from the ground up; packages of one floor stand side by side and do not import each other
     ("errors", "files", "inner_loop"),  # these three may
+    ("algorithms", "recompute"),
     ("models",),
     ("processes",),
     ("config",),
@@ -21,7 +22,7 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("batched",),
     ("training",),
     ("predict",),
-    ("export", "evidence", "train", "push"),
+    ("export", "evidence", "train", "push", "check_algorithm"),
     ("test",),
     ("api",),
     ("__main__",),

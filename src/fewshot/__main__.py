@@ -21,6 +21,7 @@ COMMANDS = {  # a line each: (the module whose main() it is, what it does)
     "evidence": ("fewshot.evidence.__main__", "Writes a page that says whether the theory holds on a trained model."),
     "export": ("fewshot.export", "Writes a model to share, without pickle."),
     "push": ("fewshot.push", "Writes an exported model to the Hugging Face hub."),
+    "check-algorithm": ("fewshot.check_algorithm", "Compares the engines on an algorithm of your own."),
     "data": ("fewshot.data.__main__", "Lists, prepares and shows the datasets."),
     "compare": ("fewshot.compare.__main__", "Says which differences between runs are larger than noise."),
     "sweep": ("fewshot.sweep.__main__", "Makes one table and one figure of many runs."),

@@ -83,7 +83,9 @@ def model_card(
         "network": f"{config['model']['name']}, {numbers:,} parameters",
         "algorithm": f"{loop.name}: "
         + ", ".join(
-            f"{knob}={shown(value)}" for knob, value in {**algo, "init_scale": config.get("init_scale", 1)}.items()
+            f"{knob}={shown(value)}"
+            for knob, value in {**algo, "init_scale": config.get("init_scale", 1)}.items()
+            if knob != "_target_" or value
         ),
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
         + ", where the learned ones began" * algo["learned_inner_lr"],

@@ -3,9 +3,9 @@
 Imports no torch, because checks, sweeps and model cards ask it too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from fewshot.errors import UserError, shown
 
@@ -15,6 +15,8 @@ LOSSES = ("cross_entropy", "mse")
 THEORY = "a learned, adapting head, a single inner_lr and cross entropy"
 TOP = ("inner_steps", "inner_lr", "loss", "recompute_steps")  # knobs that are none of algo's
 ORDERS = {True: "first order", False: "second order"}
+Tensors = dict[str, Any]  # parameters, or what goes with them, by their names
+Loss = Callable[[Tensors], Any]
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,12 @@ class InnerLoop:
     FOMAML  first_order=True    BOIL  adapted="encoder"  UnicornMAML  head="shared"      Meta-SGD      learned_inner_lr
 
     A prototypical network is ProtoMAML without inner steps, by one of DISTANCES.
-    A head rule of one's own is a class that derives from this one and has an `initial_head`; algo.head=own says so, and
-    algo._target_ names the class. It may have more fields, which are knobs of algo.
+    An algorithm of one's own is a class that derives from this one and overrides start, update, outer_gradient, or
+    initial_head, as algo.head=own says; algo._target_ names it. Its fields are knobs of algo. See docs/algorithms.md.
     """
+
+    needs: ClassVar[Mapping[str, Any]] = {}  # the only values of fields with which an algorithm of one's own works
+    measures: ClassVar[tuple[str, ...]] = ()  # what its outer_gradient gives besides, of each task; in metrics.csv
 
     inner_steps: int  # N
     inner_lr: float  # eta; if eta is learned, the value that it starts from
@@ -93,23 +98,39 @@ class InnerLoop:
             only("with algo.adapted=encoder the head stays zero and nothing is learned from it", zeroing=False)
         if self.makes_head:
             only(f"with algo.head={self.head} no head is learned that could be zeroed", zeroing=False)
-        if (self.head == "own") != (self.target is not None):
+        own_head = self.overrides("initial_head") if type(self) is not InnerLoop else self.head == "own"
+        if (self.head == "own") != own_head or (own_head and self.target is None):
             raise UserError(
                 f"algo.head={self.head} algo._target_={shown(self.target)}: a head rule of your own needs both, "
                 "algo.head=own and as algo._target_ the class that has its initial_head"
             )
+        for name, value in self.needs.items():
+            only(f"{type(self).__name__} needs {shown(value)}", **{name: value})
+        if self.overrides("update", "outer_gradient"):
+            only(f"{self.target} has an inner loop of its own", distance=None, noise=None, learned_inner_lr=False)
+        if self.overrides("outer_gradient"):
+            only(f"{self.target} has an outer gradient of its own", step_losses=None)
 
-    def initial_head(self, features: Any, labels: Any, ways: int) -> dict[str, Any]:
-        """For one's own algorithm with head="own": where the head of each task starts, made from its support set.
+    # What an algorithm of one's own may override. `theta` has one task's parameters, or those of B with a leading B.
 
-        Args:
-            features: (..., S, d), phi(s) at theta.
-            labels: (..., S).
-            ways: K.
+    def start(self, theta: Tensors, encode: Callable, support: Any, labels: Any) -> Tensors:
+        """Where a task begins: what takes the place of parameters of theta; encode: images to their features."""
+        return {}
 
-        Returns weight (..., K, d) and, if the head has one, bias (..., K).
-        """
-        raise NotImplementedError(f"{type(self).__name__}: has algo.head=own, so it must define initial_head")
+    def initial_head(self, features: Any, labels: Any, ways: int) -> Tensors:
+        """Where its head begins, from features (..., S, d) and labels (..., S): weight (..., K, d), bias (..., K)."""
+        raise NotImplementedError
+
+    def update(self, theta: Tensors, gradients: Tensors, state: Any) -> tuple[Tensors, Any]:
+        """What an inner step adds to theta_n, and the state for the next step, which is None for the first."""
+        return {name: -self.inner_lr * g for name, g in gradients.items()}, state
+
+    def outer_gradient(self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss) -> tuple:
+        """The outer gradient where it comes from no differentiation of the inner loop, and what `measures` names."""
+        raise NotImplementedError
+
+    def overrides(self, *methods: str) -> bool:
+        return any(getattr(type(self), method) is not getattr(InnerLoop, method) for method in methods)
 
     @property
     def explicit(self) -> bool:
@@ -129,6 +150,7 @@ class InnerLoop:
             f"algo.adapted={self.adapted}": self.adapted == "encoder",
             "algo.learned_inner_lr=true": self.learned_inner_lr,
             f"loss={self.loss}": self.loss != "cross_entropy",
+            f"algo._target_={self.target}": self.overrides("start", "update"),
         }
         return next((knob for knob, holds in beyond.items() if holds), "")
 

@@ -513,8 +513,8 @@ def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_
         (["ways=1"], "ways=1: must be an integer of at least 2"),
         (
             ["+zerong=true"],
-            "+zerong=true: only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY may be added, "
-            "nothing can be removed with ~; did you mean zeroing?",
+            "+zerong=true: only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY, +algo.KEY "
+            "may be added, nothing can be removed with ~; did you mean zeroing?",
         ),
         (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
     ],
@@ -544,7 +544,8 @@ def test_help_names_knobs_and_choices(train):
     said = " ".join(done.stdout.split())
     for words in (
         "algo fomaml, ablation/without_both, ablation/without_interference, ablation/without_noise, anil, boil,",
-        "contrastive, metasgd, msl, protomaml, protonet, somaml, unicorn, zero, zero_init",
+        "contrastive, imaml, inner_adam, inner_momentum, metasgd, msl, protomaml, protonet, reptile, somaml, unicorn,",
+        "unicorn, zero, zero_init",
         "inner_lr=0.4 The learning rate of the inner loop, eta. [a number above 0] (0.01 with photos)",
         "meta_batch_size=16 Tasks per outer update.",
         "+zeroing true: the zeroing trick",

@@ -177,7 +177,14 @@ def test_the_readme_has_the_table_that_the_yaml_and_the_schema_make(tmp_path):
 
 
 def test_help_of_a_command_names_each_parameter_with_a_sentence():
-    for command in ("export", "predict.__main__", "data.__main__", "sweep.__main__", "evidence.__main__"):
+    for command in (
+        "export",
+        "predict.__main__",
+        "data.__main__",
+        "sweep.__main__",
+        "evidence.__main__",
+        "check_algorithm",
+    ):
         shown = importlib.import_module(f"fewshot.{command}").COMMAND
         said = " ".join(shown.help().split())
         for word, parameter in shown.parameters.items():

@@ -140,7 +140,10 @@ def test_prepare_leaves_the_images_in_the_cache_and_says_so(splits, tmp_path, ca
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", *[".npy"] * 3]
     for mistake, line in (
         ("dataset=glyph", "dataset=glyph: no such choice; did you mean glyphs?"),
-        ("+dataset.roto=1", "only +zeroing and +trainer.KEY may be added"),
+        (
+            "+dataset.roto=1",
+            "only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY, +algo.KEY",
+        ),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
             prepare.main(["prepare", mistake])

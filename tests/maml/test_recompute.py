@@ -15,9 +15,9 @@ from fewshot.batched.execution import one_by_one
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.maml import sequential
-from fewshot.maml.recompute import recomputed
 from fewshot.models import resnet12
 from fewshot.models.network import Network, conv4_strided, dropping
+from fewshot.recompute import recomputed
 
 each_engine = pytest.mark.parametrize(
     "engine",

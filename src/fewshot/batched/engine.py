@@ -6,20 +6,22 @@ steps of an evaluation; the parameters of adapted networks have a leading B.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fewshot.algorithms import hooks
 from fewshot.batched.execution import Execute, Function, on_threads, one_by_one
 from fewshot.batched.in_a_row import in_a_row
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide
 from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop
-from fewshot.maml.recompute import recomputed
 from fewshot.models.head import initial_head
 from fewshot.models.network import drops
+from fewshot.recompute import recomputed
 
 Parameters = dict[str, Tensor]
 FEW_NUMBERS = 300_000  # of the query images in one pass of a thread: beyond, fewer calls from Python save no time
@@ -43,16 +45,17 @@ def meta_gradient(
         tasks_at_once: in memory together; None: on a CPU tasks_of_a_pass for each thread, on a GPU all.
         execute: of execution.py; None: threads on a CPU, else one chunk after the other.
 
-    Returns the query loss and the query accuracy after the last inner step, (B,) each.
+    Returns the query loss and the query accuracy after the last inner step, and what loop.measures names, (B,) each.
     """
     function = partial(_outer_gradient, loop=loop, eta=tuple(eta), step_weights=step_weights)
-    gradients, losses, logits = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
+    gradients, losses, logits, *measured = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
     mean = sum(gradients) / len(tasks.support)
     parameters = [*network.parameters(), *eta]
     for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         gradient = gradient.view_as(parameter)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return torch.cat(losses), query_accuracy(torch.cat(logits), tasks.query_labels)
+    accuracies = query_accuracy(torch.cat(logits), tasks.query_labels)
+    return torch.cat(losses), accuracies, *map(torch.cat, measured)
 
 
 def step_accuracies(
@@ -108,20 +111,24 @@ def default_tasks_at_once(network: nn.Module, asked: int | None, tasks: Task) ->
 
 def _outer_gradient(
     network: nn.Module, tasks: Task, *, loop: InnerLoop, eta: Sequence[Tensor], step_weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K)."""
+) -> tuple[Tensor, ...]:
+    """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K); measures."""
     theta = _copies(network, len(tasks.support))
-    outer = 0.0
+    outer, differentiated, measured = 0.0, not loop.overrides("outer_gradient"), []
     encode = cache(partial(_features, network, theta))
-    for n, query_logits in enumerate(_adapt(network, theta, tasks, loop, eta, encode)):
+    for n, (theta_n, query_logits) in enumerate(_adapt(network, theta, tasks, hooks.inner(loop), eta, encode)):
+        if n == 0:
+            begun = theta_n
         if n == loop.inner_steps or (n > 0 and step_weights is not None):
             logits = query_logits()
             losses = LOSSES[loop.loss](logits, tasks.query_labels)  # L(theta_n, Q_n)
             outer = losses if step_weights is None else outer + step_weights[n - 1] * losses
+    if not differentiated:
+        outer, measured = hooks.outer(loop, begun, theta_n, partial(_losses, network, loop), tasks)
     leaves = list(theta.values())
     gradients = torch.autograd.grad(outer.sum(), [*leaves, *eta], materialize_grads=True)
     summed = [*(gradient.sum(0) for gradient in gradients[: len(leaves)]), *gradients[len(leaves) :]]
-    return torch.cat([gradient.flatten() for gradient in summed]), losses.detach(), logits.detach()
+    return torch.cat([gradient.flatten() for gradient in summed]), losses.detach(), logits.detach(), *measured
 
 
 def _step_logits(
@@ -131,7 +138,7 @@ def _step_logits(
     theta, logits = _copies(network, len(tasks.support)), []
     encode = cache(torch.no_grad()(partial(_features, network, theta)))
     for loop in evaluations:
-        for query_logits in _adapt(network, theta, tasks, loop, eta, encode):
+        for _, query_logits in _adapt(network, theta, tasks, loop, eta, encode):
             with torch.no_grad():
                 logits.append(query_logits())
     return tuple(logits)
@@ -150,13 +157,16 @@ def _adapt(
     loop: InnerLoop,
     eta: Sequence[Tensor],
     encode: Callable[[Tensor], Tensor],
-) -> Iterator[Callable[[], Tensor]]:
-    """After inner step 0, 1, .., N: yields the function that computes the logits of the queries, (B, Q, K).
+) -> Iterator[tuple[Parameters, Callable[[], Tensor]]]:
+    """After inner step 0, 1, .., N: yields theta_n and the function that computes the logits of the queries, (B, Q, K).
 
     encode: images (B, I, C, H, W) to their features at theta (B, I, d), which sees each set of images once.
     """
     # As a view, so that no inner gradient goes through the features of theta that the head was made of.
     theta = {name: p.view_as(p) for name, p in initial.items()}  # theta_n <- theta
+    if loop.overrides("start"):
+        begun = dict(zip(theta, hooks.start(loop, theta, encode, tasks.support, tasks.support_labels), strict=True))
+        encode, theta = cache(partial(_features, network, begun)), {name: p.view_as(p) for name, p in begun.items()}
     heads = [name for name in theta if name.startswith("head.")]
     own = {name.removeprefix("head."): theta[name] for name in heads}
     start = initial_head(loop, own, encode, tasks.support, tasks.support_labels)
@@ -179,21 +189,35 @@ def _adapt(
         gradients = torch.autograd.grad(loss, [theta[name] for name in names], create_graph=not loop.first_order)
         return [theta[name] - rates[name] * g for name, g in zip(names, gradients, strict=True)]
 
+    def own_step(
+        outputs: OfImages, names: list[str], parameters: Sequence[Tensor], state: Any
+    ) -> tuple[list[Tensor], Any]:
+        theta = dict(zip(initial, parameters, strict=True))
+        loss = LOSSES[loop.loss](outputs(theta, tasks.support), tasks.support_labels).sum()
+        updates, state = hooks.update(loop, {name: theta[name] for name in names}, loss, state)
+        return [p + updates[name] if name in updates else p for name, p in theta.items()], state
+
     def query_logits_from(inputs: Sequence[Tensor]) -> Tensor:
         return logits(dict(zip(initial, inputs, strict=True)), tasks.query)
 
-    yield partial(at_theta, theta, tasks.query)
+    state = None
+    yield theta, partial(at_theta, theta, tasks.query)
     for n in range(1, loop.inner_steps + 1):
-        head_alone = loop.adapted == "head" or (loop.zeroing and loop.adapted == "all" and n == 1)  # (P - T) w = 0
+        zero_head = loop.zeroing and loop.adapted == "all" and n == 1 and not loop.overrides("update")
+        head_alone = loop.adapted == "head" or zero_head  # (P - T) w = 0
         outputs, names = (at_theta, heads) if head_alone else (logits, adapts)
         inputs, move = [*theta.values(), *eta], partial(moved, outputs, names)
-        if loop.recompute_steps and not loop.first_order and not head_alone:  # the graph of the head alone is small
-            theta = theta | dict(zip(names, again(move, inputs), strict=True))
-            before_the_last = partial(again, query_logits_from, list(theta.values()))
-            yield before_the_last if n < loop.inner_steps else partial(outputs, theta, tasks.query)
+        recompute = loop.recompute_steps and not loop.first_order and not head_alone  # the head's graph is small
+        if loop.overrides("update"):
+            own = partial(own_step, outputs, names)
+            parameters, state = hooks.recomputed(again, own, inputs, state) if recompute else own(inputs, state)
+            theta = dict(zip(theta, parameters, strict=True))  # theta_n <- theta_n + update
         else:
-            theta = theta | dict(zip(names, move(inputs), strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
-            yield partial(outputs, theta, tasks.query)
+            moves = again(move, inputs) if recompute else move(inputs)
+            theta = theta | dict(zip(names, moves, strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
+        before_the_last = recompute and n < loop.inner_steps
+        last = partial(outputs, theta, tasks.query)
+        yield theta, partial(again, query_logits_from, list(theta.values())) if before_the_last else last
 
 
 def _copies(network: nn.Module, tasks: int) -> Parameters:
@@ -201,6 +225,10 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
         name: p.detach().expand(tasks, *p.shape).clone(memory_format=torch.contiguous_format).requires_grad_()
         for name, p in network.named_parameters()
     }
+
+
+def _losses(network: nn.Module, loop: InnerLoop, theta: Parameters, images: Tensor, labels: Tensor) -> Tensor:
+    return LOSSES[loop.loss](_outputs(network, theta, images), labels)
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

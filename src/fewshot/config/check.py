@@ -21,7 +21,7 @@ NEEDS_LEARN2LEARN = "needs learn2learn, which is not installed here; docs/instal
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
 # Parts that take more knobs than their YAML files have: arguments of a class of others, callbacks of one's own.
-ADDED = ("trainer.", "optimizer.", "logger.", "callbacks.")
+ADDED = ("trainer.", "optimizer.", "logger.", "callbacks.", "algo.")
 
 
 def knobs() -> set[str]:

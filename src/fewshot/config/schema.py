@@ -37,10 +37,13 @@ TASKS = ("mutually_exclusive", "non_mutually_exclusive", "fixed_blocks", "one_ta
 # The configuration. What is not in every YAML of its group has a default here, which nothing reads.
 
 
-class Algo(Part):
+class OwnAlgo(Part, extra="allow"):
+    """One's own algorithm, named by algo._target_; it may make the head of each task itself."""
+
+    target: optional(Target) = Field(None, alias="_target_")
     first_order: Flag
     adapted: one_of(*ADAPTED)
-    head: one_of(*(head for head in HEADS if head != "own"))
+    head: one_of(*HEADS)
     step_losses: optional(integer(1))
     learned_inner_lr: Flag
     zeroing: Flag
@@ -50,10 +53,14 @@ class Algo(Part):
     interference: Flag = True
 
 
-class OwnAlgo(Algo, extra="allow"):
-    """One's own algorithm, named by algo._target_; it may make the head of each task itself."""
-
-    head: one_of(*HEADS)
+class Algo(OwnAlgo, extra="forbid"):
+    head: one_of(*(head for head in HEADS if head != "own"))
+    momentum: from_zero(below=1) = 0
+    beta1: from_zero(below=1) = 0
+    beta2: from_zero(below=1) = 0
+    eps: above_zero() = 1
+    proximal: above_zero() = 1
+    cg_steps: integer(1) = 1
 
 
 class OwnModel(Part, extra="allow"):

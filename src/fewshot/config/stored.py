@@ -66,6 +66,7 @@ def to_today(stored: Any) -> Any:
 def compared(key: str, value: Any) -> bool:
     """Whether two configurations can differ in this leaf: what this program calls its own says nothing of a run."""
     own = key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith("fewshot.")
+    own = own and key != "algo._target_"  # by which alone two algorithms may differ
     return not own and key not in ("dataset.needs_root", "callbacks.record.select")  # which older runs lack
 
 
@@ -105,6 +106,7 @@ CONFIG = form(
         "algo": form(
             as_knobs(OwnAlgo, "first_order zeroing adapted? head? step_losses? learned_inner_lr? noise? interference?")
             | as_knobs(OwnAlgo, "distance? temperature?")
+            | {"_target_?": must_be("null or a text", str | None)}
         ),
         "augment?": dict[str, Any],
     }

@@ -49,7 +49,7 @@ def portable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
         key: portable(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
-        if prefix + key not in NOT_THE_MODEL
+        if prefix + key not in NOT_THE_MODEL and (key != "_target_" or value is not None)
     }
 
 

@@ -75,13 +75,14 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     from fewshot.results.record_files import versions
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run
+    from fewshot.training.runtime import inner_loop
 
     start = find_start(cfg, overrides, folder)
     cfg = start.cfg
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
-    loop = InnerLoop.of(cfg)
+    loop = inner_loop(cfg)
     _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
     initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))

@@ -6,18 +6,21 @@ Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from learn2learn import clone_module
+from learn2learn import clone_module, update_module
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from fewshot.algorithms import hooks
 from fewshot.data.task import Task, query_accuracy, squared_errors
-from fewshot.inner_loop import InnerLoop
-from fewshot.maml.recompute import recomputed
+from fewshot.inner_loop import InnerLoop, Tensors
 from fewshot.models.head import initial_head
 from fewshot.models.network import drops
+from fewshot.recompute import recomputed
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": squared_errors}  # of one task: (I, K), (I,) -> ()
 
@@ -28,8 +31,8 @@ def adapt(
     loop: InnerLoop,
     eta: Sequence[Tensor] = (),
     encode: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[Callable[[], Tensor]]:
-    """After inner step 0, 1, .., N: yields the function that computes the logits of the queries, (Q, K).
+) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """After inner step 0, 1, .., N: yields theta_n and the function that computes the logits of the queries, (Q, K).
 
     Args:
         loop: what adapts, from which head, in which order: MAML or a member of its family.
@@ -37,46 +40,57 @@ def adapt(
         encode: images to their features at theta, which sees each set of images once; None: the network's encoder.
     """
     encode, loss = encode or cache(network.encoder), LOSSES[loop.loss]
-    theta_n = clone_module(network)  # theta_n <- theta
+    theta_n, state = clone_module(network), tuple(eta) or None  # theta_n <- theta
+    if loop.overrides("start"):
+        begun = hooks.start(loop, dict(theta_n.named_parameters()), encode, task.support, task.support_labels)
+        encode, theta_n = cache(_with(begun, network).encoder), clone_module(_with(begun, network))
     own = dict(network.head.named_parameters())
     theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
 
     def at_theta(images: Tensor) -> Tensor:
         return theta_n.head(encode(images))
 
-    def step(theta_n: nn.Module, part: str, eta: Sequence[Tensor]) -> None:
+    def step(theta_n: nn.Module, part: str, state: Any) -> Any:
         logits, moving = at_theta if part == "head" else theta_n, theta_n if part == "all" else getattr(theta_n, part)
+        loss_S = loss(logits(task.support), task.support_labels)
+        if loop.overrides("update"):
+            theta = {name: p for name, p in theta_n.named_parameters() if part in ("all", name.split(".")[0])}
+            updates, state = hooks.update(loop, theta, loss_S, state)
+            update_module(moving, list(updates.values()))  # theta_n <- theta_n + update
+            return state
         if eta:
             names = [name for name, _ in network.named_parameters() if loop.adapted in ("all", name.split(".")[0])]
-            eta = [lr for name, lr in zip(names, eta, strict=True) if part in ("all", name.split(".")[0])]
-            learner = MetaSGD(moving, lrs=eta, first_order=loop.first_order)
+            rates = [lr for name, lr in zip(names, state, strict=True) if part in ("all", name.split(".")[0])]
+            learner = MetaSGD(moving, lrs=rates, first_order=loop.first_order)
         else:
             # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
             learner = MAML(
                 moving, lr=loop.inner_lr, first_order=loop.first_order, allow_nograd=True, allow_unused=False
             )
-        learner.adapt(loss(logits(task.support), task.support_labels))  # theta_n <- theta_n - eta grad L(S_n)
+        learner.adapt(loss_S)  # theta_n <- theta_n - eta grad L(S_n)
+        return state
 
-    def next_theta(inputs: Sequence[Tensor]) -> list[Tensor]:
-        """theta_{n+1}; inputs: theta_n, then eta."""
-        copy = _with(inputs, theta_n)
-        step(copy, loop.adapted, inputs[len(list(copy.parameters())) :])
-        return list(copy.parameters())
+    def next_theta(parameters: Sequence[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        copy = _with(parameters, theta_n)
+        state = step(copy, loop.adapted, state)
+        return list(copy.parameters()), state
 
     def logits_from(inputs: Sequence[Tensor]) -> Tensor:
         return _with(inputs, theta_n)(task.query)
 
-    yield partial(at_theta, task.query)
+    yield theta_n, partial(at_theta, task.query)
     again = partial(recomputed, draws=drops(network))
     for n in range(1, loop.inner_steps + 1):
-        head_alone = loop.adapted == "head" or (loop.zeroing and loop.adapted == "all" and n == 1)  # (P - T) w = 0
+        zero_head = loop.zeroing and loop.adapted == "all" and n == 1 and not loop.overrides("update")
+        head_alone = loop.adapted == "head" or zero_head  # (P - T) w = 0
         if loop.recompute_steps and not loop.first_order and not head_alone:  # the graph of the head alone is small
-            theta_n = _with(again(next_theta, [*theta_n.parameters(), *eta]), theta_n)
+            parameters, state = hooks.recomputed(again, next_theta, list(theta_n.parameters()), state)
+            theta_n = _with(parameters, theta_n)
             before_the_last = partial(again, logits_from, list(theta_n.parameters()))
-            yield before_the_last if n < loop.inner_steps else partial(theta_n, task.query)
+            yield theta_n, before_the_last if n < loop.inner_steps else partial(theta_n, task.query)
         else:
-            step(theta_n, "head" if head_alone else loop.adapted, eta)
-            yield partial(at_theta if head_alone else theta_n, task.query)
+            state = step(theta_n, "head" if head_alone else loop.adapted, state)
+            yield theta_n, partial(at_theta if head_alone else theta_n, task.query)
 
 
 def meta_gradient(
@@ -90,22 +104,30 @@ def meta_gradient(
         eta: as in `adapt`; to the .grad of these is added as well.
         step_weights: v_1 .. v_N, what the query loss after each inner step counts (MAML++); None: the last one alone.
 
-    Returns the query loss and the query accuracy after the last inner step, (B,) each.
+    Returns the query loss and the query accuracy after the last inner step, and what loop.measures names, (B,) each.
     """
-    losses, logits = [], []
+    losses, logits, measured, differentiated = [], [], [], not loop.overrides("outer_gradient")
     for task in _one_by_one(tasks):
         outer = 0.0
-        for n, query_logits in enumerate(adapt(network, task, loop, eta)):
+        for n, (theta_n, query_logits) in enumerate(adapt(network, task, hooks.inner(loop), eta)):
+            if n == 0 and not differentiated:
+                theta = dict(theta_n.named_parameters())
             if n == loop.inner_steps or (n > 0 and step_weights is not None):
                 prediction = query_logits()
                 loss = LOSSES[loop.loss](prediction, task.query_labels)  # L(theta_n, Q_n)
                 outer = loss if step_weights is None else outer + step_weights[n - 1] * loss
+        if not differentiated:
+            outer, values = hooks.outer(
+                loop, theta, dict(theta_n.named_parameters()), partial(_loss, network, loop), task
+            )
+            measured.append(values)
         (outer / len(tasks.support)).backward()  # grad_theta L(theta_n, Q_n); frees the graph of this task
         losses.append(loss.detach())
         logits.append(prediction.detach())
     for parameter in (*network.parameters(), *eta):  # a head that another stands in for has no part in the loss
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    return torch.stack(losses), query_accuracy(torch.stack(logits), tasks.query_labels)
+    accuracies = query_accuracy(torch.stack(logits), tasks.query_labels)
+    return torch.stack(losses), accuracies, *map(torch.stack, zip(*measured, strict=True))
 
 
 def step_accuracies(
@@ -133,10 +155,14 @@ def _step_logits(
     for task in _one_by_one(tasks):
         encode = cache(torch.no_grad()(network.encoder))
         for loop in evaluations:
-            for query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
+            for _, query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
                 with torch.no_grad():
                     logits.append(query_logits())
     return torch.stack(logits).unflatten(0, (len(tasks.support), len(evaluations), -1)).transpose(0, 1)
+
+
+def _loss(network: nn.Module, loop: InnerLoop, theta: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+    return LOSSES[loop.loss](functional_call(network, theta, images), labels)
 
 
 def _with(parameters: Sequence[Tensor], network: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot.errors import UserError
+from fewshot.algorithms.fitting import fitting
 from fewshot.inner_loop import InnerLoop
 
 
@@ -30,13 +30,8 @@ def initial_head(
     if not loop.makes_head:
         return {}
     make = loop.initial_head if loop.head == "own" else partial(prototype_head, loop)
-    made = make(encode(support), labels, head["weight"].shape[-2])
-    for name, w in head.items():
-        if name not in made or made[name].shape != w.shape:
-            shape = tuple(made[name].shape) if name in made else "missing"
-            made_by = f"algo.head={loop.head}: {type(loop).__name__}.initial_head"
-            raise UserError(f"{made_by}: its {name} is {shape}; it must be {tuple(w.shape)}, as the network's own head")
-    return {name: made[name].requires_grad_() for name in head}
+    made = fitting(loop, "initial_head", make(encode(support), labels, head["weight"].shape[-2]), head)
+    return {name: w.requires_grad_() for name, w in made.items()}
 
 
 def zero_head(head: nn.Linear) -> None:

@@ -179,6 +179,8 @@ def _refuse_foreign(where: str, config: dict[str, Any]) -> None:
     for key, value in entries(config):
         if "${" in str(value):  # an interpolation could become anything after this check
             raise UserError(f"{where}: {key}={value}: a shared configuration has plain values only")
+        if key == "algo._target_" and (value is None or _own(value, "algorithms")):
+            continue
         if key.rsplit(".", 1)[-1] == "_target_" and not _own(value):
             raise UserError(
                 f"{where}: its configuration calls {value}, and loading would run that; only what "
@@ -186,12 +188,12 @@ def _refuse_foreign(where: str, config: dict[str, Any]) -> None:
             )
 
 
-def _own(target: Any) -> bool:
-    if not isinstance(target, str) or not re.fullmatch(r"fewshot\.models(\.[a-zA-Z]\w*)+", target):
+def _own(target: Any, package: str = "models") -> bool:
+    if not isinstance(target, str) or not re.fullmatch(rf"fewshot\.{package}(\.[a-zA-Z]\w*)+", target):
         return False
     try:
         target_object = get_object(target)
     except Exception:  # no such name; Hydra does not document what it raises
         return False
     place = str(getattr(target_object, "__module__", ""))
-    return place.startswith("fewshot.models.") and place != "fewshot.models.any_module"  # which is given a module
+    return place.startswith(f"fewshot.{package}.") and place != "fewshot.models.any_module"  # which is given a module

@@ -48,7 +48,7 @@ def as_called(command: str) -> str:
     """What a hint names a command by: as the program itself was called."""
     if start := os.environ.get(CALLED):
         return f"{start}{command}"
-    return "python train.py" if command == "train" else f"python -m fewshot.{command}"
+    return "python train.py" if command == "train" else f"python -m fewshot.{command.replace('-', '_')}"
 
 
 @cache

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +135,7 @@ def fingerprint(config: dict[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
+NAMED = ("algo._target_", *(f"algo.{field.name}" for field in fields(InnerLoop)))  # in an algorithm's name
 HEADS = {  # (zeroing, init_scale): the poster's three
     (False, 1): "random head",
     (False, 0): "zero at the start",
@@ -201,14 +203,15 @@ def panel_title(knobs: dict[str, Any], maml: bool) -> str:
     for knob, value in knobs.items():
         if knob == "algo.first_order":
             parts.append(("FOMAML" if value else "SOMAML") if maml else ORDERS[value])
-        elif knob.startswith("algo.") and knob != "algo.zeroing":
+        elif knob in NAMED and knob != "algo.zeroing":
             parts.append(f"{knob}={shown(value)}")
     return printable(", ".join([*parts, *_knobs_as_words(knobs)]))
 
 
 def _knobs_as_words(knobs: dict[str, Any]) -> list[str]:
-    """What becomes of the head, then the other knobs as they are set; those of the algorithm are in its name."""
-    others = {knob: value for knob, value in knobs.items() if not knob.startswith("algo.")}
+    """What becomes of the head, then the other knobs as they are set; those in NAMED are in the algorithm's name."""
+    others = {knob: value for knob, value in knobs.items() if knob not in NAMED}
+    others = {knob: value for knob, value in others.items() if value is not None or not knob.startswith("algo.")}
     parts = []
     if head := HEADS.get((knobs.get("algo.zeroing"), others.get("init_scale"))):
         parts = [head]

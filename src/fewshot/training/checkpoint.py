@@ -92,7 +92,7 @@ RECORD = {
     "rows": many(must_be("a row of metrics.csv", Any, refused=lambda value: not _is_row(value))),
     "best_accuracy": stored.NUMBER,
     "stopped": Flag,
-    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR, "gradient_norm?": SCALAR})),
+    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR, "gradient_norm?": SCALAR, "cg_residual?": SCALAR})),
 }
 # What this program and Lightning read of a checkpoint
 FORM = form(

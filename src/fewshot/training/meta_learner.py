@@ -23,7 +23,7 @@ from fewshot.results.record_files import Scores, diverged
 from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
 from fewshot.training.outer_step import OuterStep
-from fewshot.training.runtime import check_network, loop_class
+from fewshot.training.runtime import check_network, inner_loop
 
 
 def step_weights(steps: int, done: float) -> list[float]:
@@ -74,7 +74,7 @@ class MetaLearner(pl.LightningModule):
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
         """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
-        loop = loop_class(cfg).of(cfg)
+        loop = inner_loop(cfg)
         network = instantiate(cfg.model.network)
         check_network(network, cfg)
         choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
@@ -96,7 +96,7 @@ class MetaLearner(pl.LightningModule):
         return self.outer.of(self.parameters())
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
-        """One outer update. Returns query loss and accuracy after the last inner step, means over the meta-batch.
+        """One outer update. Returns loss, query_accuracy and what loop.measures names, means over the meta-batch.
 
         Where the outer gradient's norm has a limit, it is returned too.
 
@@ -112,15 +112,15 @@ class MetaLearner(pl.LightningModule):
         remembers = not loop.first_order and not loop.recompute_steps and loop.inner_steps > 1
         remedy = "use recompute_steps=true, or " * (remembers and loop.adapted != "head")
         with self.engine.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
-            loss, accuracy = self.engine.meta_gradient(self.network, tasks, loop, self.etas, v)
-        means = loss.mean(), accuracy.mean()
+            measured = self.engine.meta_gradient(self.network, tasks, loop, self.etas, v)
+        means = [of_tasks.mean() for of_tasks in measured]
         mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
             share_gradient(self.network.head)
         norm = self.outer.clip(optimizer, self.network, loop.zeroing)
         optimizer.step()  # theta <- theta - rho grad; with zeroing, ZeroHead follows: w <- 0
         self.outer.set_rate(optimizer, self.global_step)
-        return dict(zip(("loss", "query_accuracy"), means, strict=True)) | norm
+        return dict(zip(("loss", "query_accuracy", *loop.measures), means, strict=True)) | norm
 
     @torch.enable_grad()
     def evaluate(self, batches: Iterable[Task]) -> dict[str, Scores]:

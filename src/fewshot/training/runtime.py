@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from fewshot.errors import UserError, one_line
-from fewshot.inner_loop import InnerLoop
+from fewshot.errors import UserError, nearest, one_line, shown
+from fewshot.inner_loop import THEORY, TOP, InnerLoop
 from fewshot.models.network import Network
 from fewshot.processes import ranks
 
@@ -39,7 +40,7 @@ def import_lightning(cfg: DictConfig, folder: Path) -> None:
     """
     if not (folder / "results.json").exists():
         check_device(cfg.trainer.accelerator, cfg.trainer.precision)
-    called = re.findall(r"_target_: (\S+)", OmegaConf.to_yaml(cfg))
+    called = re.findall(r"_target_: (?!null)(\S+)", OmegaConf.to_yaml(cfg))
     own = cfg.checkpoint is not None or not all(name.startswith(OURS) for name in called)
     with not_found(*(() if own else FOR_OTHER_METRICS)):
         import_module("pytorch_lightning")
@@ -120,17 +121,31 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
     return "32-true" if precision == "tf32" else precision
 
 
-def loop_class(cfg: DictConfig) -> type[InnerLoop]:
-    """InnerLoop, or the class of the user's own that algo._target_ names."""
+def inner_loop(cfg: DictConfig) -> InnerLoop:
+    """That of a composed configuration, of the class that algo._target_ names.
+
+    Raises:
+        UserError: it names no such class, or one that does not take what the configuration says.
+    """
     if (target := cfg.algo.get("_target_")) is None:
-        return InnerLoop
+        return InnerLoop.of(cfg)
     try:
         own = get_object(target)
     except Exception as error:  # whatever importing the user's module raises
         raise UserError(one_line(f"algo._target_={target}: cannot be imported ({error})")) from error
     if not (isinstance(own, type) and issubclass(own, InnerLoop)):
         raise UserError(f"algo._target_={target}: must be a class that derives from fewshot.inner_loop.InnerLoop")
-    return own
+    names = {field.name for field in fields(own)} - {*TOP, "target"}
+    if unknown := [key for key in cfg.algo if key not in {*names, "_target_"}]:
+        remedy = nearest(unknown[0], names)
+        raise UserError(f"algo.{unknown[0]}={shown(cfg.algo[unknown[0]])}: {own.__name__} has no such field; {remedy}")
+    try:
+        loop = own.of(cfg)
+    except TypeError as error:  # a field that has no default and no knob
+        raise UserError(one_line(f"algo._target_={target}: cannot be made ({error})")) from error
+    if cfg.get("probes") and loop.beyond_theory:
+        raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
+    return loop
 
 
 def check_network(network: Any, cfg: DictConfig) -> None:

@@ -6,6 +6,7 @@ gradient, hands back the vector-Jacobian product and lets that graph go before i
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class Recomputed(torch.autograd.Function):
             outputs = function(_leaves(inputs, ctx.needs_input_grad[2:]))
         if isinstance(outputs, Tensor):
             return outputs.detach()
-        return tuple(place.copy_(output.detach()) for place, output in zip(places, outputs, strict=False))
+        of_input = zip_longest(outputs, places[: len(outputs)])  # a state that the first step makes has no place yet
+        return tuple(_copied(output.detach(), place) for output, place in of_input)
 
     @staticmethod
     @once_differentiable
@@ -55,9 +57,17 @@ class Recomputed(torch.autograd.Function):
         inputs = _leaves(ctx.saved_tensors, needed)
         with torch.enable_grad(), torch.autocast(**ctx.autocast), _drawing_from(ctx.state, inputs[0].device):
             outputs = ctx.function(inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        pairs = (pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad)
+        outputs, gradients = zip(*pairs, strict=True)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         products = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
         return (None, None, *(next(products) if need else None for need in needed))
+
+
+def _copied(output: Tensor, place: Tensor | None) -> Tensor:
+    fits = place is not None and (place.shape, place.dtype) == (output.shape, output.dtype)
+    return place.copy_(output) if fits else output
 
 
 def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:

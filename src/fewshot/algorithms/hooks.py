@@ -1,0 +1,92 @@
+"""How both engines call what an algorithm of one's own overrides; of the paper's algorithms none comes here.
+
+Parameters are by name: those of one task, or of B tasks with a leading B. Shapes: S support and Q query images.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fewshot.algorithms.fitting import fitting, method
+from fewshot.errors import UserError
+from fewshot.inner_loop import InnerLoop, Tensors
+
+LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]  # parameters, images and labels to (), or (B,)
+_MADE = object()
+Step = Callable[[Sequence[Tensor], Any], tuple[list[Tensor], Any]]  # theta_n and the state to the next ones
+
+
+def start(
+    loop: InnerLoop, theta: Tensors, encode: Callable[[Tensor], Tensor], support: Tensor, labels: Tensor
+) -> list[Tensor]:
+    """Where a task begins, in the order of theta."""
+    begun = fitting(loop, "start", loop.start(theta, encode, support, labels), theta, all_of_them=False)
+    return [w if w.requires_grad else w.requires_grad_() for w in (theta | begun).values()]
+
+
+def update(loop: InnerLoop, theta: Tensors, loss: Tensor, state: Any) -> tuple[Tensors, Any]:
+    """What an inner step adds to theta_n, and the state after it; in first order that has no derivative.
+
+    theta: theta_n of what moves; loss: L(theta_n, S_n), summed over the tasks.
+    """
+    gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=not loop.first_order)
+    with torch.set_grad_enabled(not loop.first_order):
+        updates, state = loop.update(theta, dict(zip(theta, gradients, strict=True)), state)
+    return fitting(loop, "update", updates, theta), state
+
+
+def recomputed(again: Callable[..., Any], step: Step, theta_n: Sequence[Tensor], state: Any) -> tuple[list, Any]:
+    """step(theta_n, state) by recompute.py, which keeps no more than its inputs: they include the state's tensors.
+
+    again: its `recomputed`. What a step hands on as it was, such as learned rates, is no output of it.
+    """
+    leaves, form = pytree.tree_flatten(state)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    after: list[Any] = []  # the state after the step, in parts, with _MADE for its tensors, whose graph is not kept
+
+    def function(inputs: Sequence[Tensor]) -> list[Tensor]:
+        inside = inputs[len(theta_n) :]
+        rest, same = iter(inside), {id(tensor): outside for tensor, outside in zip(inside, tensors, strict=True)}
+        before = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        theta, state = step(inputs[: len(theta_n)], pytree.tree_unflatten(before, form))
+        parts, form_after = pytree.tree_flatten(state)
+        made = [part for part in parts if isinstance(part, Tensor) and id(part) not in same]
+        parts = [same.get(id(part), _MADE) if isinstance(part, Tensor) else part for part in parts]
+        after[:] = parts, form_after
+        return [*theta, *made]
+
+    outputs = again(function, [*theta_n, *tensors])
+    made = iter(outputs[len(theta_n) :])
+    parts = [next(made) if part is _MADE else part for part in after[0]]
+    return outputs[: len(theta_n)], pytree.tree_unflatten(parts, after[1])
+
+
+def inner(loop: InnerLoop) -> InnerLoop:
+    """The inner loop as it runs: nothing goes back through it to an outer gradient of one's own."""
+    return replace(loop, first_order=True) if loop.overrides("outer_gradient") else loop
+
+
+def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, task: Any) -> tuple[Tensor, list[Tensor]]:
+    """A number whose derivative by theta, where a task begins, is loop.outer_gradient; and what it measures.
+
+    task: has support, support_labels, query and query_labels.
+    """
+    before, after = ({name: w.detach().requires_grad_() for name, w in theta.items()} for theta in (theta, theta_N))
+    gradients, measured = loop.outer_gradient(
+        before,
+        after,
+        lambda at: loss_of(at, task.support, task.support_labels),
+        lambda at: loss_of(at, task.query, task.query_labels),
+    )
+    gradients = fitting(loop, "outer_gradient", gradients, theta)
+    if {*measured} != {*loop.measures}:
+        raise UserError(
+            f"{method(loop, 'outer_gradient')}: measures {sorted(measured)}; its class says {loop.measures}"
+        )
+    tasks = task.support_labels.dim() - 1
+    products = ((theta[name] * gradients[name].detach()).flatten(tasks).sum(-1) for name in theta)
+    return sum(products), [measured[name].detach() for name in loop.measures]
