@@ -226,11 +226,27 @@ def test_too_few_classes_to_be_split(plain, load):
         load(plain, fractions=FRACTIONS)
 
 
+def test_too_few_classes_left_in_a_split_names_the_ways_that_would_do(plain, load):
+    splits = load(plain, fractions=FRACTIONS)
+    with pytest.raises(UserError) as error:
+        load(in_splits(plain, splits), ways=3)
+    assert re.match(r"ways=3: .* has 6 train, 2 val, 2 test classes; use ways=2; or train nothing: ", str(error.value))
+    assert {len(split.names) for split in load(plain.parent / "dealt", ways=2).values()} == {6, 2}
+
+
+def in_splits(plain, splits):
+    for split, content in splits.items():
+        for label in content.names:
+            shutil.copytree(plain / label, plain.parent / "dealt" / split / label)
+    return plain.parent / "dealt"
+
+
 def test_too_few_classes_for_the_ways_names_fractions_that_would_do(plain, load):
     """The ten classes are dealt out as 6, 2 and 2."""
     with pytest.raises(UserError) as error:
         load(plain, fractions=FRACTIONS, ways=3)
-    said = "^ways=3: dataset.root=.* has 10 classes, dealt out as 6 train, 2 val, 2 test; use ways=2, or (.*)$"
+    said = "^ways=3: dataset.root=.* has 10 classes, dealt out as 6 train, 2 val, 2 test; use ways=2, or (.*); "
+    said += "or train nothing: python -m fewshot.predict tells any classes apart with one of models/$"
     (word,) = shlex.split(re.match(said, str(error.value))[1])
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.key_or_group == "dataset.fractions" and sum(override.value().values()) == pytest.approx(1)

@@ -297,6 +297,29 @@ def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
     assert len(list((tmp_path / "written").iterdir())) == 3
 
 
+def test_labelled_queries_are_scored(trained, cache, tmp_path, capsys):
+    """A folder of queries that is called like no class of the support labels nothing."""
+    truth = write_letters(tmp_path, cache, letters=5)
+    for file, label in truth.items():
+        (tmp_path / "labelled" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "query" / file).rename(tmp_path / "labelled" / label / Path(file).name)
+    knobs = [f"checkpoint={trained}", f"support={tmp_path}/support", f"query={tmp_path}/labelled", "steps=20"]
+    main([*knobs, f"out={tmp_path}/out"])
+    header, *rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert header[:2] + header[-1:] == ["file", "class", "labelled"]
+    assert all(file.startswith(f"{label}/") for file, *_, label in rows)
+    right = sum(name == label for _, name, *_, label in rows)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"{len(rows)} images, 5 classes, accuracy {right / len(rows):.1%} ({right} of {len(rows)}): "
+    )
+    with Image.open(tmp_path / "out" / "confusion.png") as picture:
+        assert picture.width > 500
+    (tmp_path / "labelled" / "letter0").rename(tmp_path / "labelled" / "lettre0")
+    main([*knobs, f"out={tmp_path}/other"])
+    assert "accuracy" not in capsys.readouterr().out and not (tmp_path / "other" / "confusion.png").exists()
+
+
 def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():
     image, number = torch.zeros(3, 4, 4, dtype=torch.uint8), SHEET_CLASSES + 1
     support = {f"class {place}": [image] for place in range(number)}

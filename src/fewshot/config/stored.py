@@ -117,7 +117,7 @@ PLACE = r"[\w-]+(?:\.[\w-]+)*"
 SIMPLE = rf"\$\{{{PLACE}\}}"
 NESTED = rf"\$\{{{PLACE}\.{SIMPLE}(?:\.{PLACE})?\}}"
 ARGUMENT = rf"(?:{SIMPLE}|{NESTED}|[^${{}},]*)"
-FORMS = rf"{NESTED}|\$\{{(?:(?:at_least|rotated):{ARGUMENT}|oc\.select:{PLACE})(?:,{ARGUMENT})*\}}"
+FORMS = rf"{NESTED}|\$\{{(?:(?:at_least|rotated|folder_name):{ARGUMENT}|oc\.select:{PLACE})(?:,{ARGUMENT})*\}}"
 
 
 def _is_square(rows: Any) -> bool:

@@ -1,6 +1,7 @@
 """Where the YAML files lie, the functions that they call as ${name:...}, and a composed configuration as plain data."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,14 @@ def _job_number(number: int | None) -> str:
     return "" if number is None else f"#{number} "
 
 
+def _folder_name(root: Any) -> str:
+    """What a dataset in a folder or zip is called, as a name may be: after that folder or zip."""
+    path = "" if root is None else os.path.abspath(os.path.expanduser(str(root)))
+    return re.sub(r"[^\w.-]+", "-", os.path.basename(path).removesuffix(".zip"))[:100].strip("-.") or "folder"
+
+
 RESOLVERS = {
+    "folder_name": _folder_name,
     "at_least": max,
     "rotated": lambda yes, classes: 4 * classes if yes else classes,  # dataset.rotations: each class in four directions
     "run_folder": _run_folder,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
-from fewshot.errors import UserError, printable
-from fewshot.files import check_place, claimed, user_path, write_atomically
+from fewshot.errors import UserError, first_few, printable
+from fewshot.files import check_place, claimed, user_path, write_atomically, write_file
 from fewshot.predict.find import find
 from fewshot.predict.predictions import Predictions, predict
 from fewshot.results.record_files import write_csv
@@ -36,6 +36,9 @@ def run(
     model: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **options: int | bool | None
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
+
+    Queries in folders that are called like the support's classes are labelled: it says how many it got right, and
+    writes confusion.png.
 
     folder: None: a new one in outputs/, named after the time.
     options: steps and test_zeroing, as predict has them.
@@ -63,6 +66,7 @@ def run(
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot.data.sheet import contact_sheet
     from fewshot.predict.pretrained import load
+    from fewshot.results.figures import confusion, png
 
     pretrained = load(model_path, trust=trust)
     skipped: list[tuple[str, str, str]] = []
@@ -80,11 +84,29 @@ def run(
         write_csv(folder / "skipped.csv", [("set", "file", "reason"), *skipped])
     header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
+    labels = _labels(f"query={query}", query_source, list(queries), predictions.classes)
+    if labels:
+        header = [*header, "labelled"]
+        table = [[*row, label] for row, label in zip(table, labels, strict=True)]
+        write_file(folder / "confusion.png", png(confusion(labels, predictions.labels, predictions.classes)))
     write_csv(folder / "predictions.csv", [header, *table])
     sheet = contact_sheet(_sheet_rows(examples, list(queries.items()), predictions), side=140)
     write_atomically(folder / "contact_sheet.png", partial(sheet.save, format="PNG"))
     but = f", {len(skipped)} skipped" if skipped else ""
-    print(f"{len(rows)} images, {len(predictions.classes)} classes{but}: written to {folder}")
+    right = sum(label == said for label, said in zip(labels, predictions.labels, strict=True)) if labels else 0
+    accuracy = f", accuracy {right / len(rows):.1%} ({right} of {len(rows)})" if labels else ""
+    print(f"{len(rows)} images, {len(predictions.classes)} classes{accuracy}{but}: written to {folder}")
+
+
+def _labels(where: str, source: "Source", files: list[str], classes: tuple[str, ...]) -> list[str]:
+    """The class in whose folder each file lies; empty unless all folders are called like the support's classes."""
+    from fewshot.data.images import plain_classes
+
+    label_of = {file: label for label, members in plain_classes(source).items() for file in members}
+    labels = [label_of[file] for file in files]
+    if (others := {*labels} - {*classes}) and {*labels} & {*classes}:
+        log.warning("%s: %s are no classes of the support; no accuracy", where, first_few(sorted(map(repr, others))))
+    return [] if others else labels
 
 
 def _classes(where: str, source: "Source") -> dict[str, list[str]]:
@@ -158,7 +180,10 @@ COMMAND = Command(
             needed=True,
         ),
         "support=FOLDER": Parameter("A folder or zip with one folder of images for each class.", needed=True),
-        "query=FOLDER": Parameter("A folder or zip of images to classify, however deep.", needed=True),
+        "query=FOLDER": Parameter(
+            "A folder or zip of images to classify, however deep. In folders like the support's they are labelled.",
+            needed=True,
+        ),
         "steps=N": Parameter("Inner steps; left out: as many as in training.", partial(integer, smallest=1)),
         "test_zeroing=BOOL": Parameter(
             "true: adapts from a zeroed head, to any number of classes; left out: as in training.", flag

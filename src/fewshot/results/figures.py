@@ -1,6 +1,7 @@
 """The figures of one run and of its predictions."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from matplotlib.figure import Figure
 
 from fewshot.config import stored
 from fewshot.config.tree import MODES
+from fewshot.errors import printable
 from fewshot.files import write_file
 from fewshot.results.record_files import read_metrics, title
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
+CELLS = 40  # classes of a confusion matrix whose cells have room for numbers
 DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
 
 
@@ -97,6 +100,31 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
     axes.set(xlabel=r"$\eta\,\phi(q)\cdot\phi(s)$; dashed: what the loss wants")
     figure.suptitle(f"{title(config)}, validation tasks", fontsize=10, parse_math=False)
     _with_legend(figure, axes)
+    return figure
+
+
+def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Figure:
+    """A row for each class that the images are of, a column for each that they were taken for."""
+    place = {name: number for number, name in enumerate(classes)}
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, ([place[name] for name in labels], [place[name] for name in predicted]), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + min(0.45 * len(classes), 20)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the class's images", shrink=0.8)
+    if len(classes) <= CELLS:
+        for row, column in np.argwhere(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], color=colour, fontsize=8, ha="center", va="center")
+    if len(classes) <= 2 * CELLS:
+        names = [name if len(name) <= 24 else f"{name[:23]}\u2026" for name in map(printable, classes)]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="labelled")
+    right = int(counts.trace())
+    axes.set_title(f"accuracy {right / counts.sum():.1%} ({right} of {counts.sum()} images)", fontsize=10)
     return figure
 
 

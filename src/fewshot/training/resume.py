@@ -30,7 +30,19 @@ OF_THIS_CALL = (
     *("dataset.trust", "dataset.other_split"),
 )
 # May differ between a run and its continuation: where things lie and are reported to, when it stops, its memory.
-PLACES = ("root", "cache", "archive", "labels", "largest_image", "source", "device", "origin", "other_split", "trust")
+PLACES = (
+    "name",
+    "root",
+    "cache",
+    "archive",
+    "labels",
+    "largest_image",
+    "source",
+    "device",
+    "origin",
+    "other_split",
+    "trust",
+)
 FREE = (
     *("checkpoint", "fit", "logger", "recompute_steps", "iterations"),
     *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),

@@ -22,6 +22,7 @@ from fewshot.data.images import is_image, plain_classes, read_splits, tell_left_
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
 from fewshot.files import user_path
+from fewshot.processes.surroundings import as_called
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def load(
     used = {name for members in classes.values() for files in members.values() for _, name in files}
     tell_left_out(where, source, used)
     classes = _with_enough(classes, shots + queries, where)
+    _check_left(classes, ways, where)
     contents = {split: list(members) for split, members in classes.items()}
     if labels is not None:  # then the names of the files do not say which class they are of
         contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
@@ -210,7 +212,7 @@ def split_classes(
     if number < 3 * least:
         raise UserError(
             f"{where}: {number} classes ({first_few(list(classes))}); to be split into train, val and test "
-            f"it needs at least {3 * least}; add classes, or put them into {SPLIT_LAYOUT}"
+            f"it needs at least {3 * least}; add classes, or put them into {SPLIT_LAYOUT}{_without_training()}"
         )
     test = min(max(least, round(fractions["test"] * number)), number - 2 * least)
     val = min(max(least, round(fractions["val"] * number)), number - test - least)
@@ -235,7 +237,22 @@ def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
     fractions = f'"dataset.fractions={{train: {1 - 2 * share:.4g}, val: {share}, test: {share}}}"'
     more = f", or {f'ways={possible} ' if possible < ways else ''}{fractions}" if possible > least else ""
     dealt = ", ".join(f"{number} {split}" for split, number in numbers.items())
-    raise UserError(f"ways={ways}: {where} has {total} classes, dealt out as {dealt}; use ways={least}{more}")
+    raise UserError(
+        f"ways={ways}: {where} has {total} classes, dealt out as {dealt}; use ways={least}{more}{_without_training()}"
+    )
+
+
+def _check_left(classes: Classes, ways: int, where: str) -> None:
+    """Raises UserError where a split has fewer classes than `ways`, by its folders or for want of images."""
+    numbers = {split: len(members) for split, members in classes.items()}
+    if ways > (least := min(numbers.values())):
+        left = ", ".join(f"{number} {split}" for split, number in numbers.items())
+        remedy = f"use ways={least}" if least > 1 else "each split needs at least 2; add classes"
+        raise UserError(f"ways={ways}: {where} has {left} classes; {remedy}{_without_training()}")
+
+
+def _without_training() -> str:
+    return f"; or train nothing: {as_called('predict')} tells any classes apart with one of models/"
 
 
 def _with_enough(classes: Classes, least: int, where: str) -> Classes:
