@@ -354,11 +354,14 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset=folder": ("dataset.root=null: ", "a folder or zip with train|val|test/CLASS/image or CLASS/image"),
     "trainer.max_steps=7": ("trainer.max_steps=7: ", "set iterations=7"),
     # mistyped keys
-    "+zerong=true": ("zerong=true: ", "did you mean zeroing?"),
+    "+zerong=true": ("zerong=true: ", "did you mean +zeroing?"),
     "+inner_step=3": ("inner_step=3: ", "did you mean inner_steps?"),
     "+colour=red": ("colour=red: ", "ways"),
-    "+algo.zerong=true": ("algo.zerong=true: ", "did you mean zeroing?"),
-    "+trainer.max_epoch=3": ("trainer.max_epoch=3: ", "did you mean max_epochs?"),
+    "+algo.zerong=true": ("algo.zerong=true: ", "did you mean algo.zeroing?"),
+    "+trainer.max_epoch=3": (
+        "trainer.max_epoch=3: ",
+        "did you mean trainer.max_epochs? (trainer.max_epochs=3: must be -1; use iterations)",
+    ),
     # what is no value at all, or none of this knob
     "dataset.std=1": ("dataset.std=1: ", "a list of numbers above 0"),
     "dataset.std=null": ("dataset.std=null: ", "a list of numbers above 0"),
@@ -514,7 +517,7 @@ def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_
         (
             ["+zerong=true"],
             "+zerong=true: only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY, +algo.KEY "
-            "may be added, nothing can be removed with ~; did you mean zeroing?",
+            "may be added, nothing can be removed with ~; did you mean +zeroing?",
         ),
         (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
     ],

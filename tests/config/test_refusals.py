@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,8 @@ CALLS = {  # the line in which it ends
     "train": "torch was imported",  # a valid call gets that far
     "train inner_lrr=0.1": "inner_lrr=0.1: no such knob; did you mean inner_lr?",
     "train width=8": "width=8: no such knob; did you mean model.width?",
-    "train zeroing=true": "zeroing=true: this one takes a plus, +zeroing=true",
-    "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean max_epochs?",
+    "train zeroing=true": "zeroing=true: takes a plus, +zeroing=true",
+    "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean trainer.max_epochs? (",
     "train ways=1": "ways=1: must be an integer of at least 2",
     "train trainer.accelerator=cuuda": "trainer.accelerator=cuuda: must be one of auto, cpu, gpu, cuda",
     "train dataset=omniglott": "dataset=omniglott: no such choice; did you mean omniglot?",
@@ -118,6 +119,65 @@ def test_a_call_that_is_refused_leaves_the_record_of_the_run_that_is_going_on(ma
     with ranks.locked(tmp_path):
         assert "is at work on this run" in main("seed=2", f"hydra.run.dir={tmp_path}")
     assert record.read_text() == "- seed=1\n" and [path.name for path in record.parent.iterdir()] == [record.name]
+
+
+# Advice
+
+
+ADVISED = {  # what is mistyped, and what is then advised, less the value
+    "inner_lrr=0.1": "inner_lr",
+    "zeroing=true": "+zeroing",
+    "zeroin=true": "+zeroing",
+    "+zerong=true": "+zeroing",
+    "+inner_lrr=0.1": "inner_lr",
+    "first_order=false": "algo.first_order",
+    "width=8": "model.width",
+    "model.widht=8": "model.width",
+    "algo.first_ordr=false": "algo.first_order",
+    "dataset.clases.val=30": "dataset.classes",
+    "dataset=omniglot dataset.roott=.": "dataset.root",
+    "dataset=folder dataset.root=. dataset.split_sed=1": "dataset.split_seed",
+    "+trainer.max_tim=00:00:01:00": "+trainer.max_time",
+    "algos=zero": "algo",
+    "datset=omniglot": "dataset",
+    "hydra.run.dirr=new": "hydra.run.dir",
+}
+
+
+@pytest.mark.parametrize("call", ADVISED)
+def test_advice_is_taken(call, main, tmp_path, monkeypatch):
+    """What is advised is what was meant, with all that one has to write for it, and is not refused in its turn."""
+    monkeypatch.chdir(tmp_path)
+    *others, word = call.split()
+    line = main(*others, word)
+    (advised,) = re.findall(r"did you mean ([\w.+]+)\?$|takes a plus, (\+zeroing)=true$", line)
+    assert "".join(advised) == ADVISED[call] and not any(tmp_path.iterdir())
+    if "clases" not in call:
+        right = [*others, f"{ADVISED[call]}={word.partition('=')[2]}"]
+        assert refusal([word for word in right if not word.startswith("hydra")]) is None
+        assert main("--cfg", "job", *right) == 0
+
+
+@pytest.mark.parametrize(
+    "group, wrong", {"algo": "fomalm", "dataset": "glyhps", "model": "conv4", "logger": "wand"}.items()
+)
+def test_an_advised_choice_is_taken(group, wrong, main):
+    choices = re.search(r"(?:did you mean|known are) ([\w, ]+)\??$", main(f"{group}={wrong}"))[1].split(", ")
+    for choice in choices:
+        assert main("--cfg", "job", f"{group}={choice}") == 0 and (CONF / group / f"{choice}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    {
+        "inner_lrr=abc": "did you mean inner_lr? (inner_lr=abc: must be a number above 0)",
+        "shot=30": "did you mean shots? (shots+queries=30+15: glyphs has 20 images per class; lower shots or queries)",
+        "enabled=true": "did you mean callbacks.zero_head.enabled? (callbacks.zero_head.enabled=true: use +zeroing=",
+        "zeroing=maybe": "takes a plus, +zeroing=true or +zeroing=false",
+    }.items(),
+)
+def test_advice_that_would_be_refused_says_why(call, reason, main):
+    assert reason in main(call)
 
 
 # The schema and the YAML

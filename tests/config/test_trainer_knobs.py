@@ -17,7 +17,7 @@ from fewshot.training import checkpoint
     ("argument", "said"),
     [
         ("gradient_clip_val=1", "no such knob; known are accelerator, benchmark,"),
-        ("max_tme=00:00:01:00", "no such knob; did you mean max_time?"),
+        ("max_tme=00:00:01:00", "no such knob; did you mean +trainer.max_time?"),
         ("max_time=00:00:00:00", "must be DAYS:HOURS:MINUTES:SECONDS, not all zero"),
         ("plugins=[]", "no such knob"),
         ("accumulate_grad_batches=2", "use meta_batch_size, and tasks_at_once for less memory"),

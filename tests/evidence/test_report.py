@@ -969,7 +969,7 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
         ),
         (("checkpoint=nowhere.ckpt",), r"checkpoint=nowhere.ckpt: no such file"),
         (("checkpoint=FILE", "fit=false"), r"fit=false: nothing is trained here; leave it out"),
-        (("checkpoint=FILE", "+zerong=true"), r"\+zerong=true: .* did you mean zeroing\?"),
+        (("checkpoint=FILE", "+zerong=true"), r"\+zerong=true: .* did you mean \+zeroing\?"),
     ],
     ids=["no checkpoint", "no checkpoint in it", "no such file", "fit", "unknown"],
 )

@@ -411,7 +411,7 @@ def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, t
     assert process.returncode == 1 and "Traceback" not in errors
     said = (
         "only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY, +algo.KEY may be added, "
-        "nothing can be removed with ~; did you mean zeroing?"
+        "nothing can be removed with ~; did you mean +zeroing?"
     )
     assert errors == f"+zerong=true,false: {said}\n"
     process = program("-m", "seed=0,1", "inner_step=1,3", f"hydra.sweep.dir={tmp_path}")

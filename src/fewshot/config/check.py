@@ -1,10 +1,12 @@
 """What a valid configuration is; every mistake that YAML alone shows, said in one line before torch is imported."""
 
+import copy
 import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib.util import find_spec
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -48,13 +50,14 @@ def check_overrides(overrides: list[str]) -> None:
         if key.startswith("hydra"):
             continue
         if override.is_delete() or (plus and key != "zeroing" and not key.startswith(ADDED)):
-            remedy = nearest(key, knobs() | {"zeroing"})
+            remedy = nearest(key, knobs() | {"zeroing"}).replace("mean zeroing?", "mean +zeroing?")
             raise UserError(
                 f"{text}: only +zeroing, {', '.join(f'+{part}KEY' for part in ADDED)} may be added, nothing can be "
                 f"removed with ~; {remedy}"
             )
         if key == "zeroing" and not plus:
-            raise UserError(f"{text}: this one takes a plus, +{text}")
+            sound = override.is_sweep_override() or isinstance(override.value(), bool)
+            raise UserError(f"{text}: takes a plus, {f'+{text}' if sound else '+zeroing=true or +zeroing=false'}")
         if not key:
             raise UserError(f"{text}: must be KNOB=VALUE")
         value = "" if override.is_sweep_override() else override.value()
@@ -136,6 +139,8 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
         group = knob.split(".")[0]
         if knob in GROUPS and not isinstance(value, dict):
             words = f"must be {_files(knob)}"
+        if meant := re.fullmatch(r"no such knob; did you mean (.+)\?", words):
+            words = _did_you_mean(plain, knob, value, meant[1])
         if words == "is missing":
             knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
         raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
@@ -144,6 +149,21 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
         raise UserError(
             one_line(f"{key}={dict(entries(plain)).get(key)}: has no value ({first_line(unresolved)}); give it one")
         )
+
+
+def _did_you_mean(plain: dict[str, Any], knob: str, value: Any, name: str) -> str:
+    """The nearest knob with all that one has to write, and why it would be refused if it would be."""
+    from fewshot.config.schema import mistakes
+
+    place, _, wrong = knob.rpartition(".")
+    right, part = f"{place}.{name}".lstrip("."), (tried := copy.deepcopy(plain))
+    for key in filter(None, place.split(".")):
+        part = part[key]
+    plus = "+" * (right == "zeroing" or (place == "trainer" and name not in part))
+    del part[wrong]
+    part[name] = value
+    reason = next((f" ({right}={shown(value)}: {words})" for key, _, words in mistakes(tried) if key == right), "")
+    return f"no such knob; did you mean {plus}{right}?{reason}"
 
 
 def processes(cfg: DictConfig) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from fewshot import files
-from fewshot.config.check import check_overrides, knobs, refuse
+from fewshot.config.check import check, check_overrides, knobs, refuse
 from fewshot.config.command import HELP, Command, how_to_go_on, one_line_errors
 from fewshot.config.tree import CONF, GROUPS, given_overrides, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
@@ -132,7 +133,8 @@ def not_composed(error: Exception, overrides: list[str], composed: Callable[[lis
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return UserError(f"{group}={name}: no such choice; {nearest(name, set(error.options))}")
+        choices = {choice for choice in error.options if not choice.startswith("shared/")}
+        return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}")
     if unknown := re.match(r"Could not override '(.+)'", text):
         call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
@@ -140,7 +142,10 @@ def not_composed(error: Exception, overrides: list[str], composed: Callable[[lis
         with suppress(Exception):  # chosen groups whose files are there
             groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
             chosen = composed([override for override in overrides if re.match(groups, override)])
-            return UserError(f"{call}: no such knob{inside}; {_nearest_knob(key, chosen)}")
+            candidates, advice = _nearest_knobs(key, chosen)
+            if candidates and call.startswith(f"{key}="):
+                advice = _did_you_mean(candidates, call, overrides, composed)
+            return UserError(one_line(f"{call}: no such knob{inside}; {advice}"))
         return UserError(f"{call}: no such knob{inside}; {nearest(key, knobs())}")
     if several := re.match("(?:Ambiguous value for argument|Sweep parameters) '(.+)'(?:\n| requires)", text):
         return UserError(f"{several[1]}: several values are a sweep, with -m; a list is [A,B], a comma in a text 'A,B'")
@@ -153,14 +158,40 @@ def not_composed(error: Exception, overrides: list[str], composed: Callable[[lis
     return UserError(one_line(f"{call}: cannot be composed ({first_line(error)}); --help names the knobs"))
 
 
-def _nearest_knob(key: str, cfg: DictConfig) -> str:
-    """What to try in place of a knob that cfg lacks: one of the same name elsewhere, or one beside it."""
+def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
+    """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or of the names beside it."""
     place, _, name = key.rpartition(".")
     known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
     parts = [knob.rpartition(".") for knob in known]
     if same := sorted(("".join(part) for part in parts if part[2] == name != "_target_"), key=len):
-        return f"did you mean {same[0]}?"
-    return nearest(name, {part[2] for part in parts if part[0] == place} or knobs())
+        return same, f"did you mean {same[0]}?"
+    beside = {"".join(part) for part in parts if part[0] == place} or knobs()
+    beside |= {"+zeroing"} if not place else set()
+    return get_close_matches(key, beside), nearest(key, beside)
+
+
+def _did_you_mean(
+    candidates: list[str], call: str, overrides: list[str], composed: Callable[[list[str]], DictConfig]
+) -> str:
+    """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why."""
+
+    def refusal(words: list[str]) -> str | None:
+        try:
+            cfg = copy.deepcopy(composed(words))
+            with open_dict(cfg):
+                cfg.pop("hydra", None)
+            check(cfg)
+        except Exception as error:
+            return first_line(error)
+        return None
+
+    others = [override for override in overrides if override != call]
+    without, reasons = refusal(others), []
+    for name in candidates:
+        reasons.append(refusal([*others, f"{name}={call.partition('=')[2]}"]))
+        if reasons[-1] in (None, without):
+            return f"did you mean {name}?"
+    return f"did you mean {candidates[0]}? ({reasons[0]})"
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:
