@@ -420,3 +420,14 @@ def test_real_cifarfs(cache):
     assert (splits["test"].counts == 200).all()
     mean = splits["train"].images.double().mean(dim=(0, 2, 3)) / 255
     assert torch.allclose(mean, torch.tensor([0.507, 0.487, 0.441], dtype=torch.double), atol=0.03)  # CIFAR-100's
+
+
+@pytest.mark.parametrize(
+    "root, name",
+    {"photos": "photos", "photos/": "photos", "a/My Photos (2).zip": "My-Photos-2", "v1.5": "v1.5", "7": "7"}.items(),
+)
+def test_a_dataset_is_called_as_its_folder_or_zip_is(root, name, config):
+    cfg = config("dataset=folder", f"dataset.root='{root}'")
+    assert cfg.dataset.name == cfg.dataset.source.name == name
+    assert config("dataset=folder").dataset.name == "folder"
+    assert config("dataset=folder", f"dataset.root='{root}'", "dataset.name=mine").dataset.name == "mine"

@@ -159,7 +159,7 @@ def not_composed(error: Exception, overrides: list[str], composed: Callable[[lis
 
 
 def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
-    """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or of the names beside it."""
+    """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or those beside it."""
     place, _, name = key.rpartition(".")
     known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
     parts = [knob.rpartition(".") for knob in known]
