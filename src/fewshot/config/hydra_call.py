@@ -42,6 +42,8 @@ from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import as_called, lenient
 
+Composed = Callable[[list[str]], DictConfig]  # makes a configuration of a call's overrides
+
 
 def hydra_command(
     task: Callable[[DictConfig], Any],
@@ -125,7 +127,7 @@ def _refuse(message: str) -> None:
     raise UserError(f"{message}; --help names what there is")
 
 
-def not_composed(error: Exception, overrides: list[str], composed: Callable[[list[str]], DictConfig]) -> UserError:
+def not_composed(error: Exception, overrides: list[str], composed: Composed) -> UserError:
     """What to do about an error of Hydra; its own advice is at times what is refused here (+inner_lrr=0.1).
 
     composed: composes a configuration of some of the overrides.
@@ -162,20 +164,17 @@ def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
     """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or those beside it."""
     place, _, name = key.rpartition(".")
     known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
-    parts = [knob.rpartition(".") for knob in known]
+    parts = [knob.rpartition(".") for knob in (*known, "+zeroing")]
     if same := sorted(("".join(part) for part in parts if part[2] == name != "_target_"), key=len):
         return same, f"did you mean {same[0]}?"
     beside = {"".join(part) for part in parts if part[0] == place} or knobs()
-    beside |= {"+zeroing"} if not place else set()
     return get_close_matches(key, beside), nearest(key, beside)
 
 
-def _did_you_mean(
-    candidates: list[str], call: str, overrides: list[str], composed: Callable[[list[str]], DictConfig]
-) -> str:
+def _did_you_mean(candidates: list[str], call: str, overrides: list[str], composed: Composed) -> str:
     """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why."""
 
-    def refusal(words: list[str]) -> str | None:
+    def refusal(words: list[str]) -> str | None:  # None: it would not be refused
         try:
             cfg = copy.deepcopy(composed(words))
             with open_dict(cfg):
@@ -183,7 +182,6 @@ def _did_you_mean(
             check(cfg)
         except Exception as error:
             return first_line(error)
-        return None
 
     others = [override for override in overrides if override != call]
     without, reasons = refusal(others), []
