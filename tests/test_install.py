@@ -28,7 +28,9 @@ removed = {name: vars(signal).pop(name) for name in names}
 sys.modules["fcntl"] = sys.modules["resource"] = None
 warnings.filterwarnings("ignore", "only soft file lock")  # of filelock, which locks by other means on Windows
 
-import fewshot.train, fewshot.evidence.__main__
+import fewshot
+from fewshot.evidence.__main__ import main as evidence
+from fewshot.train import main as train
 run, *words = json.loads(sys.argv[1])
 
 def ended(main, *words):
@@ -38,8 +40,8 @@ def ended(main, *words):
     except SystemExit as end:
         return end.code
 
-print(ended(fewshot.train.main, "engine=sequential"))
-print(ended(fewshot.evidence.__main__.main, f"checkpoint={run}"))
+print(ended(train, "engine=sequential"))
+print(ended(evidence, f"checkpoint={run}"))
 print([name for name in ("torch", "pytorch_lightning") if name in sys.modules])
 failed = []
 for module in pkgutil.walk_packages(fewshot.__path__, "fewshot."):
@@ -54,7 +56,7 @@ from fewshot.predict import predict
 images = list(np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8))
 print(predict(fewshot.load(run), {"a": images[:1], "b": images[1:3]}, images[3:]).probabilities.shape)
 vars(signal).update(removed)  # Lightning uses them wherever sys.platform is not Windows
-print(ended(fewshot.train.main, *words, "meta_batch_size=1"))
+print(ended(train, *words, "meta_batch_size=1"))
 """
 NEEDS = "needs learn2learn, which is not installed here; docs/install.md says how it is"
 
