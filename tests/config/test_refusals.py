@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fewshot.config import help, hydra_call, schema
+from fewshot.config import advice, check, help, schema
 from fewshot.config.check import check_overrides
 from fewshot.config.tree import CONF, GROUPS
 from fewshot.errors import UserError
@@ -260,10 +260,10 @@ def test_knobs_of_ones_own_networks_sources_loggers_and_callbacks_are_free():
     cfg.algo.update({"_target_": "mine.Loop", "head": "own", "strength": 3})
     cfg.logger = {"_target_": "mine.logger", "token": 3}
     cfg.callbacks.mine = {"_target_": "mine.Callback", "every": "hour"}
-    hydra_call.refuse(cfg, [])
+    check.refuse(cfg, [])
     del cfg.dataset["size"]
     with pytest.raises(UserError, match=r"^dataset=null: lacks dataset\.size; must be one of cifarfs, "):
-        hydra_call.refuse(cfg, [])
+        check.refuse(cfg, [])
 
 
 # Whatever is mistyped
@@ -276,14 +276,14 @@ def refusal(call):
         try:
             cfg = composed(*call)
         except Exception as error:
-            raise hydra_call.not_composed(error, call, lambda groups: composed(*groups)) from error
-        hydra_call.refuse(cfg, call)
+            raise advice.not_composed(error, call, lambda groups: composed(*groups)) from error
+        check.refuse(cfg, call)
     except UserError as error:
         return str(error)
     return None
 
 
-KNOBS = sorted(hydra_call.names(OmegaConf.to_container(composed("dataset=omniglot", "algo=contrastive"))))
+KNOBS = sorted(advice.names(OmegaConf.to_container(composed("dataset=omniglot", "algo=contrastive"))))
 CHOICES = ("dataset=omniglot", "dataset=folder", "algo=contrastive", "model=module", "trainer=ddp")
 ODD = """null true false 0 1 2 -1 1.5 -0.0 nan inf 1e400 1e-400 0x10 1_000 100000000000000000000 auto cpu ??? ''
 "" a=b ~/x [] [1] [null] [nan,x] {a:1} {_target_:a.B} {_target_:3} 1,2 range(3) interval(1,2) int(x)

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.config.check import check_overrides
+from fewshot.config.advice import not_composed
+from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.config.hydra_call import not_composed, refuse
 from fewshot.config.tree import CONF
 from fewshot.data.cache import cache_folder, file_stem
 from fewshot.errors import UserError, shown

@@ -1,0 +1,89 @@
+"""What to do about a call that Hydra cannot compose, in one line; what is advised is not refused in its turn."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from fewshot.config.check import check, knobs
+from fewshot.config.tree import GROUPS, key_of
+from fewshot.errors import UserError, first_line, nearest, one_line
+
+Composed = Callable[[list[str]], DictConfig]  # makes a configuration of a call's overrides
+
+
+def not_composed(error: Exception, overrides: list[str], composed: Composed) -> UserError:
+    """What to do about an error of Hydra; its own advice is at times what is refused here (+inner_lrr=0.1).
+
+    composed: composes a configuration of some of the overrides.
+    """
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        choices = {choice for choice in error.options if not choice.startswith("shared/")}
+        return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}")
+    if unknown := re.match(r"Could not override '(.+)'", text):
+        call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
+        key = getattr(error.__cause__, "full_key", None) or unknown[1]
+        inside = "" if unknown[1].startswith(key) else f" {key} in it"
+        with suppress(Exception):  # chosen groups whose files are there
+            groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
+            chosen = composed([override for override in overrides if re.match(groups, override)])
+            candidates, advice = _nearest_knobs(key, chosen)
+            if candidates and call.startswith(f"{key}="):
+                advice = _did_you_mean(candidates, call, overrides, composed)
+            return UserError(one_line(f"{call}: no such knob{inside}; {advice}"))
+        return UserError(f"{call}: no such knob{inside}; {nearest(key, knobs())}")
+    if several := re.match("(?:Ambiguous value for argument|Sweep parameters) '(.+)'(?:\n| requires)", text):
+        return UserError(f"{several[1]}: several values are a sweep, with -m; a list is [A,B], a comma in a text 'A,B'")
+    if there := re.match("Could not append to config. An item is already at '(.+)'", text):
+        call = next((override for override in overrides if override.startswith(f"+{there[1]}=")), there[1])
+        return UserError(f"{call}: is there already; leave the + out")
+    if merged := re.match("Error merging override (.+)", text):
+        return UserError(f"{merged[1]}: is of another kind than the value of this knob ({first_line(error.__cause__)})")
+    call = " ".join(override for override in overrides if not override.startswith("hydra.mode="))
+    return UserError(one_line(f"{call}: cannot be composed ({first_line(error)}); --help names the knobs"))
+
+
+def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
+    """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or those beside it."""
+    place, _, name = key.rpartition(".")
+    known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
+    parts = [knob.rpartition(".") for knob in (*known, "+zeroing")]
+    if same := sorted(("".join(part) for part in parts if part[2] == name != "_target_"), key=len):
+        return same, f"did you mean {same[0]}?"
+    beside = {"".join(part) for part in parts if part[0] == place} or knobs()
+    return get_close_matches(key, beside), nearest(key, beside)
+
+
+def _did_you_mean(candidates: list[str], call: str, overrides: list[str], composed: Composed) -> str:
+    """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why."""
+
+    def refusal(words: list[str]) -> str | None:  # None: it would not be refused
+        try:
+            cfg = copy.deepcopy(composed(words))
+            with open_dict(cfg):
+                cfg.pop("hydra", None)
+            check(cfg)
+        except Exception as error:
+            return first_line(error)
+
+    others = [override for override in overrides if override != call]
+    without, reasons = refusal(others), []
+    for name in candidates:
+        reasons.append(refusal([*others, f"{name}={call.partition('=')[2]}"]))
+        if reasons[-1] in (None, without):
+            return f"did you mean {name}?"
+    return f"did you mean {candidates[0]}? ({reasons[0]})"
+
+
+def names(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the knobs in plain data."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from names(value, f"{prefix}{key}.")
