@@ -10,15 +10,17 @@ from fewshot.processes.surroundings import settle
 if TYPE_CHECKING:
     from fewshot.api import Run, test, train
     from fewshot.errors import UserError
+    from fewshot.predict.classifier import FewShotClassifier
     from fewshot.predict.pretrained import load
 
     __version__: str
 
-__all__ = ["Run", "UserError", "__version__", "load", "test", "train"]
+__all__ = ["FewShotClassifier", "Run", "UserError", "__version__", "load", "test", "train"]
 
 PUBLIC = {  # name: the module that has it, imported when it is first asked for, since torch takes seconds
     **dict.fromkeys(("Run", "test", "train"), "fewshot.api"),
     "UserError": "fewshot.errors",
+    "FewShotClassifier": "fewshot.predict.classifier",
     "load": "fewshot.predict.pretrained",
 }
 

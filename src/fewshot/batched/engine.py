@@ -4,6 +4,7 @@ Shapes: B tasks, K ways, S support and Q query images per task, I images of C ch
 steps of an evaluation; the parameters of adapted networks have a leading B.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -74,12 +75,12 @@ def step_accuracies(
     return query_accuracy(logits, tasks.query_labels).transpose(1, 2)
 
 
-def step_logits(
-    network: nn.Module, tasks: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = (), *, first: int = 0
-) -> Tensor:
-    """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K); the network is left as it is."""
-    function = partial(_step_logits, evaluations=(evaluation,), eta=tuple(eta))
-    return torch.cat([torch.stack(steps[first:], dim=1) for steps in _run(function, network, tasks, None, None)])
+def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> Parameters:
+    """theta_T of one task, without a leading B, by the names of the network's parameters; the network is left as is."""
+    theta, tasks = _copies(network, 1), Task(*(field[None] for field in task))
+    encode = cache(torch.no_grad()(partial(_features, network, theta)))
+    ((theta_T, _),) = deque(_adapt(network, theta, tasks, evaluation, eta, encode), maxlen=1)
+    return {name: parameter.detach()[0] for name, parameter in theta_T.items()}
 
 
 def _run(

@@ -3,6 +3,7 @@
 Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T steps of an evaluation.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
@@ -138,6 +139,13 @@ def step_accuracies(
     evaluations: see InnerLoop.evaluation; together they cost less than one by one, for they share theta's features.
     """
     return query_accuracy(_step_logits(network, tasks, evaluations, eta), tasks.query_labels[:, None])
+
+
+def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """theta_T of one task, without a leading B, by the names of the network's parameters; the network is left as is."""
+    steps = adapt(network, task, evaluation, eta, cache(torch.no_grad()(network.encoder)))
+    ((theta_T, _),) = deque(steps, maxlen=1)
+    return {name: parameter.detach() for name, parameter in theta_T.named_parameters()}
 
 
 def step_logits(

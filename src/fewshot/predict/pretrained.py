@@ -26,6 +26,7 @@ from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
 from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular
 from fewshot.predict.find import find
+from fewshot.results import record_files
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 
@@ -54,7 +55,11 @@ class Preprocess:
 
     def __call__(self, picture: Picture) -> Tensor:
         """(C, size, size) float32, normalised."""
-        return normalised(self.pixels(picture), self.mean, self.std)
+        return self.normalised(self.pixels(picture))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(..., C, size, size) uint8 as the network sees it."""
+        return normalised(pixels, self.mean, self.std)
 
     def pixels(self, picture: Picture) -> Tensor:
         """(C, size, size) uint8: the right way up, the middle square, resized.
@@ -94,6 +99,9 @@ class Pretrained:
     learner: MetaLearner
     preprocess: Preprocess
     config: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Pretrained({self.config['model']['name']}, {record_files.title(self.config)})"
 
     @property
     def encoder(self) -> nn.Module:

@@ -32,7 +32,7 @@ class Engine:
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, Tensor]]
     step_accuracies: Callable[..., Tensor]
-    step_logits: Callable[..., Tensor]
+    adapted: Callable[..., dict[str, Tensor]]
     tasks_at_once: Callable[[Task], int] = lambda tasks: 1  # in memory together
 
     @contextmanager
@@ -57,7 +57,7 @@ def sequential_engine() -> Engine:
     """Raises ImportError where learn2learn is not installed, or what it imports is not."""
     from fewshot.maml import sequential  # learn2learn takes its time to import
 
-    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies, sequential.step_logits)
+    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies, sequential.adapted)
 
 
 def engine_to_predict() -> Engine:
@@ -65,7 +65,7 @@ def engine_to_predict() -> Engine:
     try:
         return sequential_engine()
     except ImportError:
-        return Engine("batched", batched.meta_gradient, batched.step_accuracies, batched.step_logits)
+        return Engine("batched", batched.meta_gradient, batched.step_accuracies, batched.adapted)
 
 
 def choose_engine(
@@ -96,7 +96,7 @@ def choose_engine(
         )
         accuracies = partial(batched.step_accuracies, tasks_at_once=tasks_at_once, execute=execute)
         together = partial(batched.default_tasks_at_once, network, tasks_at_once)
-        engine = Engine(name, gradient, accuracies, batched.step_logits, together)
+        engine = Engine(name, gradient, accuracies, batched.adapted, together)
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 

@@ -1,0 +1,224 @@
+"""A model that has adapted to the images of some classes: it classifies, is written down and read again.
+
+Shapes: K ways, S support and Q query images of C channels, H x W pixels.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fewshot.config.command import integer
+from fewshot.config.tree import portable
+from fewshot.data.task import Task
+from fewshot.errors import UserError
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, check_place, write_file
+from fewshot.predict.predictions import Label, Predictions
+from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
+from fewshot.training.choose_engine import engine_to_predict
+from fewshot.training.meta_learner import MetaLearner
+
+ADAPTED = "adapted.safetensors"  # in the folder of an adapted model: the support images, and the classes
+STATISTICS = ("queries", "support")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model at theta_N of one task, whose head has a row for each of the K classes.
+
+    statistics: of what BatchNorm normalises by. "queries": of all queries of a call, as in training, so that one
+        prediction depends on the others; a single query is normalised together with the support. "support": of the
+        support images as the adapted network sees them, so that each image is classified by itself.
+    support: its images, (S, C, H, W) uint8; shots: how many of them each class has, class after class.
+    """
+
+    model: Pretrained
+    classes: tuple[Label, ...]
+    support: Tensor
+    shots: tuple[int, ...]
+    statistics: str = "queries"
+
+    def __post_init__(self) -> None:
+        if self.statistics not in STATISTICS:
+            raise UserError(f"statistics={self.statistics}: must be one of {', '.join(STATISTICS)}")
+        if self.statistics == "support":
+            fix_statistics(self.network, self._seen(self.support))
+
+    @property
+    def network(self) -> nn.Module:
+        """Preprocessed images (Q, C, H, W) to logits (Q, K). With statistics="support" torch.export takes it."""
+        return self.model.learner.network
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes of a picture what the network takes, but for its leading dimension."""
+        return self.model.preprocess
+
+    def __repr__(self) -> str:
+        classes = f"{len(self.classes)} classes, {len(self.support)} images"
+        return f"Adapted({self.model.config['model']['name']}, {classes}, statistics={self.statistics!r})"
+
+    def predict(self, query: Sequence[Picture]) -> Predictions:
+        """Classifies the queries.
+
+        Raises:
+            UserError: there is none, one is no image, or the logits are not finite.
+        """
+        if not len(query):
+            raise UserError("query: has no images; give at least one")
+        images = torch.stack([self.preprocess.pixels(picture) for picture in query])
+        alone = len(query) == 1 and self.statistics == "queries"
+        pixels = torch.cat([self.support, images]) if alone else images
+        task = Task(*(field[None] for field in (images, images, pixels, pixels)))
+        with torch.no_grad(), engine_to_predict().one_line_out_of_memory(task):
+            logits = self.network(self._seen(pixels))[-len(query) :]
+        if not logits.isfinite().all():
+            raise UserError("the adapted model's logits are not finite numbers; adapt it in fewer steps")
+        return Predictions(self.classes, logits.double().softmax(dim=1).cpu().numpy())
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        return self.preprocess.normalised(pixels).to(next(self.network.parameters()))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model.safetensors and config.yaml, as export does, and adapted.safetensors, the support images.
+
+        Raises:
+            UserError: something is there already, or a label is neither text nor a number.
+        """
+        folder = Path(folder)
+        check_place("out", folder)
+        for name in (EXPORTED, EXPORTED_CONFIG, ADAPTED):
+            if os.path.lexists(folder / name):
+                raise UserError(f"out={folder}: holds a {name}; name another folder")
+        try:
+            about = {name: json.dumps(getattr(self, name)) for name in ("classes", "shots", "statistics")}
+        except TypeError:
+            raise UserError(f"classes: {self.classes!r} cannot be written; use text or numbers as labels") from None
+        buffers = {f"network.{name}" for name, _ in self.network.named_buffers()}  # made again from the support
+        weights = {name: w.contiguous() for name, w in self.model.learner.state_dict().items() if name not in buffers}
+        write_file(folder / EXPORTED_CONFIG, OmegaConf.to_yaml(OmegaConf.create(portable(self.model.config))))
+        write_file(folder / ADAPTED, save({"support": self.support.contiguous()}, about))
+        write_file(folder / EXPORTED, save(weights, {"format": "pt"}))  # last: with it the folder is one to load
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, trust: bool = False) -> "Adapted":
+        """What save wrote; trust: as in fewshot.load.
+
+        Raises:
+            UserError: it cannot be read, or is not of this form.
+        """
+        model, path = load(folder, trust=trust), Path(folder) / ADAPTED
+        try:
+            with safe_open(path, "pt") as file:
+                about, support = file.metadata() or {}, file.get_tensor("support")
+            classes, shots, statistics = (json.loads(about[name]) for name in ("classes", "shots", "statistics"))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"model={path}: cannot be read ({error}); give a folder that fewshot adapt wrote") from None
+        preprocess, rows = model.preprocess, len(model.head.weight)
+        shape = (preprocess.channels, preprocess.size, preprocess.size)
+        sound = support.dtype == torch.uint8 and support.shape[1:] == shape and isinstance(classes, list)
+        if not sound or not (len(classes) == rows == len(shots) and sum(shots) == len(support)):
+            raise UserError(f"model={path}: is not of the form that fewshot adapt writes, for {rows} classes")
+        return cls(model, tuple(classes), support, tuple(shots), statistics)
+
+
+def adapt(
+    model: Pretrained | str | os.PathLike[str],
+    support: Mapping[Any, Sequence[Picture]],
+    *,
+    steps: int | None = None,
+    test_zeroing: bool | None = None,
+    statistics: str = "queries",
+) -> Adapted:
+    """Adapts to the support images once; the model is left as it is. The arguments are those of predict.
+
+    statistics: see Adapted.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = load(model)
+    steps = model.config["inner_steps"] if steps is None else integer("steps", str(steps), 1)
+    zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
+    if zeroing and model.learner.loop.distance:
+        raise UserError("test_zeroing=true: a prototypical network has no head that could be zeroed; use false")
+    if zeroing and model.learner.loop.adapted == "encoder":
+        raise UserError("test_zeroing=true: this model adapts all but the head, which would stay zero; use false")
+    classes, shots = tuple(support), [len(images) for images in support.values()]
+    if len(classes) < 2:
+        raise UserError(f"support: has {len(classes)} classes; give at least 2 to choose between")
+    if 0 in shots:
+        raise UserError(f"support: has no images of {classes[shots.index(0)]!r}; give some or leave the class out")
+    learner = with_ways(model.learner, len(classes), zeroing)
+    parameter = next(learner.parameters())
+    pixels = torch.stack([model.preprocess.pixels(image) for images in support.values() for image in images])
+    shown = model.preprocess.normalised(pixels).to(parameter)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(shots)).to(parameter.device)
+    task, engine = Task(shown, labels, shown, labels), engine_to_predict()
+    loop = learner.loop.evaluation(steps, zeroing)
+    with torch.enable_grad(), engine.one_line_out_of_memory(Task(*(field[None] for field in task))):
+        theta = engine.adapted(learner.network, task, loop, learner.etas)
+    if not all(weights.isfinite().all() for weights in theta.values()):
+        raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
+    learner = copy.deepcopy(learner).requires_grad_(False)
+    for name, weights in theta.items():
+        learner.network.get_parameter(name).copy_(weights)
+    config = copy.deepcopy(model.config) | {"ways": len(classes)}
+    config["model"]["network"] |= {"ways": len(classes)} if "ways" in config["model"]["network"] else {}
+    return Adapted(Pretrained(learner, model.preprocess, config), classes, pixels, tuple(shots), statistics)
+
+
+def fix_statistics(network: nn.Module, images: Tensor) -> None:
+    """Lets every BatchNorm normalise by what it sees of these images, (S, C, H, W), from now on.
+
+    Raises:
+        UserError: the network mixes images elsewhere too.
+    """
+
+    def fix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        others = [dimension for dimension in range(inputs[0].dim()) if dimension != 1]
+        layer.running_mean, layer.running_var = inputs[0].mean(others), inputs[0].var(others, correction=0)
+        layer.track_running_stats = True
+
+    hooks = [layer.register_forward_pre_hook(fix) for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    with torch.no_grad():
+        together = network(images)
+        for hook in hooks:
+            hook.remove()
+        if not torch.allclose(network(images[:1]), together[:1], rtol=1e-3, atol=1e-4):
+            raise UserError("statistics=support: the network mixes images in other layers than BatchNorm; use queries")
+
+
+def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
+    """The learner with a head of so many rows: the first of its own, then new ones where their values do not matter."""
+    rows = len(learner.network.head.weight)
+    if ways == rows:
+        return learner
+    if ways > rows and not zeroing and learner.loop.head == "learned":
+        remedy = (
+            ", or test_zeroing=true, which lets all rows begin at zero" if learner.loop.adapted != "encoder" else ""
+        )
+        raise UserError(
+            f"test_zeroing=false: support has {ways} classes, the head {rows} rows, each learned for a label of the "
+            f"training tasks, and none for label {rows}; give at most {rows} classes{remedy}"
+        )
+    if len(learner.etas):
+        raise UserError(
+            f"support: has {ways} classes, the model an inner_lr learned for each number of {rows} rows; give {rows}"
+        )
+    learner = copy.deepcopy(learner)
+    head = learner.network.head
+    for name, parameter in list(head.named_parameters()):
+        # Where all rows are one vector, one more is the same; elsewhere what is added will be written over.
+        added = parameter.detach()[:1].expand(max(0, ways - rows), *parameter.shape[1:])
+        setattr(head, name, nn.Parameter(torch.cat([parameter.detach()[:ways], added])))
+    head.out_features = ways
+    return learner

@@ -1,0 +1,121 @@
+"""A trained model as an estimator of scikit-learn: fit adapts it to some images of each class."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewshot.errors import UserError
+from fewshot.predict.adapted import Adapted, adapt
+from fewshot.predict.predictions import Predictions
+from fewshot.predict.pretrained import Picture, Pretrained, load
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+except ImportError:
+    raise UserError(
+        "fewshot.FewShotClassifier: needs scikit-learn; uv sync --extra sklearn, or pip install scikit-learn"
+    ) from None
+
+Image = Picture | str | os.PathLike[str]
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """FewShotClassifier(model).fit(images, labels).predict(others); scikit-learn scores and searches with it.
+
+    Images are a list or an array of pictures of any sizes: PIL images, uint8 arrays (H, W[, 1|3|4]), uint8 tensors
+    (1|3|4, H, W), bytes of files, or paths. Labels are of any kind that scikit-learn classifies by. Classes may have
+    different numbers of images.
+
+    Args:
+        model: whatever fewshot.load takes, or what it returned.
+        steps: inner steps of fit; None: as in training.
+        zeroing: adapt from a zeroed head, to any number of classes; None: as in training.
+        statistics: of what BatchNorm normalises by. "queries": of the images of one call of predict together, as in
+            training, so that one prediction depends on the others; "support": of the images that it was fitted to.
+        trust: as in fewshot.load.
+
+    Attributes:
+        classes_: the labels, sorted; the columns of predict_proba.
+        adapted_: the adapted model, a fewshot.predict.Adapted.
+    """
+
+    def __init__(
+        self,
+        model: "Pretrained | str | os.PathLike[str]",
+        *,
+        steps: int | None = None,
+        zeroing: bool | None = None,
+        statistics: str = "queries",
+        trust: bool = False,
+    ) -> None:
+        self.model = model
+        self.steps = steps
+        self.zeroing = zeroing
+        self.statistics = statistics
+        self.trust = trust
+
+    def fit(self, images: Sequence[Image], labels: Sequence[Any]) -> "FewShotClassifier":
+        """Adapts the model to the images of each class; what an earlier fit left is forgotten."""
+        if labels is None:
+            raise ValueError("requires y to be passed, but the target y is None: give a label for each image")
+        labels = column_or_1d(labels, warn=True)
+        check_classification_targets(labels)
+        check_consistent_length(images, labels)
+        classes, numbers = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"labels: {len(classes)} class; give images of at least 2 to choose between")
+        pictures = [_opened(image) for image in images]
+        support = {
+            label: [pictures[place] for place in np.flatnonzero(numbers == number)]
+            for number, label in enumerate(classes.tolist())
+        }
+        model = load(self.model, trust=self.trust) if isinstance(self.model, str | os.PathLike) else self.model
+        self.adapted_: Adapted = adapt(
+            model, support, steps=self.steps, test_zeroing=self.zeroing, statistics=self.statistics
+        )
+        self.classes_ = classes
+        return self
+
+    def predict_proba(self, images: Sequence[Image]) -> np.ndarray:
+        """(Q, K), the probability of each of classes_; rows sum to one."""
+        check_is_fitted(self)
+        predictions: Predictions = self.adapted_.predict([_opened(image) for image in images])
+        return predictions.probabilities
+
+    def predict(self, images: Sequence[Image]) -> np.ndarray:
+        """(Q,), the most probable label of each image."""
+        probabilities = self.predict_proba(images)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the adapted model, its labels and the images that it was fitted to; see fewshot.predict.Adapted."""
+        check_is_fitted(self)
+        self.adapted_.save(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, trust: bool = False) -> "FewShotClassifier":
+        """A fitted classifier, from the folder that save or `python -m fewshot.adapt` wrote."""
+        adapted = Adapted.load(folder, trust=trust)
+        classifier = cls(folder, statistics=adapted.statistics, trust=trust)
+        classifier.adapted_, classifier.classes_ = adapted, np.array(adapted.classes)
+        return classifier
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
+        return tags
+
+
+def _opened(image: Image) -> Picture:
+    """The picture, or the bytes of the file that a path names."""
+    if not isinstance(image, str | os.PathLike):
+        return image
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise UserError(f"image={image}: cannot be read ({error.strerror})") from None

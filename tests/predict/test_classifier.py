@@ -1,0 +1,133 @@
+"""The estimator: scikit-learn's own checks, and what it does with images."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import check_is_fitted, validate_data
+from test_predict import images, untrained
+
+import fewshot
+from fewshot.predict import adapt, predict
+from fewshot.predict.classifier import FewShotClassifier
+
+MODEL = untrained("algo=zero", "dataset.size=24")
+PATH = str(ROOT / "tests" / "fixtures" / "2f3a4cf" / "exported")
+
+
+class OfRows(FewShotClassifier):
+    """Rows of numbers stand for images, a stripe for each number, because scikit-learn's checks know no others."""
+
+    def fit(self, X, y):
+        X = validate_data(self, X, ensure_min_samples=2)
+        self._range = X.min(), np.ptp(X) or 1
+        return super().fit(self._images(X), y)
+
+    def predict_proba(self, X):
+        check_is_fitted(self)
+        return super().predict_proba(self._images(validate_data(self, X, reset=False)))
+
+    def _images(self, X):
+        numbers = np.clip((X - self._range[0]) / self._range[1], 0, 1)
+        places = np.arange(28) * X.shape[1] // 28
+        return [np.tile((255 * row[places]).astype(np.uint8), (28, 1)) for row in numbers]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.three_d_array = True, False
+        tags.classifier_tags.poor_score = True  # the encoder is not trained, and certainly not for stripes
+        return tags
+
+
+def others_count(estimator):
+    """What does not hold where the images of a call are normalised together."""
+    if estimator.statistics == "support":
+        return {}
+    reason = "BatchNorm normalises all images of a call together, so one prediction depends on the others"
+    return {"check_methods_subset_invariance": reason}
+
+
+@parametrize_with_checks(
+    [OfRows(PATH, steps=1), OfRows(PATH, steps=1, statistics="support")],
+    expected_failed_checks=others_count,
+)
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+def test_fit_and_predict_are_predict_with_labels_of_any_kind():
+    support = {name: images(2, seed) for seed, name in enumerate(("b", "a", "c"))}
+    shown, labels = [image for each in support.values() for image in each], ["b", "b", "a", "a", "c", "c"]
+    asked = images(5, 9)
+    expected = predict(MODEL, {name: support[name] for name in "abc"}, asked, steps=2)
+    for kind in (str, "abc".index, lambda label: label == "a"):
+        kinds = [kind(label) for label in labels]
+        fitted = FewShotClassifier(MODEL, steps=2).fit(np.stack(shown), np.array(kinds))
+        assert fitted.classes_.tolist() == sorted({*kinds}) and {*fitted.predict(asked)} <= {*kinds}
+        if len(fitted.classes_) == 3:
+            np.testing.assert_allclose(fitted.predict_proba(asked), expected.probabilities, rtol=1e-12)
+            assert fitted.predict(asked).tolist() == [kind(label) for label in expected.labels]
+            assert fitted.score(asked, [kind(label) for label in expected.labels]) == 1
+
+
+def test_pictures_of_every_kind_are_one(tmp_path):
+    (array,) = images(1, 3)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "png")
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    kinds = [array, Image.fromarray(array), file.getvalue(), torch.tensor(array[None])]
+    kinds += [str(tmp_path / "a.png"), tmp_path / "a.png"]
+    other = images(6, 4)
+    fitted = FewShotClassifier(MODEL, steps=1, statistics="support").fit([*kinds, *other], [0] * 6 + [1] * 6)
+    probabilities = fitted.predict_proba(kinds)
+    assert np.array_equal(probabilities, np.tile(probabilities[:1], (6, 1)))
+    with pytest.raises(fewshot.UserError, match=r"^image=.*b\.png: cannot be read \(No such file or directory\)$"):
+        fitted.predict([tmp_path / "b.png"])
+
+
+def test_clones_searches_and_what_is_no_fit():
+    shown, labels = images(6, 1), ["x", "y"] * 3
+    estimator = FewShotClassifier(MODEL, steps=1)
+    assert clone(estimator).get_params() | {"model": 0} == estimator.set_params(steps=1).get_params() | {"model": 0}
+    assert len(cross_val_score(estimator, shown, labels, cv=3)) == 3
+    search = GridSearchCV(estimator, {"steps": [1, 2]}, cv=2).fit(shown, labels)
+    assert search.best_params_["steps"] in (1, 2)
+    with pytest.raises(NotFittedError):
+        FewShotClassifier(MODEL).predict(shown)
+    with pytest.raises(fewshot.UserError, match=r"^statistics=none: must be one of queries, support$"):
+        FewShotClassifier(MODEL, statistics="none").fit(shown, labels)
+
+
+@pytest.mark.parametrize("statistics", ["queries", "support"])
+def test_what_was_saved_predicts_the_same(statistics, tmp_path):
+    shown, labels, asked = images(4, 1), [3, 7, 3, 7], images(3, 2)
+    model = untrained("algo=anil", "+zeroing=true")
+    model.learner.float()
+    fitted = FewShotClassifier(model, statistics=statistics).fit(shown, labels)
+    fitted.save(tmp_path / "adapted")
+    again = fewshot.FewShotClassifier.load(tmp_path / "adapted")
+    for queries in (asked, asked[:1]):
+        assert np.array_equal(again.predict_proba(queries), fitted.predict_proba(queries))
+    assert again.classes_.tolist() == [3, 7] and again.predict(asked).dtype.kind == "i"
+    alone = np.concatenate([again.predict_proba([image]) for image in asked])
+    assert np.allclose(alone, again.predict_proba(asked), atol=1e-6) == (statistics == "support")
+    assert repr(again.adapted_) == f"Adapted(conv4_strided, 2 classes, 4 images, statistics={statistics!r})"
+    with pytest.raises(fewshot.UserError, match=r"holds a model\.safetensors; name another folder$"):
+        fitted.save(tmp_path / "adapted")
+
+
+def test_support_statistics_are_what_the_adapted_network_sees_of_the_support():
+    shown = {0: images(2, 1), 1: images(1, 2)}
+    adapted = adapt(MODEL, shown, statistics="queries")
+    pixels = torch.stack([MODEL.preprocess(image) for each in shown.values() for image in each]).double()
+    together = adapted.network(pixels)
+    fixed = adapt(MODEL, shown, statistics="support").network
+    torch.testing.assert_close(fixed(pixels), together)
+    torch.testing.assert_close(torch.cat([fixed(image[None]) for image in pixels]), together)
