@@ -18,6 +18,7 @@ COMMANDS = {  # a line each: (the module whose main() it is, what it does)
         "fewshot.predict.__main__",
         "Adapts a model to a few images of your classes and classifies others.",
     ),
+    "adapt": ("fewshot.adapt", "Adapts a model once, for predict to classify with again and again."),
     "evidence": ("fewshot.evidence.__main__", "Writes a page that says whether the theory holds on a trained model."),
     "export": ("fewshot.export", "Writes a model to share, without pickle."),
     "push": ("fewshot.push", "Writes an exported model to the Hugging Face hub."),

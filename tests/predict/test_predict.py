@@ -396,6 +396,10 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
         ("checkpoint=a.txt support=two query=none", "query=none: no such file or folder"),
         ("checkpoint=a.txt support=two query=noimages", "query=noimages: no images in it"),
         ("checkpoint=a.txt support=two query=q", "model=a.txt: cannot be read"),
+        ("checkpoint=a.txt query=q", "support: is missing; give support=FOLDER"),
+        ("model=done support=two query=q", "support=two: done has adapted to its images already; leave support out"),
+        ("model=done query=q steps=2", "steps=2: done has adapted to its images already; leave steps out"),
+        ("model=done query=q", "model=done: has no config.yaml"),
         ("model=two support=two query=q", "model=two: has no model.safetensors"),
         ("checkpoint=a.txt support=two query=q out=one", "out=one: is not empty; name another folder"),
     ],
@@ -415,6 +419,9 @@ def test_a_mistake_is_one_line(words, line, tmp_path, monkeypatch):
         Image.new("L", (9, 9)).save(tmp_path / path)
     for folder in ("empty/b", "noimages"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "done").mkdir()
+    for name in ("model.safetensors", "adapted.safetensors"):
+        (tmp_path / "done" / name).touch()
     (tmp_path / "a.txt").write_text("neither zip nor checkpoint")
     with zipfile.ZipFile(tmp_path / "unsafe.zip", "w") as archive:
         archive.writestr("../a/1.png", "")
@@ -437,20 +444,21 @@ def test_torch_is_imported_only_when_it_is_needed():
     """A mistake on the command line does not wait for it, nor does `import fewshot`."""
     code = """
 import sys
-import fewshot, fewshot.export, fewshot.predict.__main__, fewshot.push
-for module in (fewshot.predict.__main__, fewshot.export, fewshot.push):
+import fewshot, fewshot.adapt, fewshot.export, fewshot.predict.__main__, fewshot.push
+for module in (fewshot.predict.__main__, fewshot.adapt, fewshot.export, fewshot.push):
     try:
         module.main(["checkpoint=none", "suport=none"])
     except SystemExit as stop:
         print(stop.code)
-print("torch" in sys.modules, "load" in dir(fewshot) or fewshot.__all__)
+print("torch" in sys.modules, "load" in vars(fewshot))
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True)
     assert process.stdout.splitlines() == [
         "suport=none: no such knob; did you mean support?",
+        "checkpoint=none: no such knob; known are model, out, statistics, steps, support, test_zeroing, trust",
         "suport=none: no such knob; known are checkpoint, out",
         "checkpoint=none: no such knob; known are model, private, repo",
-        "False ['load']",
+        "False False",
     ]
 
 

@@ -10,14 +10,14 @@ import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewshot.config.command import Command, Parameter, flag, integer, one_line_errors
 from fewshot.config.command import read as read_words
-from fewshot.errors import UserError, first_few, printable
-from fewshot.files import check_place, claimed, user_path, write_atomically, write_file
+from fewshot.errors import UserError, first_few, printable, shown
+from fewshot.files import ADAPTED, check_place, claimed, user_path, write_atomically, write_file
 from fewshot.predict.find import find
-from fewshot.predict.predictions import Predictions, predict
+from fewshot.predict.predictions import Predictions
 from fewshot.results.record_files import write_csv
 
 if TYPE_CHECKING:
@@ -33,51 +33,48 @@ SHEET_CLASSES, SHEET_QUERIES = 50, 200  # of the contact sheet, at most
 
 
 def run(
-    model: str, support: str, query: str, folder: Path | None, *, trust: bool = False, **options: int | bool | None
+    model: str, support: str | None, query: str, folder: Path | None, *, trust: bool = False, **options: Any
 ) -> None:
     """Predicts the images in `query` and writes predictions.csv, contact_sheet.png and, if any, skipped.csv.
 
     Queries in folders that are called like the support's classes are labelled: it says how many it got right, and
     writes confusion.png.
 
+    support: None: the model has adapted already.
     folder: None: a new one in outputs/, named after the time.
-    options: steps and test_zeroing, as predict has them.
+    options: steps, test_zeroing and statistics, as adapt has them.
     """
     if folder is not None:
         check_place("out", folder)
     if folder is not None and os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"out={folder}: is not empty; name another folder")
-    model_path = find(model)
-    for knob, path in {"support": support, "query": query}.items():
-        if not os.path.exists(user_path(knob, path)):
-            raise UserError(f"{knob}={path}: no such file or folder")
-    from fewshot.data.folder_or_zip import open_source
+    path = find(model)
+    _refuse_support(path, support, options)
+    examples = None if support is None else Support(support)
+    query_source = open_folder("query", query)
     from fewshot.data.images import is_image, tell_left_out
 
-    support_source, query_source = (
-        open_source(user_path(knob, path), knob=knob) for knob, path in (("support", support), ("query", query))
-    )
-    classes = _classes(f"support={support}", support_source)
     asked = [name for name in query_source.names if is_image(name)]
-    tell_left_out(f"support={support}", support_source, {name for files in classes.values() for name in files})
     tell_left_out(f"query={query}", query_source, set(asked))
     if not asked:
         raise UserError(f"query={query}: no images in it")
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from fewshot.data.sheet import contact_sheet
+    from fewshot.predict.adapted import Adapted, adapt
     from fewshot.predict.pretrained import load
     from fewshot.results.figures import confusion, png
 
-    pretrained = load(model_path, trust=trust)
     skipped: list[tuple[str, str, str]] = []
-    read = partial(_read, preprocess=pretrained.preprocess, skipped=skipped, told=set())
-    examples = {name: list(read("support", support_source, files).values()) for name, files in classes.items()}
-    if lost := [name for name, images in examples.items() if not images]:
-        raise UserError(f"support={support}: no image of {lost[0]!r} can be read; replace them or remove the class")
-    queries = read("query", query_source, asked)
+    if examples is None:
+        adapted = Adapted.load(path, trust=trust)
+    else:
+        pretrained = load(path, trust=trust)
+        adapted = adapt(pretrained, examples.read(pretrained.preprocess, skipped), **options)
+    queries = _read("query", query_source, asked, preprocess=adapted.preprocess, skipped=skipped, told=set())
     if not queries:
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
-    predictions = predict(pretrained, examples, list(queries.values()), **options)
+    classes = tuple(map(str, adapted.classes))  # labels of an estimator may be numbers
+    predictions = Predictions(classes, adapted.predict(list(queries.values())).probabilities)
     rows = list(zip(queries, predictions.labels, predictions.probabilities, strict=True))
     folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
@@ -90,7 +87,9 @@ def run(
         table = [[*row, label] for row, label in zip(table, labels, strict=True)]
         write_file(folder / "confusion.png", png(confusion(labels, predictions.labels, predictions.classes)))
     write_csv(folder / "predictions.csv", [header, *table])
-    sheet = contact_sheet(_sheet_rows(examples, list(queries.items()), predictions), side=140)
+    sheet = contact_sheet(
+        _sheet_rows(dict(zip(classes, adapted.examples, strict=True)), list(queries.items()), predictions), side=140
+    )
     write_atomically(folder / "contact_sheet.png", partial(sheet.save, format="PNG"))
     but = f", {len(skipped)} skipped" if skipped else ""
     right = sum(label == said for label, said in zip(labels, predictions.labels, strict=True)) if labels else 0
@@ -107,6 +106,48 @@ def _labels(where: str, source: "Source", files: list[str], classes: tuple[str, 
     if (others := {*labels} - {*classes}) and {*labels} & {*classes}:
         log.warning("%s: %s are no classes of the support; no accuracy", where, first_few(sorted(map(repr, others))))
     return [] if others else labels
+
+
+def _refuse_support(path: Path, support: str | None, options: dict[str, Any]) -> None:
+    """Raises UserError where the model at this path has adapted and is to adapt, or neither."""
+    if (path / ADAPTED).is_file():
+        asked = ({} if support is None else {"support": support}) | options
+        for knob, value in asked.items():
+            raise UserError(f"{knob}={shown(value)}: {path} has adapted to its images already; leave {knob} out")
+    elif support is None:
+        raise UserError(f"support: is missing; give support=FOLDER, a folder of images for each class, to {path}")
+
+
+def open_folder(knob: str, path: str) -> "Source":
+    """A folder or zip of images."""
+    from fewshot.data.folder_or_zip import open_source
+
+    if not os.path.exists(user_path(knob, path)):
+        raise UserError(f"{knob}={path}: no such file or folder")
+    return open_source(user_path(knob, path), knob=knob)
+
+
+class Support:
+    """The support images in a folder or zip with one folder for each class; they are looked for, then read.
+
+    Raises:
+        UserError: there are none, or fewer than two classes of them.
+    """
+
+    def __init__(self, path: str) -> None:
+        from fewshot.data.images import tell_left_out
+
+        self.where, self.source = f"support={path}", open_folder("support", path)
+        self.classes = _classes(self.where, self.source)
+        tell_left_out(self.where, self.source, {name for files in self.classes.values() for name in files})
+
+    def read(self, preprocess: "Preprocess", skipped: list[tuple[str, str, str]]) -> dict[str, list["Tensor"]]:
+        """{class: its images}; those that cannot be read are added to `skipped`, unless a class has no others."""
+        read = partial(_read, "support", self.source, preprocess=preprocess, skipped=skipped, told=set())
+        examples = {name: list(read(files).values()) for name, files in self.classes.items()}
+        if lost := [name for name, images in examples.items() if not images]:
+            raise UserError(f"{self.where}: no image of {lost[0]!r} can be read; replace them or remove the class")
+        return examples
 
 
 def _classes(where: str, source: "Source") -> dict[str, list[str]]:
@@ -179,7 +220,9 @@ COMMAND = Command(
             "export wrote; a file RUN/checkpoints/best.ckpt; or hf://ORG/NAME, on Hugging Face.",
             needed=True,
         ),
-        "support=FOLDER": Parameter("A folder or zip with one folder of images for each class.", needed=True),
+        "support=FOLDER": Parameter(
+            "A folder or zip with one folder of images for each class; left out with a model that adapt wrote."
+        ),
         "query=FOLDER": Parameter(
             "A folder or zip of images to classify, however deep. In folders like the support's they are labelled.",
             needed=True,
@@ -187,6 +230,10 @@ COMMAND = Command(
         "steps=N": Parameter("Inner steps; left out: as many as in training.", partial(integer, smallest=1)),
         "test_zeroing=BOOL": Parameter(
             "true: adapts from a zeroed head, to any number of classes; left out: as in training.", flag
+        ),
+        "statistics=WHOSE": Parameter(
+            "What BatchNorm normalises by. queries, the default: all queries together, as in training; support: the "
+            "support images, so that the prediction for an image depends on no other query."
         ),
         "out=FOLDER": Parameter(
             "The folder for predictions.csv and contact_sheet.png; left out: a new one in outputs/.", user_path
@@ -204,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         words = sys.argv[1:] if arguments is None else arguments
         words = [re.sub("^checkpoint=", "model=", word) for word in words]  # as it was called when only runs had models
         values = read_words(COMMAND, words).values
-        run(values.pop("model"), values.pop("support"), values.pop("query"), values.pop("out", None), **values)
+        run(values.pop("model"), values.pop("support", None), values.pop("query"), values.pop("out", None), **values)
 
 
 if __name__ == "__main__":

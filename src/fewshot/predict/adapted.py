@@ -22,13 +22,12 @@ from fewshot.config.command import integer
 from fewshot.config.tree import portable
 from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.files import EXPORTED, EXPORTED_CONFIG, check_place, write_file
+from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
 from fewshot.predict.predictions import Label, Predictions
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
 from fewshot.training.choose_engine import engine_to_predict
 from fewshot.training.meta_learner import MetaLearner
 
-ADAPTED = "adapted.safetensors"  # in the folder of an adapted model: the support images, and the classes
 STATISTICS = ("queries", "support")
 
 
@@ -63,6 +62,11 @@ class Adapted:
     def preprocess(self) -> Preprocess:
         """What makes of a picture what the network takes, but for its leading dimension."""
         return self.model.preprocess
+
+    @property
+    def examples(self) -> list[list[Tensor]]:
+        """The support images of each class."""
+        return [list(images) for images in self.support.split(list(self.shots))]
 
     def __repr__(self) -> str:
         classes = f"{len(self.classes)} classes, {len(self.support)} images"
@@ -126,8 +130,10 @@ class Adapted:
             raise UserError(f"model={path}: cannot be read ({error}); give a folder that fewshot adapt wrote") from None
         preprocess, rows = model.preprocess, len(model.head.weight)
         shape = (preprocess.channels, preprocess.size, preprocess.size)
-        sound = support.dtype == torch.uint8 and support.shape[1:] == shape and isinstance(classes, list)
-        if not sound or not (len(classes) == rows == len(shots) and sum(shots) == len(support)):
+        plain = isinstance(classes, list) and all(isinstance(label, Label) for label in classes)
+        counts = isinstance(shots, list) and all(type(number) is int and number > 0 for number in shots)
+        sound = support.dtype == torch.uint8 and support.shape[1:] == shape and plain and counts
+        if not sound or not (len({*classes}) == rows == len(shots) and sum(shots) == len(support)):
             raise UserError(f"model={path}: is not of the form that fewshot adapt writes, for {rows} classes")
         return cls(model, tuple(classes), support, tuple(shots), statistics)
 

@@ -1,0 +1,114 @@
+"""A model that has adapted: by the command, written and read, and as a network for other programs."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_predict import images
+
+import fewshot
+from fewshot.adapt import main as adapt_main
+from fewshot.predict import Adapted, adapt
+from fewshot.predict.__main__ import main as predict_main
+
+SUPPORT = {"statistics": '"support"'}
+MODEL = ROOT / "tests" / "fixtures" / "2f3a4cf" / "exported"
+
+
+def predicted(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return [(file, label, *map(float, row)) for file, label, *row in list(csv.reader(file))[1:]]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    names = ("support/b/0.png", "support/a/0.png", "support/a/1.png", "alone/0.png", "query/1.png")
+    for seed, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images(1, seed)[0]).save(tmp_path / name)
+    Image.open(tmp_path / "alone" / "0.png").save(tmp_path / "query" / "0.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("statistics", ["queries", "support"])
+def test_predict_with_an_adapted_model_says_what_predict_with_its_support_says(folders, statistics, capsys):
+    words = [f"model={MODEL}", f"support={folders}/support", "steps=3", f"statistics={statistics}"]
+    adapt_main([*words, f"out={folders}/model"])
+    assert capsys.readouterr().out == f"Adapted to 3 images of 2 classes: written to {folders}/model\n"
+    predict_main([*words, f"query={folders}/query", f"out={folders}/anew"])
+    predict_main([f"model={folders}/model", f"query={folders}/query", f"out={folders}/again"])
+    assert predicted(folders / "again") == predicted(folders / "anew")
+    assert (folders / "again" / "contact_sheet.png").exists()
+    predict_main([f"model={folders}/model", f"query={folders}/alone", f"out={folders}/one"])
+    alone, together = predicted(folders / "one")[0], predicted(folders / "again")[0]
+    assert (np.allclose(alone[2:], together[2:], atol=1e-5)) == (statistics == "support")
+    assert fewshot.FewShotClassifier.load(folders / "model").classes_.tolist() == ["a", "b"]
+    with pytest.raises(SystemExit, match=r"model: holds a model\.safetensors; name another folder$"):
+        adapt_main([*words, f"out={folders}/model"])
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"about": {"classes": "[1, 2]", "shots": "[1, 1]", **SUPPORT}, "images": 3},
+            "is not of the form",
+        ),
+        ({"about": {"classes": "[1]", "shots": "[2]", **SUPPORT}}, "is not of the form"),
+        ({"about": {"classes": "[1, 2]", "shots": "[3, -1]", **SUPPORT}}, "is not of the form"),
+        ({"about": {"classes": "{", "shots": "[1, 1]", **SUPPORT}}, "cannot be read"),
+        ({"about": {"classes": "[[1], 2]", "shots": "[1, 1]", **SUPPORT}}, "is not of the form"),
+        ({"about": {"classes": "[1, 2]", "shots": "[1, 1]", "statistics": '"others"'}}, "must be one of"),
+        ({"about": {"classes": "[1, 2]", "shots": "[1, 1]"}}, "cannot be read"),
+        ({"size": 27}, "is not of the form"),
+    ],
+)
+def test_a_folder_that_was_changed_is_refused_in_one_line(change, line, tmp_path):
+    adapt(MODEL, {1: images(1, 1), 2: images(1, 2)}).save(tmp_path / "model")
+    path = tmp_path / "model" / "adapted.safetensors"
+    with safe_open(path, "pt") as file:
+        about = change.get("about", file.metadata())
+    size = change.get("size", 28)
+    save_file({"support": torch.zeros(change.get("images", 2), 1, size, size, dtype=torch.uint8)}, path, about)
+    with pytest.raises(fewshot.UserError, match=line) as error:
+        Adapted.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_cannot_be_written_leave_nothing(tmp_path):
+    adapted = adapt(MODEL, {(1, 2j): images(1, 1), "b": images(1, 2)})
+    with pytest.raises(fewshot.UserError, match=r"cannot be written; use text or numbers as labels$"):
+        adapted.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def fixed():
+    """The adapted network that normalises by its support, and images as it takes them."""
+    adapted = adapt(MODEL, {"a": images(2, 1), "b": images(1, 2)}, statistics="support")
+    return adapted.network, torch.stack([adapted.preprocess(image) for image in images(4, 3)])
+
+
+def test_torch_export_takes_what_is_normalised_by_its_support(fixed):
+    network, x = fixed
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("queries")},), strict=False)
+    for queries in (x, x[:1], x.repeat(3, 1, 1, 1)):
+        torch.testing.assert_close(program.module()(queries), network(queries))
+
+
+def test_onnxruntime_says_what_torch_says(fixed, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, x = fixed
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    dynamic = {"dynamic_shapes": ({0: torch.export.Dim("queries")},)}
+    torch.onnx.export(network, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False, **names, **dynamic)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for queries in (x, x[:1]):
+        (logits,) = session.run(None, {"images": queries.numpy()})
+        np.testing.assert_allclose(logits, network(queries).numpy(), rtol=1e-4, atol=1e-5)
