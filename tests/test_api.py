@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -144,3 +145,15 @@ def test_the_package_is_light_and_its_functions_are_no_modules():
     assert done.returncode == 0, done.stderr
     assert f'\nversion = "{done.stdout.strip()}"\n' in (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert not hasattr(fewshot, "nothing") and SimpleNamespace(**{n: getattr(fewshot, n) for n in fewshot.__all__})
+
+
+def test_the_loop_of_ones_own_in_the_docs_runs_without_lightning_and_hydra():
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "meta_gradient(" in code]
+    assert len(example.splitlines()) <= 20
+    program = f"{example}\nimport sys; print({{'pytorch_lightning', 'hydra', 'omegaconf', 'wandb'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(number) for number in re.findall(r"0\.\d+", done.stdout)]
+    assert len(accuracies) == 4 and accuracies[0] == 0.2 and min(accuracies[1:]) > 0.8
+    assert done.stdout.endswith("set()\n")

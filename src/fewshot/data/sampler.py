@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot.data.any_dataset import Labelled, split_of
 from fewshot.data.task import SPLITS, Split, Task
 
 
@@ -20,8 +21,8 @@ def normalised(
     std: Tensor | Sequence[float],
     augment: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Images (..., C, H, W) uint8 as a network sees them: scaled to [0, 1], augmented, less mean and divided by std."""
-    images = pixels.float().div_(255)
+    """Images (..., C, H, W) as a network sees them: uint8 scaled to [0, 1], augmented, less mean and divided by std."""
+    images = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
     if augment is not None:
         images = augment(images)
     mean, std = (torch.as_tensor(numbers, device=images.device).view(-1, 1, 1) for numbers in (mean, std))
@@ -41,7 +42,7 @@ class TaskSampler:
         "one_task": always the task `one_task`, with the order of its labels drawn anew for each position.
 
     Args:
-        split: the images; see `to`.
+        split: the images, see `to`; or a torch.utils.data.Dataset of (image, label), see any_dataset.py.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
         seed: non-negative.
@@ -56,18 +57,19 @@ class TaskSampler:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Labelled,
         *,
         ways: int,
         shots: int,
         queries: int,
-        seed: int,
-        stream: int,
+        seed: int = 0,
+        stream: int = 0,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         kind: str = "mutually_exclusive",
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        split = split if isinstance(split, Split) else split_of(split)
         classes, fewest = len(split.names), int(split.counts.min())
         name = "test" if kind == "one_task" else SPLITS[stream]
         if classes < ways:
