@@ -70,6 +70,7 @@ def test_a_run_shows_what_its_folder_holds(finished):
     assert {*run.figures} == {"accuracy_over_iterations", "accuracy_over_steps"}
     assert run._repr_png_() == run.figures["accuracy_over_steps"].read_bytes()
     assert fewshot.Run("nowhere")._repr_png_() is None
+    assert repr(run.model()) == "Pretrained(conv4_strided, FOMAML, glyphs 5-way 1-shot)"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ def test_keywords_are_read_back_as_what_they_are(config):
     }
     words = words_of(values)
     assert words[:5] == ["ways=7", "inner_lr=0.25", "seed=3", "+zeroing=true", "test_every=null"]
+    assert words_of({"+trainer.max_time": "00:00:01:00"}) == ["+trainer.max_time='00:00:01:00'"]
     cfg = config(*(word for word in words if not word.startswith("dataset.root")), "dataset=folder", words[9])
     for keyword, value in values.items():
         node = cfg

@@ -43,6 +43,7 @@ def test_bytes_are_scaled_and_floats_stay_as_they_are():
     of_floats = fewshot.TaskSampler(TensorDataset(images / 255, labels), **knobs)
     for one, other in zip(of_bytes(7, 4), of_floats(7, 4), strict=True):
         torch.testing.assert_close(one, other)
+    assert repr(of_bytes) == "TaskSampler(4 classes, 40 images, 3-way 2-shot, 3 queries, mutually_exclusive)"
     before = of_floats.split.images.clone()
     fewshot.TaskSampler(of_floats.split, **knobs, mean=(0.5,), std=(2.0,))(0, 2)
     assert torch.equal(of_floats.split.images, before)

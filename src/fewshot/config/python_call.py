@@ -81,6 +81,7 @@ def call_hydra(task: Callable[[DictConfig], Any], words: list[str], log: bool = 
         with composing():
             hydra = Hydra.create_main_hydra2("train", create_config_search_path(str(CONF)))
             done = hydra.run("config", logged, words, with_log_configuration=False)
+        assert done.hydra_cfg is not None
         return Path(done.hydra_cfg.hydra.runtime.output_dir)
 
 

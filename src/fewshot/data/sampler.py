@@ -86,6 +86,11 @@ class TaskSampler:
         self._mean, self._std = torch.tensor(mean), torch.tensor(std)
         self._augment = augment
 
+    def __repr__(self) -> str:
+        images, classes = len(self.split.images), len(self.split.names)
+        kind = f"{self.ways}-way {self.shots}-shot, {self.queries} queries, {self.kind}"
+        return f"TaskSampler({classes} classes, {images} images, {kind})"
+
     def to(self, device: torch.device, images: torch.device) -> None:
         """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
         self.split = replace(self.split, images=self.split.images.to(images))

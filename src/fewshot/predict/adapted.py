@@ -128,7 +128,7 @@ class Adapted:
             classes, shots, statistics = (json.loads(about[name]) for name in ("classes", "shots", "statistics"))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"model={path}: cannot be read ({error}); give a folder that fewshot adapt wrote") from None
-        preprocess, rows = model.preprocess, len(model.head.weight)
+        preprocess, rows = model.preprocess, model.config["ways"]
         shape = (preprocess.channels, preprocess.size, preprocess.size)
         plain = isinstance(classes, list) and all(isinstance(label, Label) for label in classes)
         counts = isinstance(shots, list) and all(type(number) is int and number > 0 for number in shots)
@@ -152,7 +152,7 @@ def adapt(
     """
     if isinstance(model, str | os.PathLike):
         model = load(model)
-    steps = model.config["inner_steps"] if steps is None else integer("steps", str(steps), 1)
+    steps = integer("steps", str(model.config["inner_steps"] if steps is None else steps), 1)
     zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
     if zeroing and model.learner.loop.distance:
         raise UserError("test_zeroing=true: a prototypical network has no head that could be zeroed; use false")
@@ -177,7 +177,7 @@ def adapt(
     learner = copy.deepcopy(learner).requires_grad_(False)
     for name, weights in theta.items():
         learner.network.get_parameter(name).copy_(weights)
-    config = copy.deepcopy(model.config) | {"ways": len(classes)}
+    config: dict[str, Any] = copy.deepcopy(model.config) | {"ways": len(classes)}
     config["model"]["network"] |= {"ways": len(classes)} if "ways" in config["model"]["network"] else {}
     return Adapted(Pretrained(learner, model.preprocess, config), classes, pixels, tuple(shots), statistics)
 
@@ -189,7 +189,7 @@ def fix_statistics(network: nn.Module, images: Tensor) -> None:
         UserError: the network mixes images elsewhere too.
     """
 
-    def fix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def fix(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         others = [dimension for dimension in range(inputs[0].dim()) if dimension != 1]
         layer.running_mean, layer.running_var = inputs[0].mean(others), inputs[0].var(others, correction=0)
         layer.track_running_stats = True
@@ -205,7 +205,8 @@ def fix_statistics(network: nn.Module, images: Tensor) -> None:
 
 def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
     """The learner with a head of so many rows: the first of its own, then new ones where their values do not matter."""
-    rows = len(learner.network.head.weight)
+    head: Any = learner.network.head
+    rows = len(head.weight)
     if ways == rows:
         return learner
     if ways > rows and not zeroing and learner.loop.head == "learned":

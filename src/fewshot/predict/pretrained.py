@@ -3,6 +3,7 @@
 Shapes: B images of C channels, H x W pixels.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ class Pretrained:
         return self.learner.network.head
 
 
-def load(path: str | Path, *, trust: bool = False) -> Pretrained:
+def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     """The model of a run, RUN or RUN/checkpoints/best.ckpt; of a folder that `python -m fewshot.export` wrote; one that
     comes with this program, by its name, as "omniglot-5w1s-fomaml"; or one on the Hugging Face hub, "hf://ORG/NAME".
 
@@ -126,7 +127,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     Raises:
         UserError: nothing there can be read, the weights do not fit, or the network is foreign and not trusted.
     """
-    path = find(path)
+    path = find(os.fspath(path))
     where = f"model={path}"
     if path.is_dir():
         config, weights = _read_folder(path)
