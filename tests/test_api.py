@@ -159,3 +159,25 @@ def test_the_loop_of_ones_own_in_the_docs_runs_without_lightning_and_hydra():
     accuracies = [float(number) for number in re.findall(r"0\.\d+", done.stdout)]
     assert len(accuracies) == 4 and accuracies[0] == 0.2 and min(accuracies[1:]) > 0.8
     assert done.stdout.endswith("set()\n")
+
+
+def test_an_interrupted_training_goes_on_bitwise(finished, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    replace, before, written = os.replace, of_the_process(), []
+
+    def interrupting(source, target):
+        replace(source, target)
+        written.append(Path(target).name)
+        if written.count("last.ckpt") == 2 and written[-1] == "last.ckpt":
+            os.kill(os.getpid(), signal.SIGINT)  # as a notebook's stop button does
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupting)
+        fewshot.train(folder=tmp_path / "run", dataset__cache=cache, **KNOBS)
+    assert "stopped by SIGINT; " in capsys.readouterr().err and of_the_process() == before
+    run = fewshot.Run(tmp_path / "run")
+    assert not (run.folder / "results.json").exists()
+    with pytest.raises(fewshot.UserError, match=r"results\.json: no such file$"):
+        _ = run.results
+    ours, theirs = outcome(fewshot.train(checkpoint=run).folder), outcome(finished)
+    assert (ours["state"], ours["metrics"]) == (theirs["state"], theirs["metrics"])
