@@ -265,12 +265,24 @@ def test_a_checkpoint_that_would_call_what_the_environment_says_is_refused(run, 
     assert not (tmp_path / "MARK").exists()
 
 
-@pytest.mark.parametrize(
-    "brought", ["hydra.searchpath=[pkg://this]", "+hydra.searchpath=[pkg://this]", "+callbacks.a=b"]
-)
+@pytest.mark.parametrize("brought", ["hydra.searchpath=[pkg://this]", "+hydra.searchpath=[pkg://this]", "+model.a=b"])
 def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tmp_path, brought):
     test = foreign(trained, tmp_path, [brought])
-    with pytest.raises(UserError, match=r"foreign\.ckpt: its call has .*(hydra\.searchpath|callbacks\.a)"):
+    with pytest.raises(UserError, match=r"foreign\.ckpt: its call has .*(hydra\.searchpath|model\.a)"):
+        run(tmp_path / "test", *test)
+
+
+@pytest.mark.parametrize(
+    "brought",
+    [
+        "+callbacks.a._target_=fewshot.files.write_file",
+        "optimizer._target_=os.system",
+        "algo._target_=os.system",
+    ],
+)
+def test_what_a_test_would_call_is_not_for_a_checkpoint_to_say(run, trained, tmp_path, brought):
+    test = foreign(trained, tmp_path, [brought])
+    with pytest.raises(UserError, match=r"foreign\.ckpt: its call (sets|has|and this one together)"):
         run(tmp_path / "test", *test)
 
 
@@ -512,7 +524,7 @@ def test_a_checkpoint_keeps_to_the_split_that_it_was_trained_with(run, tmp_path)
 
     test = (f"checkpoint={best}", "fit=false")
     another = (*test, "dataset=folder", "dataset.split_seed=6")
-    with pytest.raises(UserError, match=r"^dataset=folder: not the split that .*best\.ckpt was .* add dataset\.other_"):
+    with pytest.raises(UserError, match=r"^dataset=photos: not the split that .*best\.ckpt was .* add dataset\.other_"):
         run(tmp_path / "refused", *another)
     other = run(tmp_path / "other", *another, "dataset.other_split=true")
     assert json.loads((other / "splits.json").read_text())["sha256"] != splits["sha256"]

@@ -87,7 +87,7 @@ def test_a_class_is_named_in_the_call_and_only_there(run, tmp_path):
 
 
 def test_an_unknown_knob_of_the_papers_algorithms_is_still_refused(run, tmp_path):
-    with pytest.raises(UserError, match=r"algo\.temperatur=1: no such knob; did you mean temperature\?"):
+    with pytest.raises(UserError, match=r"algo\.temperatur=1: no such knob; did you mean algo\.temperature\?"):
         run(tmp_path / "run", "+algo.temperatur=1")
 
 

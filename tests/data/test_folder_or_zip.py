@@ -468,7 +468,7 @@ def test_predict_takes_and_refuses_the_same(tmp_path, monkeypatch):
     os.mkdir(os.fsencode(tmp_path / "bytes") + b"/caf\xe9")
     for name, line in {
         "bytes": r"support=bytes: no images in 'caf\\xe9'",
-        "good.zip": "checkpoint=",
+        "good.zip": "model=checkpoint: cannot be read",
         "loop": "support=loop: dog/ and dog/again/ are one folder",
         "pipe": "support=pipe: neither a folder nor a regular file",
     }.items():

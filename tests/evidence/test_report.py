@@ -919,11 +919,11 @@ def test_on_another_dataset_of_the_same_size(trained, evidence, tmp_path):
     dataset = photos(tmp_path / "photos", classes=6, images=4)
     numbers, html = evidence(trained / "checkpoints" / "best.ckpt", tmp_path / "evidence", *dataset, "test_steps=5")
     assert (
-        numbers["config"]["dataset"]["name"] == "folder"
+        numbers["config"]["dataset"]["name"] == "photos"
         and numbers["model"]["trained_with"]["dataset"]["name"] == "glyphs"
     )
     assert all(check["pass"] for check in numbers["identities"].values())
-    assert "measured on folder" in assert_self_contained(html, len(PICTURES))
+    assert "measured on photos" in assert_self_contained(html, len(PICTURES))
 
 
 def test_what_a_checkpoint_stores_is_refused_or_shown_as_text(trained, evidence, tmp_path):
@@ -993,7 +993,7 @@ def test_a_mistake_that_the_checkpoint_shows_is_one_line(trained, evidence, tmp_
         (("model.width=9",), "checkpoint=.*head.weight is .* there and .* here; it was trained with"),
         (("ways=4",), "checkpoint=.*trained with model=conv4_strided ways=5"),
         (("ways=80",), "ways=80: dataset glyphs has 30 val classes; at most 30 ways"),
-        (few, "ways=5: the test split has 3 classes; lower ways"),
+        (few, "ways=5: dataset.root=.* has .* 3 test classes; use ways=3; or train nothing"),
     ):
         with pytest.raises(UserError, match=said) as error:
             evidence(best, tmp_path / "evidence", *overrides)

@@ -7,6 +7,7 @@ progress: {_target_: fewshot.training.record.Progress}
 record:
   _target_: fewshot.training.record.Record
   val_every: ${val_every}
+  select: ${select}
   val_tasks: ${val_tasks}
   test_every: ${test_every}
   test_curve_tasks: 992

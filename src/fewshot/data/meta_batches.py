@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -144,7 +145,10 @@ class TaskDataModule(pl.LightningDataModule):
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "TaskDataModule":
         """The tasks of a composed configuration; reads the images."""
-        return cls(instantiate(cfg.dataset.source), cfg)
+        try:
+            return cls(instantiate(cfg.dataset.source), cfg)
+        except InstantiationException as error:  # Hydra wraps what the source raises
+            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
 
     def setup(self, stage: str) -> None:
         """Puts the images where tasks are gathered from them by index, once for training and test."""
