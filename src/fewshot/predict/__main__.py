@@ -17,7 +17,7 @@ from fewshot.config.command import read as read_words
 from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import ADAPTED, check_place, claimed, user_path, write_atomically, write_file
 from fewshot.predict.find import find
-from fewshot.predict.predictions import Predictions
+from fewshot.predict.predictions import Predictions, check_statistics
 from fewshot.results.record_files import write_csv
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ COMMAND = Command(
         ),
         "statistics=WHOSE": Parameter(
             "What BatchNorm normalises by. queries, the default: all queries together, as in training; support: the "
-            "support images, so that the prediction for an image depends on no other query."
+            "support images, so that the prediction for an image depends on no other query.",
+            check_statistics,
         ),
         "out=FOLDER": Parameter(
             "The folder for predictions.csv and contact_sheet.png; left out: a new one in outputs/.", user_path

@@ -23,12 +23,10 @@ from fewshot.config.tree import portable
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
-from fewshot.predict.predictions import Label, Predictions
+from fewshot.predict.predictions import Label, Predictions, check_statistics
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
 from fewshot.training.choose_engine import engine_to_predict
 from fewshot.training.meta_learner import MetaLearner
-
-STATISTICS = ("queries", "support")
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Adapted:
     statistics: str = "queries"
 
     def __post_init__(self) -> None:
-        if self.statistics not in STATISTICS:
-            raise UserError(f"statistics={self.statistics}: must be one of {', '.join(STATISTICS)}")
+        check_statistics("statistics", self.statistics)
         if self.statistics == "support":
             fix_statistics(self.network, self._seen(self.support))
 

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 Label = str | int | float | bool
 
+STATISTICS = ("queries", "support")  # of what BatchNorm can normalise by
+
+
+def check_statistics(knob: str, value: str) -> str:
+    """The value, if it is one of STATISTICS."""
+    if value not in STATISTICS:
+        raise UserError(f"{knob}={value}: must be one of {', '.join(STATISTICS)}")
+    return value
+
 
 @dataclass(frozen=True)
 class Predictions:
