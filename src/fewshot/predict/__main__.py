@@ -1,4 +1,4 @@
-"""Images of one's own: python -m fewshot.predict model=omniglot-5w1s-fomaml support=FOLDER query=FOLDER
+"""Images of one's own: python -m fewshot.predict model=omniglot-5w1s-zero support=FOLDER query=FOLDER
 
 Shapes: K ways, S support and Q query images of C channels, H x W pixels.
 """
@@ -216,7 +216,7 @@ COMMAND = Command(
     "adapts a model to the images in `support` and classifies those in `query`.",
     {
         "model=MODEL": Parameter(
-            "A model that comes with this program, such as omniglot-5w1s-fomaml; the folder of a run, or one that "
+            "A model that comes with this program, such as omniglot-5w1s-zero; the folder of a run, or one that "
             "export wrote; a file RUN/checkpoints/best.ckpt; or hf://ORG/NAME, on Hugging Face.",
             needed=True,
         ),

@@ -117,7 +117,7 @@ class Pretrained:
 
 def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     """The model of a run, RUN or RUN/checkpoints/best.ckpt; of a folder that `python -m fewshot.export` wrote; one that
-    comes with this program, by its name, as "omniglot-5w1s-fomaml"; or one on the Hugging Face hub, "hf://ORG/NAME".
+    comes with this program, by its name, as "omniglot-5w1s-zero"; or one on the Hugging Face hub, "hf://ORG/NAME".
 
     The model is on the CPU, in evaluation mode. Only tensors and plain data are unpickled. The stored configuration
     names what makes the network; that is called only if it is this program's own.
