@@ -29,13 +29,14 @@ SIGNS = "ab1.-_/ ,;:=[](){}<>'\"`~!@#$%^&*|?+\\\n\täé漢\u0301\udcff"  # the l
 @example("a/${now:%Y}/\\${b}")
 @example("trailing\\")
 @example("\\'")
+@example("???")
 def test_a_printed_path_comes_back_from_the_shell_and_from_hydra(text):
     path = os.path.normpath(text)
     (word,) = shlex.split(in_shell("checkpoint", path))
     (override,) = OverridesParser.create().parse_overrides([word])
     cfg = OmegaConf.create({override.key_or_group: override.value()})
     assert str(user_path("checkpoint", cfg.checkpoint)) == str(Path(path))
-    assert OmegaConf.create({"dir": escaped(path)}).dir == path
+    assert Path(OmegaConf.create({"dir": escaped(path)}).dir) == Path(path)
 
 
 def test_a_runs_folder_will_do_for_its_checkpoint(tmp_path, monkeypatch):

@@ -144,8 +144,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a whole file, text as UTF-8, as `write_atomically` does."""
-    write_atomically(path, lambda file: file.write(content.encode() if isinstance(content, str) else content))
+    """Writes a whole file, text as UTF-8, as `write_atomically` does; what UTF-8 lacks is written as its number."""
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    write_atomically(path, lambda file: file.write(data))
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
@@ -313,8 +314,9 @@ def claimed(folder: Path) -> Path:
 
 
 def escaped(path: str | Path) -> str:
-    """The path as a value of a configuration, where ${...} would be an interpolation."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(path))
+    """The path as a value of a configuration, where ${...} would be an interpolation and ??? a missing value."""
+    text = "./???" if str(path) == "???" else str(path)
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def override(knob: str, path: str | Path) -> str:
