@@ -88,10 +88,10 @@ def model_card(
             if knob != "_target_" or value
         ),
         "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
-        + ", where the learned ones began" * algo["learned_inner_lr"],
+        + ", where the learned ones began" * bool(algo.get("learned_inner_lr")),
         "outer loop": f"outer update {iteration} of {config['iterations']}, "
         f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}"
-        + "".join(f" {knob}={shown(config[knob])}" for knob in OUTER if config[knob] != OUTER[knob]),
+        + "".join(f" {knob}={shown(config[knob])}" for knob in OUTER if knob in config and config[knob] != OUTER[knob]),
         "seed": str(config["seed"]),
         "versions": ", ".join(
             f"{name} {number}" for name, number in (results or {}).get("versions", versions()).items()

@@ -97,7 +97,7 @@ NUMBER = must_be("a finite number", Annotated[float, Field(ge=-1e300, le=1e300, 
 CONFIG = form(
     {
         **as_knobs(Config, "ways shots queries inner_steps test_steps inner_lr outer_lr"),
-        **as_knobs(Config, "meta_batch_size iterations seed init_scale? tasks_at_once loss?"),
+        **as_knobs(Config, "meta_batch_size iterations seed init_scale? tasks_at_once loss? fit? stop_at_accuracy?"),
         "model": form({"name": NAME, "network": form({"_target_": NAME})}),
         "dataset": form(
             {"name": NAME, "mean": many(NUMBER), "std": many(above_zero())}
@@ -136,7 +136,8 @@ def check(where: str, value: Any, kind: Any) -> None:
     """Raises UserError naming the first key whose value is not of its kind. where: how the line begins."""
     for key, wrong, words in mistakes(value, kind)[:1]:
         seen = "" if words == "is missing" else f", and is {brief(wrong)}"
-        raise UserError(f"{where}: {key or 'it'} {words}{seen}")
+        name = key if len(key) < 200 else f"{key[:100]}..."
+        raise UserError(f"{where}: {name or 'it'} {words}{seen}")
 
 
 def check_config(where: str, config: Any) -> None:

@@ -176,7 +176,7 @@ def over(results: dict[str, Any]) -> bool:
     config = results["config"]
     target, at_the_end = config.get("stop_at_accuracy"), results.get("iterations", config["iterations"])
     reached = target is not None and validation_accuracy(results) >= target
-    return not config["fit"] or at_the_end >= config["iterations"] or reached
+    return not config.get("fit", True) or at_the_end >= config["iterations"] or reached
 
 
 def content(
