@@ -24,7 +24,8 @@ from fewshot.errors import RunLocked, UserError
 log = logging.getLogger(__name__)
 
 # What a run writes into by these names. In a folder of somebody else's each could be a link to a file of the user.
-OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", ".lock", ".lock-ranks", "error.txt")
+OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", "error.txt")
+OWN += (".lock", ".lock-ranks", ".requeued")
 # In the folder of an exported model: its weights, its settings and its card.
 EXPORTED, EXPORTED_CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 ADAPTED = "adapted.safetensors"  # beside these where the model has adapted: the support images and their classes

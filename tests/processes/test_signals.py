@@ -8,7 +8,8 @@ import pytest
 from conftest import HANG, halt_when, let_go, outcome
 
 from fewshot.config.command import one_line_errors
-from fewshot.errors import Stopped
+from fewshot.errors import Stopped, UserError
+from fewshot.processes.signals import Signals
 from fewshot.training import checkpoint
 from fewshot.training.meta_learner import MetaLearner
 from fewshot.training.record import Record
@@ -100,6 +101,50 @@ def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def test_the_warning_of_slurm_does_not_kill_a_process_whose_run_has_ended(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with Signals():
+            pass
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])  # the second is submitit's, which asks by itself
+def test_a_job_that_gets_no_further_is_put_back_twice(monkeypatch, tmp_path, signum):
+    """last.ckpt is written before the third time, so three more follow; then it is not written again."""
+    calls = tmp_path / "calls"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+
+    def requeue(signum, frame):
+        with open(calls, "a") as file:
+            file.write("requeue 7\n")
+        raise SystemExit(-1)
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        signal.signal(signal.SIGUSR2, requeue)
+        for time in range(5):
+            if time == 2:
+                last.parent.mkdir()
+                last.touch()
+            with pytest.raises((Stopped, SystemExit)), Signals(tmp_path):
+                os.kill(os.getpid(), signum)
+        with pytest.raises(UserError, match="put back into the queue 2 times without a new outer update") as error:  # noqa: SIM117
+            with Signals(tmp_path):
+                os.kill(os.getpid(), signum)
+        assert "\n" not in str(error.value) and calls.read_text() == "requeue 7\n" * 5
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_exit_status_names_the_signal_and_a_line_says_how_to_go_on(program, tmp_path):

@@ -39,7 +39,7 @@ from fewshot.config.tree import CONF, given_overrides
 from fewshot.errors import UserError, first_line, one_line, shown
 from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
-from fewshot.processes.signals import Signals
+from fewshot.processes.signals import REQUEUED, Signals
 from fewshot.processes.surroundings import as_called, lenient
 
 
@@ -222,7 +222,7 @@ def calling(cfg: DictConfig) -> Iterator[Call]:
     lenient()
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
-    with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals() as signals:
+    with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals(folder) as signals:
         refuse(cfg, overrides)
         record(folder, cfg)
         yield Call(overrides, folder, signals)
@@ -234,7 +234,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, InstantiationException):
-        names = (".lock", ranks.RANKS_LOCK, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
+        names = (".lock", ranks.RANKS_LOCK, REQUEUED, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
         files = {path for path in folder.rglob("*") if not path.is_dir()}
         if not ranks.rank() and folder in OutputFolder.made and files <= {folder / name for name in names}:
             for path in files:

@@ -6,9 +6,12 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from fewshot.errors import Stopped
+from fewshot.errors import Stopped, UserError
+from fewshot.files import write_file
 from fewshot.processes import ranks
 
 log = logging.getLogger(__name__)
@@ -17,6 +20,8 @@ log = logging.getLogger(__name__)
 # has them.
 SIGUSR1, SIGUSR2 = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2"))
 OF_SLURM = tuple(filter(None, (SIGUSR1, SIGUSR2)))
+REQUEUED = ".requeued"  # in the run's folder: how often its job was put back since last.ckpt was written, and when
+IN_VAIN = 2  # times that a job is put back without a new outer update
 
 
 class Signals:
@@ -25,9 +30,14 @@ class Signals:
     At any other time, and at a second SIGINT, the run ends at once: its last checkpoint holds all there is. A handler
     that was there before, such as submitit's, decides whether the run ends. SIGUSR1 under Slurm puts the job back into
     the queue, from where it goes on in the same folder.
+
+    folder: of the run. A job that was put back IN_VAIN times without a new outer update there is not put back again:
+        its time limit is below what a start takes, or what the final test takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.in_vain: str | None = None  # the line that ends the run then
         self.noted: int | None = None
         self.training = self._ending = False
         self._before: dict[int, Any] = {}
@@ -43,10 +53,14 @@ class Signals:
         # Last of all, while SIGTERM is still ignored, because Slurm ends what is left of the job at once. Where one
         # process started the ranks, that one asks.
         asks = not ranks.rank() and ranks.PARENT not in os.environ
-        if isinstance(error, Stopped) and error.signum == SIGUSR1 and asks:
+        if isinstance(error, Stopped) and error.signum == SIGUSR1 and asks and not self.in_vain and self._put_back():
             _requeue()
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            # Slurm's warning may come when the run has ended and its process has not: by default it would kill it.
+            fatal = signum in OF_SLURM and handler == signal.SIG_DFL
+            signal.signal(signum, signal.SIG_IGN if fatal else handler)
+        if self.in_vain:
+            raise UserError(self.in_vain) from None
 
     def install(self) -> None:
         for signum in self._before:
@@ -72,6 +86,8 @@ class Signals:
         """
         self.noted, before = None, self._before.get(signum)
         foreign = callable(before) and before is not signal.default_int_handler
+        if foreign and signum == SIGUSR2 and not ranks.rank() and not self._put_back():
+            foreign = False
         if foreign:
             before(signum, None)  # submitit's: puts the job back into the queue and exits, or lets it go on
         while ranks.launcher() == "srun" and ranks.rank() and signum in OF_SLURM:
@@ -80,6 +96,28 @@ class Signals:
             return
         self._ending, self.training = True, False
         raise Stopped(signum)
+
+    def _put_back(self) -> bool:
+        """Counts that the job is put back into the queue. False: it was IN_VAIN, as self.in_vain then says."""
+        if self.folder is None:
+            return True
+        last, path = self.folder / "checkpoints" / "last.ckpt", self.folder / REQUEUED
+        written = str(last.stat().st_mtime_ns) if last.exists() else "never"
+        times, before = 0, "never"
+        with suppress(OSError, ValueError):
+            count, before = path.read_text().split()
+            times = int(count)
+        times = times + 1 if written == before else 0
+        if times > IN_VAIN:
+            self.in_vain = (
+                f"hydra.run.dir={self.folder}: its job was put back into the queue {IN_VAIN} times without a new outer "
+                "update and is not put back again; give it more time, or an earlier signal"
+            )
+            path.unlink(missing_ok=True)  # whoever calls again may have given it that
+            return False
+        with suppress(UserError):  # a full disk; the job is put back uncounted
+            write_file(path, f"{times} {written}\n")
+        return True
 
 
 def _requeue() -> None:
