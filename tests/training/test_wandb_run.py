@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -44,13 +46,38 @@ def test_the_users_own_switches_of_wandb_come_first(asked, told, variables, expe
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode=told)))
+    settings = SimpleNamespace(mode=told, base_url="https://somewhere")
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
     monkeypatch.setattr(wandb, "login", lambda **how: True)
+    monkeypatch.setattr(wandb_run, "_answers", lambda server: True)
     try:
         found = wandb_run._mode(asked)
     except UserError as error:
         found = str(error)
     assert found.startswith(expected) and "\n" not in found
+
+
+@pytest.mark.parametrize("server", ["https://nowhere.invalid", "http://127.0.0.1:9", "the proxy"])
+def test_a_key_without_network_is_offline_in_one_line_and_at_once(server, monkeypatch, caplog, tmp_path):
+    """As on a cluster's nodes; nobody has asked for logger.mode=online."""
+    for name in [name for name in os.environ if name.startswith("WANDB") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    if server == "the proxy":
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+        server = "https://127.0.0.1:9"
+        monkeypatch.setattr(wandb_run.urllib.request, "proxy_bypass", lambda host: False)
+    settings = SimpleNamespace(mode="online", base_url=server)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setattr(wandb, "login", lambda **how: True)
+    monkeypatch.setattr(wandb_run, "PATIENCE", 1)
+    assert wandb_run._mode(None) == "offline"
+    assert caplog.messages == [f"W&B: there is an API key, but {server} cannot be reached; the run is kept offline"]
+    assert wandb_run._mode("online") == "online"  # who has asked for it sees why it fails
+
+
+def test_a_server_that_answers_is_one(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert wandb_run._answers(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):

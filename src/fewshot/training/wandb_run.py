@@ -4,11 +4,15 @@ import logging
 import os
 import re
 import shlex
+import socket
 import sys
+import threading
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -20,6 +24,7 @@ from fewshot.processes import ranks
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 5  # seconds for W&B's server to answer, where nobody has asked for logger.mode=online
 METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*", "probe/*")
 
 
@@ -64,12 +69,18 @@ def wandb_logger(
         name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
     try:
         wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
-        mode = _mode(mode)
+        asked, mode = mode, _mode(mode)
         knobs = {"project": project, "group": group, "name": name, "id": run_id, "dir": folder, "config": values}
         # finish_timeout: seconds, if the server is gone; the folder has everything
         settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, finish_timeout=120)
-        resume = "allow" if mode == "online" else None
-        run = wandb.init(**knobs, mode=mode, resume=resume, settings=settings, reinit="finish_previous")
+        knobs |= {"settings": settings, "reinit": "finish_previous"}
+        try:
+            run = wandb.init(**knobs, mode=mode, resume="allow" if mode == "online" else None)
+        except wandb.errors.CommError as error:
+            if asked or isinstance(error, wandb.errors.AuthenticationError):
+                raise
+            log.warning(f"W&B: {one_line(error)}; the run is kept offline")
+            run = wandb.init(**knobs, mode="offline")
     except (wandb.errors.Error, ValueError) as error:
         raise UserError(
             f"logger.mode={shown(mode)}: {one_line(error)}; use logger.mode=offline, or logger=none"
@@ -110,9 +121,31 @@ def _mode(asked: str | None) -> str:
     if asked in ("offline", "disabled"):
         return asked
     has_key = wandb.login(prompt=False, verify=False)
-    if asked == "online" and not has_key:
-        raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+    if asked == "online":
+        if not has_key:
+            raise UserError("logger.mode=online: no API key; set WANDB_API_KEY or use logger.mode=offline")
+        return "online"
+    if has_key and not _answers(server := wandb.setup().settings.base_url):
+        log.warning(f"W&B: there is an API key, but {server} cannot be reached; the run is kept offline")
+        return "offline"
     return "online" if has_key else "offline"
+
+
+def _answers(server: str) -> bool:
+    """Whether the server, or the proxy on the way to it, takes a connection within PATIENCE seconds."""
+    place, proxies, opened = urlsplit(server), urllib.request.getproxies(), threading.Event()
+    if place.scheme in proxies and not urllib.request.proxy_bypass(place.hostname):
+        place = urlsplit(proxies[place.scheme])
+
+    def connect() -> None:
+        port = place.port or (443 if place.scheme == "https" else 80)
+        with suppress(OSError), socket.create_connection((place.hostname, port), PATIENCE):
+            opened.set()
+
+    thread = threading.Thread(target=connect, daemon=True)  # to look a name up can take minutes and cannot be stopped
+    thread.start()
+    thread.join(PATIENCE)
+    return opened.is_set()
 
 
 def _sweep() -> Path | None:
