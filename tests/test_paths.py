@@ -76,7 +76,7 @@ def test_a_folder_named_after_the_clock_is_ones_own_and_any_other_is_as_given(ki
     """A clock that stands still."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folders = []
-    for name in ["${now:now}", "${now:now}", "${now:now}/~", "~/named", "~/named", "a=b, '${c}'"]:
+    for name in ["${now:now}", "${now:now}", "${now:now}/~", "~/named", "~/named", "a=b, 'c'"]:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             knob = f"hydra.{kind}.dir"
             own = {"$": f"{knob}='{tmp_path}/{name}'", "~": f"{knob}='{name}'"}
@@ -92,7 +92,20 @@ def test_a_folder_named_after_the_clock_is_ones_own_and_any_other_is_as_given(ki
         assert again.key_or_group == f"hydra.{kind}.dir" and Path(folders[-1]).is_dir()  # for the jobs of a sweep
         assert OmegaConf.create({"dir": again.value()}).dir == folders[-1]
     names = [os.path.relpath(folder, tmp_path) for folder in folders]
-    assert names == ["now", "now-1", "now/~", "home/named", "home/named", "a=b, '${c}'"]
+    assert names == ["now", "now-1", "now/~", "home/named", "home/named", "a=b, 'c'"]
+
+
+def test_a_folder_that_hydra_would_read_as_a_knob_is_refused(tmp_path):
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        words = [override("hydra.run.dir", tmp_path / "${x}"), "hydra.job.name=x"]
+        cfg = compose("config", words, return_hydra_config=True)
+    with pytest.raises(SystemExit) as end:
+        OutputFolder().on_run_start(config=cfg, config_name="config")
+    assert (
+        end.value.code
+        == f"hydra.run.dir={tmp_path}/${{x}}: Hydra reads ${{ in a folder's path as a knob; name another place"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_home_folder_is_found_for_every_knob_of_the_command_line(tmp_path, monkeypatch):

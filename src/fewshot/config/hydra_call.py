@@ -198,9 +198,11 @@ class OutputFolder(Callback):
 
 def _job(config: DictConfig, folder: str) -> DictConfig:
     """The part of the whole configuration that a run gets; ${hydra:...} means here what it will mean there."""
+    if "${" in (absolute := os.path.abspath(folder)):
+        raise UserError(f"hydra.run.dir={absolute}: Hydra reads ${{ in a folder's path as a knob; name another place")
     job = copy.deepcopy(config)
     with open_dict(job), read_write(job):
-        job.hydra.runtime.output_dir = os.path.abspath(folder)
+        job.hydra.runtime.output_dir = absolute
         HydraConfig.instance().set_config(job)
         del job["hydra"]
     return job
