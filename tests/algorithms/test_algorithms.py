@@ -261,3 +261,22 @@ def test_what_an_algorithm_does_not_go_with_is_refused():
     ]:
         with pytest.raises(UserError, match=said):
             cls.of(config | {"algo": config["algo"] | fields})
+
+
+@pytest.mark.parametrize(
+    ("returned", "declared", "said"),
+    [
+        ({}, ("length",), r"measures \[\]; its class says \('length',\)"),
+        ({"length": 1.0}, (), r"measures \['length'\]; its class says \(\)"),
+        ({"loss": 1.0}, ("loss",), "measures loss, which every run records under that name; name it otherwise"),
+    ],
+)
+def test_what_an_outer_gradient_measures_is_declared_and_has_a_name_of_its_own(returned, declared, said):
+    class Measuring(InnerLoop):
+        measures = declared
+
+        def outer_gradient(self, theta, theta_N, support_loss, query_loss):
+            return theta_N, {name: torch.tensor(value) for name, value in returned.items()}
+
+    with pytest.raises(UserError, match=f"Measuring.outer_gradient: {said}"):
+        sequential.meta_gradient(tiny(), draw(tasks=1, shots=1), Measuring(1, ETA, True))

@@ -16,6 +16,7 @@ from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop, Tensors
 
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]  # parameters, images and labels to (), or (B,)
+RECORDED = {"loss", "query_accuracy", "gradient_norm"}  # in metrics.csv, of every algorithm
 _MADE = object()
 Step = Callable[[Sequence[Tensor], Any], tuple[list[Tensor], Any]]  # theta_n and the state to the next ones
 
@@ -83,10 +84,11 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
         lambda at: loss_of(at, task.query, task.query_labels),
     )
     gradients = fitting(loop, "outer_gradient", gradients, theta)
+    by = method(loop, "outer_gradient")
     if {*measured} != {*loop.measures}:
-        raise UserError(
-            f"{method(loop, 'outer_gradient')}: measures {sorted(measured)}; its class says {loop.measures}"
-        )
+        raise UserError(f"{by}: measures {sorted(measured)}; its class says {loop.measures}")
+    if taken := {*measured} & RECORDED:
+        raise UserError(f"{by}: measures {min(taken)}, which every run records under that name; name it otherwise")
     tasks = task.support_labels.dim() - 1
     products = ((theta[name] * gradients[name].detach()).flatten(tasks).sum(-1) for name in theta)
     return sum(products), [measured[name].detach() for name in loop.measures]
