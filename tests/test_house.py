@@ -22,7 +22,7 @@ FLOORS = (  # from the ground up; packages of one floor stand side by side and d
     ("batched",),
     ("training",),
     ("predict",),
-    ("export", "adapt", "evidence", "train", "push", "check_algorithm"),
+    ("export", "adapt", "evidence", "across", "train", "push", "check_algorithm"),
     ("test",),
     ("api",),
     ("__main__",),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from fewshot.config.python_call import call_hydra, words_of
+from fewshot.config.python_call import as_error, call_hydra, logging_to, process_kept, words_of
 from fewshot.files import override
 from fewshot.results import record_files
 from fewshot.test import words_of_train
@@ -37,13 +37,13 @@ class Run(os.PathLike[str]):
 
     def _repr_png_(self) -> bytes | None:
         """In a notebook: accuracy over inner steps."""
-        path = self.figures.get("accuracy_over_steps")
+        path = self.figures.get("accuracy_over_steps") or self.figures.get("across")
         return path.read_bytes() if path else None
 
     @property
     def results(self) -> dict[str, Any]:
         """results.json: results["test"]["zeroing_off"]["accuracy"] has the test accuracy after inner step 0, 1, ..."""
-        return record_files.read(self.folder)
+        return record_files.read(self.folder, of_run=False)
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -104,13 +104,29 @@ def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str]
 
     Args:
         run: what train returned, the folder of a run, or one checkpoint, RUN/checkpoints/last.ckpt.
-        folder, knobs: as in train. Left out, a knob is as in training.
+        folder, knobs: as in train. Left out, a knob is as in training. With datasets=["omniglot", "folder:birds"] it is
+            tested on all of these, and ways and shots may be lists. Then run may also be an exported model, or the name
+            of one that comes with this program, and what is returned holds a folder for each setting, named as
+            "omniglot-5w1s"; across.csv has them all.
     """
+    if "datasets" in knobs:
+        return _test_across(run, folder, **knobs)
     from fewshot.train import main
 
     place = [] if folder is None else [override("hydra.run.dir", os.fspath(folder))]
     words = words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs), *place])
     return Run(_call(main, words))
+
+
+def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: Any = None, **knobs: Any) -> Run:
+    from fewshot.across.__main__ import run as across
+    from fewshot.training.runtime import torch_kept
+
+    names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
+    ways, shots = (numbers if isinstance(numbers, list | None) else [numbers] for numbers in (ways, shots))
+    with process_kept(), as_error(), logging_to(None), torch_kept():
+        place = None if folder is None else Path(folder)
+        return Run(across(os.fspath(run), names, ways, shots, words_of(knobs), place))
 
 
 def _call(command: Any, words: list[str], log: bool = True) -> Path:

@@ -1,4 +1,7 @@
-"""Tests a trained model in a new folder: fewshot test RUN test_tasks=2000"""
+"""Tests a trained model in a new folder: fewshot test RUN test_tasks=2000
+
+With datasets=A,B,.. it is tested on all of these, see across/.
+"""
 
 import sys
 
@@ -16,6 +19,13 @@ COMMAND = Command(
         "test_tasks=N": Parameter("Tasks of the test."),
         "test_steps=N": Parameter("Inner steps of the test."),
         "dataset=NAME": Parameter("Another dataset of the same image size, with dataset.other_split=true."),
+        "datasets=NAME,...": Parameter(
+            "Many datasets, each NAME or NAME:ROOT with its dataset.root, such as omniglot,cifarfs:FILE,folder:PATH. "
+            "Then RUN may also be an exported model, or the name of one that comes with this program."
+        ),
+        "ways=K,... shots=N,...": Parameter(
+            "With datasets=: the numbers of classes and support images; see docs/evaluation.md."
+        ),
         "hydra.run.dir=FOLDER": Parameter("The new folder; left out: one in outputs/, named after the time."),
     },
     knobs=True,
@@ -39,8 +49,14 @@ def main() -> None:
         if HELP & {*sys.argv[1:]}:
             print(COMMAND.help())
             return
-        sys.argv[1:] = words_of_train(sys.argv[1:])
-    train()
+        many = any(key_of(word) == "datasets" for word in sys.argv[1:])
+        sys.argv[1:] = sys.argv[1:] if many else words_of_train(sys.argv[1:])
+    if many:
+        from fewshot.across.__main__ import main as across
+
+        across()
+    else:
+        train()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 from omegaconf import DictConfig
 
-from fewshot.config.kinds import Flag, integer, one_of
+from fewshot.config.kinds import Flag, integer, one_of, only
 from fewshot.config.stored import KEY, NAME, NUMBER, check, check_config, form, many, read_json, read_text, to_today
 from fewshot.config.tree import MODES, settings
 from fewshot.errors import UserError, printable
@@ -39,7 +39,8 @@ PACKAGES = (
     "numpy",
 )
 CURVE = many(NUMBER)
-SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, form({"accuracy": CURVE, "ci95": CURVE}))})
+MODE = form({"accuracy": CURVE, "ci95": CURVE})
+SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, MODE)})
 RESULTS = form(
     {
         "test": SCORES,
@@ -47,6 +48,14 @@ RESULTS = form(
         "iterations?": integer(0),
         "best_iteration": integer(0),
         "config": form({"fit": Flag, "select?": one_of(*MODES)}),  # and what check_config says
+        "versions?": dict[KEY, NAME],
+    }
+)
+# A setting of a test on many datasets has no more; with other ways than in training it may be in one mode alone.
+TESTED = form(
+    {
+        "test": form({"tasks": integer(1), "zeroing_off?": MODE, "zeroing_on": MODE}),
+        "config": form({"fit": only(False, "as without val")}),
         "versions?": dict[KEY, NAME],
     }
 )
@@ -152,21 +161,24 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """results.json of a finished run.
+def read(folder: Path, of_run: bool = True) -> dict[str, Any]:
+    """results.json of a finished run; of_run=False: it may also be TESTED.
 
     Raises:
-        UserError: it cannot be read, or is not of the form that a run writes.
+        UserError: it cannot be read, or is not of the form that is written there.
     """
     path = folder / "results.json"
     results = read_json(path)
-    check(str(path), results, RESULTS)
+    tested = not of_run and isinstance(results, dict) and "val" not in results
+    check(str(path), results, TESTED if tested else RESULTS)
     check_config(str(path), results["config"])
     results["config"] = to_today(results["config"])
-    lengths = {len(results["test"][mode][curve]) for mode in MODES for curve in ("accuracy", "ci95")}
+    modes = [results["test"][mode] for mode in MODES if mode in results["test"]]
+    lengths = {len(mode[curve]) for mode in modes for curve in ("accuracy", "ci95")}
     if len(lengths) > 1 or 0 in lengths:
         raise UserError(f"{path}: test must have as many accuracies as intervals in both modes, one for each step")
-    if len(results["val"]["zeroing_off"]["accuracy"]) <= (steps := results["config"]["inner_steps"]):
+    steps = results["config"]["inner_steps"]
+    if not tested and len(results["val"]["zeroing_off"]["accuracy"]) <= steps:
         raise UserError(f"{path}: val has no accuracy after inner_steps={steps}")
     return results
 
@@ -174,9 +186,11 @@ def read(folder: Path) -> dict[str, Any]:
 def over(results: dict[str, Any]) -> bool:
     """Whether a run went to its last iteration or to its accuracy; not if trainer.max_time ended it before."""
     config = results["config"]
+    if not config.get("fit", True):
+        return True
     target, at_the_end = config.get("stop_at_accuracy"), results.get("iterations", config["iterations"])
     reached = target is not None and validation_accuracy(results) >= target
-    return not config.get("fit", True) or at_the_end >= config["iterations"] or reached
+    return at_the_end >= config["iterations"] or reached
 
 
 def content(

@@ -32,7 +32,7 @@ def write_tasks(folder: Path, tested: dict[str, dict[str, Any]]) -> None:
 
 
 def read_tasks(folder: Path, split: str = "test") -> dict[str, Any]:
-    """{mode: (tasks, T + 1)} of a finished run.
+    """{mode: (tasks, T + 1)} of a finished run; a test with other ways than in training may be in one mode alone.
 
     Raises:
         UserError: there is none, or it is not as a run writes it.
@@ -59,7 +59,11 @@ def read_tasks(folder: Path, split: str = "test") -> dict[str, Any]:
             if of == split:
                 cells[mode][int(position), int(step)] = value
         arrays = {}
+        if not any(cells.values()):
+            raise ValueError(f"it has no tasks of {split}")
         for mode, values in cells.items():
+            if not values:
+                continue
             tasks, steps = (max(place[axis] for place in values) + 1 for axis in (0, 1))
             if len(values) != tasks * steps or min(min(place) for place in values) < 0:
                 raise ValueError(f"tasks or steps are missing of {split} {mode}")

@@ -83,7 +83,7 @@ def read_job(folder: Path) -> Job | None:
     if not (result_file or begun):
         return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
     try:
-        results = read(folder) if result_file else None
+        results = read(folder, of_run=False) if result_file else None
         config = results["config"] if results else _begun(begun)
         InnerLoop.of(config)  # refuses an algorithm that has no name
         curves = read_metrics(metrics) if metrics else {}
@@ -176,8 +176,9 @@ class Setting(NamedTuple):
         return self.jobs[0].config
 
     def accuracies(self, mode: str) -> np.ndarray:
-        """Accuracies of the final test, (finished jobs, test_steps + 1)."""
-        return np.array([job.results["test"][mode]["accuracy"] for job in self.jobs if job.results])
+        """Accuracies of the final test, (finished jobs that were tested in this mode, test_steps + 1)."""
+        tests = [job.results["test"] for job in self.jobs if job.results]
+        return np.array([test[mode]["accuracy"] for test in tests if mode in test])
 
     def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Accuracy after inner_steps over outer updates: the name of its split, (I,) updates, (jobs, I) accuracies.

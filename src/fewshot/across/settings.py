@@ -1,0 +1,102 @@
+"""What a test on many datasets asks for: which datasets, and for each what a test of the model there is called with.
+
+Needs no torch.
+"""
+
+import copy
+import re
+from itertools import product
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
+
+from fewshot.config.advice import not_composed
+from fewshot.config.check import check_files, check_knobs, check_overrides, processes
+from fewshot.config.tree import CONF, key_of
+from fewshot.errors import UserError
+from fewshot.files import override
+
+# The knobs of training that a call may name: none of them makes another model, or other tasks than a test would have.
+OF_THE_CALL = ("test_tasks", "test_steps", "queries", "tasks_at_once", "threads", "trainer", "dataset.cache")
+# Of the dataset that the model was trained on, these are as they were then: they say which classes are in which split.
+OF_THE_SPLIT = ("split", "split_seed", "rotations", "resample", "fractions", "labels", "tasks")
+
+
+class Place(NamedTuple):
+    """A dataset as a call names it, NAME or NAME:ROOT."""
+
+    name: str
+    root: str | None
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"dataset={self.name}"] + ([override("dataset.root", self.root)] if self.root else [])
+
+
+def places(text: str) -> list[Place]:
+    """Of "omniglot,cifarfs:PATH,folder:PATH"; a comma in a path is none before the name of a dataset.
+
+    Raises:
+        UserError: there is no dataset of a name.
+    """
+    known = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+    words = re.split(rf",(?=(?:{'|'.join(known)})(?:[:,]|$))", text)
+    for word in words:
+        if word.partition(":")[0] not in known:
+            raise UserError(f"datasets={text}: {word!r} must be NAME or NAME:ROOT, with NAME one of {', '.join(known)}")
+    return [Place(name, root or None) for name, _, root in (word.partition(":") for word in words)]
+
+
+class Setting(NamedTuple):
+    """A dataset with one number of ways and shots. images: how they become the network's, in words."""
+
+    cfg: DictConfig
+    images: str
+
+
+def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[int], shots: list[int]) -> list[Setting]:
+    """What tests of a model on this dataset are called with: the dataset's YAML, brought to the network's images.
+
+    model: the configuration that it was trained with.
+
+    Raises:
+        UserError: a knob that is not of this call, or whatever is wrong with one.
+    """
+    for knob in knobs:
+        if not any(f"{key_of(knob)}.".startswith(f"{key}.") for key in OF_THE_CALL):
+            raise UserError(f"{knob}: with datasets= only {', '.join(OF_THE_CALL)} may be given; leave it out")
+    steps, tasks = model.get("test_steps", model["inner_steps"]), model.get("test_tasks", 600)
+    own = [f"queries={model['queries']}", f"inner_steps={model['inner_steps']}", f"test_steps={steps}"]
+    own += [f"test_tasks={tasks}", f"dataset.size={model['dataset']['size']}"]
+    overrides = list({key_of(word): word for word in [*place.overrides, *own, *knobs]}.values())  # the later of two
+    check_overrides(overrides)
+
+    def composed(overrides: list[str]) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("config", overrides)
+
+    try:
+        cfg = composed(overrides)
+    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+        raise not_composed(error, overrides, composed) from None
+    data, trained = cfg.dataset, model["dataset"]
+    words = {1: "grey", 3: "colour"}
+    images = "to " * (data.channels != trained["channels"]) + words[trained["channels"]]
+    with open_dict(cfg):
+        for key in OF_THE_SPLIT if data.name == trained["name"] else ():
+            if key in trained and key in data:
+                data[key] = trained[key]
+        if "channels" in data.source:
+            data.channels = trained["channels"]
+        data.mean, data.std = trained["mean"], trained["std"]
+    check_files(cfg)
+    if processes(cfg) > 1:
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: one process tests many datasets; leave it out")
+    if cfg.test_steps < cfg.inner_steps:
+        raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
+    made = []
+    for cfg.ways, cfg.shots in product(ways, shots):
+        check_knobs(cfg)
+        made.append(Setting(copy.deepcopy(cfg), images))
+    return made
