@@ -30,7 +30,8 @@ def valid(override):
     """The overrides that make a valid configuration with that file."""
     if override == "model=module":
         return [override, "model.module={_target_: torchvision.models.resnet18}"]
-    return [override, ROOT] if override == "dataset=folder" else [override]
+    needs_root = [f"dataset={name}" for name in ("folder", "cub", "minicub", "aircraft", "flowers", "dtd")]
+    return [override, ROOT] if override in needs_root else [override]
 
 
 def complaint(cfg):

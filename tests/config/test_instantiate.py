@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from data_files import make_cifar100, make_mini, make_tiered
+from data_files import make_cifar100, make_fine_grained, make_mini, make_tiered
 from hydra.utils import instantiate
 
 from fewshot.config.tree import CONF
@@ -18,6 +18,10 @@ MADE = {  # few images, but of every class
     "fc100": lambda folder, classes, monkeypatch: make_cifar100(folder, monkeypatch),
     "miniimagenet": lambda folder, classes, monkeypatch: make_mini(folder, classes),
     "tieredimagenet": lambda folder, classes, monkeypatch: make_tiered(folder, classes, images=1),
+}
+MADE |= {
+    name: lambda folder, classes, monkeypatch, name=name: make_fine_grained(name, folder, monkeypatch, images=1)
+    for name in ("cub", "aircraft", "flowers", "dtd", "minicub")
 }
 
 
@@ -45,6 +49,8 @@ def test_dataset(config, cache, name, tmp_path, monkeypatch):
         cfg.dataset.root = str(MADE[name](tmp_path / name, cfg.dataset.classes, monkeypatch))
         if "trust" in cfg.dataset:
             cfg.dataset.trust = True
+    if name == "minicub":
+        cfg.dataset.mini_root = str(make_mini(tmp_path / "mini", {"train": 64, "val": 16, "test": 20}))
     splits = instantiate(cfg.dataset.source)
     assert tuple(splits) == SPLITS
     for split, classes in cfg.dataset.classes.items():

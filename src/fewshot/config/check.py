@@ -200,10 +200,8 @@ def _check_dataset(cfg: DictConfig) -> None:
             values = shown(list(data[knob]))
             raise UserError(f"dataset.{knob}={values}: must have dataset.channels={data.channels} numbers")
     if data.get("needs_root") and data.root is None and not own:
-        plain = " or CLASS/image" if "fractions" in data else ""
-        raise UserError(
-            f"dataset.root=null: set dataset.root to a folder or zip with train|val|test/CLASS/image{plain}"
-        )
+        own_images = "a folder or zip with train|val|test/CLASS/image or CLASS/image"
+        raise UserError(f"dataset.root=null: set dataset.root to {own_images if 'fractions' in data else data.origin}")
     if "fractions" in data and not own and abs(sum(data.fractions.values()) - 1) > 1e-6:
         raise UserError(f"dataset.fractions={shown(dict(data.fractions))}: must add up to 1; give all three")
     for split, classes in data.classes.items():

@@ -116,6 +116,7 @@ class Dataset(OwnDataset, extra="forbid"):
     cache: optional(Path)
     root: optional(Path) = None
     needs_root: Flag = False
+    mini_root: optional(Path) = None
     labels: optional(Path) = None
     largest_image: integer(1, 1000) = 1
     resample: one_of("bilinear", "lanczos") = "bilinear"

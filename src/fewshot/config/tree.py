@@ -41,7 +41,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 NOT_THE_MODEL = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit"),
     *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select"),
-    *(f"dataset.{key}" for key in ("root", "labels", "cache", "archive", "source", "device", "trust")),
+    *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),
 )
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # No part of a setting: the seed, where and on what a run was computed, its memory, and knobs that repeat others.
 ELSEWHERE = (
     *("seed", "fit", "logger"),
-    *(f"dataset.{knob}" for knob in ("cache", "archive", "source", "device", "origin", "trust")),
+    *(f"dataset.{knob}" for knob in ("mini_root", "cache", "archive", "source", "device", "origin", "trust")),
     *("model.network", "callbacks.zero_head", "augment"),  # of augment, fingerprint keeps a short form
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),

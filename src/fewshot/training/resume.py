@@ -33,6 +33,7 @@ OF_THIS_CALL = (
 PLACES = (
     "name",
     "root",
+    "mini_root",
     "cache",
     "archive",
     "labels",

@@ -13,5 +13,10 @@ LICENCES = {
     "fc100": _CIFAR,
     "miniimagenet": _IMAGENET,
     "tieredimagenet": _IMAGENET,
+    "cub": "not known; the photos are of Flickr's users",
+    "minicub": f"{_IMAGENET}; those of CUB are not known",
+    "aircraft": "the photographers', for non-commercial research alone",
+    "flowers": "not known",
+    "dtd": "not known",
     "glyphs": "drawn by this program from the fonts that matplotlib ships",
 }
