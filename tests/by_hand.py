@@ -364,3 +364,43 @@ def np_conjugate_gradients(A, b, steps):
         x, r = x + alpha * p, r - alpha * Ap
         p = r + (r @ r) / rdotr * p
     return x
+
+
+# What BatchNorm makes of images, by the moments of some of them
+
+
+def conv4_logits(theta, images, by):
+    """conv4_strided, layer by layer: each normalises all images by the moments of images[by]."""
+    x = images
+    for place, stride in ((0, 2), (3, 2), (6, 2), (9, 1)):
+        x = F.relu(F.conv2d(x, theta[f"encoder.{place}.weight"], theta[f"encoder.{place}.bias"], stride))
+        channels = []
+        for c in range(x.shape[1]):
+            numbers = x[by, c].flatten()
+            mean = numbers.sum() / len(numbers)
+            variance = ((numbers - mean) ** 2).sum() / len(numbers)
+            z = (x[:, c] - mean) / torch.sqrt(variance + 1e-5)
+            channels.append(theta[f"encoder.{place + 2}.weight"][c] * z + theta[f"encoder.{place + 2}.bias"][c])
+        x = torch.stack(channels, 1)
+    return x.flatten(1) @ theta["head.weight"].T + theta["head.bias"]
+
+
+def logits_by_statistics(network, task, inner_lr, steps, zeroing, statistics):
+    """Of the queries after each inner step, (T + 1, Q, K)."""
+    theta = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    if zeroing:
+        theta |= {name: torch.zeros_like(theta[name]).requires_grad_() for name in ("head.weight", "head.bias")}
+    S, everything, logits = len(task.support), slice(None), []
+    for step in range(steps + 1):
+        if step:
+            loss = F.cross_entropy(conv4_logits(theta, task.support, everything), task.support_labels)
+            moved = zip(theta.items(), torch.autograd.grad(loss, list(theta.values())), strict=True)
+            theta = {name: (p - inner_lr * g).detach().requires_grad_() for (name, p), g in moved}
+        if statistics == "task":
+            logits.append(conv4_logits(theta, task.query, everything))
+        elif statistics == "support":
+            logits.append(conv4_logits(theta, torch.cat([task.support, task.query]), slice(S))[S:])
+        else:
+            pairs = [torch.cat([task.support, query[None]]) for query in task.query]
+            logits.append(torch.stack([conv4_logits(theta, images, everything)[S] for images in pairs]))
+    return torch.stack(logits).detach()

@@ -9,7 +9,7 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "fewshot"
 FLOORS = (  # from the ground up; packages of one floor stand side by side and do not import each other
     ("errors", "files", "inner_loop"),  # these three may
-    ("algorithms", "recompute"),
+    ("algorithms", "norms", "recompute"),
     ("models",),
     ("processes",),
     ("config",),

@@ -63,7 +63,7 @@ def made(finished, tmp_path):
         own = np.random.default_rng([seed, zeroing])
         shared = np.random.default_rng(7).normal(0, 0.05, (200, 1))  # some tasks are hard for all
         values = np.clip(accuracy + shared + own.normal(0, 0.02, (200, 4)), 0, 1)
-        write_tasks(folder, {"test": {"zeroing_off": values, "zeroing_on": np.full((200, 4), 0.5)}})
+        write_tasks(folder, {"task": {"test": {"zeroing_off": values, "zeroing_on": np.full((200, 4), 0.5)}}})
         return folder
 
     return made

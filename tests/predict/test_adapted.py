@@ -35,7 +35,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("statistics", ["queries", "support"])
+@pytest.mark.parametrize("statistics", ["task", "support", "each"])
 def test_predict_with_an_adapted_model_says_what_predict_with_its_support_says(folders, statistics, capsys):
     words = [f"model={MODEL}", f"support={folders}/support", "steps=3", f"statistics={statistics}"]
     adapt_main([*words, f"out={folders}/model"])
@@ -46,7 +46,7 @@ def test_predict_with_an_adapted_model_says_what_predict_with_its_support_says(f
     assert (folders / "again" / "contact_sheet.png").exists()
     predict_main([f"model={folders}/model", f"query={folders}/alone", f"out={folders}/one"])
     alone, together = predicted(folders / "one")[0], predicted(folders / "again")[0]
-    assert (np.allclose(alone[2:], together[2:], atol=1e-5)) == (statistics == "support")
+    assert (np.allclose(alone[2:], together[2:], atol=1e-5)) == (statistics != "task")
     assert fewshot.FewShotClassifier.load(folders / "model").classes_.tolist() == ["a", "b"]
     with pytest.raises(SystemExit, match=r"model: holds a model\.safetensors; name another folder$"):
         adapt_main([*words, f"out={folders}/model"])

@@ -101,11 +101,11 @@ def test_clones_searches_and_what_is_no_fit():
     assert search.best_params_["steps"] in (1, 2)
     with pytest.raises(NotFittedError):
         FewShotClassifier(MODEL).predict(shown)
-    with pytest.raises(fewshot.UserError, match=r"^statistics=none: must be one of queries, support$"):
+    with pytest.raises(fewshot.UserError, match=r"^statistics=none: must be one of task, support, each$"):
         FewShotClassifier(MODEL, statistics="none").fit(shown, labels)
 
 
-@pytest.mark.parametrize("statistics", ["queries", "support"])
+@pytest.mark.parametrize("statistics", ["task", "support"])
 def test_what_was_saved_predicts_the_same(statistics, tmp_path):
     shown, labels, asked = images(4, 1), [3, 7, 3, 7], images(3, 2)
     model = untrained("algo=anil", "+zeroing=true")

@@ -27,7 +27,7 @@ def write_test(folder: Path, row: Row) -> None:
     tasks = len(row.tested["zeroing_on"])
     results = {"test": {"tasks": tasks, **modes}, "config": row.config, "versions": record_files.versions()}
     results["splits"] = row.splits
-    task_scores.write_tasks(folder, {"test": row.tested})
+    task_scores.write_tasks(folder, {"task": {"test": row.tested}})
     record_files.write(folder, results)
 
 

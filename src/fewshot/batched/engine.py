@@ -22,6 +22,7 @@ from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import initial_head
 from fewshot.models.network import drops
+from fewshot.norms import TOGETHER, Context, of_queries
 from fewshot.recompute import recomputed
 
 Parameters = dict[str, Tensor]
@@ -64,15 +65,37 @@ def step_accuracies(
     tasks: Task,
     evaluations: Sequence[InnerLoop],
     eta: Sequence[Tensor] = (),
+    statistics: Sequence[str] = ("task",),
     *,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> Tensor:
-    """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is."""
-    function = partial(_step_logits, evaluations=tuple(evaluations), eta=tuple(eta))
+    """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is.
+
+    statistics: what the queries are normalised by, see norms.py; of several, all evaluations by the first come first.
+    """
+    how = {"tasks_at_once": tasks_at_once, "execute": execute}
+    logits = step_logits(network, tasks, evaluations, eta, statistics, **how)
+    return query_accuracy(logits, tasks.query_labels[:, None])
+
+
+def step_logits(
+    network: nn.Module,
+    tasks: Task,
+    evaluations: Sequence[InnerLoop],
+    eta: Sequence[Tensor] = (),
+    statistics: Sequence[str] = ("task",),
+    *,
+    tasks_at_once: int | None = None,
+    execute: Execute | None = None,
+) -> Tensor:
+    """The logits of the queries after every inner step, (evaluations, B, T + 1, Q, K); else step_accuracies."""
+    evaluations, statistics = tuple(evaluations), tuple(statistics)
+    function = partial(_step_logits, evaluations=evaluations, eta=tuple(eta), statistics=statistics)
     chunks = _run(function, network, tasks, tasks_at_once, execute)
-    logits = torch.cat([torch.stack(steps).unflatten(0, (len(evaluations), -1)) for steps in chunks], dim=2)
-    return query_accuracy(logits, tasks.query_labels).transpose(1, 2)
+    shape = (len(evaluations), -1, len(statistics))
+    logits = torch.cat([torch.stack(steps).unflatten(0, shape) for steps in chunks], dim=3)
+    return logits.permute(2, 0, 3, 1, 4, 5).flatten(0, 1)
 
 
 def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> Parameters:
@@ -133,22 +156,27 @@ def _outer_gradient(
 
 
 def _step_logits(
-    network: nn.Module, tasks: Task, *, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor]
+    network: nn.Module,
+    tasks: Task,
+    *,
+    evaluations: Sequence[InnerLoop],
+    eta: Sequence[Tensor],
+    statistics: Sequence[str],
 ) -> tuple[Tensor, ...]:
-    """The query logits of one evaluation after every inner step, then of the next: T + 1 times (B, Q, K) each."""
+    """The query logits of one evaluation after every inner step, by all statistics, then of the next."""
     theta, logits = _copies(network, len(tasks.support)), []
     encode = cache(torch.no_grad()(partial(_features, network, theta)))
     for loop in evaluations:
         for _, query_logits in _adapt(network, theta, tasks, loop, eta, encode):
             with torch.no_grad():
-                logits.append(query_logits())
+                logits += [query_logits(words) for words in statistics]
     return tuple(logits)
 
 
-def _features(network: nn.Module, theta: Parameters, images: Tensor) -> Tensor:
+def _features(network: nn.Module, theta: Parameters, images: Tensor, context: Context = TOGETHER) -> Tensor:
     """(B, I, C, H, W) -> (B, I, d)"""
     encoder = {name.removeprefix("encoder."): p for name, p in theta.items() if name.startswith("encoder.")}
-    return _outputs(network.encoder, encoder, images)
+    return _outputs(network.encoder, encoder, images, context)
 
 
 def _adapt(
@@ -157,9 +185,11 @@ def _adapt(
     tasks: Task,
     loop: InnerLoop,
     eta: Sequence[Tensor],
-    encode: Callable[[Tensor], Tensor],
-) -> Iterator[tuple[Parameters, Callable[[], Tensor]]]:
+    encode: Callable[..., Tensor],
+) -> Iterator[tuple[Parameters, Callable[..., Tensor]]]:
     """After inner step 0, 1, .., N: yields theta_n and the function that computes the logits of the queries, (B, Q, K).
+
+    That function takes the statistics to normalise by; left out they are those of training, see norms.py.
 
     encode: images (B, I, C, H, W) to their features at theta (B, I, d), which sees each set of images once.
     """
@@ -174,13 +204,22 @@ def _adapt(
     theta |= {f"head.{name}": w for name, w in start.items()}
     adapts = [name for name in theta if loop.adapted in ("all", name.split(".")[0])]
     again = partial(recomputed, draws=drops(network))
+    features = cache(partial(of_queries, tasks, encode))  # at theta, by statistics
 
     def logits(theta: Parameters, images: Tensor) -> Tensor:
         return _outputs(network, theta, images)
 
+    def by_head(theta: Parameters, features: Tensor) -> Tensor:
+        return _outputs(network.head, {name.removeprefix("head."): theta[name] for name in heads}, features)
+
     def at_theta(theta: Parameters, images: Tensor) -> Tensor:
-        head = {name.removeprefix("head."): theta[name] for name in heads}
-        return _outputs(network.head, head, encode(images))
+        return by_head(theta, encode(images))
+
+    def queries_at_theta(theta: Parameters, statistics: str = "task") -> Tensor:
+        return by_head(theta, features(statistics))
+
+    def queries_of(theta: Parameters, statistics: str = "task") -> Tensor:
+        return of_queries(tasks, partial(_outputs, network, theta), statistics)
 
     def moved(outputs: OfImages, names: list[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned eta."""
@@ -199,10 +238,10 @@ def _adapt(
         return [p + updates[name] if name in updates else p for name, p in theta.items()], state
 
     def query_logits_from(inputs: Sequence[Tensor]) -> Tensor:
-        return logits(dict(zip(initial, inputs, strict=True)), tasks.query)
+        return queries_of(dict(zip(initial, inputs, strict=True)))
 
     state = None
-    yield theta, partial(at_theta, theta, tasks.query)
+    yield theta, partial(queries_at_theta, theta)
     for n in range(1, loop.inner_steps + 1):
         zero_head = loop.zeroing and loop.adapted == "all" and n == 1 and not loop.overrides("update")
         head_alone = loop.adapted == "head" or zero_head  # (P - T) w = 0
@@ -217,7 +256,7 @@ def _adapt(
             moves = again(move, inputs) if recompute else move(inputs)
             theta = theta | dict(zip(names, moves, strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
         before_the_last = recompute and n < loop.inner_steps
-        last = partial(outputs, theta, tasks.query)
+        last = partial(queries_at_theta if head_alone else queries_of, theta)
         yield theta, partial(again, query_logits_from, list(theta.values())) if before_the_last else last
 
 
@@ -245,13 +284,14 @@ def rows(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _outputs(module: nn.Module, theta: Parameters, x: Tensor) -> Tensor:
+def _outputs(module: nn.Module, theta: Parameters, x: Tensor, context: Context = TOGETHER) -> Tensor:
     """Every task by its own parameters. Of the network: images (B, I, C, H, W) -> logits (B, I, K)."""
     in_rows = rows(x)
     mode, images = (in_a_row, x.flatten(0, 1)) if in_rows else (SideBySide, x.transpose(0, 1).flatten(1, 2))
     try:
-        with mode(len(x)):
+        with mode(len(x)), context:
             y = functional_call(module, theta, images)
     except NotSideBySide:  # slower, for whatever vmap takes; right as long as all differentiation stays outside of it
-        return vmap(partial(functional_call, module))(theta, x)
+        with context:
+            return vmap(partial(functional_call, module))(theta, x)
     return y.unflatten(0, (len(x), -1)) if in_rows else y.unflatten(1, (len(x), -1)).transpose(0, 1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fewshot import norms
 from fewshot.batched import side_by_side
 from fewshot.batched.side_by_side import NotSideBySide, SideBySide, _pair
 from fewshot.models.network import drop_squares
@@ -84,6 +85,10 @@ def _batch_norm(
     return _task_by_task(norm, tasks, input, weight, bias)
 
 
+def _batch_norm_in_sets(tasks: int, x: Tensor, weight: Any, bias: Any, eps: float, **sets: int) -> Tensor:
+    return norms.batch_norm_of_tasks(x.unflatten(0, (tasks, -1)), weight, bias, eps, **sets).flatten(0, 1)
+
+
 def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B*I, d), (B, K, d), (B, K) -> (B*I, K)"""
     if input.dim() != 2 or weight.dim() != 3:
@@ -96,6 +101,7 @@ def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
 
 
 OWN = side_by_side.OWN | {F.conv2d: _conv2d, F.batch_norm: _batch_norm, F.linear: _linear, drop_squares: _drop_squares}
+OWN[norms.batch_norm] = _batch_norm_in_sets
 OWN[F.normalize] = lambda tasks, *args, **options: side_by_side._normalize(1, *args, **options)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
+from fewshot import norms
 from fewshot.models.network import drop_squares
 
 
@@ -72,6 +73,11 @@ def _batch_norm(
     return F.batch_norm(input, None, None, weight, bias, **options)
 
 
+def _batch_norm_in_sets(tasks: int, x: Tensor, weight: Any, bias: Any, eps: float, **sets: int) -> Tensor:
+    y = norms.batch_norm_of_tasks(x.unflatten(1, (tasks, -1)).transpose(0, 1), weight, bias, eps, **sets)
+    return y.transpose(0, 1).flatten(1, 2)
+
+
 def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(I, B*d), (B, K, d), (B, K) -> (I, B*K)"""
     if input.dim() != 2 or weight.dim() != 3:
@@ -100,6 +106,7 @@ def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
 OWN = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
+    norms.batch_norm: _batch_norm_in_sets,
     F.linear: _linear,
     F.normalize: _normalize,
     drop_squares: _drop_squares,

@@ -143,8 +143,8 @@ def _line(word: str, text: str) -> str:
 
 
 def table() -> str:
-    """The README's table of the top-level knobs."""
-    rows = [entry(key) for key, _ in knobs() if "." not in key]
+    """The README's table of the knobs that are in no group."""
+    rows = [entry(key) for key, _ in knobs() if key.split(".")[0] not in GROUPS]
     cells = [f"| `{word.split('=')[0]}` | {word.partition('=')[2]} | {text} |\n" for word, text in rows]
     return "".join(["| knob | default | |\n", "| --- | --- | --- |\n", *cells])
 

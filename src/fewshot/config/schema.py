@@ -27,7 +27,7 @@ from fewshot.config.kinds import (
     part,
     text,
 )
-from fewshot.config.tree import MODES
+from fewshot.config.tree import MODES, STATISTICS
 from fewshot.inner_loop import ADAPTED, DISTANCES, HEADS, LOSSES
 
 SCHEDULES = ("none", "cosine", "multistep")
@@ -216,6 +216,18 @@ class Callbacks(Part, extra="allow"):
     inner_products: part(CosineSimilarity) = None
 
 
+def _twice_or_none(statistics: str | list[str]) -> bool:
+    return isinstance(statistics, list) and not len({*statistics}) == len(statistics) > 0
+
+
+class Evaluation(Part):
+    statistics: must_be(
+        f"one of {', '.join(STATISTICS)}, or a list of some, as [{','.join(STATISTICS)}]",
+        Literal[STATISTICS] | list[Literal[STATISTICS]],
+        refused=_twice_or_none,
+    )
+
+
 class Config(Part):
     ways: integer(2, 10_000)
     shots: integer(1, 10_000)
@@ -238,6 +250,7 @@ class Config(Part):
     val_tasks: integer(2)
     test_every: optional(integer(1))
     test_tasks: integer(2)
+    evaluation: Evaluation
     probes: Flag
     stop_at_accuracy: optional(above_zero(most=1))
     engine: one_of("auto", "sequential", "batched")

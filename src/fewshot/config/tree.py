@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ GROUPS = ("algo", "model", "dataset", "augment", "optimizer", "trainer", "logger
 # The test adapts the head as it was trained, and a copy that was zeroed: each mode's name in results.json, and what the
 # names of its metrics add.
 MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
+
+# By what BatchNorm normalises the queries of an evaluation and of a prediction; norms.py says how.
+STATISTICS = ("task", "support", "each")
+
+
+def statistics(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of evaluation.statistics; by the first best.ckpt is chosen. A model that is shared says none."""
+    asked = config.get("evaluation", {}).get("statistics", STATISTICS[0])
+    return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
 def given_overrides(hydra: DictConfig) -> list[str]:
@@ -40,7 +49,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 NOT_THE_MODEL = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit"),
-    *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select"),
+    *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select", "evaluation"),
     *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),
 )
 

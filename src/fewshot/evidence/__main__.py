@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from fewshot.config.check import check, check_learn2learn, processes
 from fewshot.config.command import Command, Parameter, one_line_errors
 from fewshot.config.hydra_call import hydra_command
-from fewshot.config.tree import given_overrides, settings
-from fewshot.errors import UserError
+from fewshot.config.tree import given_overrides, settings, statistics
+from fewshot.errors import UserError, shown
 from fewshot.inner_loop import THEORY, InnerLoop
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     check(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process measures; add trainer=auto or trainer=cpu")
+    if "task" not in (asked := statistics(cfg)):
+        raise UserError(f"evaluation.statistics={shown(list(asked))}: evidence measures as models train; use task")
     loop = inner_loop(cfg)
     _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
@@ -93,7 +95,8 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     measured.test()
     few = min(GRADIENT_TASKS, len(tasks.support))
     log.info(f"measuring the identities on {few} tasks, the features on {len(tasks.support)}")
-    model = Model(network, initial, loop, cfg.test_steps, tasks, few, measured.learner.tested["test"])
+    tested = measured.learner.evaluation.tested["task"]["test"]
+    model = Model(network, initial, loop, cfg.test_steps, tasks, few, tested)
     evidence = {
         **report.measure(model),
         "tasks": {"features": len(tasks.support), "gradients": few},

@@ -79,7 +79,7 @@ class Model:
     def logits(self, **fields: Any) -> Tensor:
         """What the program computes for the queries after the last inner step, (B, Q, K)."""
         loop = self.maml(**fields)
-        return sequential.step_logits(self.network, self.tasks, loop, first=loop.inner_steps)[:, 0]
+        return sequential.step_logits(self.network, self.tasks, [loop], first=loop.inner_steps)[0, :, 0]
 
     def predictions(self, **fields: Any) -> Tensor:
         return self.logits(**fields).softmax(-1)

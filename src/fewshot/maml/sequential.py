@@ -21,6 +21,7 @@ from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop, Tensors
 from fewshot.models.head import initial_head
 from fewshot.models.network import drops
+from fewshot.norms import inside, of_queries
 from fewshot.recompute import recomputed
 
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": squared_errors}  # of one task: (I, K), (I,) -> ()
@@ -32,8 +33,10 @@ def adapt(
     loop: InnerLoop,
     eta: Sequence[Tensor] = (),
     encode: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
     """After inner step 0, 1, .., N: yields theta_n and the function that computes the logits of the queries, (Q, K).
+
+    That function takes the statistics to normalise by; left out they are those of training, see norms.py.
 
     Args:
         loop: what adapts, from which head, in which order: MAML or a member of its family.
@@ -48,8 +51,16 @@ def adapt(
     own = dict(network.head.named_parameters())
     theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
 
+    features = cache(partial(of_queries, task, partial(inside, encode)))  # at theta, by statistics
+
     def at_theta(images: Tensor) -> Tensor:
         return theta_n.head(encode(images))
+
+    def queries_of(theta_n: nn.Module) -> Callable[..., Tensor]:
+        return partial(of_queries, task, partial(inside, theta_n))
+
+    def queries_at_theta(statistics: str = "task") -> Tensor:
+        return theta_n.head(features(statistics))
 
     def step(theta_n: nn.Module, part: str, state: Any) -> Any:
         logits, moving = at_theta if part == "head" else theta_n, theta_n if part == "all" else getattr(theta_n, part)
@@ -77,9 +88,9 @@ def adapt(
         return list(copy.parameters()), state
 
     def logits_from(inputs: Sequence[Tensor]) -> Tensor:
-        return _with(inputs, theta_n)(task.query)
+        return queries_of(_with(inputs, theta_n))()
 
-    yield theta_n, partial(at_theta, task.query)
+    yield theta_n, queries_at_theta
     again = partial(recomputed, draws=drops(network))
     for n in range(1, loop.inner_steps + 1):
         zero_head = loop.zeroing and loop.adapted == "all" and n == 1 and not loop.overrides("update")
@@ -88,10 +99,10 @@ def adapt(
             parameters, state = hooks.recomputed(again, next_theta, list(theta_n.parameters()), state)
             theta_n = _with(parameters, theta_n)
             before_the_last = partial(again, logits_from, list(theta_n.parameters()))
-            yield theta_n, before_the_last if n < loop.inner_steps else partial(theta_n, task.query)
+            yield theta_n, before_the_last if n < loop.inner_steps else queries_of(theta_n)
         else:
             state = step(theta_n, "head" if head_alone else loop.adapted, state)
-            yield theta_n, partial(at_theta if head_alone else theta_n, task.query)
+            yield theta_n, queries_at_theta if head_alone else queries_of(theta_n)
 
 
 def meta_gradient(
@@ -132,13 +143,20 @@ def meta_gradient(
 
 
 def step_accuracies(
-    network: nn.Module, tasks: Task, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor] = ()
+    network: nn.Module,
+    tasks: Task,
+    evaluations: Sequence[InnerLoop],
+    eta: Sequence[Tensor] = (),
+    statistics: Sequence[str] = ("task",),
 ) -> Tensor:
     """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is.
 
-    evaluations: see InnerLoop.evaluation; together they cost less than one by one, for they share theta's features.
+    Args:
+        evaluations: see InnerLoop.evaluation; together they cost less than one by one, for they share theta's features.
+        statistics: what the queries are normalised by, see norms.py; of several, all evaluations by the first come
+            first.
     """
-    return query_accuracy(_step_logits(network, tasks, evaluations, eta), tasks.query_labels[:, None])
+    return query_accuracy(step_logits(network, tasks, evaluations, eta, statistics), tasks.query_labels[:, None])
 
 
 def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> dict[str, Tensor]:
@@ -149,24 +167,24 @@ def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence
 
 
 def step_logits(
-    network: nn.Module, tasks: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = (), *, first: int = 0
+    network: nn.Module,
+    tasks: Task,
+    evaluations: Sequence[InnerLoop],
+    eta: Sequence[Tensor] = (),
+    statistics: Sequence[str] = ("task",),
+    *,
+    first: int = 0,
 ) -> Tensor:
-    """The queries' logits after inner steps first .. T, (B, T + 1 - first, Q, K); the network is left as it is."""
-    return _step_logits(network, tasks, [evaluation], eta, first)[0]
-
-
-def _step_logits(
-    network: nn.Module, tasks: Task, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor], first: int = 0
-) -> Tensor:
-    """(evaluations, B, T + 1 - first, Q, K)"""
+    """The queries' logits after inner steps first .. T, (evaluations, B, T + 1 - first, Q, K); else step_accuracies."""
     logits = []
     for task in _one_by_one(tasks):
         encode = cache(torch.no_grad()(network.encoder))
         for loop in evaluations:
             for _, query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
                 with torch.no_grad():
-                    logits.append(query_logits())
-    return torch.stack(logits).unflatten(0, (len(tasks.support), len(evaluations), -1)).transpose(0, 1)
+                    logits += [query_logits(words) for words in statistics]
+    shape = (len(tasks.support), len(evaluations), -1, len(statistics))
+    return torch.stack(logits).unflatten(0, shape).permute(3, 1, 0, 2, 4, 5).flatten(0, 1)
 
 
 def _loss(network: nn.Module, loop: InnerLoop, theta: Tensors, images: Tensor, labels: Tensor) -> Tensor:

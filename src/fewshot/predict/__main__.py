@@ -232,8 +232,8 @@ COMMAND = Command(
             "true: adapts from a zeroed head, to any number of classes; left out: as in training.", flag
         ),
         "statistics=WHOSE": Parameter(
-            "What BatchNorm normalises by. queries, the default: all queries together, as in training; support: the "
-            "support images, so that the prediction for an image depends on no other query.",
+            "By what BatchNorm normalises. task, the default: all queries together, as in training; support: the "
+            "support images; each: every query by itself, together with the support. The last two look at no other.",
             check_statistics,
         ),
         "out=FOLDER": Parameter(

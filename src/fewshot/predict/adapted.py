@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fewshot.config.tree import portable
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
+from fewshot.norms import inside, of_queries
 from fewshot.predict.predictions import Label, Predictions, check_statistics
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
 from fewshot.training.choose_engine import engine_to_predict
@@ -33,9 +35,10 @@ from fewshot.training.meta_learner import MetaLearner
 class Adapted:
     """A model at theta_N of one task, whose head has a row for each of the K classes.
 
-    statistics: of what BatchNorm normalises by. "queries": of all queries of a call, as in training, so that one
-        prediction depends on the others; a single query is normalised together with the support. "support": of the
-        support images as the adapted network sees them, so that each image is classified by itself.
+    statistics: by what BatchNorm normalises, in the words of evaluation.statistics. "task": by all queries of a call
+        together, as in training, so that one prediction depends on the others; a single query has the support beside
+        it. "support": by the support images as the adapted network sees them; "each": every query by itself, together
+        with the support. With these two an image is classified by itself.
     support: its images, (S, C, H, W) uint8; shots: how many of them each class has, class after class.
     """
 
@@ -43,10 +46,10 @@ class Adapted:
     classes: tuple[Label, ...]
     support: Tensor
     shots: tuple[int, ...]
-    statistics: str = "queries"
+    statistics: str = "task"
 
     def __post_init__(self) -> None:
-        check_statistics("statistics", self.statistics)
+        object.__setattr__(self, "statistics", check_statistics("statistics", self.statistics))
         if self.statistics == "support":
             fix_statistics(self.network, self._seen(self.support))
 
@@ -78,11 +81,13 @@ class Adapted:
         if not len(query):
             raise UserError("query: has no images; give at least one")
         images = torch.stack([self.preprocess.pixels(picture) for picture in query])
-        alone = len(query) == 1 and self.statistics == "queries"
-        pixels = torch.cat([self.support, images]) if alone else images
-        task = Task(*(field[None] for field in (images, images, pixels, pixels)))
-        with torch.no_grad(), engine_to_predict().one_line_out_of_memory(task):
-            logits = self.network(self._seen(pixels))[-len(query) :]
+        labels = torch.arange(len(self.classes)).repeat_interleave(torch.tensor(self.shots))
+        task = Task(self._seen(self.support), labels, self._seen(images), labels[:0])
+        # The moments of the support are part of the network; a single query has no other beside it.
+        statistics = {"support": "task", "task": "task" if len(query) > 1 else "each"}.get(self.statistics, "each")
+        batch = Task(*(field[None] for field in task))
+        with torch.no_grad(), engine_to_predict().one_line_out_of_memory(batch):
+            logits = of_queries(task, partial(inside, self.network), statistics)
         if not logits.isfinite().all():
             raise UserError("the adapted model's logits are not finite numbers; adapt it in fewer steps")
         return Predictions(self.classes, logits.double().softmax(dim=1).cpu().numpy())
@@ -141,7 +146,7 @@ def adapt(
     *,
     steps: int | None = None,
     test_zeroing: bool | None = None,
-    statistics: str = "queries",
+    statistics: str = "task",
 ) -> Adapted:
     """Adapts to the support images once; the model is left as it is. The arguments are those of predict.
 
@@ -197,7 +202,7 @@ def fix_statistics(network: nn.Module, images: Tensor) -> None:
         for hook in hooks:
             hook.remove()
         if not torch.allclose(network(images[:1]), together[:1], rtol=1e-3, atol=1e-4):
-            raise UserError("statistics=support: the network mixes images in other layers than BatchNorm; use queries")
+            raise UserError("statistics=support: the network mixes images in other layers than BatchNorm; use task")
 
 
 def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:

@@ -35,8 +35,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         model: whatever fewshot.load takes, or what it returned.
         steps: inner steps of fit; None: as in training.
         zeroing: adapt from a zeroed head, to any number of classes; None: as in training.
-        statistics: of what BatchNorm normalises by. "queries": of the images of one call of predict together, as in
-            training, so that one prediction depends on the others; "support": of the images that it was fitted to.
+        statistics: by what BatchNorm normalises. "task": by the images of one call of predict together, as in training,
+            so that one prediction depends on the others; "support": by the images that it was fitted to; "each": every
+            image by itself, together with those.
         trust: as in fewshot.load.
 
     Attributes:
@@ -50,7 +51,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         steps: int | None = None,
         zeroing: bool | None = None,
-        statistics: str = "queries",
+        statistics: str = "task",
         trust: bool = False,
     ) -> None:
         self.model = model

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fewshot.config.tree import STATISTICS
 from fewshot.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 Label = str | int | float | bool
 
-STATISTICS = ("queries", "support")  # of what BatchNorm can normalise by
+OLDER = {"queries": "task"}  # words of adapted models that were written before evaluation had its own
 
 
 def check_statistics(knob: str, value: str) -> str:
-    """The value, if it is one of STATISTICS."""
+    """The value, if it is one of STATISTICS, in today's word."""
+    value = OLDER.get(value, value)
     if value not in STATISTICS:
         raise UserError(f"{knob}={value}: must be one of {', '.join(STATISTICS)}")
     return value
@@ -44,11 +46,9 @@ def predict(
     *,
     steps: int | None = None,
     test_zeroing: bool | None = None,
+    statistics: str = "task",
 ) -> Predictions:
     """Adapts to the support images and classifies the queries; the model is left as it is.
-
-    BatchNorm normalises all queries of a call together, as in training, so the prediction for one depends on the
-    others. A single query is normalised together with the support images.
 
     Args:
         model: from fewshot.load, or what it takes; adapts on the device that its learner is on.
@@ -57,6 +57,9 @@ def predict(
             or the bytes of a file.
         steps: inner steps; None: as in training.
         test_zeroing: adapt from a zeroed head; None: as in training. Without it there can be no more classes than rows.
+        statistics: by what BatchNorm normalises. "task", as in training: by all queries of a call together, so that the
+            prediction for one depends on the others; a single query has the support images beside it. "support": by the
+            support images; "each": every query by itself, together with the support images.
 
     Raises:
         UserError: there are no images, or of another type; too many or too few classes; logits that are not finite.
@@ -65,4 +68,4 @@ def predict(
         raise UserError("query: has no images; give at least one")
     from fewshot.predict.adapted import adapt  # with torch, which takes seconds
 
-    return adapt(model, support, steps=steps, test_zeroing=test_zeroing).predict(query)
+    return adapt(model, support, steps=steps, test_zeroing=test_zeroing, statistics=statistics).predict(query)

@@ -17,9 +17,11 @@ import rich.console
 import rich.table
 from omegaconf import DictConfig
 
-from fewshot.config.kinds import Flag, integer, one_of, only
-from fewshot.config.stored import KEY, NAME, NUMBER, check, check_config, form, many, read_json, read_text, to_today
-from fewshot.config.tree import MODES, settings
+from fewshot.config import stored
+from fewshot.config.kinds import Flag, integer, only
+from fewshot.config.schema import Config
+from fewshot.config.stored import KEY, NAME, NUMBER, as_knobs, check, check_config, form, many, read_json, read_text
+from fewshot.config.tree import MODES, STATISTICS, settings, statistics
 from fewshot.errors import UserError, printable
 from fewshot.files import write_file
 from fewshot.inner_loop import InnerLoop
@@ -40,14 +42,16 @@ PACKAGES = (
 )
 CURVE = many(NUMBER)
 MODE = form({"accuracy": CURVE, "ci95": CURVE})
-SCORES = form({"tasks": integer(1), **dict.fromkeys(MODES, MODE)})
+BY_MODE = dict.fromkeys(MODES, MODE)
+BY_STATISTICS = form({f"{words}?": form(BY_MODE) for words in STATISTICS})
+SCORES = form({"tasks": integer(1), **BY_MODE, "statistics?": BY_STATISTICS})
 RESULTS = form(
     {
         "test": SCORES,
         "val": SCORES,
         "iterations?": integer(0),
         "best_iteration": integer(0),
-        "config": form({"fit": Flag, "select?": one_of(*MODES)}),  # and what check_config says
+        "config": form({"fit": Flag} | as_knobs(Config, "select? evaluation?")),  # and what check_config says
         "versions?": dict[KEY, NAME],
     }
 )
@@ -172,7 +176,7 @@ def read(folder: Path, of_run: bool = True) -> dict[str, Any]:
     tested = not of_run and isinstance(results, dict) and "val" not in results
     check(str(path), results, TESTED if tested else RESULTS)
     check_config(str(path), results["config"])
-    results["config"] = to_today(results["config"])
+    results["config"] = stored.to_today(results["config"])
     modes = [results["test"][mode] for mode in MODES if mode in results["test"]]
     lengths = {len(mode[curve]) for mode in modes for curve in ("accuracy", "ci95")}
     if len(lengths) > 1 or 0 in lengths:
@@ -194,7 +198,7 @@ def over(results: dict[str, Any]) -> bool:
 
 
 def content(
-    results: dict[str, dict[str, Scores]],
+    results: dict[str, dict[str, dict[str, Scores]]],
     *,
     iterations: int,
     best_iteration: int,
@@ -204,10 +208,11 @@ def content(
 ) -> dict[str, Any]:
     """What results.json holds: accuracies as fractions in [0, 1], ci95 as half widths over tasks.
 
+    results: by statistics, split and mode; where there are several statistics, those of all are written besides.
     iterations: the outer updates that were done.
     """
     return {
-        **{split: _scores(results[split]) for split in ("test", "val")},
+        **{split: _scores({words: splits[split] for words, splits in results.items()}) for split in ("test", "val")},
         "iterations": iterations,
         "best_iteration": best_iteration,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -242,13 +247,21 @@ def validation_accuracy(results: dict[str, Any]) -> float:
     return results["val"][results["config"].get("select", "zeroing_off")]["accuracy"][results["config"]["inner_steps"]]
 
 
-def _scores(modes: dict[str, Scores]) -> dict[str, Any]:
-    tasks = next(iter(modes.values())).tasks
-    return {"tasks": tasks, **{mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}}
+def _scores(results: dict[str, dict[str, Scores]]) -> dict[str, Any]:
+    all_of_them = {
+        words: {mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}
+        for words, modes in results.items()
+    }
+    first, *others = results
+    tasks = next(iter(results[first].values())).tasks
+    return {"tasks": tasks, **all_of_them[first], **({"statistics": all_of_them} if others else {})}
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
-    """Query accuracy per inner step with its confidence interval, both test-time zeroing modes; in train.log too."""
+    """Query accuracy per inner step with its confidence interval, both test-time zeroing modes; in train.log too.
+
+    Where there are several statistics, those of a step are side by side.
+    """
     if ranks.rank():
         return
     test = results["test"]
@@ -257,13 +270,19 @@ def show(results: dict[str, Any], folder: Path) -> None:
         f"model of iteration {results['best_iteration']}, chosen by validation with test "
         f"{results['config'].get('select', 'zeroing_off').replace('_', ' ')}"
     )
+    if (first := statistics(results["config"])[0]) != STATISTICS[0]:
+        heading += f", queries normalised by evaluation.statistics={first}"
+    several = test.get("statistics", {})
     table = rich.table.Table()
     table.add_column("inner step", justify="right")
+    if several:
+        table.add_column("statistics")
     for mode in MODES:
         table.add_column(f"test {mode.replace('_', ' ')}", justify="right")
     for step in range(len(test["zeroing_off"]["accuracy"])):
-        cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
-        table.add_row(str(step), *cells)
+        for words, of in (several or {"": test}).items():
+            cells = (f"{100 * of[mode]['accuracy'][step]:.2f} ± {100 * of[mode]['ci95'][step]:.2f}" for mode in MODES)
+            table.add_row(str(step), *[words] * bool(several), *cells)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:
         console.print(table)

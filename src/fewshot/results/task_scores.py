@@ -13,26 +13,32 @@ from fewshot.files import is_regular, write_file
 
 FILE = "tasks.csv.gz"
 COLUMNS = ["split", "position", "mode", "step", "accuracy"]
+STATISTICS = "statistics"  # a last column, see evaluation.statistics
 MOST = 2**27  # bytes, unpacked: a million tasks with ten steps
 
 
-def write_tasks(folder: Path, tested: dict[str, dict[str, Any]]) -> None:
-    """One row for each split, task, mode and inner step.
+def write_tasks(folder: Path, tested: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """One row for each split, task, mode and inner step; where there are several statistics, a column says which.
 
-    tested: {split: {mode: (tasks, T + 1)}}, in the order of the split's tasks, which is the same in every run.
+    tested: {statistics: {split: {mode: (tasks, T + 1)}}}, in the order of the split's tasks, the same in every run.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for split, modes in tested.items():
-        for mode, accuracies in modes.items():
-            for position, steps in enumerate(accuracies.tolist()):
-                rows.writerows([split, position, mode, step, f"{value:.6g}"] for step, value in enumerate(steps))
+    several = len(tested) > 1
+    rows.writerow([*COLUMNS, *[STATISTICS] * several])
+    for words, splits in tested.items():
+        for split, modes in splits.items():
+            for mode, accuracies in modes.items():
+                for position, steps in enumerate(accuracies.tolist()):
+                    cells = ([split, position, mode, step, f"{value:.6g}"] for step, value in enumerate(steps))
+                    rows.writerows([*row, *[words] * several] for row in cells)
     write_file(folder / FILE, gzip.compress(text.getvalue().encode(), mtime=0))
 
 
-def read_tasks(folder: Path, split: str = "test") -> dict[str, Any]:
-    """{mode: (tasks, T + 1)} of a finished run; a test with other ways than in training may be in one mode alone.
+def read_tasks(folder: Path, split: str = "test", statistics: str | None = None) -> dict[str, Any]:
+    """{mode: (tasks, T + 1)} of a finished run, by these statistics; None: by those that lead its tables.
+
+    A test with other ways than in training may be in one mode alone.
 
     Raises:
         UserError: there is none, or it is not as a run writes it.
@@ -50,8 +56,11 @@ def read_tasks(folder: Path, split: str = "test") -> dict[str, Any]:
         if len(content) > MOST:
             raise ValueError(f"more than {MOST} bytes")
         header, *rows = csv.reader(io.StringIO(content.decode()))
-        if header != COLUMNS:
+        if header not in (COLUMNS, [*COLUMNS, STATISTICS]):
             raise ValueError(f"its columns are not {','.join(COLUMNS)}")
+        if len(header) > len(COLUMNS):
+            wanted = statistics or (rows or [[""]])[0][-1]
+            rows = [row[:-1] for row in rows if row[-1:] == [wanted]]
         for of, position, mode, step, accuracy in rows:
             value = float(accuracy)
             if not 0 <= value <= 1:

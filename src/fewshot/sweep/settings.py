@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fewshot.config import stored
 from fewshot.config.kinds import Flag
 from fewshot.config.stored import compared, to_today
-from fewshot.config.tree import MODES, leaves
+from fewshot.config.tree import MODES, leaves, statistics
 from fewshot.config.tree import settings as resolved
 from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.inner_loop import ORDERS, InnerLoop
@@ -128,6 +128,8 @@ def fingerprint(config: dict[str, Any]) -> str:
         elsewhere = any(key == part or key.startswith(f"{part}.") for part in left_out)
         if value is None or repeats or elsewhere or not compared(key, value):
             continue
+        if key == "evaluation.statistics":
+            (value, *_) = statistics(config)  # the others change no number that is compared
         kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
     if transforms := config.get("augment"):
         exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()

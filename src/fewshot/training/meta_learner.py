@@ -1,6 +1,6 @@
 """The LightningModule: inner adaptation, outer step, metrics.
 
-Shapes: B tasks, N inner steps while training, T while testing.
+Shapes: B tasks, N inner steps.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,15 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fewshot.config.tree import MODES
 from fewshot.data.task import Task
-from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import share_gradient, share_rows, unit_length
 from fewshot.models.network import dropping
-from fewshot.results.record_files import Scores, diverged
+from fewshot.results.record_files import Scores
 from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
+from fewshot.training.evaluation import Evaluation, Measured
 from fewshot.training.outer_step import OuterStep
 from fewshot.training.runtime import check_network, inner_loop
 
@@ -44,7 +43,7 @@ class MetaLearner(pl.LightningModule):
         network: has .encoder and .head, a linear layer; its forward is head(encoder(images)).
         loop: the inner loop; with zeroing, the callback ZeroHead sees to it that the head is zero when it begins.
         choose: gives the engine for a network, an inner loop and a trainer when a run begins; see choose_engine.
-        test_steps: T >= N, inner steps of the evaluation.
+        evaluation: what validation and test measure; it keeps what the test has measured.
         outer: what becomes of the outer gradient.
     """
 
@@ -54,13 +53,13 @@ class MetaLearner(pl.LightningModule):
         loop: InnerLoop,
         *,
         choose: Callable[..., Engine],
-        test_steps: int,
+        evaluation: Evaluation,
         outer: OuterStep,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
         self.network, self.loop = network, loop
-        self.choose, self.test_steps, self.outer = choose, test_steps, outer
+        self.choose, self.evaluation, self.outer = choose, evaluation, outer
         if loop.head == "shared":
             share_rows(network.head)
         if loop.distance == "cosine":
@@ -68,8 +67,6 @@ class MetaLearner(pl.LightningModule):
         adapts = network if loop.adapted == "all" else getattr(network, loop.adapted)
         etas = (torch.full_like(p, loop.inner_lr) for p in adapts.parameters() if loop.learned_inner_lr)
         self.etas = nn.ParameterList(etas)  # the inner learning rates that are learned; none: all are loop.inner_lr
-        self.results: dict[str, dict[str, Scores]] = {}
-        self.tested: dict[str, dict[str, Tensor]] = {}  # accuracies of the test by split and mode, (tasks, T + 1)
 
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
@@ -78,8 +75,8 @@ class MetaLearner(pl.LightningModule):
         network = instantiate(cfg.model.network)
         check_network(network, cfg)
         choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
-        outer = OuterStep.from_config(cfg)
-        return cls(network, loop, choose=choose, test_steps=cfg.test_steps, outer=outer)
+        evaluation, outer = Evaluation.from_config(cfg), OuterStep.from_config(cfg)
+        return cls(network, loop, choose=choose, evaluation=evaluation, outer=outer)
 
     def setup(self, stage: str) -> None:
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.
@@ -130,28 +127,17 @@ class MetaLearner(pl.LightningModule):
         """
         precision = self.trainer.precision_plugin
         with precision.forward_context():
-            accuracies = of_all_ranks([self._accuracies(precision.convert_input(tasks)) for tasks in batches])
-        return {mode: Scores.of(torch.cat([chunk[mode] for chunk in accuracies])) for mode in MODES}
+            chunks = of_all_ranks([self._measured(precision.convert_input(tasks), final=False) for tasks in batches])
+        return self.evaluation.scores(chunks)
 
     @torch.enable_grad()
     def test_step(self, tasks: Task, batch_idx: int, dataloader_idx: int) -> None:
         """The tasks of loader 0 are validation tasks, of loader 1 test tasks."""
-        self._tested[dataloader_idx].append(self._accuracies(tasks))
+        self._tested[dataloader_idx].append(self._measured(tasks, final=True))
 
     def on_test_epoch_end(self) -> None:
         for split, chunks in zip(("val", "test"), self._tested, strict=True):
-            chunks = of_all_ranks(chunks)
-            self.tested[split] = {mode: torch.cat([chunk[mode] for chunk in chunks]) for mode in MODES}
-            self.results[split] = {mode: Scores.of(accuracies) for mode, accuracies in self.tested[split].items()}
-            if what := diverged(self.results[split], self.loop.inner_steps, "check dataset.mean and dataset.std"):
-                raise UserError(f"{split}_tasks={len(self.tested[split]['zeroing_on'])}: {what}")
+            self.evaluation.keep(split, of_all_ranks(chunks), self.loop.inner_steps)
 
-    def _accuracies(self, tasks: Task) -> dict[str, Tensor]:
-        """{mode: (B, T + 1); the two are one computation where the head is zero already, or none begins the loop}"""
-        zero = not self.loop.makes_head and not any(parameter.any() for parameter in self.network.head.parameters())
-        both = (True,) if zero or self.loop.distance else (False, True)
-        evaluations = [self.loop.evaluation(self.test_steps, zeroing) for zeroing in both]
-        with self.engine.one_line_out_of_memory(tasks):
-            modes = self.engine.step_accuracies(self.network, tasks, evaluations, self.etas).cpu()
-        modes = modes.expand(-1, -1, self.test_steps + 1)  # a prototypical network takes no step
-        return {"zeroing_off": modes[0], "zeroing_on": modes[-1]}
+    def _measured(self, tasks: Task, final: bool) -> Measured:
+        return self.evaluation.measure(self.engine, self.network, self.loop, self.etas, tasks, final=final)

@@ -102,7 +102,7 @@ class Run:
         """
         give_memory_back()  # before figures are drawn, and torch's libraries are read once more at the process's end
         results = record_files.content(
-            self.learner.results,
+            self.learner.evaluation.results,
             iterations=self.trainer.global_step or self.start.iteration,
             best_iteration=read(self.checkpoint)["global_step"],
             seconds=self.seconds,
@@ -113,7 +113,7 @@ class Run:
             from fewshot.results import figures  # matplotlib takes seconds to import
 
             figures.write(self.start.folder, results)
-            task_scores.write_tasks(self.start.folder, self.learner.tested)
+            task_scores.write_tasks(self.start.folder, self.learner.evaluation.tested)
             record_files.write(self.start.folder, results)
             for logger in self.trainer.loggers:
                 log_results(logger, results)

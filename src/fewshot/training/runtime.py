@@ -18,9 +18,11 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from fewshot.config.tree import statistics
 from fewshot.errors import UserError, nearest, one_line, shown
 from fewshot.inner_loop import THEORY, TOP, InnerLoop
 from fewshot.models.network import Network
+from fewshot.norms import InSets, inside
 from fewshot.processes import ranks
 
 THREADS = torch.get_num_threads()  # torch's choice
@@ -149,13 +151,21 @@ def inner_loop(cfg: DictConfig) -> InnerLoop:
 
 
 def check_network(network: Any, cfg: DictConfig) -> None:
-    """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else."""
+    """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else.
+
+    Also where evaluation.statistics=support, and it sees other queries elsewhere than in BatchNorm.
+    """
     encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
     if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
         raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
+    images = torch.linspace(-1, 1, 4 * cfg.dataset.channels * cfg.dataset.size**2).sin()
+    images = images.view(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
+    if "support" in statistics(cfg):  # two images of a support, and one query or two
+        with torch.no_grad():
+            alone, beside = (inside(network, images[:n], InSets(n, first=2))[2] for n in (3, 4))
+        if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4):
+            raise UserError("evaluation.statistics=support: the network mixes images in other layers than BatchNorm")
     if type(network).forward is not Network.forward:
-        images = torch.linspace(-1, 1, 2 * cfg.dataset.channels * cfg.dataset.size**2)
-        images = images.view(2, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
         with torch.no_grad():
             if not torch.allclose(network(images), head(encoder(images))):
                 raise UserError(

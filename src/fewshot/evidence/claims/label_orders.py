@@ -38,7 +38,7 @@ def measure(model: Model) -> page.Evidence:
         logits = []
         for order in renamed:
             tasks = Task(support, order[labels], query, order[query_labels])
-            renamed_logits = sequential.step_logits(own.network, tasks, loop, first=loop.inner_steps)[:, 0]
+            renamed_logits = sequential.step_logits(own.network, tasks, [loop], first=loop.inner_steps)[0, :, 0]
             logits.append(renamed_logits[..., order])  # of the classes that were called 0, 1, ...
         predictions = torch.stack(logits, dim=1).softmax(-1)  # (tasks, orders, Q, K)
         accuracies = (predictions.argmax(-1) == query_labels[:, None]).double().mean(-1)

@@ -22,7 +22,7 @@ def measure(model: Model) -> page.Evidence:
     }
     for name, zeroing in (("this_head", False), ("zeroed_head", True)):
         loop = model.maml(inner_steps=model.test_steps, zeroing=zeroing, adapted=model.loop.adapted)
-        logits = sequential.step_logits(model.network, model.tasks, loop)  # (B, T + 1, Q, K)
+        (logits,) = sequential.step_logits(model.network, model.tasks, [loop])  # (B, T + 1, Q, K)
         measured[name] = agreement(scores[:, None].expand_as(logits), logits)[:, 1:].double().mean((0, 2)).tolist()
     return {"prototypes": measured}
 

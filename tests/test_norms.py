@@ -1,0 +1,110 @@
+"""By whose statistics queries are normalised: every engine against plain arithmetic, and what a run leaves of it."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from by_hand import logits_by_statistics
+from conftest import outcome
+from examples import NETWORKS, convolutional, evaluations, images_for
+from torch import nn
+
+from fewshot.batched import engine as batched
+from fewshot.batched.side_by_side import NotSideBySide
+from fewshot.config.tree import STATISTICS
+from fewshot.data.task import Task
+from fewshot.errors import UserError
+from fewshot.maml import sequential
+from fewshot.predict import adapt
+from fewshot.predict.pretrained import load
+from fewshot.results.task_scores import read_tasks
+
+BUILD = NETWORKS["conv4_strided"]
+
+
+def refused(*args, **knobs):
+    raise NotSideBySide
+
+
+def example():
+    tasks = images_for(BUILD, tasks=2, shots=2, queries=2)
+    return convolutional(BUILD, tasks), tasks
+
+
+@cache
+def by_arithmetic():
+    network, tasks = example()
+    tasks = [Task(*fields) for fields in zip(*tasks, strict=True)]
+    of_all = [
+        torch.stack([logits_by_statistics(network, task, 0.1, 2, zeroing, words) for task in tasks])
+        for words in STATISTICS
+        for zeroing in (False, True)
+    ]
+    return torch.stack(of_all)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "in a row", "one at a time", "side by side", "vmap"])
+def test_every_engine_normalises_as_the_arithmetic_does(engine, monkeypatch):
+    network, tasks = example()
+    how = {"tasks_at_once": 1} if engine == "one at a time" else {}
+    if engine == "side by side":
+        monkeypatch.setattr(batched, "rows", lambda x: False)
+    if engine == "vmap":
+        monkeypatch.setattr(batched, "in_a_row", refused)
+    modes = evaluations(inner_lr=0.1, steps=2, zeroing=(False, True))
+    step_logits = sequential.step_logits if engine == "sequential" else batched.step_logits
+    logits = step_logits(network, tasks, *modes, STATISTICS, **how)  # (statistics x modes, B, T + 1, Q, K)
+    expected = by_arithmetic()
+    assert (logits - expected).abs().max() < 1e-10 * expected.abs().max()
+    alone = step_logits(network, tasks, *modes, **how)
+    assert torch.equal(alone, logits[:2])  # asked for others or not, bit by bit
+    apart = [(logits[a] - logits[b]).abs().max() for a, b in ((0, 2), (2, 4), (0, 4))]
+    assert min(apart) > 1e-3  # three different questions
+
+
+def test_a_run_reports_all_side_by_side_and_is_led_by_the_first(run, finished, tmp_path):
+    several, usual = run(tmp_path / "several", "evaluation.statistics=[support,task,each]"), finished
+    both = [outcome(folder) for folder in (several, usual)]
+    assert both[0]["state"]["last"] == both[1]["state"]["last"] and both[0]["metrics"] != both[1]["metrics"]
+    results, by_task = (json.loads((folder / "results.json").read_text()) for folder in (several, usual))
+    assert list(results["test"]["statistics"]) == ["support", "task", "each"]
+    assert "statistics" not in by_task["test"] and read_tasks(usual).keys() == {"zeroing_off", "zeroing_on"}
+    for split in ("val", "test"):
+        for mode in ("zeroing_off", "zeroing_on"):
+            assert results[split][mode] == results[split]["statistics"]["support"][mode]
+            for words in STATISTICS:
+                accuracies = read_tasks(several, split, words)[mode].mean(axis=0)
+                assert accuracies == pytest.approx(results[split]["statistics"][words][mode]["accuracy"], abs=1e-5)
+    assert (read_tasks(several)["zeroing_off"] == read_tasks(several, "test", "support")["zeroing_off"]).all()
+    again = run(tmp_path / "again", f"checkpoint={several}", "fit=false", "evaluation.statistics=each")
+    tested = json.loads((again / "results.json").read_text())["test"]
+    assert tested["zeroing_on"] == results["test"]["statistics"]["each"]["zeroing_on"]
+
+
+@pytest.mark.parametrize("statistics", ["support", "each"])
+def test_a_prediction_is_normalised_as_in_an_evaluation(statistics, finished):
+    model = load(finished)
+    pixels = torch.randint(0, 256, (9, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    adapted = adapt(model, {"a": pixels[:2], "b": pixels[2:3]}, steps=2, statistics=statistics)
+    seen, labels = model.preprocess.normalised(pixels), torch.tensor([0, 0, 1])
+    task = Task(*(field[None] for field in (seen[:3], labels, seen[3:], labels[:0])))
+    network = load(finished).learner.network
+    network.head.weight.data, network.head.bias.data = network.head.weight.data[:2], network.head.bias.data[:2]
+    loop = model.learner.loop.evaluation(2, zeroing=False)
+    logits = sequential.step_logits(network, task, [loop], statistics=(statistics,))[0, 0, -1]
+    expected = logits.softmax(1).numpy()
+    assert adapted.predict(pixels[3:]).probabilities == pytest.approx(expected, abs=1e-5)
+    assert adapted.predict(pixels[3:4]).probabilities == pytest.approx(expected[:1], abs=1e-5)
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def test_a_network_that_mixes_images_elsewhere_has_no_support_statistics(run, tmp_path):
+    layers = "{_target_: torch.nn.Sequential, _args_: [{_target_: test_norms.Mixing}, {_target_: torch.nn.Flatten}, "
+    layers += "{_target_: torch.nn.Linear, in_features: 784, out_features: 5}]}"
+    with pytest.raises(UserError, match="statistics=support: the network mixes images in other layers than BatchNorm"):
+        run(tmp_path, "model=module", f"model.module={layers}", "evaluation.statistics=[task,support]")
