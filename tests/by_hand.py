@@ -369,11 +369,17 @@ def np_conjugate_gradients(A, b, steps):
 # What BatchNorm makes of images, by the moments of some of them
 
 
-def conv4_logits(theta, images, by):
-    """conv4_strided, layer by layer: each normalises all images by the moments of images[by]."""
+def conv4_logits(theta, images, by, norm="batch"):
+    """conv4_strided, layer by layer: each normalises all images by the moments of images[by], or as `norm` says."""
     x = images
     for place, stride in ((0, 2), (3, 2), (6, 2), (9, 1)):
         x = F.relu(F.conv2d(x, theta[f"encoder.{place}.weight"], theta[f"encoder.{place}.bias"], stride))
+        if norm == "group":
+            x = group_norm_by_hand(x, *(theta[f"encoder.{place + 2}.{p}"] for p in TASK_NORM[:2]), groups=2)
+            continue
+        if norm == "task":
+            x = task_norm_by_hand(x, by, *(theta[f"encoder.{place + 2}.{p}"] for p in TASK_NORM))
+            continue
         channels = []
         for c in range(x.shape[1]):
             numbers = x[by, c].flatten()
@@ -383,6 +389,53 @@ def conv4_logits(theta, images, by):
             channels.append(theta[f"encoder.{place + 2}.weight"][c] * z + theta[f"encoder.{place + 2}.bias"][c])
         x = torch.stack(channels, 1)
     return x.flatten(1) @ theta["head.weight"].T + theta["head.bias"]
+
+
+TASK_NORM = ("weight", "bias", "scale", "offset")
+
+
+def task_norm_by_hand(x, support, weight, bias, scale, offset):
+    """Image by image and channel by channel; support: which images are."""
+    alpha = 1 / (1 + torch.exp(-(scale * len(x[support]) + offset)))
+    images = []
+    for image in x:
+        channels = []
+        for c, own in enumerate(image):
+            both = x[support][:, c]
+            mu_S, mu_x = both.sum() / both.numel(), own.sum() / own.numel()
+            var_S, var_x = ((both - mu_S) ** 2).sum() / both.numel(), ((own - mu_x) ** 2).sum() / own.numel()
+            mu = alpha * mu_S + (1 - alpha) * mu_x
+            var = alpha * (var_S + (mu_S - mu) ** 2) + (1 - alpha) * (var_x + (mu_x - mu) ** 2)
+            channels.append(weight[c] * (own - mu) / torch.sqrt(var + 1e-5) + bias[c])
+        images.append(torch.stack(channels))
+    return torch.stack(images)
+
+
+def group_norm_by_hand(x, weight, bias, groups):
+    """Image by image and group by group."""
+    images = []
+    for image in x:
+        normalised = []
+        for group in image.chunk(groups):
+            mean = group.sum() / group.numel()
+            normalised.append((group - mean) / torch.sqrt(((group - mean) ** 2).sum() / group.numel() + 1e-5))
+        images.append(weight[:, None, None] * torch.cat(normalised) + bias[:, None, None])
+    return torch.stack(images)
+
+
+def conv4_gradient(network, tasks, inner_lr, steps, first_order, norm):
+    """The outer gradient of conv4_strided by name, a mean over the tasks."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    total = 0
+    for support, labels, query, query_labels in zip(*tasks, strict=True):
+        theta, S = leaves, slice(len(support))
+        for _ in range(steps):
+            loss = F.cross_entropy(conv4_logits(theta, support, S, norm), labels)
+            gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=not first_order)
+            theta = {name: p - inner_lr * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
+        logits = conv4_logits(theta, torch.cat([support, query]), S, norm)[len(support) :]
+        total = total + F.cross_entropy(logits, query_labels) / len(tasks.support)
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
 def logits_by_statistics(network, task, inner_lr, steps, zeroing, statistics):

@@ -1,13 +1,13 @@
 """By whose statistics queries are normalised: every engine against plain arithmetic, and what a run leaves of it."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
-from by_hand import logits_by_statistics
+from by_hand import conv4_gradient, logits_by_statistics
 from conftest import outcome
-from examples import NETWORKS, convolutional, evaluations, images_for
+from examples import NETWORKS, assert_close, convolutional, evaluations, images_for, meta_gradient
 from torch import nn
 
 from fewshot.batched import engine as batched
@@ -15,8 +15,11 @@ from fewshot.batched.side_by_side import NotSideBySide
 from fewshot.config.tree import STATISTICS
 from fewshot.data.task import Task
 from fewshot.errors import UserError
+from fewshot.export import export
+from fewshot.files import checkpoint_file
 from fewshot.maml import sequential
-from fewshot.predict import adapt
+from fewshot.models.network import conv4_strided
+from fewshot.predict import Adapted, adapt
 from fewshot.predict.pretrained import load
 from fewshot.results.task_scores import read_tasks
 
@@ -61,6 +64,62 @@ def test_every_engine_normalises_as_the_arithmetic_does(engine, monkeypatch):
     assert torch.equal(alone, logits[:2])  # asked for others or not, bit by bit
     apart = [(logits[a] - logits[b]).abs().max() for a, b in ((0, 2), (2, 4), (0, 4))]
     assert min(apart) > 1e-3  # three different questions
+
+
+SMALL = partial(conv4_strided, channels=1, size=27, width=16)  # two groups of eight channels
+
+
+@pytest.mark.parametrize("first_order", [True, False], ids=["FOMAML", "SOMAML"])
+@pytest.mark.parametrize("norm", ["group", "task"])
+def test_the_outer_gradient_through_a_norm_is_that_of_the_arithmetic(norm, first_order, monkeypatch):
+    tasks = images_for(SMALL, tasks=2, shots=2, queries=1, ways=2)
+    network = convolutional(partial(SMALL, norm=norm), tasks)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("scale", "offset")):
+            parameter.data.fill_(0.1)
+    knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
+    expected = conv4_gradient(network, tasks, 0.1, 2, first_order, norm)
+    assert_close(meta_gradient(sequential, network, tasks, **knobs)[0], expected, 1e-10)
+    ways = {"in a row": {}, "one at a time": {"tasks_at_once": 1}, "recomputed": {"recompute_steps": True}}
+    for how in ways.values():
+        assert_close(meta_gradient(batched, network, tasks, **knobs, **how)[0], expected, 1e-10)
+    assert_close(meta_gradient(sequential, network, tasks, **knobs, recompute_steps=True)[0], expected, 1e-10)
+    monkeypatch.setattr(batched, "rows", lambda x: False)
+    assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)
+    monkeypatch.setattr(batched, "SideBySide", refused)
+    assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)
+
+
+@pytest.mark.parametrize("norm", ["group", "task"])
+def test_a_norm_looks_at_no_other_query_and_the_statistics_change_nothing(norm):
+    tasks = images_for(SMALL, tasks=2, shots=1, queries=2)
+    network = convolutional(partial(SMALL, norm=norm), tasks)
+    modes = evaluations(inner_lr=0.1, steps=1, zeroing=(False, True))
+    for step_logits in (sequential.step_logits, batched.step_logits):
+        by_task, by_support, by_each = step_logits(network, tasks, *modes, STATISTICS).split(2)
+        torch.testing.assert_close(by_support, by_task, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(by_each, by_task, rtol=1e-10, atol=1e-10)
+        fewer = tasks._replace(query=tasks.query[:, :3], query_labels=tasks.query_labels[:, :3])
+        alone = step_logits(network, fewer, *modes)
+        torch.testing.assert_close(alone, by_task[:, :, :, :3], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["group", "task"])
+def test_a_network_with_another_norm_is_trained_continued_exported_and_predicts(run, tmp_path, norm):
+    knobs = (f"model.norm={norm}", "+zeroing=true", "iterations=1", "val_every=1", "test_tasks=2", "test_steps=2")
+    folder = run(tmp_path / "run", *knobs)
+    run(folder, f"checkpoint={folder}", "iterations=2")
+    export(checkpoint_file(folder, "best"), tmp_path / "exported")
+    pixels = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    said = []
+    for words in STATISTICS:
+        adapted = adapt(tmp_path / "exported", {"a": pixels[:1], "b": pixels[1:3]}, statistics=words)
+        together, alone = (adapted.predict(images).probabilities for images in (pixels[3:], pixels[3:4]))
+        assert together[:1] == pytest.approx(alone, abs=1e-5)
+        said.append(together)
+        adapted.save(tmp_path / words)
+        assert Adapted.load(tmp_path / words).predict(pixels[3:]).probabilities == pytest.approx(together, abs=1e-6)
+    assert said[1] == pytest.approx(said[0], abs=1e-5) and said[2] == pytest.approx(said[0], abs=1e-5)
 
 
 def test_a_run_reports_all_side_by_side_and_is_led_by_the_first(run, finished, tmp_path):

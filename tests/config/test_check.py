@@ -238,6 +238,11 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "shots=6": ("shots+queries=6+15: ", "glyphs has 20 images per class; lower shots or queries"),
     "queries=20": ("shots+queries=1+20: ", "20 images per class"),
     "dataset=cifarfs dataset.root=photos queries=600": ("shots+queries=1+600: ", "600 images per class"),
+    # evaluation
+    "evaluation.statistics=queries": ("evaluation.statistics=queries: ", "one of task, support, each, or a list of"),
+    "evaluation.statistics=[]": ("evaluation.statistics=[]: ", "as [task,support,each]"),
+    "evaluation.statistics=[each,each]": ("evaluation.statistics=[each,each]: ", "as [task,support,each]"),
+    "evaluation.statistics=[task,all]": ("evaluation.statistics=[task,all]: ", "as [task,support,each]"),
     # steps and rates
     "inner_steps=5 test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
     "dataset=fc100 ways=21": ("ways=21: ", "fc100 has 20 val classes"),

@@ -15,7 +15,7 @@ from fewshot.algorithms.fitting import fitting, method
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop, Tensors
 
-LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]  # parameters, images and labels to (), or (B,)
+LossOf = Callable[[Tensors, bool], Tensor]  # parameters, and whether of the support or the queries, to (), or (B,)
 RECORDED = {"loss", "query_accuracy", "gradient_norm"}  # in metrics.csv, of every algorithm
 _MADE = object()
 Step = Callable[[Sequence[Tensor], Any], tuple[list[Tensor], Any]]  # theta_n and the state to the next ones
@@ -80,8 +80,8 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
     gradients, measured = loop.outer_gradient(
         before,
         after,
-        lambda at: loss_of(at, task.support, task.support_labels),
-        lambda at: loss_of(at, task.query, task.query_labels),
+        lambda at: loss_of(at, True),
+        lambda at: loss_of(at, False),
     )
     gradients = fitting(loop, "outer_gradient", gradients, theta)
     by = method(loop, "outer_gradient")

@@ -148,7 +148,7 @@ def _outer_gradient(
             losses = LOSSES[loop.loss](logits, tasks.query_labels)  # L(theta_n, Q_n)
             outer = losses if step_weights is None else outer + step_weights[n - 1] * losses
     if not differentiated:
-        outer, measured = hooks.outer(loop, begun, theta_n, partial(_losses, network, loop), tasks)
+        outer, measured = hooks.outer(loop, begun, theta_n, partial(_losses, network, loop, tasks), tasks)
     leaves = list(theta.values())
     gradients = torch.autograd.grad(outer.sum(), [*leaves, *eta], materialize_grads=True)
     summed = [*(gradient.sum(0) for gradient in gradients[: len(leaves)]), *gradients[len(leaves) :]]
@@ -204,7 +204,7 @@ def _adapt(
     theta |= {f"head.{name}": w for name, w in start.items()}
     adapts = [name for name in theta if loop.adapted in ("all", name.split(".")[0])]
     again = partial(recomputed, draws=drops(network))
-    features = cache(partial(of_queries, tasks, encode))  # at theta, by statistics
+    features = cache(partial(of_queries, network.encoder, tasks, encode))  # at theta, by statistics
 
     def logits(theta: Parameters, images: Tensor) -> Tensor:
         return _outputs(network, theta, images)
@@ -219,7 +219,7 @@ def _adapt(
         return by_head(theta, features(statistics))
 
     def queries_of(theta: Parameters, statistics: str = "task") -> Tensor:
-        return of_queries(tasks, partial(_outputs, network, theta), statistics)
+        return of_queries(network, tasks, partial(_outputs, network, theta), statistics)
 
     def moved(outputs: OfImages, names: list[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         """theta_n - eta grad L(theta_n, S_n) of these names; inputs: theta_n, then learned eta."""
@@ -267,8 +267,11 @@ def _copies(network: nn.Module, tasks: int) -> Parameters:
     }
 
 
-def _losses(network: nn.Module, loop: InnerLoop, theta: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-    return LOSSES[loop.loss](_outputs(network, theta, images), labels)
+def _losses(network: nn.Module, loop: InnerLoop, tasks: Task, theta: Parameters, of_support: bool) -> Tensor:
+    outputs = partial(_outputs, network, theta)
+    if of_support:
+        return LOSSES[loop.loss](outputs(tasks.support), tasks.support_labels)
+    return LOSSES[loop.loss](of_queries(network, tasks, outputs), tasks.query_labels)
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

@@ -89,6 +89,17 @@ def _batch_norm_in_sets(tasks: int, x: Tensor, weight: Any, bias: Any, eps: floa
     return norms.batch_norm_of_tasks(x.unflatten(0, (tasks, -1)), weight, bias, eps, **sets).flatten(0, 1)
 
 
+def _task_norm(tasks: int, x: Tensor, *parameters: Any, **sets: int) -> Tensor:
+    return norms.task_norm_of_tasks(x.unflatten(0, (tasks, -1)), *parameters, **sets).flatten(0, 1)
+
+
+def _group_norm(tasks: int, x: Tensor, groups: int, weight: Any = None, bias: Any = None, **eps: float) -> Tensor:
+    def of_task(x: Tensor, gamma: Any, beta: Any) -> Tensor:
+        return side_by_side._group_norm(1, x, groups, gamma, beta, **eps)
+
+    return _task_by_task(of_task, tasks, x, weight, bias)
+
+
 def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B*I, d), (B, K, d), (B, K) -> (B*I, K)"""
     if input.dim() != 2 or weight.dim() != 3:
@@ -101,7 +112,7 @@ def _drop_squares(tasks: int, x: Tensor, share: float) -> Tensor:
 
 
 OWN = side_by_side.OWN | {F.conv2d: _conv2d, F.batch_norm: _batch_norm, F.linear: _linear, drop_squares: _drop_squares}
-OWN[norms.batch_norm] = _batch_norm_in_sets
+OWN |= {norms.batch_norm: _batch_norm_in_sets, norms.task_norm: _task_norm, F.group_norm: _group_norm}
 OWN[F.normalize] = lambda tasks, *args, **options: side_by_side._normalize(1, *args, **options)
 
 

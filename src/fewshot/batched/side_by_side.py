@@ -78,6 +78,18 @@ def _batch_norm_in_sets(tasks: int, x: Tensor, weight: Any, bias: Any, eps: floa
     return y.transpose(0, 1).flatten(1, 2)
 
 
+def _task_norm(tasks: int, x: Tensor, *parameters: Any, **sets: int) -> Tensor:
+    y = norms.task_norm_of_tasks(x.unflatten(1, (tasks, -1)).transpose(0, 1), *parameters, **sets)
+    return y.transpose(0, 1).flatten(1, 2)
+
+
+def _group_norm(tasks: int, x: Tensor, groups: int, weight: Any = None, bias: Any = None, **eps: float) -> Tensor:
+    if x.dim() != 4 or (weight is not None and weight.dim() != 2):
+        raise NotSideBySide(F.group_norm)
+    weight, bias = (None if parameter is None else parameter.flatten() for parameter in (weight, bias))
+    return F.group_norm(x, tasks * groups, weight, bias, **eps)
+
+
 def _linear(tasks: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(I, B*d), (B, K, d), (B, K) -> (I, B*K)"""
     if input.dim() != 2 or weight.dim() != 3:
@@ -107,6 +119,8 @@ OWN = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     norms.batch_norm: _batch_norm_in_sets,
+    norms.task_norm: _task_norm,
+    F.group_norm: _group_norm,
     F.linear: _linear,
     F.normalize: _normalize,
     drop_squares: _drop_squares,

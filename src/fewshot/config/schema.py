@@ -72,6 +72,7 @@ class OwnModel(Part, extra="allow"):
 class Model(OwnModel, extra="forbid"):
     head_bias: Flag
     width: integer(1) = 1
+    norm: one_of("batch", "group", "task") = "batch"
     drop_block: from_zero(below=1) = 0
     module: must_be("{_target_: torchvision.models.resnet18} or another torch.nn.Module, with its arguments", Made) = (
         None

@@ -59,6 +59,9 @@ def to_today(stored: Any) -> Any:
         dataset = today.get("dataset")
         if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
             today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
+        model = today.get("model")
+        if isinstance(model, dict) and "network" in model and str(model.get("name")).startswith("conv4_"):
+            today["model"] = {"norm": "batch"} | model | {"network": {"norm": "batch"} | model["network"]}
         return (NEWER if "inner_lr" in today else {}) | (OUTER if "trainer" in today else {}) | today
     return [to_today(value) for value in stored] if isinstance(stored, list | tuple) else stored
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewshot.data.task import Task, query_accuracy
 from fewshot.inner_loop import InnerLoop
 from fewshot.theory.closed_forms import adapt_head
-from fewshot.theory.features import Features
+from fewshot.theory.features import Features, encode_one
 
 
 def meta_gradient(
@@ -26,7 +26,7 @@ def meta_gradient(
     head, losses, logits = network.head, [], []
     terms = {"noise": loop.noise, "interference": loop.interference}
     for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
-        phi_S, phi_Q = network.encoder(task.support), network.encoder(task.query)
+        phi_S, phi_Q = encode_one(network, task)
         features = Features(phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
         adapted = adapt_head(features, inner_lr=loop.inner_lr, inner_steps=loop.inner_steps)
         loss = adapted.explicit_loss(first_order=loop.first_order, **terms)

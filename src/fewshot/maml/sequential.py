@@ -51,13 +51,13 @@ def adapt(
     own = dict(network.head.named_parameters())
     theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
 
-    features = cache(partial(of_queries, task, partial(inside, encode)))  # at theta, by statistics
+    features = cache(partial(of_queries, network.encoder, task, partial(inside, encode)))  # at theta, by statistics
 
     def at_theta(images: Tensor) -> Tensor:
         return theta_n.head(encode(images))
 
     def queries_of(theta_n: nn.Module) -> Callable[..., Tensor]:
-        return partial(of_queries, task, partial(inside, theta_n))
+        return partial(of_queries, theta_n, task, partial(inside, theta_n))
 
     def queries_at_theta(statistics: str = "task") -> Tensor:
         return theta_n.head(features(statistics))
@@ -130,7 +130,7 @@ def meta_gradient(
                 outer = loss if step_weights is None else outer + step_weights[n - 1] * loss
         if not differentiated:
             outer, values = hooks.outer(
-                loop, theta, dict(theta_n.named_parameters()), partial(_loss, network, loop), task
+                loop, theta, dict(theta_n.named_parameters()), partial(_loss, network, loop, task), task
             )
             measured.append(values)
         (outer / len(tasks.support)).backward()  # grad_theta L(theta_n, Q_n); frees the graph of this task
@@ -187,8 +187,11 @@ def step_logits(
     return torch.stack(logits).unflatten(0, shape).permute(3, 1, 0, 2, 4, 5).flatten(0, 1)
 
 
-def _loss(network: nn.Module, loop: InnerLoop, theta: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-    return LOSSES[loop.loss](functional_call(network, theta, images), labels)
+def _loss(network: nn.Module, loop: InnerLoop, task: Task, theta: Tensors, of_support: bool) -> Tensor:
+    outputs = partial(functional_call, network, theta)
+    if of_support:
+        return LOSSES[loop.loss](outputs(task.support), task.support_labels)
+    return LOSSES[loop.loss](of_queries(network, task, partial(inside, outputs)), task.query_labels)
 
 
 def _with(parameters: Sequence[Tensor], network: nn.Module) -> nn.Module:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fewshot import norms
+
 
 class Network(nn.Module):
     """An encoder phi and a linear head (w, b): logits = w phi(x) + b.
@@ -50,19 +52,24 @@ class Network(nn.Module):
         return self.head(self.encoder(images))
 
 
-def norm(width: int) -> nn.Module:
-    """BatchNorm that uses the batch's statistics, in training and test alike."""
-    return nn.BatchNorm2d(width, track_running_stats=False)
-
-
 def conv4_strided(
-    *, channels: int, size: int, ways: int, width: int = 64, init_scale: float = 1.0, head_bias: bool = True
+    *,
+    channels: int,
+    size: int,
+    ways: int,
+    width: int = 64,
+    norm: str = "batch",
+    init_scale: float = 1.0,
+    head_bias: bool = True,
 ) -> Network:
-    """Four strided convolutions, (B, channels, size, size) -> (B, K): method.md section 4; 64 features at size 28."""
+    """Four strided convolutions, (B, channels, size, size) -> (B, K): method.md section 4; 64 features at size 28.
+
+    norm: of norms.norm; the paper has "batch".
+    """
     layers: list[nn.Module] = []
     pixels = size
     for inputs, kernel, stride in ((channels, 3, 2), (width, 3, 2), (width, 3, 2), (width, 2, 1)):
-        layers += [nn.Conv2d(inputs, width, kernel, stride), *_relu_norm(width)]
+        layers += [nn.Conv2d(inputs, width, kernel, stride), nn.ReLU(), norms.norm(width, norm)]
         pixels = (pixels - kernel) // stride + 1
     return Network(nn.Sequential(*layers, nn.Flatten()), width * pixels**2, ways, init_scale, head_bias)
 
@@ -73,24 +80,21 @@ def conv4_pooled(
     size: int,
     ways: int,
     width: int = 32,
+    norm: str = "batch",
     norm_first: bool = False,
     init_scale: float = 1.0,
     head_bias: bool = True,
 ) -> Network:
     """Four pooled convolutions, (B, channels, size, size) -> (B, K): method.md section 5; 800 features at size 84.
 
+    norm: of norms.norm; the paper has "batch".
     norm_first: BatchNorm before ReLU, as in the Conv4 of Snell et al. 2017 and most others; the paper has it after.
     """
     layers: list[nn.Module] = []
     for inputs in (channels, width, width, width):
-        relu, norm = _relu_norm(width)
-        order = (norm, relu) if norm_first else (relu, norm)
+        order = [nn.ReLU(), norms.norm(width, norm)][:: -1 if norm_first else 1]
         layers += [nn.Conv2d(inputs, width, 3, padding=1), *order, nn.MaxPool2d(2)]
     return Network(nn.Sequential(*layers, nn.Flatten()), width * (size // 16) ** 2, ways, init_scale, head_bias)
-
-
-def _relu_norm(width: int) -> tuple[nn.Module, nn.Module]:
-    return nn.ReLU(), norm(width)
 
 
 def resnet12(
@@ -130,9 +134,9 @@ class Residual(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for width in (inputs, outputs, outputs):
-            layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), norm(outputs), nn.LeakyReLU(0.1)]
+            layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), norms.norm(outputs), nn.LeakyReLU(0.1)]
         self.inside = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), norm(outputs))
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), norms.norm(outputs))
         self.outside = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from fewshot.config.tree import portable
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
-from fewshot.norms import inside, of_queries
+from fewshot.norms import TaskNorm, inside, of_queries
 from fewshot.predict.predictions import Label, Predictions, check_statistics
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
 from fewshot.training.choose_engine import engine_to_predict
@@ -87,7 +87,7 @@ class Adapted:
         statistics = {"support": "task", "task": "task" if len(query) > 1 else "each"}.get(self.statistics, "each")
         batch = Task(*(field[None] for field in task))
         with torch.no_grad(), engine_to_predict().one_line_out_of_memory(batch):
-            logits = of_queries(task, partial(inside, self.network), statistics)
+            logits = of_queries(self.network, task, partial(inside, self.network), statistics)
         if not logits.isfinite().all():
             raise UserError("the adapted model's logits are not finite numbers; adapt it in fewer steps")
         return Predictions(self.classes, logits.double().softmax(dim=1).cpu().numpy())
@@ -185,7 +185,7 @@ def adapt(
 
 
 def fix_statistics(network: nn.Module, images: Tensor) -> None:
-    """Lets every BatchNorm normalise by what it sees of these images, (S, C, H, W), from now on.
+    """Lets every BatchNorm and TaskNorm normalise by what it sees of these images, (S, C, H, W), from now on.
 
     Raises:
         UserError: the network mixes images elsewhere too.
@@ -193,10 +193,14 @@ def fix_statistics(network: nn.Module, images: Tensor) -> None:
 
     def fix(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         others = [dimension for dimension in range(inputs[0].dim()) if dimension != 1]
-        layer.running_mean, layer.running_var = inputs[0].mean(others), inputs[0].var(others, correction=0)
-        layer.track_running_stats = True
+        mean, variance = inputs[0].mean(others), inputs[0].var(others, correction=0)
+        if isinstance(layer, TaskNorm):
+            layer.mean, layer.variance, layer.images = mean, variance, len(inputs[0])
+        else:
+            layer.running_mean, layer.running_var, layer.track_running_stats = mean, variance, True
 
-    hooks = [layer.register_forward_pre_hook(fix) for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm | TaskNorm)]
+    hooks = [layer.register_forward_pre_hook(fix) for layer in layers]
     with torch.no_grad():
         together = network(images)
         for hook in hooks:

@@ -3,6 +3,7 @@
 Shapes: ... any leading task dimensions, B tasks, S support and Q query images per task, d features, K ways.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.models.network import Network
+from fewshot.norms import inside, of_queries
 
 ROUNDING = 1e-12  # sums of up to a few thousand float64 terms of order one, each rounded to 1e-16
 
@@ -29,7 +31,7 @@ class Features(NamedTuple):
     def of(cls, network: Network, tasks: Task) -> "Features":
         """Those of the unadapted encoder, (B, ...), through which their gradient reaches its parameters."""
         w, b = network.head.weight, network.head.bias
-        phi_S, phi_Q = (encode(network, images).to(w.dtype) for images in (tasks.support, tasks.query))
+        phi_S, phi_Q = (phi.to(w.dtype) for phi in encode(network, tasks))
         return cls(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, b)
 
     def zeroed(self) -> "Features":
@@ -70,9 +72,16 @@ class Features(NamedTuple):
         return self.query @ self.support_means().mT
 
 
-def encode(network: Network, images: Tensor) -> Tensor:
-    """(B, I, C, H, W) -> features (B, I, d); task by task, since BatchNorm sees a task at a time."""
-    return torch.stack([network.encoder(images_of_task) for images_of_task in images])
+def encode(network: Network, tasks: Task) -> tuple[Tensor, Tensor]:
+    """Features of support (B, S, d) and queries (B, Q, d); task by task, since BatchNorm sees a task at a time."""
+    both = [encode_one(network, Task(*fields)) for fields in zip(*tasks, strict=True)]
+    return tuple(map(torch.stack, zip(*both, strict=True)))
+
+
+def encode_one(network: Network, task: Task) -> tuple[Tensor, Tensor]:
+    """Those of one task, (S, d) and (Q, d)."""
+    phi = network.encoder
+    return phi(task.support), of_queries(phi, task, partial(inside, phi))
 
 
 def centred(rows: Tensor) -> Tensor:
@@ -117,7 +126,7 @@ def class_similarities(network: Network, task: Task) -> dict[str, list[list[floa
     class t (docs/method.md, section 5). The encoder is unadapted; support and queries pass it apart, as in training.
     """
     of_S, of_Q = (F.one_hot(labels).double() for labels in (task.support_labels, task.query_labels))  # (S, K), (Q, K)
-    phi_S, phi_Q = (network.encoder(images).double() for images in (task.support, task.query))
+    phi_S, phi_Q = (phi.double() for phi in encode_one(network, task))
     not_itself = 1 - torch.eye(len(phi_Q), dtype=torch.double, device=phi_Q.device)
 
     def means(similarity: Tensor, counted: Tensor, of_second: Tensor) -> list[list[float]]:

@@ -65,8 +65,8 @@ def _motion(alone: Model, first_order: bool) -> tuple[Tensor, Tensor]:
     moved = copy.deepcopy(alone.network)
     theta = parameters_to_vector(moved.encoder.parameters())
     vector_to_parameters(theta - RHO * gradient, moved.encoder.parameters())  # theta <- theta - rho grad
-    to_Q = encode(moved, alone.tasks.query) - alone.features.query
-    to_S = encode(moved, alone.tasks.support) - alone.features.support
+    phi_S, phi_Q = encode(moved, alone.tasks)
+    to_S, to_Q = phi_S - alone.features.support, phi_Q - alone.features.query
     return to_Q / RHO, to_S / RHO
 
 
