@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import hydra
 import pytest
 import scipy.special
-from conftest import HANG, composed, halt_when, outcome
+from conftest import HANG, SMALL, composed, halt_when, outcome
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -428,25 +429,39 @@ def test_without_slurm_its_launcher_is_refused_in_one_line(program, monkeypatch,
     assert errors == "hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted\n"
 
 
-def test_a_job_that_slurm_lost_is_one_failure(main, monkeypatch, tmp_path):
+def test_slurm_gets_what_is_missing_of_a_sweep_and_a_job_that_it_lost_is_one_failure(
+    main, monkeypatch, tmp_path, cache, capfd
+):
     """Slurm's programs are scripts here: every job is taken, and soon the queue knows none of them."""
     slurm = pytest.importorskip("fewshot.sweep.slurm")
     monkeypatch.setattr(slurm.Job, "_results_timeout_s", 0)  # nobody writes the results that submitit waits for
-    for name, said in (("sbatch", "Submitted batch job 7"), ("srun", ""), ("squeue", "")):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho {said}\n")
+    programs = {"sbatch": "echo Submitted batch job 7", "srun": "", "squeue": ""}
+    programs["sacct"] = "echo Slurm accounting storage is disabled >&2; exit 1"
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     folder = tmp_path / "sweep"
     call = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.mem_gb=3", "logger=none")
-    ended = main("-m", *call, "seed=0,1", f"hydra.sweep.dir={folder}", small=True)
-    assert ended == f"{folder}: none of the 2 runs in it has finished"
+    call = ("-m", *call, "seed=0,1", "hydra.launcher.additional_parameters={nodelist:vm}", f"hydra.sweep.dir={folder}")
+    assert main(*call, small=True) == f"{folder}: none of the 2 runs in it has finished"
     errors = sorted(path.read_text() for path in folder.glob("*/error.txt"))
     for number, error in enumerate(errors):
         assert error.startswith(f"Slurm job 7_{number}: cancelled, or lost with its node; its log is {folder}")
     assert len(errors) == 2
     (asked,) = (path.read_text() for path in folder.glob(".submitit/**/*.sh") if not path.is_symlink())
-    for flag in ("--partition=gpu", "--mem=3GB", "--array=0-1%2", "--time=240"):
+    for flag in ("--partition=gpu", "--mem=3GB", "--array=0-1%2", "--time=240", "--nodelist=vm"):
         assert f"#SBATCH {flag}\n" in asked
+    said = "".join(capfd.readouterr())
+    assert said.count("sacct") == said.count("accounting storage is disabled") == 1
+    for seed, left in ((0, 1), (1, 0)):
+        own = [*SMALL, f"dataset.cache={cache}", "logger=none", f"seed={seed}"]
+        shutil.rmtree(folder / job_folder(own))
+        shutil.rmtree(folder / ".submitit")
+        make_run(folder / job_folder(own), composed(*own), accuracy=[0.2] * 4)
+        assert main(*call, small=True) == left
+        scripts = [path.read_text() for path in folder.glob(".submitit/**/*.sh") if not path.is_symlink()]
+        assert len(scripts) == left and not any("--array" in script for script in scripts)
 
 
 def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp_path):

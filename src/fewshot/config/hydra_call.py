@@ -66,7 +66,7 @@ def hydra_command(
                 words = [word.removeprefix("--help=") for word in sys.argv[1:] if word not in HELP]
                 print(command.help() if command else page(words))
                 return
-            sys.argv[1:] = words = at_home(sys.argv[1:])
+            sys.argv[1:] = words = [_of_launcher(word) for word in at_home(sys.argv[1:])]
             if added:  # before the others, since Hydra takes overrides in one row
                 overrides = (place for place, word in enumerate(words) if "=" in word and word[0] != "-")
                 sys.argv.insert(1 + next(overrides, len(words)), added)
@@ -79,6 +79,11 @@ def hydra_command(
             run()
 
     return main
+
+
+def _of_launcher(word: str) -> str:
+    """Hydra adds no keys to a knob unless it is told so, and this one is for keys that nobody has listed."""
+    return f"++{word}" if word.startswith("hydra.launcher.additional_parameters") else word
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,42 @@ from typing import Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from omegaconf import open_dict
 from submitit import AutoExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
-from submitit.slurm.slurm import SlurmJob
+from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from fewshot.config.tree import job_folder
+from fewshot.config.tree import job_folder, settings
+from fewshot.errors import one_line
 from fewshot.files import write_file
+from fewshot.results.record_files import over, read, validation_accuracy
 
 log = logging.getLogger(__name__)
+
+
+class Accounting(SlurmInfoWatcher):
+    """Asks sacct how the jobs are; that a cluster has no accounting is said once and not at every question."""
+
+    told = False
+
+    def update(self) -> None:
+        if command := self._make_command():
+            self._num_calls, self._last_status_check = self._num_calls + 1, time.time()
+            try:
+                asked = subprocess.run(command, capture_output=True, text=True, check=True)
+                self._info_dict.update(self.read_info(asked.stdout))
+            except (OSError, subprocess.CalledProcessError) as error:
+                if not self.told:
+                    reason = one_line(getattr(error, "stderr", None) or error)
+                    log.info(f"sacct does not tell how the jobs are ({reason}); squeue is asked")
+                self.told = True
 
 
 class Job(SlurmJob[Any]):
     """A job that has also ended when the queue no longer knows it: without accounting (sacct) submitit would wait for
     a job that was cancelled forever."""
 
+    watcher = Accounting(delay_s=600)
     asked = 0.0  # when squeue was asked last, at most every five seconds
 
     def done(self, force_check: bool = False) -> bool:
@@ -39,7 +62,9 @@ class Job(SlurmJob[Any]):
 
 
 def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-    """Submits the jobs and waits for them. One that Slurm ended for good, cancelled for example, is one failure.
+    """Submits the jobs that have no results yet, and waits for them.
+
+    One that Slurm ended for good, cancelled for example, is one failure.
 
     Args:
         launcher: called on the node with the arguments of its job.
@@ -48,15 +73,40 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     Raises:
         SystemExit: Slurm takes no job.
     """
-    calls = []
-    for number, overrides in enumerate(job_overrides, first):
-        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
-        calls.append((list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", Singleton.get_state()))
+    calls, returns = {}, [_finished(launcher, overrides) for overrides in job_overrides]
+    for place, overrides in enumerate(job_overrides):
+        number, done = first + place, "" if returns[place] is None else "  has its results"
+        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}{done}")
+        if returns[place] is None:
+            (_folder(launcher, overrides) / "error.txt").unlink(missing_ok=True)  # of an earlier try
+            state = Singleton.get_state()
+            calls[place] = (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", state)
     try:
-        jobs = _submit(launcher, calls, **launcher.params)
+        jobs = _submit(launcher, [*calls.values()], **launcher.params) if calls else []
     except (FailedJobError, FailedSubmissionError):  # sbatch has said why
         raise SystemExit("hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*") from None
-    return [_result(launcher, *pair) for pair in zip(jobs, job_overrides, strict=True)]
+    for place, job in zip(calls, jobs, strict=True):
+        returns[place] = _result(launcher, job, job_overrides[place])
+    return returns
+
+
+def _finished(launcher: Any, overrides: Sequence[str]) -> JobReturn | None:
+    """What a job returned that has finished with these very settings; None: it has not, or the job itself must say."""
+    folder = _folder(launcher, overrides)
+    if (folder / "results.json").exists() and not (folder / "error.txt").exists():
+        with suppress(Exception):  # whatever is wrong with the call or the file, the job says it in its own line
+            cfg = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))
+            with open_dict(cfg):
+                del cfg["hydra"]
+            results = read(folder)
+            if results["config"] == settings(cfg) and over(results):
+                return JobReturn(_return_value=validation_accuracy(results), status=JobStatus.COMPLETED)
+    return None
+
+
+def _folder(launcher: Any, overrides: Sequence[str]) -> Path:
+    own = [override for override in overrides if not override.startswith("hydra")]
+    return Path(launcher.config.hydra.sweep.dir) / job_folder(own)
 
 
 def _submit(
@@ -74,7 +124,7 @@ def _result(launcher: Any, job: Job, overrides: Sequence[str]) -> JobReturn:
         return job.results()[0]
     except (UncompletedJobError, FailedJobError):
         state = "cancelled, or lost with its node" if job.state == "UNKNOWN" else job.state
-        own = [override for override in overrides if not override.startswith("hydra")]
-        error = Path(launcher.config.hydra.sweep.dir) / job_folder(own) / "error.txt"
-        write_file(error, f"Slurm job {job.job_id}: {state}; its log is {job.paths.stderr}\n")
+        error = _folder(launcher, overrides) / "error.txt"
+        if not error.exists():  # else the job itself has said why
+            write_file(error, f"Slurm job {job.job_id}: {state}; its log is {job.paths.stderr}\n")
         return JobReturn(_return_value=0.0, status=JobStatus.COMPLETED)
