@@ -48,7 +48,7 @@ def halting(source, target):
 os.replace = halting
 """
 # Files whose tests run in one process: they share runs of several ranks, and the one Slurm of a machine.
-TOGETHER = ("test_ranks.py", "test_slurm.py")
+TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py")
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (
     "queries=3",

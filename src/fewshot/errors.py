@@ -22,6 +22,10 @@ class RankGone(UserError):
     """Another rank has ended, and says itself why."""
 
 
+class Unreachable(UserError):
+    """Other ranks cannot be reached, or those of another machine are gone; the first rank of each machine says so."""
+
+
 class Stopped(BaseException):
     """A signal ended the run. No `except Exception` on the way catches it, as none catches KeyboardInterrupt."""
 

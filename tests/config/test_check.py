@@ -201,7 +201,7 @@ COUNTS = (
     "ways", "shots", "queries", "inner_steps", "test_steps", "meta_batch_size", "iterations", "val_every", "val_tasks",
     "test_every", "test_tasks", "tasks_at_once", "threads",
 )  # fmt: skip
-OPTIONAL = ("test_every", "tasks_at_once", "threads", "stop_at_accuracy", "checkpoint")
+OPTIONAL = ("test_every", "tasks_at_once", "threads", "save_minutes", "stop_at_accuracy", "checkpoint")
 
 
 def changed(knob, value):
@@ -261,6 +261,8 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "init_scale=-1": ("init_scale=-1: ", "at least 0"),
     "init_scale=null": ("init_scale=null: ", REAL),
     "dataset.std=[0.0]": ("dataset.std=[0.0]: ", "above 0"),
+    "save_minutes=0": ("save_minutes=0: ", "above 0"),
+    "trainer=ddp trainer.strategy.timeout=0": ("trainer.strategy.timeout=0: ", "an integer of at least 1"),
     "stop_at_accuracy=0": ("stop_at_accuracy=0: ", "above 0"),
     "stop_at_accuracy=95": ("stop_at_accuracy=95: ", "fraction, at most 1"),
     "stop_at_accuracy=high": ("stop_at_accuracy=high: ", REAL),

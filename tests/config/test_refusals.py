@@ -192,6 +192,7 @@ PARTS = {
     "logger": schema.Logger,
     "callbacks": schema.Callbacks,
     "callbacks.zero_head": schema.ZeroHead,
+    "trainer.strategy": schema.Strategy,
     "callbacks.record": schema.Record,
     "callbacks.cosine_similarity": schema.CosineSimilarity,
     "dataset.classes": schema.Classes,

@@ -1,5 +1,7 @@
 """What train and evidence build alike."""
 
+from conftest import copied_before_writes, outcome
+
 from fewshot.training.checkpoint import read
 
 REVERSED = """
@@ -30,3 +32,19 @@ def test_the_order_of_the_callbacks_is_the_programs_whatever_that_of_the_yaml_is
         last = read(folder / "checkpoints" / "last.ckpt")
         assert not last["state_dict"]["network.head.weight"].any()
         assert last["callbacks"]["CosineSimilarity"]["updates"] == [1, 3]
+
+
+def test_checkpoints_between_validations_lose_nothing_and_change_nothing(run, tmp_path):
+    """One after every update here; a run that was killed after the fifth goes on from it exactly."""
+    knobs = ("iterations=7", "val_every=4", "trainer.log_every_n_steps=3")
+    whole = outcome(run(tmp_path / "whole", *knobs, "save_minutes=null"))
+    with copied_before_writes(tmp_path / "run", ("last.ckpt",)) as copies:
+        run(tmp_path / "run", *knobs, "save_minutes=1e-9")
+    steps = {read(copy / "checkpoints" / "last.ckpt")["global_step"]: copy for copy in copies[1:]}  # [0] has none yet
+    assert sorted(steps) == [*range(8)]  # the last one twice
+    assert len(read(steps[5] / "checkpoints" / "last.ckpt")["callbacks"]["Record"]["pending"]) == 1
+    for folder in (tmp_path / "run", run(steps[5], *knobs)):
+        ended = outcome(folder)
+        assert ended["results"]["config"].pop("save_minutes") != whole["results"]["config"].get("save_minutes")
+        assert ended | {"results": 0} == whole | {"results": 0}
+        assert ended["results"]["test"] == whole["results"]["test"]

@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.errors import RankGone, RunLocked, Stopped, UserError, nearest, one_line
+from fewshot.errors import RankGone, RunLocked, Stopped, Unreachable, UserError, nearest, one_line
 from fewshot.files import at_home, in_shell, write_file
 from fewshot.processes import ranks
 from fewshot.processes.surroundings import as_called
@@ -167,7 +167,8 @@ def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> I
         expected = isinstance(error, UserError | InstantiationException | OmegaConfBaseException)
         expected = expected and os.environ.get("HYDRA_FULL_ERROR") != "1"
         line = one_line(error)
-        if expected and (isinstance(error, RankGone) or ranks.leave_error(line)):
+        unsaid = isinstance(error, RankGone) or (isinstance(error, Unreachable) and ranks.local_rank())
+        if expected and (unsaid or ranks.leave_error(line)):
             raise SystemExit(1) from None
         if job is not None:
             text = line if expected else f"{traceback.format_exc()}{type(error).__name__}: {line}"

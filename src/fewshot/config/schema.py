@@ -145,6 +145,10 @@ class Optimizer(Made):
     nesterov: Flag = False
 
 
+class Strategy(Made):
+    timeout: integer(1)
+
+
 class Trainer(Part):
     """Training here is one epoch of outer updates: what Lightning does by its own loops is not among these."""
 
@@ -163,7 +167,7 @@ class Trainer(Part):
     accelerator: one_of("auto", "cpu", "gpu", "cuda")
     devices: integer(1)
     num_nodes: integer(1) = 1
-    strategy: part(Made) = None
+    strategy: part(Strategy) = None
     use_distributed_sampler: only(False, "tasks are shared out by their positions") = False
     # float16 would need its gradients scaled, task by task
     precision: one_of("32-true", "tf32", "64-true", "bf16-mixed")
@@ -253,6 +257,7 @@ class Config(Part):
     test_tasks: integer(2)
     evaluation: Evaluation
     probes: Flag
+    save_minutes: optional(above_zero())
     stop_at_accuracy: optional(above_zero(most=1))
     engine: one_of("auto", "sequential", "batched")
     tasks_at_once: optional(integer(1))

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -45,6 +46,14 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ[{"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}[by]]) if (by := launcher()) else 1
+
+
+def local_rank() -> int:
+    return int(os.environ[{"torchrun": "LOCAL_RANK", "srun": "SLURM_LOCALID"}[by]]) if (by := launcher()) else 0
+
+
+def machines() -> int:
+    return int(os.environ.get({"torchrun": "GROUP_WORLD_SIZE", "srun": "SLURM_STEP_NUM_NODES"}.get(launcher(), ""), 1))
 
 
 def local_world_size() -> int:
@@ -136,6 +145,14 @@ def start(program: str, overrides: list[str], folder: Path, processes: int) -> b
     """
     if processes == 1 or launcher():
         return False
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:  # torch would try for minutes
+        raise UserError(
+            f"trainer.devices={processes}: the processes of this machine meet at 127.0.0.1, which cannot be reached "
+            f"({error.strerror or error}); ip link set lo up"
+        ) from None
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

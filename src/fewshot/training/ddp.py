@@ -1,8 +1,12 @@
 """Tasks over ranks: each computes its share of a meta-batch, and all do the same outer update."""
 
 import os
+import platform
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,16 +20,29 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from fewshot.errors import RankGone, UserError, first_line
+from fewshot.errors import RankGone, Unreachable, UserError, first_line
 from fewshot.processes import ranks
 
 T = TypeVar("T")
+NAMING = 30  # seconds in which the name of rank 0's machine has to be known
 
 
 class TasksOverRanks(DDPStrategy):
     """Lightning's DDP without torch's wrapper, whose hooks would wait in vain for a backward pass through the module:
     the engines leave the outer gradient in .grad, and the module calls mean_over_ranks on it.
+
+    timeout: seconds that a rank waits for the others, at the start and in every message.
     """
+
+    def __init__(self, timeout: float, **knobs: Any) -> None:
+        super().__init__(timeout=timedelta(seconds=timeout), **knobs)
+        self.seconds = timeout
+
+    def setup_distributed(self) -> None:
+        if ranks.machines() > 1:
+            _meet(self.cluster_environment.main_address, self.cluster_environment.main_port, self.seconds)
+        with _others_there():
+            super().setup_distributed()
 
     def configure_ddp(self) -> None:
         pass
@@ -82,8 +99,38 @@ def max_over_ranks(number: int, device: torch.device) -> int:
 def _others_there() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo's "connection closed by peer" and the like
-        raise RankGone(f"another rank is gone ({first_line(error)})") from error
+    except RuntimeError as error:  # gloo's "connection closed by peer", "Timed out waiting" and the like
+        reason = first_line(error).split("] ", 1)[-1]
+        if ranks.machines() > 1 or "timed out" in reason.lower():
+            what = f"rank {ranks.rank()} of {ranks.world_size()} on {platform.node()} lost the others ({reason})"
+            remedy = "the same call goes on from last.ckpt, or begins again where there is none"
+            raise Unreachable(f"{what}; {remedy}; trainer.strategy.timeout is how long it waits") from error
+        raise RankGone(f"another rank is gone ({reason})") from error
+
+
+def _meet(host: str, port: int, seconds: float) -> None:
+    """Waits until rank 0's machine takes a connection; torch would warn again and again until its time is over.
+
+    Raises:
+        Unreachable: its name is not known, or it does not answer within so many seconds.
+    """
+    began, here = time.monotonic(), f"rank {ranks.rank()} of {ranks.world_size()} on {platform.node()}"
+    while ranks.rank():
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except socket.gaierror:
+            if time.monotonic() - began > min(seconds, NAMING):
+                known = f"{here}: rank 0 is on {host}, which is no name that is known here"
+                name = (
+                    "torchrun --local-addr=ADDRESS there" if ranks.launcher() == "torchrun" else "MASTER_ADDR=ADDRESS"
+                )
+                raise Unreachable(f"{known}; give {name}") from None
+        except OSError as error:
+            if time.monotonic() - began > seconds:
+                reason = f"trainer.strategy.timeout={seconds:g} seconds ({error.strerror or error})"
+                raise Unreachable(f"{here}: rank 0 at {host}:{port} did not answer within {reason}") from None
+        time.sleep(0.5)
 
 
 def cluster() -> ClusterEnvironment:

@@ -45,10 +45,10 @@ PLACES = (
     "trust",
 )
 FREE = (
-    *("checkpoint", "fit", "logger", "recompute_steps", "iterations"),
+    *("checkpoint", "fit", "logger", "recompute_steps", "iterations", "save_minutes"),
     *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),
     *(f"dataset.{knob}" for knob in PLACES),
-    *("trainer.max_steps", "trainer.max_time", "trainer.profiler"),
+    *("trainer.max_steps", "trainer.max_time", "trainer.profiler", "trainer.strategy.timeout"),
 )
 # Their defaults were other numbers at commit a43819a: where no call names one, a run of that time keeps its own.
 CHANGED_DEFAULTS = ("algo.step_losses",)

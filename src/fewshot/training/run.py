@@ -67,7 +67,7 @@ class Run:
             record_files.write_splits(start.folder, tasks.manifest)
             logger = logger_of(start)
             own = in_order(_callback(name, config) for name, config in cfg.callbacks.items())
-            callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals)]
+            callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals, cfg.save_minutes)]
         trainer = instantiate(
             cfg.trainer,
             precision=precision,
@@ -162,7 +162,7 @@ def finished(start: Start) -> dict[str, Any] | None:
         reached = results["iterations"] if start.content else results["config"]["iterations"]
         if reached < asked["iterations"] and not start.trained:
             return None
-    elif results["config"] | {"recompute_steps": asked["recompute_steps"]} != asked:  # older results have none
+    elif results["config"] | {key: asked[key] for key in ("recompute_steps", "save_minutes")} != asked:  # later knobs
         raise UserError(f"hydra.run.dir={start.folder}: holds the results of another call; name another folder")
     record_files.show(results, start.folder)
     return results
@@ -182,21 +182,26 @@ class Listen(pl.Callback):
 
 
 class Stop(pl.Callback):
-    """Obeys a signal between two outer updates, with last.ckpt written.
+    """Obeys a signal between two outer updates, with last.ckpt written, which it also writes every save_minutes.
 
     Comes after all other callbacks: what is due after an update, such as validation, is done before the run ends.
     """
 
-    def __init__(self, signals: Signals) -> None:
-        self.signals = signals
+    def __init__(self, signals: Signals, save_minutes: float | None) -> None:
+        self.signals, self.save_minutes, self._saved = signals, save_minutes, time.monotonic()
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self._saved = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.signals.training = True
+        self.signals.training, self._saved = True, time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        noted = max_over_ranks(self.signals.noted or 0, module.device)  # on any of them
-        if noted:
+        due = self.save_minutes is not None and time.monotonic() - self._saved >= 60 * self.save_minutes
+        word = max_over_ranks(2 * (self.signals.noted or 0) + due, module.device)  # on any of them, in one message
+        if word:
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        if noted := word // 2:
             log.info(f"iteration {trainer.global_step}/{trainer.max_steps}  last.ckpt written")
             self.signals.obey(noted)
 
