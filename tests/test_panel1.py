@@ -1,19 +1,18 @@
-"""docs/results/panel1.py on made-up runs: what it keeps of a run, and the tables that it writes."""
+"""docs/results: what collect.py keeps of made-up runs, and panel 1's tables and figure of them."""
 
-import gzip
 import json
 from pathlib import Path
 
+import collect
+import panel1
 import pytest
-
-from docs.results import panel1
 
 HEADER = "order,setting,test_zeroing,step,iteration,mean,ci95_over_seeds,seeds\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """docs/results with the released code's curves, and beside it the page with its two markers."""
+    """docs/results with the released code's curves."""
     results = tmp_path / "docs" / "results"
     results.mkdir(parents=True)
     rows = [
@@ -26,17 +25,20 @@ def folder(tmp_path: Path) -> Path:
         for iteration in (0, 300, 600, 1500, 2010)
     ]
     (results / "omniglot_1shot_curves.csv").write_text(HEADER + "".join(rows))
-    (results.parent / "reproduction.md").write_text("before\n" + "old\n".join(panel1.MARKERS) + "after\n")
     return results
 
 
 def made_up_run(folder: Path, name: str, accuracy: float) -> Path:
     run = folder / name
-    run.mkdir(parents=True)
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "overrides.yaml").write_text("[algo=zero, dataset.root=/home/somebody/omniglot, seed=1]")
     scores = {"accuracy": [0.2, accuracy, accuracy + 0.01, accuracy + 0.02], "ci95": [0.003] * 4}
     config = {"dataset": {"root": "/home/somebody/omniglot", "cache": "~/cache", "size": 28}, "checkpoint": None}
+    config |= {"seed": int(name[-1:]), "threads": 1, "callbacks": {"record": {"test_curve_tasks": 300}}}
     results = {
         "test": {"tasks": 992, "zeroing_off": scores, "zeroing_on": scores},
+        "val": {"tasks": 100},
+        "iterations": 3000,
         "best_iteration": 2850,
         "seconds": {"train": 5.0},
         "config": config,
@@ -50,38 +52,45 @@ def made_up_run(folder: Path, name: str, accuracy: float) -> Path:
     return run
 
 
-def test_a_run_is_kept_without_paths_and_each_time_as_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_kept_without_paths_and_once(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "runs", "zero-first-seed1", 0.93)
-    files = []
-    for kept in ("one", "other"):
-        panel1.collect(run, tmp_path / kept)
-        files.append([path.read_bytes() for path in sorted((tmp_path / kept / run.name).iterdir())])
-    assert files[0] == files[1]
-    assert gzip.decompress(files[0][0]).decode() == (run / "metrics.csv").read_text()
-    results = json.loads(gzip.decompress(files[0][1]))
-    assert results["config"] == {"dataset": {"size": 28}, "checkpoint": None}
-    assert results["seconds"] == {"train": 5.0, "processor": 102.0}
+    collect.collect("panel1", [run], tmp_path)
+    before = (tmp_path / "panel1.csv.gz").read_bytes()
+    collect.collect("panel1", [run, run], tmp_path)
+    assert (tmp_path / "panel1.csv.gz").read_bytes() == before
+    (kept,) = collect.facts("panel1", tmp_path).values()
+    assert kept["config"]["dataset"] == {"size": 28} and "/home" not in json.dumps(kept)
+    assert kept["command"] == "python train.py algo=zero seed=1"
+    assert kept["seconds"] == {"train": 5.0, "processor": 102.0}
+
+
+def test_every_accuracy_is_a_row(tmp_path: Path) -> None:
+    collect.collect("panel1", [made_up_run(tmp_path / "runs", "zero-first-seed1", 0.93)], tmp_path)
+    assert len(collect.rows("panel1", tmp_path)) == 2 * 3 + 2 * 4  # the curve in two modes, the final test
+    final, *curve = sorted(collect.rows("panel1", tmp_path, mode="zeroing_on", step=1), key=lambda row: -row.iteration)
+    assert final == ("zero-first", 1, 2850, "test", "zeroing_on", 1, 0.93, 0.003, 992)
+    assert curve[0] == ("zero-first", 1, 600, "test", "zeroing_on", 1, 0.93 - 0.05, None, 300)
 
 
 def test_processor_seconds_are_not_known_where_a_call_left_none(tmp_path: Path) -> None:
     run = made_up_run(tmp_path, "zero-first-seed1", 0.93)
     run.with_name(f"{run.name}.log").write_text("stopped by SIGTERM; ...\nstopped by SIGINT; ...\n")
-    assert panel1.processor_seconds(run) is None
+    assert collect.processor_seconds(run) is None
 
 
 @pytest.mark.parametrize("name, reason", [("zero-first", "ALGO-ORDER-seedSEED"), ("zero-first-seed0", "not finished")])
 def test_what_is_no_finished_run_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(SystemExit, match=reason):
-        panel1.collect(tmp_path / name, tmp_path / "kept")
+        panel1.keep([tmp_path / name], tmp_path)
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_tables_and_figure_of_two_settings(folder: Path, tmp_path: Path) -> None:
     names = {"zero-first-seed0": 0.93, "zero-first-seed1": 0.94, "fomaml-second-seed0": 0.41}
     runs = [made_up_run(tmp_path / "runs", name, accuracy) for name, accuracy in names.items()]
     panel1.main([str(run) for run in runs], folder)
-    page = (folder.parent / "reproduction.md").read_text()
-    assert page.startswith("before\n<!--") and page.endswith("tables -->\nafter\n") and "old" not in page
+    page = panel1.tables(panel1.read_runs(folder), panel1.read_authors(folder / "omniglot_1shot_curves.csv"))
     final, curve = (page.split("interval over tasks:\n")[1].split("The test curve on the way")[part] for part in (0, 1))
     zeroed = final.split("| FOMAML, zeroed every update |")[1].splitlines()
     assert zeroed[0] == " seed 0 | .930 ± .003 | .940 ± .003 | .930 ± .003 | .940 ± .003 | 2,850 | 102 |"

@@ -5,6 +5,7 @@
 RUN: the output folders of finished runs. With none it makes the table anew, from the files of the models.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ from typing import Any
 import yaml
 
 from fewshot.export import export
-from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, checkpoint_file, write_file
+from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, checkpoint_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.results.record_files import read
 
 MODELS = Path(__file__).parents[2] / "models"
-MARKERS = ("<!-- written by: python docs/results/models.py -->\n", "<!-- end of the table -->\n")
 
 
 def model_name(config: dict[str, Any]) -> str:
@@ -58,9 +58,7 @@ def table(models: Path) -> str:
 def main() -> None:
     for run in map(Path, sys.argv[1:]):
         export(checkpoint_file(run, "best"), MODELS / model_name(read(run)["config"]))
-    before, rest = (MODELS / CARD).read_text(encoding="utf-8").split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    write_file(MODELS / CARD, "".join([before, MARKERS[0], table(MODELS), MARKERS[1], after]))
+    subprocess.run(["cog", "-r", "-I", Path(__file__).parent, CARD], cwd=MODELS, check=True)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,19 @@
 
     python docs/results/panel1.py [RUN ...]
 
-RUN: the output folders of finished runs, each called ALGO-ORDER-seedSEED, such as zero_init-first-seed0. Their
-metrics.csv and results.json are kept here, compressed, without the paths of the machine. If RUN.time lies beside it, as
-`/usr/bin/time -a -o RUN.time -f "%U user %S system"` writes it, the processor seconds are kept too.
+RUN: the output folders of finished runs, each called ALGO-ORDER-seedSEED, such as zero_init-first-seed0, of which
+collect.py keeps the numbers.
 """
 
 import csv
-import gzip
 import io
-import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import collect
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,26 +26,29 @@ HERE = Path(__file__).parent
 ORDERS = {"first": "FOMAML", "second": "SOMAML"}
 STARTS = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
 SETTINGS = [(algo, order) for order in ORDERS for algo in STARTS]
-MODES = {"zeroing_off": ("test/query_accuracy", "off"), "zeroing_on": ("test_zeroed/query_accuracy", "on")}
+MODES = {"zeroing_off": "off", "zeroing_on": "on"}
 STEP = 1  # the inner step of the figure
 SHARED = (300, 600, 1500)  # iterations that both test curves have
 # What the file of the released code's curves calls them.
 THEIR_ORDERS = {"first": "FO", "second": "SO"}
 THEIR_STARTS = {"fomaml": "vanilla", "zero_init": "zero_init", "zero": "zeroing"}
 THEIR_LAST = 2010  # iteration
-MARKERS = ("<!-- written by: python docs/results/panel1.py -->\n", "<!-- end of the tables -->\n")
 
 
 class Run(NamedTuple):
-    """One finished run. metrics: the rows of metrics.csv as text."""
+    """One finished run. facts: what NAME.json says of it."""
 
     seed: int
-    results: dict[str, Any]
-    metrics: list[dict[str, str]]
+    rows: list[collect.Row]
+    facts: dict[str, Any]
 
     def curve(self, mode: str, step: int = STEP) -> list[tuple[int, float]]:
-        column = f"{MODES[mode][0]}/step_{step}"
-        return [(int(row["iteration"]), float(row[column])) for row in self.metrics if row.get(column)]
+        points = (row for row in self.rows if row.ci95 is None and (row.mode, row.step) == (mode, step))
+        return [(row.iteration, row.accuracy) for row in points]
+
+    def final(self, mode: str, step: int) -> collect.Row:
+        """Of the model that validated best."""
+        return next(row for row in self.rows if row.ci95 is not None and (row.mode, row.step) == (mode, step))
 
 
 class Authors(NamedTuple):
@@ -58,48 +60,26 @@ class Authors(NamedTuple):
     seeds: int
 
 
-def without_paths(value: Any) -> Any:
-    """Settings less those that say where something lies on a machine."""
-    if not isinstance(value, dict):
-        return value
-    absolute = {key for key, entry in value.items() if isinstance(entry, str) and re.match(r"/|~|[A-Z]:\\", entry)}
-    return {key: without_paths(entry) for key, entry in value.items() if key not in absolute}
+def keep(runs: list[Path], here: Path = HERE) -> None:
+    for run in runs:
+        if not re.fullmatch(rf"({'|'.join(STARTS)})-({'|'.join(ORDERS)})-seed\d+", run.name):
+            raise SystemExit(f"{run}: its name is not ALGO-ORDER-seedSEED, such as zero_init-first-seed0")
+    collect.collect("panel1", runs, here)
 
 
-def processor_seconds(run: Path) -> float | None:
-    """User and system time of all calls of a run; None where that of some call is not known."""
-    times, log = run.with_name(f"{run.name}.time"), run.with_name(f"{run.name}.log")
-    calls = re.findall(r"([\d.]+) user ([\d.]+) system", times.read_text()) if times.exists() else []
-    stops = len(re.findall(r"^stopped by SIG", log.read_text(), re.MULTILINE)) if log.exists() else 0
-    return round(sum(float(user) + float(system) for user, system in calls), 1) if len(calls) > stops else None
-
-
-def collect(run: Path, kept: Path) -> None:
-    """Keeps a finished run; the same run gives the same bytes."""
-    if not re.fullmatch(rf"({'|'.join(STARTS)})-({'|'.join(ORDERS)})-seed\d+", run.name):
-        raise SystemExit(f"{run}: its name is not ALGO-ORDER-seedSEED, such as zero_init-first-seed0")
-    if not (run / "results.json").exists():
-        raise SystemExit(f"{run}: no results.json, so this run has not finished")
-    results = without_paths(json.loads((run / "results.json").read_text()))
-    results["seconds"]["processor"] = processor_seconds(run)
-    (kept / run.name).mkdir(parents=True, exist_ok=True)
-    for name, text in {"results.json": json.dumps(results), "metrics.csv": (run / "metrics.csv").read_text()}.items():
-        write_file(kept / run.name / f"{name}.gz", gzip.compress(text.encode(), mtime=0))
-
-
-def read_runs(kept: Path) -> dict[tuple[str, str], list[Run]]:
+def read_runs(here: Path = HERE) -> dict[tuple[str, str], list[Run]]:
     """The kept runs of each (algo, order), by seed."""
-    runs: dict[tuple[str, str], list[Run]] = {setting: [] for setting in SETTINGS}
-    for folder in sorted(path for path in kept.glob("*-seed*") if path.is_dir()):
-        algo, order, seed = folder.name.split("-")
-        metrics = gzip.decompress((folder / "metrics.csv.gz").read_bytes()).decode()
-        results = json.loads(gzip.decompress((folder / "results.json.gz").read_bytes()))
-        rows = list(csv.DictReader(io.StringIO(metrics)))
-        runs[algo, order].append(Run(int(seed.removeprefix("seed")), results, rows))
+    facts, runs = collect.facts("panel1", here), {}
+    for algo, order in SETTINGS:
+        rows = collect.rows("panel1", here, setting=f"{algo}-{order}", split="test")
+        runs[algo, order] = [
+            Run(seed, [row for row in rows if row.seed == seed], facts[f"{algo}-{order}-seed{seed}"])
+            for seed in sorted({row.seed for row in rows})
+        ]
     return runs
 
 
-def read_authors(path: Path) -> dict[tuple[str, str, str, int], list[Authors]]:
+def read_authors(path: Path = HERE / "omniglot_1shot_curves.csv") -> dict[tuple[str, str, str, int], list[Authors]]:
     """The released code's curves: {(algo, order, mode, inner step): its points}."""
     starts, orders = ({theirs: ours for ours, theirs in names.items()} for names in (THEIR_STARTS, THEIR_ORDERS))
     curves: dict[tuple[str, str, str, int], list[Authors]] = {}
@@ -116,15 +96,14 @@ def draw(runs: dict[tuple[str, str], list[Run]], authors: dict[tuple[str, str, s
     """A column for each order, a row for each test-zeroing mode: our runs as lines, the released code's as bands."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
-    for row, (mode, (_, zeroing)) in zip(grid, MODES.items(), strict=True):
+    for row, (mode, zeroing) in zip(grid, MODES.items(), strict=True):
         for axes, (order, name) in zip(row, ORDERS.items(), strict=True):
             for (algo, start), colour in zip(STARTS.items(), COLOURS, strict=False):
                 _band(axes, authors[algo, order, mode, STEP], colour)
                 for run in runs[algo, order]:
                     axes.plot(*zip(*run.curve(mode), strict=True), color=colour, linewidth=1.2, marker=".", ms=5)
-                    scores = run.results["test"][mode]
-                    at = run.results["best_iteration"]
-                    axes.errorbar(at, scores["accuracy"][STEP], scores["ci95"][STEP], color=colour, marker="o", ms=4)
+                    best = run.final(mode, STEP)
+                    axes.errorbar(best.iteration, best.accuracy, best.ci95, color=colour, marker="o", ms=4)
                 missing = "" if runs[algo, order] else " (line: not run yet)"
                 axes.plot([], [], color=colour, label=f"{start}{missing}")
             axes.set_title(f"{name}, test zeroing {zeroing}", fontsize=10, loc="left")
@@ -156,7 +135,7 @@ def tables(
 ) -> str:
     """The final test of every run, and the test curve where both programs have a point."""
     columns = [(mode, step) for mode in MODES for step in (1, inner_steps)]
-    heads = [f"{MODES[mode][1]}, step {step}" for mode, step in columns]
+    heads = [f"{MODES[mode]}, step {step}" for mode, step in columns]
     final = [["", "", *heads, "best at", "processor seconds"]]
     curve = [["", "", *(f"{iteration:,}" for iteration in SHARED)]]
     for algo, order in SETTINGS:
@@ -175,17 +154,10 @@ def tables(
 
 
 def _final(run: Run, columns: list[tuple[str, int]]) -> list[str]:
-    test = run.results["test"]
-    cells = [
-        f"{_fraction(test[mode]['accuracy'][step])} ± {_fraction(test[mode]['ci95'][step])}" for mode, step in columns
-    ]
-    seconds = run.results["seconds"]["processor"]
-    return [
-        f"seed {run.seed}",
-        *cells,
-        f"{run.results['best_iteration']:,}",
-        f"{seconds:,.0f}" if seconds else "not known",
-    ]
+    tested = [run.final(*column) for column in columns]
+    cells = [f"{_fraction(row.accuracy)} ± {_fraction(row.ci95)}" for row in tested]
+    seconds = run.facts["seconds"]["processor"]
+    return [f"seed {run.seed}", *cells, f"{tested[0].iteration:,}", f"{seconds:,.0f}" if seconds else "not known"]
 
 
 def _on_curve(run: Run) -> list[str]:
@@ -203,8 +175,8 @@ def _named(name: str, rows: list[list[str]]) -> list[list[str]]:
     return [[name if number == 0 else "", *row] for number, row in enumerate(rows)]
 
 
-def _fraction(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0")
+def _fraction(value: float | None) -> str:
+    return f"{value or 0:.3f}".removeprefix("0")
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -212,21 +184,12 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def insert(page: Path, text: str) -> None:
-    """Puts the text between the page's two markers."""
-    before, rest = page.read_text(encoding="utf-8").split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    page.write_text("".join([before, MARKERS[0], text, MARKERS[1], after]), encoding="utf-8")
-
-
 def main(folders: list[str], here: Path = HERE) -> None:
-    kept = here / "panel1"
-    for folder in folders:
-        collect(Path(folder), kept)
-    runs, authors = read_runs(kept), read_authors(here / "omniglot_1shot_curves.csv")
+    keep([Path(folder) for folder in folders], here)
+    runs, authors = read_runs(here), read_authors(here / "omniglot_1shot_curves.csv")
     write_file(here.parent / "panel1_full_length.png", png(draw(runs, authors), dpi=110))
-    insert(here.parent / "reproduction.md", tables(runs, authors))
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    subprocess.run(["cog", "-r", "-I", HERE, "reproduction.md"], cwd=HERE.parent, check=True)

@@ -228,15 +228,6 @@ def test_every_knob_has_a_sentence_or_is_another_one():
         assert help.entry(key)[1] or any(value.startswith("${") for value in values), key
 
 
-def test_the_readme_has_the_table_that_the_yaml_and_the_schema_make(tmp_path):
-    text = (ROOT / "README.md").read_text()
-    table = text.split(help.MARKERS[0])[1].split(help.MARKERS[1])[0]
-    assert table == help.table(), "python -m fewshot.config.help README.md writes it anew"
-    (tmp_path / "README.md").write_text(text.replace(table, ""))
-    subprocess.run([sys.executable, "-m", "fewshot.config.help", tmp_path / "README.md"], check=True)
-    assert (tmp_path / "README.md").read_text() == text
-
-
 def test_help_of_a_command_names_each_parameter_with_a_sentence():
     for command in (
         "export",

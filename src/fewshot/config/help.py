@@ -1,11 +1,10 @@
 """python train.py --help, and the README's table of knobs: both are made of the YAML's comments and of the schema.
 
 The comment behind a knob or above it is the knob's sentence if it ends in a full stop; a file's first comment is the
-file's own. `python -m fewshot.config.help README.md` writes the table between its markers there.
+file's own.
 """
 
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +18,6 @@ from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, nearest
 from fewshot.processes.surroundings import as_called
 
-MARKERS = ("<!-- written by: python -m fewshot.config.help README.md -->\n", "<!-- end of the knobs -->\n")
 LINE = re.compile(
     r"(?P<indent> *)(?P<plus># \+)?(?P<key>\w+):(?: (?P<value>[^#\s](?:[^#]*[^#\s])?))?(?: +# (?P<says>.*))?"
 )
@@ -147,15 +145,3 @@ def table() -> str:
     rows = [entry(key) for key, _ in knobs() if key.split(".")[0] not in GROUPS]
     cells = [f"| `{word.split('=')[0]}` | {word.partition('=')[2]} | {text} |\n" for word, text in rows]
     return "".join(["| knob | default | |\n", "| --- | --- | --- |\n", *cells])
-
-
-def main() -> None:
-    """Writes the table into the file that the call names."""
-    path = Path(sys.argv[1])
-    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    path.write_text("".join([before, MARKERS[0], table(), MARKERS[1], after]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
