@@ -196,7 +196,7 @@ class InnerLoop:
             "BOIL": ("encoder only", self.adapted == "encoder"),
             "UnicornMAML": ("one head vector", self.head == "shared"),
             "ProtoMAML": ("head from prototypes", self.head == "prototypes" and not self.distance),
-            "ProtoNet": (DISTANCES.get(self.distance, "") + scale, self.distance is not None),
+            "ProtoNet": (DISTANCES.get(self.distance or "", "") + scale, self.distance is not None),
             own: (own, self.target is not None),
             "MSL": (f"step losses for {self.step_losses}", self.step_losses is not None),
             "Meta-SGD": ("learned inner_lr", self.learned_inner_lr),

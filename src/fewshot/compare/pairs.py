@@ -46,8 +46,9 @@ def folders(words: Iterable[str]) -> list[Path]:
 
 def test_tasks(job: Job) -> dict[str, Any]:
     """What decides which tasks a run was tested on, by the knob or file that says it."""
-    values = dict.fromkeys(SAME, job.config)
-    for knob, value in values.items():
+    values: dict[str, Any] = {}
+    for knob in SAME:
+        value: Any = job.config
         for key in knob.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         values[knob] = value

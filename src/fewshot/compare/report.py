@@ -32,7 +32,7 @@ def cells(row: Row) -> list[str]:
     """One for each of HEADS."""
     zeroing = row.mode.removeprefix("zeroing_")
     start = [row.setting.label(), zeroing, str(row.step), f"{100 * row.accuracy:.2f}"]
-    if row.difference is None:
+    if row.difference is None or row.p is None:
         return [*start, "", "", "", "", "", str(len(row.setting.jobs))]
     d = row.difference
     halves = ["–" if np.isnan(half) else f"{100 * half:.2f}" for half in (d.over_tasks, d.over_seeds, d.over_both)]

@@ -1,5 +1,8 @@
 """Type and range of every knob. Its default and its sentence stand in conf/, relations between knobs in check.py."""
 
+# pyright: reportInvalidTypeForm=false, reportAssignmentType=false
+# The types of knobs are made by functions, which pydantic calls and pyright cannot.
+
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 

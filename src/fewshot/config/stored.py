@@ -78,7 +78,8 @@ def compared(key: str, value: Any) -> bool:
 
 def form(kinds: dict[str, Any]) -> Any:
     """A dictionary with values of these kinds, and perhaps with other keys; a key that ends in ? may be missing."""
-    return TypedDict("form", {k.rstrip("?"): NotRequired[kind] if k[-1] == "?" else kind for k, kind in kinds.items()})
+    fields: Any = {k.rstrip("?"): NotRequired[kind] if k[-1] == "?" else kind for k, kind in kinds.items()}
+    return TypedDict("form", fields)  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]: made here
 
 
 def many(kind: Any) -> Any:

@@ -134,7 +134,7 @@ def _checked(content: bytes, key: str, array: Callable[[str], np.ndarray]) -> "d
     for name, split in described["splits"].items():
         pixels, offsets = array(name), np.cumsum([0, *split["counts"]])
         as_written = pixels.dtype == np.uint8 and pixels.shape == (offsets[-1], *described["shape"])
-        if not as_written or hashlib.sha256(pixels).hexdigest() != split["sha256"]:
+        if not as_written or hashlib.sha256(pixels.data).hexdigest() != split["sha256"]:
             raise ValueError("not as it was written")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
@@ -182,9 +182,9 @@ def _write(
         file, digest, firsts[name] = new_array(name, (sum(split.counts), *shape)), hashlib.sha256(), {}
         for place, image in enumerate(split.images):
             pixels = np.ascontiguousarray(image)
-            file.write(pixels)
-            digest.update(pixels)
-            mark = hashlib.blake2b(pixels, digest_size=8).digest()
+            file.write(pixels.data)
+            digest.update(pixels.data)
+            mark = hashlib.blake2b(pixels.data, digest_size=8).digest()
             for other, places in firsts.items():
                 if mark in places:
                     kind = duplicates["twice in one split" if other == name else "in two splits"]

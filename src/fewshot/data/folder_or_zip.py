@@ -266,7 +266,7 @@ def _rows(table: bytes) -> Iterator[tuple[str, str, str]]:
             raise ValueError("its first row names no columns file and label")
         for row in filter(None, reader):
             cells = dict(zip(header, row, strict=False))
-            file, label, split = (cells.get(names.get(column), "").strip() for column in COLUMNS)
+            file, label, split = (cells.get(names.get(column, ""), "").strip() for column in COLUMNS)
             if not file or not label:
                 raise ValueError(f"line {reader.line_num} has no {'label' if file else 'file'}")
             yield file, label, split

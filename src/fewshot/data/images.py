@@ -167,8 +167,8 @@ def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # which Pillow scales to 65535
         raise ValueError("grey of 32 bits, below 0 or in fractions has no agreed white: save it with 8 or 16 bits")
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    ends = (0, 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1)
-    return ends[::-1] if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else ends  # 0: zero is white
+    most = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1
+    return (most, 0) if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else (0, most)  # 0: zero is white
 
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:

@@ -54,7 +54,7 @@ def prototype_head(loop: InnerLoop, features: Tensor, labels: Tensor, ways: int)
     """
     if loop.distance and loop.first_order:
         features = features.detach()  # constants, as support features are to FOMAML
-    usual = ways / loop.inner_lr if loop.distance == "dot" else {"cosine": 0.1}.get(loop.distance, 1.0)
+    usual = ways / loop.inner_lr if loop.distance == "dot" else 0.1 if loop.distance == "cosine" else 1.0
     temperature = loop.temperature or usual
     with torch.autocast(features.device.type, enabled=False):  # eight bits are too few for |c_k|^2
         features = features.to(torch.promote_types(features.dtype, torch.float32))

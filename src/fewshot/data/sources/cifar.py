@@ -83,7 +83,8 @@ def _check_classes(name: str, place: Path, splits: dict[str, Split], classes: di
 
 def _checksums() -> dict[str, str]:
     """MD5 by file."""
-    return dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
+    listed = {name: md5 for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list)}
+    return {**listed, CIFAR100.meta["filename"]: CIFAR100.meta["md5"]}
 
 
 def _check(path: Path, md5: str) -> None:
