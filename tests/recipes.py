@@ -1,7 +1,7 @@
 """Follows the recipes of CONTRIBUTING.md word by word in a new clone: python tests/recipes.py FOLDER
 
-FOLDER is where the clone goes, which must not exist yet. It takes some minutes; tests/test_docs.py looks at the files of
-the recipes alone.
+FOLDER is where the clone goes, which must not exist yet. It takes some minutes; tests/test_docs.py only looks at the
+files of the recipes.
 """
 
 import re

@@ -14,9 +14,8 @@ from fewshot.errors import UserError
 from fewshot.inner_loop import ORDERS, InnerLoop, Tensors
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fewshot.data.task import Task
+    from fewshot.models.network import Network
 
 TOLERANCE = 1e-8  # relative, in float64: rounding, as conjugate gradients or a root near zero enlarge it
 TASKS, WAYS, SHOTS, QUERIES, SIZE = 3, 3, 2, 2, 9
@@ -98,7 +97,7 @@ def _compared(order: str, loop: InnerLoop) -> bool:
     return not wrong
 
 
-def _network(zeroing: bool) -> "nn.Module":
+def _network(zeroing: bool) -> "Network":
     import torch
     from torch import nn
 
@@ -124,7 +123,7 @@ def _tasks() -> "Task":
     return Task(images[0], labels[0], images[1], labels[1])
 
 
-def _plain(network: "nn.Module", tasks: "Task", loop: InnerLoop) -> dict[Any, Any]:
+def _plain(network: "Network", tasks: "Task", loop: InnerLoop) -> dict[Any, Any]:
     """The outer gradient by name, and by number the query losses and what the algorithm measures, by plain autograd."""
     import torch
 
@@ -133,7 +132,7 @@ def _plain(network: "nn.Module", tasks: "Task", loop: InnerLoop) -> dict[Any, An
     return gradients | dict(enumerate(map(torch.stack, zip(*(numbers for _, numbers in of_tasks), strict=True))))
 
 
-def _plain_task(network: "nn.Module", task: "Task", loop: InnerLoop) -> tuple[Tensors, list]:
+def _plain_task(network: "Network", task: "Task", loop: InnerLoop) -> tuple[Tensors, list]:
     import torch
     from torch.func import functional_call
 
@@ -170,6 +169,7 @@ def _plain_task(network: "nn.Module", task: "Task", loop: InnerLoop) -> tuple[Te
         theta_n = after if differentiated else {name: w.detach().requires_grad_() for name, w in after.items()}
 
     loss, measured = query(theta_n), {}
+    gradients: Any = {}
     if loop.overrides("outer_gradient"):
         gradients, measured = loop.outer_gradient(before, theta_n, support, query)
     elif not differentiated:
@@ -186,7 +186,7 @@ def _plain_task(network: "nn.Module", task: "Task", loop: InnerLoop) -> tuple[Te
 
 def _apart(expected: dict[Any, Any], found: dict[Any, Any], loop: InnerLoop) -> dict[str, float]:
     """By name: how far two gradients, losses or measures are apart, relative to their size."""
-    names = {0: "the query loss"} | dict(enumerate(loop.measures, 1))
+    names: dict[Any, str] = {0: "the query loss"} | dict(enumerate(loop.measures, 1))
     apart = {}
     size = sum(float(value.norm()) ** 2 for name, value in expected.items() if isinstance(name, str)) ** 0.5
     for name, value in expected.items():

@@ -91,6 +91,7 @@ def open_own(path: Path, flags: int = os.O_RDWR) -> int:
             os.close(descriptor)
         what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"
         raise UserError(f"{path}: is {what}; remove it")
+    assert descriptor is not None
     return descriptor
 
 

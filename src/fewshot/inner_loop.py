@@ -113,7 +113,7 @@ class InnerLoop:
 
     # What an algorithm of one's own may override. `theta` has one task's parameters, or those of B with a leading B.
 
-    def start(self, theta: Tensors, encode: Callable, support: Any, labels: Any) -> Tensors:
+    def start(self, theta: Tensors, encode: Callable[..., Any], support: Any, labels: Any) -> Tensors:
         """Where a task begins: what takes the place of parameters of theta; encode: images to their features."""
         return {}
 
@@ -125,7 +125,9 @@ class InnerLoop:
         """What an inner step adds to theta_n, and the state for the next step, which is None for the first."""
         return {name: -self.inner_lr * g for name, g in gradients.items()}, state
 
-    def outer_gradient(self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss) -> tuple:
+    def outer_gradient(
+        self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss
+    ) -> tuple[Tensors, Tensors]:
         """The outer gradient where it comes from no differentiation of the inner loop, and what `measures` names."""
         raise NotImplementedError
 

@@ -66,8 +66,9 @@ class Recomputed(torch.autograd.Function):
 
 
 def _copied(output: Tensor, place: Tensor | None) -> Tensor:
-    fits = place is not None and (place.shape, place.dtype) == (output.shape, output.dtype)
-    return place.copy_(output) if fits else output
+    if place is None or (place.shape, place.dtype) != (output.shape, output.dtype):
+        return output
+    return place.copy_(output)
 
 
 def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:

@@ -91,4 +91,5 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
         raise UserError(f"{by}: measures {min(taken)}, which every run records under that name; name it otherwise")
     tasks = task.support_labels.dim() - 1
     products = ((theta[name] * gradients[name].detach()).flatten(tasks).sum(-1) for name in theta)
-    return sum(products), [measured[name].detach() for name in loop.measures]
+    total: Any = sum(products)
+    return total, [measured[name].detach() for name in loop.measures]

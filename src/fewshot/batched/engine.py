@@ -21,7 +21,7 @@ from fewshot.batched.side_by_side import NotSideBySide, SideBySide
 from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import initial_head
-from fewshot.models.network import drops
+from fewshot.models.network import Network, drops
 from fewshot.norms import TOGETHER, Context, of_queries
 from fewshot.recompute import recomputed
 
@@ -31,7 +31,7 @@ OfImages = Callable[[Parameters, Tensor], Tensor]
 
 
 def meta_gradient(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     loop: InnerLoop,
     eta: Sequence[Tensor] = (),
@@ -39,7 +39,7 @@ def meta_gradient(
     *,
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     Args:
@@ -51,7 +51,7 @@ def meta_gradient(
     """
     function = partial(_outer_gradient, loop=loop, eta=tuple(eta), step_weights=step_weights)
     gradients, losses, logits, *measured = zip(*_run(function, network, tasks, tasks_at_once, execute), strict=True)
-    mean = sum(gradients) / len(tasks.support)
+    mean: Any = sum(gradients) / len(tasks.support)
     parameters = [*network.parameters(), *eta]
     for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
         gradient = gradient.view_as(parameter)
@@ -61,7 +61,7 @@ def meta_gradient(
 
 
 def step_accuracies(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     evaluations: Sequence[InnerLoop],
     eta: Sequence[Tensor] = (),
@@ -80,7 +80,7 @@ def step_accuracies(
 
 
 def step_logits(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     evaluations: Sequence[InnerLoop],
     eta: Sequence[Tensor] = (),
@@ -98,7 +98,7 @@ def step_logits(
     return logits.permute(2, 0, 3, 1, 4, 5).flatten(0, 1)
 
 
-def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> Parameters:
+def adapted(network: Network, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> Parameters:
     """theta_T of one task, without a leading B, by the names of the network's parameters; the network is left as is."""
     theta, tasks = _copies(network, 1), Task(*(field[None] for field in task))
     encode = cache(torch.no_grad()(partial(_features, network, theta)))
@@ -107,7 +107,7 @@ def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence
 
 
 def _run(
-    function: Function, network: nn.Module, tasks: Task, tasks_at_once: int | None, execute: Execute | None
+    function: Function, network: Network, tasks: Task, tasks_at_once: int | None, execute: Execute | None
 ) -> list[tuple[Tensor, ...]]:
     """function(network, chunk) for all chunks of the tasks, in their order."""
     number = len(tasks.support)
@@ -121,24 +121,25 @@ def _run(
     return (execute or one_by_one)(function, network, chunks)
 
 
-def tasks_of_a_pass(network: nn.Module, tasks: Task) -> int:
+def tasks_of_a_pass(network: Network, tasks: Task) -> int:
     """How many tasks a thread of a CPU takes at once: several where they share small matrix products, else one."""
     padded = any(layer.padding != (0, 0) for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return 1 if padded else max(1, min(4, FEW_NUMBERS // tasks.query[0].numel()))
 
 
-def default_tasks_at_once(network: nn.Module, asked: int | None, tasks: Task) -> int:
+def default_tasks_at_once(network: Network, asked: int | None, tasks: Task) -> int:
     """How many tasks are in memory together: as many as are asked for."""
     on_cpu = tasks.support.device.type == "cpu"
     return asked or (tasks_of_a_pass(network, tasks) * torch.get_num_threads() if on_cpu else len(tasks.support))
 
 
 def _outer_gradient(
-    network: nn.Module, tasks: Task, *, loop: InnerLoop, eta: Sequence[Tensor], step_weights: Tensor | None
+    network: Network, tasks: Task, *, loop: InnerLoop, eta: Sequence[Tensor], step_weights: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The outer gradient, summed over the tasks, as one vector; query losses (B,); query logits (B, Q, K); measures."""
     theta = _copies(network, len(tasks.support))
-    outer, differentiated, measured = 0.0, not loop.overrides("outer_gradient"), []
+    outer: Any = 0.0
+    differentiated, measured = not loop.overrides("outer_gradient"), []
     encode = cache(partial(_features, network, theta))
     for n, (theta_n, query_logits) in enumerate(_adapt(network, theta, tasks, hooks.inner(loop), eta, encode)):
         if n == 0:
@@ -156,7 +157,7 @@ def _outer_gradient(
 
 
 def _step_logits(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     *,
     evaluations: Sequence[InnerLoop],
@@ -173,14 +174,14 @@ def _step_logits(
     return tuple(logits)
 
 
-def _features(network: nn.Module, theta: Parameters, images: Tensor, context: Context = TOGETHER) -> Tensor:
+def _features(network: Network, theta: Parameters, images: Tensor, context: Context = TOGETHER) -> Tensor:
     """(B, I, C, H, W) -> (B, I, d)"""
     encoder = {name.removeprefix("encoder."): p for name, p in theta.items() if name.startswith("encoder.")}
     return _outputs(network.encoder, encoder, images, context)
 
 
 def _adapt(
-    network: nn.Module,
+    network: Network,
     initial: Parameters,
     tasks: Task,
     loop: InnerLoop,
@@ -260,14 +261,14 @@ def _adapt(
         yield theta, partial(again, query_logits_from, list(theta.values())) if before_the_last else last
 
 
-def _copies(network: nn.Module, tasks: int) -> Parameters:
+def _copies(network: Network, tasks: int) -> Parameters:
     return {
         name: p.detach().expand(tasks, *p.shape).clone(memory_format=torch.contiguous_format).requires_grad_()
         for name, p in network.named_parameters()
     }
 
 
-def _losses(network: nn.Module, loop: InnerLoop, tasks: Task, theta: Parameters, of_support: bool) -> Tensor:
+def _losses(network: Network, loop: InnerLoop, tasks: Task, theta: Parameters, of_support: bool) -> Tensor:
     outputs = partial(_outputs, network, theta)
     if of_support:
         return LOSSES[loop.loss](outputs(tasks.support), tasks.support_labels)

@@ -13,23 +13,24 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.data.task import Task
 from fewshot.errors import first_line
+from fewshot.models.network import Network
 
 log = logging.getLogger(__name__)
 
-Function = Callable[[nn.Module, Task], tuple[Tensor, ...]]
-Execute = Callable[[Function, nn.Module, list[Task]], list[tuple[Tensor, ...]]]
+Function = Callable[[Network, Task], tuple[Tensor, ...]]
+Execute = Callable[[Function, Network, list[Task]], list[tuple[Tensor, ...]]]
 
 
-def one_by_one(function: Function, network: nn.Module, chunks: list[Task]) -> list[tuple[Tensor, ...]]:
+def one_by_one(function: Function, network: Network, chunks: list[Task]) -> list[tuple[Tensor, ...]]:
     return [function(network, chunk) for chunk in chunks]
 
 
 def on_threads(
-    function: Function, network: nn.Module, chunks: list[Task], workers: int | None = None
+    function: Function, network: Network, chunks: list[Task], workers: int | None = None
 ) -> list[tuple[Tensor, ...]]:
     """On a CPU: each thread takes chunks of its own, since a task alone is too small to be shared out inside.
 
@@ -89,10 +90,10 @@ class CudaGraphs:
         self._recorded: dict[Any, tuple[Any, Task, tuple[Tensor, ...]]] = {}
         self._pool: Any = None  # one for all: they replay one after the other, and what they leave is copied at once
 
-    def __call__(self, function: Any, network: nn.Module, chunks: list[Task]) -> list[tuple[Tensor, ...]]:
+    def __call__(self, function: Any, network: Network, chunks: list[Task]) -> list[tuple[Tensor, ...]]:
         return [self._one(function, network, chunk) for chunk in chunks]
 
-    def _one(self, function: Any, network: nn.Module, chunk: Task) -> tuple[Tensor, ...]:
+    def _one(self, function: Any, network: Network, chunk: Task) -> tuple[Tensor, ...]:
         if not CudaGraphs.possible:
             return function(network, chunk)
         key = (
@@ -121,7 +122,7 @@ class CudaGraphs:
         graph.replay()
         return tuple(output.clone() for output in outputs)  # the next replay overwrites them
 
-    def _warm_up(self, function: Function, network: nn.Module, inputs: Task) -> None:
+    def _warm_up(self, function: Function, network: Network, inputs: Task) -> None:
         """Libraries choose their kernels and take their workspaces."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -130,7 +131,7 @@ class CudaGraphs:
                 function(network, inputs)
         torch.cuda.current_stream().wait_stream(aside)
 
-    def _record(self, function: Function, network: nn.Module, inputs: Task) -> tuple[Any, Task, tuple[Tensor, ...]]:
+    def _record(self, function: Function, network: Network, inputs: Task) -> tuple[Any, Task, tuple[Tensor, ...]]:
         """
         Raises:
             CaptureFailed: but out of memory is raised as such.

@@ -56,7 +56,7 @@ def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[in
 
     (B*I, C, H, W), (B, O, C, k, k), (B, O) -> (B*I, O, h, w)
     """
-    tasks, kernel = len(weight), tuple(weight.shape[3:])
+    tasks, kernel = len(weight), (weight.shape[3], weight.shape[4])
     height, width = _places(x.shape[2:], kernel, stride)
     columns = Columns.apply(x.permute(0, 2, 3, 1), kernel, stride)
     y = _product(columns.unflatten(0, (tasks, -1)), weight.permute(0, 1, 3, 4, 2).flatten(2), bias)
@@ -73,7 +73,7 @@ def _batch_norm(
 ) -> Tensor:
     affine = weight is not None and weight.dim() == 2 and bias is not None and options.get("training")
     several = input.dim() == 4 and input.numel() > tasks * input.shape[1]  # numbers of a channel
-    if running_mean is None and affine and several and _exact(input, weight):
+    if running_mean is None and affine and several and _exact(input, weight):  # pyright: ignore[reportArgumentType]
         eps = options.get("eps", 1e-5)
         if _rows_lie_together(input):
             return Norm.apply(input, weight, bias, eps)

@@ -134,7 +134,7 @@ ELEMENTWISE = {
     *(F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.dropout),
     *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__),
 }
-METADATA = {Tensor.dim, Tensor.dtype.__get__, Tensor.device.__get__}
+METADATA = {Tensor.dim, Tensor.dtype.__get__, Tensor.device.__get__}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # <dy, conv(x, w)> is linear in all three, so the derivatives of each of these functions are the other two. Torch's own

@@ -27,6 +27,7 @@ def differences(rows: list[Row], of: str) -> Figure:
     for row in others:
         shift = 0.14 * (1 if row.mode == "zeroing_on" else -1) * (len({row.mode for row in others}) > 1)
         place, colour = labels.index(row.setting.label()) + shift, ON if row.mode == "zeroing_on" else OFF
+        assert row.difference is not None  # of all but the first
         mean, tasks, _, both = (100 * value for value in row.difference[:4])
         if not np.isnan(both):
             axes.errorbar(mean, place, xerr=both, color=colour, linewidth=1, capsize=3)

@@ -54,6 +54,7 @@ def test_tasks(job: Job) -> dict[str, Any]:
         values[knob] = value
     if values["dataset.tasks"] != "fixed_blocks":
         values["dataset.tasks"] = "any classes"  # all other kinds are of training
+    assert job.results is not None  # only finished runs are compared
     values["the test's images (splits.sha256)"] = (job.results.get("splits") or {}).get("sha256")
     values["test_tasks"] = job.results["test"]["tasks"]
     return values
@@ -119,12 +120,12 @@ def rows(
                 continue
             pairs = own[[own_seeds.index(s) for s in shared]] - values[[seeds.index(s) for s in shared]]
             table.append(Row(other, mode, _step(other, step), float(own.mean()), paired(pairs), None))
-    places = [place for place, row in enumerate(table) if row.difference]
-    if not places:
+    differences = {place: row.difference for place, row in enumerate(table) if row.difference}
+    if not differences:
         raise UserError(
             left_out[0] if left_out else "FOLDER...: all runs are of one setting; give those of another too"
         )
-    for place, p in zip(places, holm([table[place].difference.p for place in places]), strict=True):
+    for place, p in zip(differences, holm([d.p for d in differences.values()]), strict=True):
         table[place] = table[place]._replace(p=p)
     return table, list(dict.fromkeys(left_out))
 

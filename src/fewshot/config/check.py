@@ -127,7 +127,8 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
     """
     from fewshot.config.schema import mistakes
 
-    plain, unresolved = OmegaConf.to_container(cfg), None
+    plain: Any = OmegaConf.to_container(cfg)
+    unresolved = None
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:  # usually because of another mistake, which is the one to tell
@@ -145,7 +146,7 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
             knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
         raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
     if unresolved and named is None:
-        key = re.sub(r"\[(\d+)\]", r".\1", unresolved.full_key)  # of a list's member
+        key = re.sub(r"\[(\d+)\]", r".\1", unresolved.full_key or "")  # of a list's member
         raise UserError(
             one_line(f"{key}={dict(entries(plain)).get(key)}: has no value ({first_line(unresolved)}); give it one")
         )

@@ -107,7 +107,7 @@ def read(command: Command, arguments: list[str] | None = None) -> Words:
         raise UserError(f"{'|'.join(plain)}: is missing; {command.call} --help says what it is for")
     for key, shown in keyed.items():
         sentence, read_value, needed = command.parameters[shown]
-        if key in texts:
+        if key in texts and read_value is not None:
             call.values[key] = read_value(key, unquoted(texts[key]))
         elif needed:
             raise UserError(f"{key}: is missing; give {shown}, {sentence[0].lower()}{sentence[1:].rstrip('.')}")

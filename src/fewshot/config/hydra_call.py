@@ -100,7 +100,7 @@ def composing() -> Iterator[None]:
                     error, overrides, lambda groups: compose_config(hydra, config_name, groups, *args, **kwargs)
                 ) from error
 
-    Hydra.compose_config = composed
+    Hydra.compose_config = composed  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def composing() -> Iterator[None]:
 def _arguments(arguments: list[str]) -> argparse.Namespace:
     """Hydra's reading of the words. Raises UserError for what it would refuse with status 2 or a traceback."""
     parser = get_args_parser()
-    parser.error = _refuse
+    parser.error = _refuse  # pyright: ignore[reportAttributeAccessIssue]
     asked = parser.parse_args(arguments)
     actions = [asked.run, asked.multirun, asked.cfg, asked.info, asked.shell_completion]
     if sum(map(bool, actions)) > 1 or (asked.resolve and not asked.cfg):
@@ -160,7 +160,8 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if override.is_interval_sweep():
-        return [str(override.value().start), str(override.value().end)]
+        interval: Any = override.value()
+        return [str(interval.start), str(interval.end)]
     return list(override.sweep_string_iterator())
 
 
@@ -263,7 +264,8 @@ def record(folder: Path, cfg: DictConfig) -> None:
 
 def _by_the_clock(config: DictConfig, kind: str) -> bool:
     """Whether the folder of the run or sweep is named after the time, at which another call may have started too."""
-    return "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)["dir"])
+    written: Any = OmegaConf.to_container(config.hydra[kind], resolve=False)
+    return "${now:" in str(written["dir"])
 
 
 def _settle_folder(config: DictConfig, kind: str, new: bool) -> None:

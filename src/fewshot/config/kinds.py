@@ -1,5 +1,8 @@
 """What the value of a knob may be, as types: the words of each are what a refusal says of another value."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportOptionalSubscript=false
+# Types and messages are made at run time, as pydantic allows and its annotations do not.
+
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -59,7 +62,7 @@ def from_zero(below: float = LARGEST) -> Any:
     return must_be("a number of at least 0", kind, (below, words))
 
 
-def numbers(words: str, **limits: float) -> Any:
+def numbers(words: str, **limits: Any) -> Any:
     return must_be(f"a list of {words}", list[Annotated[float, Field(**limits, allow_inf_nan=False)]])
 
 
@@ -100,7 +103,7 @@ class Part(BaseModel):
         if not isinstance(values, dict):
             wanted = [f"{key}: ..." for key in cls.knobs()[:3]] + ["..."] * (len(cls.knobs()) > 3)
             raise PydanticCustomError("knob", f"must be {{{', '.join(wanted)}}}")
-        if cls.model_config["extra"] == "forbid" and (unknown := [key for key in values if key not in cls.knobs()]):
+        if cls.model_config.get("extra") == "forbid" and (unknown := [key for key in values if key not in cls.knobs()]):
             words = f"no such knob; {nearest(str(unknown[0]), {*cls.knobs()} - {'_target_'})}"
             if unknown[0] in cls.instead:
                 words = f"does not do here what Lightning says; use {cls.instead[unknown[0]]}"

@@ -29,9 +29,10 @@ def statistics(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
-def given_overrides(hydra: DictConfig) -> list[str]:
+def given_overrides(hydra: Any) -> list[str]:
     """The overrides of this call as they were written: test_every=${val_every} is no interpolation there."""
-    return OmegaConf.to_container(hydra.overrides.task)
+    words: Any = OmegaConf.to_container(hydra.overrides.task)
+    return words
 
 
 def key_of(override: str) -> str:
@@ -41,7 +42,7 @@ def key_of(override: str) -> str:
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration as plain data, with +zeroing in algo.zeroing: this is recorded and compared."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain["algo"]["zeroing"] = plain.pop("zeroing", plain["algo"]["zeroing"])
     return plain
 
@@ -88,8 +89,8 @@ def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
 
 def job_folder(overrides: list[str] | ListConfig) -> str:
     """A job's folder in a sweep: a pure function of its overrides, in any order; safe in a path and in checkpoint=."""
-    overrides = OmegaConf.to_container(overrides) if OmegaConf.is_list(overrides) else overrides
-    pairs = {key_of(override): override.partition("=")[2] for override in overrides}
+    words: Any = OmegaConf.to_container(overrides) if isinstance(overrides, ListConfig) else overrides
+    pairs = {key_of(override): override.partition("=")[2] for override in words}
     exact = [f"{key}-{value}" for key, value in sorted(pairs.items())]
     name = re.sub("[^A-Za-z0-9._-]+", "-", "__".join(exact))
     if name != "__".join(exact) or name.count("__") >= max(1, len(pairs)) or len(name) > 150:

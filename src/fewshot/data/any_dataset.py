@@ -62,7 +62,8 @@ def _pixels(image: Any, position: int) -> Tensor:
             raise UserError(
                 f"dataset[{position}]: {kind}; give a PIL image, an array (H, W[, C]) or a tensor (C, H, W)"
             )
-        image = torch.from_numpy(array[..., None] if array.ndim == 2 else array).movedim(-1, 0)
+        array = array[..., None] if array.ndim == 2 else array
+        image = torch.from_numpy(array).movedim(-1, 0)  # pyright: ignore[reportUnknownMemberType]
     if image.dim() != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
         kind = f"a tensor of {image.dtype}, shape {tuple(image.shape)}"
         raise UserError(f"dataset[{position}]: {kind}; give uint8 or floats of shape (C, H, W)")

@@ -217,7 +217,8 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.compress_type not in METHODS:
-        method = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")
+        names = getattr(zipfile, "compressor_names", {})
+        method = names.get(info.compress_type, f"method {info.compress_type}")
         raise ValueError(f"it is compressed by {method}; make the zip anew with the usual method, deflate")
     if info.file_size > LARGEST_FILE:
         raise ValueError(f"it unpacks to {info.file_size:,} bytes")

@@ -154,7 +154,7 @@ class TaskDataModule(pl.LightningDataModule):
         """Puts the images where tasks are gathered from them by index, once for training and test."""
         if self._placed:
             return
-        compute = self.trainer.strategy.root_device
+        compute = self._attached.strategy.root_device
         size = sum(sampler.split.images.nbytes for sampler in self.samplers.values())
         free = torch.cuda.mem_get_info(compute)[0] if compute.type == "cuda" else 0
         images = images_device(self.device, compute, size, free)
@@ -167,16 +167,22 @@ class TaskDataModule(pl.LightningDataModule):
             sampler.to(compute, images)
         self._placed = True
 
+    @property
+    def _attached(self) -> pl.Trainer:
+        """The trainer, once there is one."""
+        assert self.trainer is not None
+        return self.trainer
+
     def train_dataloader(self) -> MetaBatches:
         """One Task per outer update still to do: this rank's share of its meta_batch_size tasks."""
-        whole, ranks = self.meta_batch_size, self.trainer.world_size
+        whole, ranks = self.meta_batch_size, self._attached.world_size
         share = whole // ranks
         return MetaBatches(
             self.samplers["train"],
             size=share,
             stride=whole,
             stop=self.iterations * whole,
-            start=lambda: self.trainer.global_step * whole + self.trainer.global_rank * share,
+            start=lambda: self._attached.global_step * whole + self._attached.global_rank * share,
         )
 
     def test_dataloader(self) -> list[MetaBatches]:
@@ -185,7 +191,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def fixed(self, split: str, tasks: int, shared: bool = True) -> MetaBatches:
         """The first `tasks` tasks of the split's stream, the same in every run; shared: out over the ranks."""
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if shared else (1, 0)
+        ranks, rank = (self._attached.world_size, self._attached.global_rank) if shared else (1, 0)
         first, stop = tasks * rank // ranks, tasks * (rank + 1) // ranks
         size = self.tasks_at_once
         return MetaBatches(self.samplers[split], size=size, stride=size, stop=stop, start=lambda: first)

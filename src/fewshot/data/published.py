@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -79,7 +79,7 @@ def download(
         place.mkdir(parents=True, exist_ok=True)
         with exclusive(place / ".lock", f"downloads into {place}"):
             missing = [name for name in names if not (place / name).is_file()]
-            sources = find() if missing else {}
+            sources: Sources = find() if missing else {}
             for name in missing:
                 _fetch(*sources[name], place / name)
         return place
@@ -172,7 +172,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def unpickle(file: BinaryIO) -> Any:
+def unpickle(file: IO[bytes]) -> Any:
     """What a pickle of arrays and plain data holds.
 
     This is the second safeguard, because numpy's own reading of arrays was not made for hostile data. The first one:
@@ -232,7 +232,9 @@ def open_pickles(
                 present = [members[name] for name in files[key] if name in members]
                 if not present:
                     raise LookupError("there is none")
-                return unpickle(archive.extractfile(present[0]))
+                file = archive.extractfile(present[0])
+                assert file is not None  # it is a regular file
+                return unpickle(file)
 
     statuses = ((path, path.stat()) for path in dict.fromkeys(paths.values()))
     return read, [[str(path.resolve()), status.st_size, status.st_mtime_ns] for path, status in statuses]
@@ -246,7 +248,7 @@ def _paths(place: Path, files: Mapping[str, Sequence[str]]) -> dict[str, Path] |
     return {key: present[0] for key, present in paths.items()} if all(paths.values()) else None
 
 
-def gather(classes: Mapping[str, Sequence[int]], image: Callable[[int], np.ndarray]) -> LazySplit:
+def gather(classes: Mapping[str, Sequence[int] | np.ndarray], image: Callable[[int], np.ndarray]) -> LazySplit:
     """A split whose classes are lists of numbers; `image` makes an image (C, H, W) of a number.
 
     What `image` holds, such as the pickle, is let go after the last image.

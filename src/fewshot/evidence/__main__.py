@@ -85,6 +85,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     if "task" not in (asked := statistics(cfg)):
         raise UserError(f"evaluation.statistics={shown(list(asked))}: evidence measures as models train; use task")
     loop = inner_loop(cfg)
+    assert start.path is not None and start.content is not None  # _refuse has asked for a checkpoint
     _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
     initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))

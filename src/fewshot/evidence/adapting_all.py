@@ -36,7 +36,7 @@ def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
     for _ in range(steps):
         theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
         phi_S, logits = _forward(model.network, theta, task.support)
-        gradients = torch.autograd.grad(F.cross_entropy(logits, task.support_labels), theta.values())
+        gradients = torch.autograd.grad(F.cross_entropy(logits, task.support_labels), list(theta.values()))
         memory = memory + ((T_S - logits.softmax(1)).mT @ phi_S).detach()
         theta = {name: p - eta * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
     theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}

@@ -40,7 +40,8 @@ class Model:
         """Those of the unadapted encoder, and the head."""
         with torch.no_grad():
             features = Features.of(self.network, self.tasks)
-        return Features(*(field if field is None else field.detach() for field in features))
+        detached: Any = [field if field is None else field.detach() for field in features]
+        return Features(*detached)
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class Model:
 
     def taken_gradient(self) -> Tensor:
         """What is in the parameters' .grad, which is emptied."""
-        parts = [p.grad.flatten() for module in (self.network.encoder, self.network.head) for p in module.parameters()]
+        modules = (self.network.encoder, self.network.head)
+        parts = [p.grad.flatten() for module in modules for p in module.parameters() if p.grad is not None]
         self.network.zero_grad(set_to_none=True)
         return torch.cat(parts)
 
@@ -129,7 +131,7 @@ def equation(among: list[Equation], bound: float, number: str, *why_not_and_part
     """Makes an Equation of the function that measures it: its name is the function's, what it says the docstring."""
 
     def made(apart: Callable[[Model], float | None]) -> Equation:
-        among.append(Equation(apart.__name__, apart.__doc__, apart, bound, number, *why_not_and_parts))
+        among.append(Equation(apart.__name__, apart.__doc__ or "", apart, bound, number, *why_not_and_parts))
         return among[-1]
 
     return made

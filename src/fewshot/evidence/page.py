@@ -4,6 +4,7 @@ Texts are plain: x_{i} is an index and §2.6 a section of docs/method.md, of whi
 construction is a theorem with its reason; a verdict is of what could come out otherwise.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -177,19 +178,21 @@ def size_of(panels: int) -> tuple[float, float]:
     return wide, wide / panels + 1.35
 
 
-def heat_map(axes: Axes, values: list, most: float, title: str, columns: list, rows: list = ()) -> ScalarMappable:
+def heat_map(
+    axes: Axes, values: list, most: float, title: str, columns: list, rows: Sequence[Any] = ()
+) -> ScalarMappable:
     """values (K, K) from -most to most, each cell with its number where there is room, and the title above all.
 
     K images stand above the columns and left of the rows. Without the latter the rows are columns i of the classifier.
     """
-    values = np.array(values, dtype=float)
-    image = axes.imshow(values, cmap=SIGNED, vmin=-most, vmax=most)
+    numbers = np.array(values, dtype=float)
+    image = axes.imshow(numbers, cmap=SIGNED, vmin=-most, vmax=most)
     axes.set(xticks=[], yticks=[])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.text(0.5, 1.06 + 1 / len(values), title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
     if len(values) <= ANNOTATED:
-        for (row, column), value in np.ndenumerate(values):
+        for (row, column), value in np.ndenumerate(numbers):
             colour = "white" if value < -0.7 * most else "black"
             number = "–" if np.isnan(value) else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
             axes.text(column, row, number, ha="center", va="center", fontsize=10, color=colour)

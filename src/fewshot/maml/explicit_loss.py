@@ -6,16 +6,17 @@ Shapes: B tasks, S support and Q query images per task, d features, K ways.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.data.task import Task, query_accuracy
 from fewshot.inner_loop import InnerLoop
+from fewshot.models.network import Network
 from fewshot.theory.closed_forms import adapt_head
 from fewshot.theory.features import Features, encode_one
 
 
 def meta_gradient(
-    network: nn.Module, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
+    network: Network, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
 
@@ -24,7 +25,7 @@ def meta_gradient(
     accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []
-    terms = {"noise": loop.noise, "interference": loop.interference}
+    terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}
     for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
         phi_S, phi_Q = encode_one(network, task)
         features = Features(phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
@@ -33,7 +34,7 @@ def meta_gradient(
         (loss / len(tasks.support)).backward()
         closed = adapted.gradients(first_order=True)
         for parameter, gradient in ((head.weight, closed.weight), (head.bias, closed.bias)):
-            if parameter is not None:
+            if parameter is not None and gradient is not None:
                 gradient = gradient / len(tasks.support)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         losses.append(closed.loss)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from learn2learn import clone_module, update_module
 from learn2learn.algorithms import MAML, MetaSGD
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from fewshot.algorithms import hooks
 from fewshot.data.task import Task, query_accuracy, squared_errors
 from fewshot.inner_loop import InnerLoop, Tensors
 from fewshot.models.head import initial_head
-from fewshot.models.network import drops
+from fewshot.models.network import Network, drops
 from fewshot.norms import inside, of_queries
 from fewshot.recompute import recomputed
 
@@ -28,12 +28,12 @@ LOSSES = {"cross_entropy": F.cross_entropy, "mse": squared_errors}  # of one tas
 
 
 def adapt(
-    network: nn.Module,
+    network: Network,
     task: Task,
     loop: InnerLoop,
     eta: Sequence[Tensor] = (),
     encode: Callable[[Tensor], Tensor] | None = None,
-) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+) -> Iterator[tuple[Network, Callable[..., Tensor]]]:
     """After inner step 0, 1, .., N: yields theta_n and the function that computes the logits of the queries, (Q, K).
 
     That function takes the statistics to normalise by; left out they are those of training, see norms.py.
@@ -44,25 +44,26 @@ def adapt(
         encode: images to their features at theta, which sees each set of images once; None: the network's encoder.
     """
     encode, loss = encode or cache(network.encoder), LOSSES[loop.loss]
-    theta_n, state = clone_module(network), tuple(eta) or None  # theta_n <- theta
+    theta_n, state = _clone(network), tuple(eta) or None  # theta_n <- theta
     if loop.overrides("start"):
         begun = hooks.start(loop, dict(theta_n.named_parameters()), encode, task.support, task.support_labels)
-        encode, theta_n = cache(_with(begun, network).encoder), clone_module(_with(begun, network))
-    own = dict(network.head.named_parameters())
-    theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
+        encode, theta_n = cache(_with(begun, network).encoder), _clone(_with(begun, network))
+    own: Tensors = dict(network.head.named_parameters())
+    head: Tensors = initial_head(loop, own, encode, task.support, task.support_labels)
+    theta_n.head._parameters.update(head)
 
     features = cache(partial(of_queries, network.encoder, task, partial(inside, encode)))  # at theta, by statistics
 
     def at_theta(images: Tensor) -> Tensor:
         return theta_n.head(encode(images))
 
-    def queries_of(theta_n: nn.Module) -> Callable[..., Tensor]:
+    def queries_of(theta_n: Network) -> Callable[..., Tensor]:
         return partial(of_queries, theta_n, task, partial(inside, theta_n))
 
     def queries_at_theta(statistics: str = "task") -> Tensor:
         return theta_n.head(features(statistics))
 
-    def step(theta_n: nn.Module, part: str, state: Any) -> Any:
+    def step(theta_n: Network, part: str, state: Any) -> Any:
         logits, moving = at_theta if part == "head" else theta_n, theta_n if part == "all" else getattr(theta_n, part)
         loss_S = loss(logits(task.support), task.support_labels)
         if loop.overrides("update"):
@@ -106,8 +107,8 @@ def adapt(
 
 
 def meta_gradient(
-    network: nn.Module, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    network: Network, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Adds the outer gradient, a mean over the tasks, to the .grad of the network's parameters (method.md section 0).
 
     With zeroing each task begins with w = 0, a constant, so the network's own head gets a gradient of zero.
@@ -120,7 +121,7 @@ def meta_gradient(
     """
     losses, logits, measured, differentiated = [], [], [], not loop.overrides("outer_gradient")
     for task in _one_by_one(tasks):
-        outer = 0.0
+        outer: Any = 0.0
         for n, (theta_n, query_logits) in enumerate(adapt(network, task, hooks.inner(loop), eta)):
             if n == 0 and not differentiated:
                 theta = dict(theta_n.named_parameters())
@@ -143,7 +144,7 @@ def meta_gradient(
 
 
 def step_accuracies(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     evaluations: Sequence[InnerLoop],
     eta: Sequence[Tensor] = (),
@@ -159,7 +160,7 @@ def step_accuracies(
     return query_accuracy(step_logits(network, tasks, evaluations, eta, statistics), tasks.query_labels[:, None])
 
 
-def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+def adapted(network: Network, task: Task, evaluation: InnerLoop, eta: Sequence[Tensor] = ()) -> dict[str, Tensor]:
     """theta_T of one task, without a leading B, by the names of the network's parameters; the network is left as is."""
     steps = adapt(network, task, evaluation, eta, cache(torch.no_grad()(network.encoder)))
     ((theta_T, _),) = deque(steps, maxlen=1)
@@ -167,7 +168,7 @@ def adapted(network: nn.Module, task: Task, evaluation: InnerLoop, eta: Sequence
 
 
 def step_logits(
-    network: nn.Module,
+    network: Network,
     tasks: Task,
     evaluations: Sequence[InnerLoop],
     eta: Sequence[Tensor] = (),
@@ -187,17 +188,22 @@ def step_logits(
     return torch.stack(logits).unflatten(0, shape).permute(3, 1, 0, 2, 4, 5).flatten(0, 1)
 
 
-def _loss(network: nn.Module, loop: InnerLoop, task: Task, theta: Tensors, of_support: bool) -> Tensor:
+def _loss(network: Network, loop: InnerLoop, task: Task, theta: Tensors, of_support: bool) -> Tensor:
     outputs = partial(functional_call, network, theta)
     if of_support:
         return LOSSES[loop.loss](outputs(task.support), task.support_labels)
     return LOSSES[loop.loss](of_queries(network, task, partial(inside, outputs)), task.query_labels)
 
 
-def _with(parameters: Sequence[Tensor], network: nn.Module) -> nn.Module:
+def _clone(network: Network, **memo: Any) -> Any:
+    """learn2learn's, which has no types."""
+    return clone_module(network, **memo)
+
+
+def _with(parameters: Sequence[Tensor], network: Network) -> Network:
     """The network with these parameters, of which there may be more than it has, in place of its own."""
     places = (parameter.data_ptr for parameter in network.parameters())  # learn2learn knows them by the bound method
-    return clone_module(network, memo=dict(zip(places, parameters, strict=False)))
+    return _clone(network, memo=dict(zip(places, parameters, strict=False)))
 
 
 def _one_by_one(tasks: Task) -> list[Task]:

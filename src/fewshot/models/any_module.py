@@ -40,6 +40,7 @@ def network_from_module(
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model.module: gives a {type(module).__name__}; its _target_ must make a torch.nn.Module")
+    layer: Any
     for layer in module.modules():
         if getattr(layer, "track_running_stats", False):
             layer.track_running_stats = False
@@ -47,7 +48,7 @@ def network_from_module(
     images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     before, buffers = images.clone(), {name: buffer.clone() for name, buffer in module.named_buffers()}
     name, logits = _head(module.eval(), images, head)
-    last = module.get_submodule(name)
+    last: Any = module.get_submodule(name)
     module.set_submodule(name, nn.Identity())  # what is left is the encoder
     features = _forward(module, images)
     kind = type(module).__name__

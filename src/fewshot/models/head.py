@@ -81,4 +81,5 @@ def share_rows(head: nn.Linear) -> None:
 def share_gradient(head: nn.Linear) -> None:
     """The gradient of the one vector that all rows are, given to every row: so they stay one vector."""
     for parameter in head.parameters():
-        parameter.grad = parameter.grad.sum(0, keepdim=True).expand_as(parameter).clone()
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.sum(0, keepdim=True).expand_as(parameter).clone()

@@ -81,11 +81,11 @@ def run(
         write_csv(folder / "skipped.csv", [("set", "file", "reason"), *skipped])
     header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
-    labels = _labels(f"query={query}", query_source, list(queries), predictions.classes)
+    labels = _labels(f"query={query}", query_source, list(queries), classes)
     if labels:
         header = [*header, "labelled"]
         table = [[*row, label] for row, label in zip(table, labels, strict=True)]
-        write_file(folder / "confusion.png", png(confusion(labels, predictions.labels, predictions.classes)))
+        write_file(folder / "confusion.png", png(confusion(labels, list(map(str, predictions.labels)), classes)))
     write_csv(folder / "predictions.csv", [header, *table])
     sheet = contact_sheet(
         _sheet_rows(dict(zip(classes, adapted.examples, strict=True)), list(queries.items()), predictions), side=140
@@ -202,7 +202,7 @@ def _sheet_rows(
         rows.append(Row(numbered[name] + more, images[:COLUMNS]))
     rows.append(Row(f"queries{of_queries}: predicted class and its probability"))
     captions = [
-        (numbered[label], f"{probabilities.max():.2f}", printable(file.rsplit("/", 1)[-1]))
+        (numbered[str(label)], f"{probabilities.max():.2f}", printable(file.rsplit("/", 1)[-1]))
         for (file, _), label, probabilities in zip(queries, predictions.labels, predictions.probabilities, strict=True)
     ]
     for first in range(0, min(len(queries), SHEET_QUERIES), COLUMNS):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -110,7 +110,7 @@ class Pretrained:
         return self.learner.network.encoder
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """Features (B, d) -> logits, one for each of the ways it was trained with."""
         return self.learner.network.head
 
@@ -136,7 +136,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
         config, weights = portable(content["fewshot"]["config"]), content["state_dict"]
     if not trust:
         _refuse_foreign(where, config)
-    config = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list
+    config: Any = OmegaConf.to_container(OmegaConf.create(config))  # a tuple becomes a list
     stored.check_config(where, config)
     stored.check(where, config, stored.MODEL)
     network, data = config["model"]["network"], config["dataset"]
@@ -150,7 +150,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     place = "meta" if _own(network["_target_"]) else "cpu"
     try:
         with torch.random.fork_rng(devices=[]), torch.device(place):  # the initial weights are drawn, and replaced
-            learner = MetaLearner.from_config(OmegaConf.create(config), engine="sequential")
+            learner = MetaLearner.from_config(DictConfig(config), engine="sequential")
     except InstantiationException as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"{where}: its model.network cannot be made ({reason})") from None

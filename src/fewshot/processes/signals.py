@@ -88,7 +88,7 @@ class Signals:
         foreign = callable(before) and before is not signal.default_int_handler
         if foreign and signum == SIGUSR2 and not ranks.rank() and not self._put_back():
             foreign = False
-        if foreign:
+        if foreign and before is not None:
             before(signum, None)  # submitit's: puts the job back into the queue and exits, or lets it go on
         while ranks.launcher() == "srun" and ranks.rank() and signum in OF_SLURM:
             time.sleep(1)  # rank 0 queues the job again, which ends this process too; exiting first could end rank 0

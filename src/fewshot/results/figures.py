@@ -87,7 +87,7 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
             counts = np.array(content[name][place])
             axes.stairs(
                 counts / counts.sum(),
-                np.linspace(*content["between"], len(counts) + 1),
+                np.linspace(content["between"][0], content["between"][1], len(counts) + 1),
                 color=colour,
                 fill=True,
                 alpha=0.6,
@@ -117,7 +117,7 @@ def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence
     if len(classes) <= CELLS:
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, counts[row, column], color=colour, fontsize=8, ha="center", va="center")
+            axes.text(column, row, str(counts[row, column]), color=colour, fontsize=8, ha="center", va="center")
     if len(classes) <= 2 * CELLS:
         names = [name if len(name) <= 24 else f"{name[:23]}\u2026" for name in map(printable, classes)]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)

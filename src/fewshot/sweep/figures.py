@@ -121,11 +121,12 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
         for pairs, _ in PAIRS
     }
     heights = (3.3, 0.4 + len(runs))
-    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)
+    figure = Figure(figsize=(11, sum(heights)))
+    figure.set_layout_engine("constrained", w_pad=0.1)
     seeds = _over_seeds(map(len, runs.values()))
     figure.suptitle(f"{title}: one task, unadapted encoder; {seeds}", fontsize=10, parse_math=False)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = halves
     for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
         for number, (label, values) in enumerate(matrices[pairs].items()):
             itself = np.eye(values.shape[-1], dtype=bool)
@@ -155,9 +156,8 @@ def _mean_and_interval(
     """values: (runs, len(x)); a single run has no interval, and none is drawn beyond `within`."""
     (mean, ci95), colour = mean_and_ci95(values), COLOURS[number % len(COLOURS)]
     axes.plot(x, mean, line, color=colour, linewidth=1.4, **style)
-    axes.fill_between(
-        x, *((mean + sign * ci95).clip(*within) for sign in (-1, 1)), color=colour, alpha=0.2, linewidth=0
-    )
+    low, high = ((mean + sign * ci95).clip(*within) for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _class_matrices(figure: SubFigure, updates: list[int], matrices: dict[str, dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config import stored
@@ -84,7 +84,7 @@ def read_job(folder: Path) -> Job | None:
         return Job(folder, {}, None, {}, error) if error else None  # of a cluster's job that never began
     try:
         results = read(folder, of_run=False) if result_file else None
-        config = results["config"] if results else _begun(begun)
+        config = results["config"] if results else _begun(folder / ".hydra" / "config.yaml")
         InnerLoop.of(config)  # refuses an algorithm that has no name
         curves = read_metrics(metrics) if metrics else {}
         results = results if results and over(results) else None
@@ -108,7 +108,7 @@ def _begun(path: Path) -> dict[str, Any]:
     stored.check(str(path), config, BEGUN)
     stored.check_interpolations(str(path), config)
     try:
-        config = to_today(resolved(OmegaConf.create(config)))
+        config = to_today(resolved(DictConfig(config)))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be resolved ({one_line(error)[:200]})") from None
     stored.check_config(str(path), config)
@@ -216,7 +216,8 @@ def _knobs_as_words(knobs: dict[str, Any]) -> list[str]:
     others = {knob: value for knob, value in knobs.items() if knob not in NAMED}
     others = {knob: value for knob, value in others.items() if value is not None or not knob.startswith("algo.")}
     parts = []
-    if head := HEADS.get((knobs.get("algo.zeroing"), others.get("init_scale"))):
+    head_of: Any = (knobs.get("algo.zeroing"), others.get("init_scale"))
+    if head := HEADS.get(head_of):
         parts = [head]
         del others["init_scale"]
     elif "algo.zeroing" in knobs:

@@ -4,6 +4,7 @@ Shapes: B tasks, S support and Q query images per task, d features, K ways, N in
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +38,15 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
     return {name: round((total / tasks).item(), 6) for name, total in sums.items()}
 
 
-def _probe(features: Features, **knobs: float) -> dict[str, Tensor]:
+def _probe(features: Features, **knobs: Any) -> dict[str, Tensor]:
     """{name: (B,)}"""
     adapted = adapt_head(features, **knobs)
     gradients, c = adapted.gradients(first_order=True), adapted.coefficients().sum(0)  # c (B, Q, S)
     phi_S, phi_Q, w, b = features.support, features.query, features.weight, features.bias
     with_query = features.query_labels[:, :, None] == features.query_labels[:, None]  # (B, Q, Q)
     w0 = centred(w if b is None else torch.cat([w, b[:, None]], dim=1))
-    to_w0 = gradients.weight if b is None else torch.cat([gradients.weight, gradients.bias.unsqueeze(-1)], dim=-1)
+    biases = [] if gradients.bias is None else [gradients.bias.unsqueeze(-1)]
+    to_w0 = torch.cat([gradients.weight, *biases], dim=-1)
     same, other = mean_cosines(phi_Q, phi_S, features.same_class())
     not_itself = ~torch.eye(phi_Q.shape[1], dtype=torch.bool, device=phi_Q.device)
     same_queries, other_queries = mean_cosines(phi_Q, phi_Q, with_query, not_itself)

@@ -7,7 +7,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,9 @@ from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, shown
 from fewshot.files import is_regular, write_atomically
 from fewshot.training.outer_step import state_after_a_step
+
+if TYPE_CHECKING:
+    from fewshot.training.meta_learner import MetaLearner
 
 FLOATS = (torch.float32, torch.float64)
 COUNTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of buffers
@@ -51,7 +54,7 @@ class Describe(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["fewshot"] = self.description
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: "MetaLearner", checkpoint: dict[str, Any]) -> None:
         if trainer.training:
             refuse_unresumable(checkpoint, trainer, module)
 
@@ -162,7 +165,7 @@ def refuse_bombs(where: str, path: Path) -> None:
                 raise UserError(f"{where}: names {name}, as no checkpoint of this program")
 
 
-def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: "MetaLearner") -> None:
     """Raises UserError where Lightning could not train on from the content of the checkpoint at trainer.ckpt_path.
 
     Its counts must have the form of this trainer's own, and the state of its optimiser that of one for this module.

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
@@ -18,7 +18,7 @@ from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss
-from fewshot.models.network import drops
+from fewshot.models.network import Network, drops
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Engine:
     """One way to compute the numbers of maml/sequential.py, whose functions these three are called like."""
 
     name: str  # sequential, or batched
-    meta_gradient: Callable[..., tuple[Tensor, Tensor]]
+    meta_gradient: Callable[..., tuple[Tensor, ...]]
     step_accuracies: Callable[..., Tensor]
     adapted: Callable[..., dict[str, Tensor]]
     tasks_at_once: Callable[[Task], int] = lambda tasks: 1  # in memory together
@@ -69,7 +69,7 @@ def engine_to_predict() -> Engine:
 
 
 def choose_engine(
-    asked: str, network: nn.Module, loop: InnerLoop, tasks_at_once: int | None, trainer: pl.Trainer
+    asked: str, network: Network, loop: InnerLoop, tasks_at_once: int | None, trainer: pl.Trainer
 ) -> Engine:
     """The engine of a run.
 
@@ -100,9 +100,10 @@ def choose_engine(
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 
-def _engine_on_a_cpu(network: nn.Module, tasks_at_once: int | None, trainer: pl.Trainer) -> tuple[str, str]:
+def _engine_on_a_cpu(network: Network, tasks_at_once: int | None, trainer: pl.Trainer) -> tuple[str, str]:
     """Which, and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
-    data, precision, numbers = trainer.datamodule, trainer.precision_plugin, [0]
+    data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    precision, numbers = trainer.precision_plugin, [0]
     if data.meta_batch_size == 1:
         return "sequential", "one task"
     tasks = data.samplers["train"](0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import share_gradient, share_rows, unit_length
-from fewshot.models.network import dropping
+from fewshot.models.network import Network, dropping
 from fewshot.results.record_files import Scores
 from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
@@ -49,7 +49,7 @@ class MetaLearner(pl.LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         loop: InnerLoop,
         *,
         choose: Callable[..., Engine],
@@ -99,7 +99,8 @@ class MetaLearner(pl.LightningModule):
 
         tasks: this rank's share of it.
         """
-        loop, optimizer, v = self.loop, self.optimizers(), None
+        loop, v = self.loop, None
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         if loop.step_losses and self.global_step < loop.step_losses:
             # The same tensor every time: a CUDA graph reads it where it lay when it was recorded.
@@ -111,7 +112,8 @@ class MetaLearner(pl.LightningModule):
         with self.engine.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
             measured = self.engine.meta_gradient(self.network, tasks, loop, self.etas, v)
         means = [of_tasks.mean() for of_tasks in measured]
-        mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
+        gradients: list[Any] = [parameter.grad for parameter in self.parameters()]
+        mean_over_ranks([*gradients, *means])
         if loop.head == "shared":
             share_gradient(self.network.head)
         norm = self.outer.clip(optimizer, self.network, loop.zeroing)

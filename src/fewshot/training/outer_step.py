@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fewshot.errors import UserError, first_line
+from fewshot.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class OuterStep:
         for group in optimizer.param_groups:
             group["lr"] = self.rate(done)
 
-    def clip(self, optimizer: Optimizer, network: nn.Module, zeroing: bool) -> dict[str, Tensor]:
+    def clip(self, optimizer: Optimizer, network: Network, zeroing: bool) -> dict[str, Tensor]:
         """Scales a gradient down that is longer than clip_norm; returns what its norm was as "gradient_norm".
 
         With zeroing the head's gradient is left as it is and does not count, since the update of the head is undone.

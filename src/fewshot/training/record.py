@@ -1,12 +1,15 @@
 """What is measured, written down and shown of a run while it trains."""
 
+# pyright: reportAttributeAccessIssue=false
+# Lightning gives its Trainer attributes (datamodule, callbacks) where pyright does not see it.
+
 import json
 import logging
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import rich.progress
@@ -20,6 +23,9 @@ from fewshot.files import write_file
 from fewshot.results.record_files import diverged, write_metrics
 from fewshot.theory.features import Features, class_similarities
 from fewshot.theory.probes import probes
+
+if TYPE_CHECKING:
+    from fewshot.training.meta_learner import MetaLearner
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +69,18 @@ class Record(pl.Callback):
         for name in ("rows", "best_accuracy", "stopped", "pending"):
             setattr(self, name, state_dict[name])
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: "MetaLearner", checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         self.pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self.pending]
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
         if not self.rows:
             self._record(trainer, module, {"iteration": 0})
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
+        self, trainer: pl.Trainer, module: "MetaLearner", outputs: dict[str, Tensor], *args: Any
     ) -> None:
         iteration = trainer.global_step
         self.pending.append(outputs)
@@ -88,7 +94,7 @@ class Record(pl.Callback):
     def _due(self, trainer: pl.Trainer, every: int | None) -> bool:
         return every is not None and (trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps)
 
-    def _record(self, trainer: pl.Trainer, module: pl.LightningModule, row: dict[str, float]) -> None:
+    def _record(self, trainer: pl.Trainer, module: "MetaLearner", row: dict[str, float]) -> None:
         validate = self._due(trainer, self.val_every)
         if not all(parameter.isfinite().all() for parameter in module.parameters()):
             remedy = "lower inner_lr or outer_lr" if row["iteration"] else "lower init_scale or inner_lr"
@@ -105,7 +111,7 @@ class Record(pl.Callback):
         if validate:
             self._write(trainer, row, row[f"val{MODES[self.select]}/query_accuracy/step_{module.loop.inner_steps}"])
 
-    def _evaluated(self, split: str, trainer: pl.Trainer, module: pl.LightningModule, tasks: int) -> dict[str, float]:
+    def _evaluated(self, split: str, trainer: pl.Trainer, module: "MetaLearner", tasks: int) -> dict[str, float]:
         """The per-step accuracies under the names of metrics.csv and W&B."""
         results = module.evaluate(trainer.datamodule.fixed(split, tasks))
         start = "lower outer_lr" if trainer.global_step else "lower init_scale, or check dataset.mean and dataset.std"
@@ -117,7 +123,7 @@ class Record(pl.Callback):
             for step, accuracy in enumerate(scores.accuracy)
         }
 
-    def _probed(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    def _probed(self, trainer: pl.Trainer, module: "MetaLearner") -> dict[str, float]:
         precision, loop = trainer.precision_plugin, module.loop
         with precision.forward_context():
             tasks = map(precision.convert_input, trainer.datamodule.fixed("val", self.val_tasks, shared=False))
@@ -164,7 +170,7 @@ class CosineSimilarity(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.content = state_dict
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: "MetaLearner", *args: Any) -> None:
         if (trainer.global_step - 1) % self.every:
             return
         precision = trainer.precision_plugin
@@ -196,16 +202,16 @@ class InnerProducts(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.content = state_dict
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         if not self.content["updates"]:
             self._measure(trainer, module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: "MetaLearner", *args: Any) -> None:
         if trainer.global_step % self.every == 0:
             self._measure(trainer, module)
 
     @torch.no_grad()
-    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _measure(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         precision, counts = trainer.precision_plugin, torch.zeros(2, BINS)
         with precision.forward_context():
             for tasks in map(precision.convert_input, trainer.datamodule.fixed("val", TASKS, shared=False)):
@@ -227,7 +233,7 @@ class Progress(pl.Callback):
     def __init__(self) -> None:
         self._bar: rich.progress.Progress | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         if not (sys.stdout.isatty() and trainer.is_global_zero) or _side_by_side():
             return
         columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
@@ -240,7 +246,7 @@ class Progress(pl.Callback):
                 handler.setStream(sys.stdout)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict[str, Tensor], *args: Any
+        self, trainer: pl.Trainer, module: "MetaLearner", outputs: dict[str, Tensor], *args: Any
     ) -> None:
         if self._bar is None:
             return
@@ -249,10 +255,10 @@ class Progress(pl.Callback):
             self._bar.update(self._bar.task_ids[0], metrics=metrics)
         self._bar.update(self._bar.task_ids[0], completed=trainer.global_step)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         self._stop()
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: "MetaLearner", exception: BaseException) -> None:
         self._stop()
 
     def _stop(self) -> None:

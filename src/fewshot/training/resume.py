@@ -76,6 +76,7 @@ class Start:
     @property
     def recorded(self) -> dict[str, Any]:
         """What training/record.py's Record has put into the checkpoint."""
+        assert self.content is not None
         return self.content["callbacks"]["Record"]
 
     @property
@@ -94,12 +95,12 @@ class Start:
     @property
     def engine(self) -> str:
         """A continued run keeps what engine=auto was when it began: another engine rounds differently."""
-        return self.content.get("engine", self.cfg.engine) if self.continues else self.cfg.engine
+        return (self.content or {}).get("engine", self.cfg.engine) if self.continues else self.cfg.engine
 
     @cached_property
     def run_id(self) -> str:
         """Of the logger: a continued run keeps it."""
-        return self.content["fewshot"]["run_id"] if self.continues else uuid.uuid4().hex[:8]
+        return self.content["fewshot"]["run_id"] if self.continues and self.content else uuid.uuid4().hex[:8]
 
     @property
     def rows(self) -> list[dict[str, float]]:

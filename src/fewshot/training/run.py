@@ -1,5 +1,8 @@
 """One run, from a checked configuration to its results; evidence builds and tests the same."""
 
+# pyright: reportAttributeAccessIssue=false
+# Lightning gives its Trainer attributes (datamodule, callbacks) where pyright does not see it.
+
 import logging
 import time
 from collections.abc import Iterable
@@ -104,7 +107,7 @@ class Run:
         results = record_files.content(
             self.learner.evaluation.results,
             iterations=self.trainer.global_step or self.start.iteration,
-            best_iteration=read(self.checkpoint)["global_step"],
+            best_iteration=read(self.checkpoint)["global_step"],  # pyright: ignore[reportArgumentType]
             seconds=self.seconds,
             config=settings(self.start.cfg),
             splits=self.tasks.manifest,

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class EachOnce(WandbLogger):
 
     last = -1
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if metrics.get("iteration", step) > self.last:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if metrics.get("iteration", step or 0) > self.last:
             super().log_metrics(metrics, step)
 
 
@@ -61,7 +61,7 @@ def wandb_logger(
     """
     if ranks.rank():
         return None
-    import wandb  # only here: a run with logger=none does without the package
+    import wandb.errors  # only here: a run with logger=none does without the package
 
     if sweep := _sweep():
         by_time = re.fullmatch(r"\d\d-\d\d-\d\d(-\d+)?", sweep.name)  # multirun/DATE/TIME
@@ -70,17 +70,18 @@ def wandb_logger(
     try:
         wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
         asked, mode = mode, _mode(mode)
-        knobs = {"project": project, "group": group, "name": name, "id": run_id, "dir": folder, "config": values}
+        knobs: dict[str, Any] = {"project": project, "group": group, "name": name, "id": run_id}
+        knobs |= {"dir": folder, "config": values, "mode": mode}
         # finish_timeout: seconds, if the server is gone; the folder has everything
         settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, finish_timeout=120)
         knobs |= {"settings": settings, "reinit": "finish_previous"}
         try:
-            run = wandb.init(**knobs, mode=mode, resume="allow" if mode == "online" else None)
+            run = wandb.init(**knobs, resume="allow" if mode == "online" else None)
         except wandb.errors.CommError as error:
             if asked or isinstance(error, wandb.errors.AuthenticationError):
                 raise
             log.warning(f"W&B: {one_line(error)}; the run is kept offline")
-            run = wandb.init(**knobs, mode="offline")
+            run = wandb.init(**{**knobs, "mode": "offline"})
     except (wandb.errors.Error, ValueError) as error:
         raise UserError(
             f"logger.mode={shown(mode)}: {one_line(error)}; use logger.mode=offline, or logger=none"
@@ -196,5 +197,5 @@ def summarise(logger: WandbLogger, summary: dict[str, float], results: dict[str,
     logger.experiment.summary.update(summary)
     try:
         logger.experiment.log({"query_accuracy_by_inner_step": plot})
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
         log.warning(f"W&B has no table of the final test: {error}")

@@ -1,10 +1,13 @@
 """The zeroing trick (docs/method.md, section 2.6)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
 from fewshot.models.head import zero_head
+
+if TYPE_CHECKING:
+    from fewshot.training.meta_learner import MetaLearner
 
 
 class ZeroHead(pl.Callback):
@@ -13,8 +16,8 @@ class ZeroHead(pl.Callback):
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner", *args: Any) -> None:
         if self.enabled:
             zero_head(module.network.head)
 
-    on_train_batch_end = on_train_start
+    on_train_batch_end = on_train_start  # pyright: ignore[reportAssignmentType]

@@ -75,7 +75,7 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int, random: np.rando
     """(1, size, size) uint8: one image; drawn large, turned and sheared, then reduced."""
     stroke = int(random.integers(0, size // 7 + 1))  # of 6 x size pixels per em
     left, top, right, bottom = font.getbbox(letter, anchor="ls", stroke_width=stroke)
-    width, height = right - left, bottom - top
+    width, height = int(right - left), int(bottom - top)
     ink = Image.new("L", (width, height), 0)
     ImageDraw.Draw(ink).text((-left, -top), letter, fill=255, font=font, anchor="ls", stroke_width=stroke)
 

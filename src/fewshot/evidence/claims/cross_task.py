@@ -29,12 +29,13 @@ def measure(model: Model) -> page.Evidence:
     measured: page.Evidence = {}
     for name, met in (("own_task", heads), ("next_task", [heads[-1], *heads[:-1]]), ("this_head", own)):
         numbers = [_of(task, w, b, knobs) for task, (w, b) in zip(zeroed, met, strict=True)]
-        (gain, aligned, ratio), ci95 = (Scores.of(numbers)[place] for place in (1, 2))
+        scores = Scores.of(numbers)
+        gain, aligned, ratio = scores.accuracy
         measured[name] = {
             "gain": gain,
-            "gain_ci95": ci95[0],
+            "gain_ci95": scores.ci95[0],
             "aligned": aligned,
-            "aligned_ci95": ci95[1],
+            "aligned_ci95": scores.ci95[1],
             "ratio": ratio,
         }
     return {"cross_task": measured}
@@ -51,8 +52,8 @@ def _of(zeroed: Features, w: Tensor, b: Tensor | None, knobs: dict[str, Any]) ->
 
 
 def _task(features: Features, n: int) -> Features:
-    S, labels, Q, query_labels, *head = features
-    return Features(S[n : n + 1], labels[n : n + 1], Q[n : n + 1], query_labels[n : n + 1], *head)
+    S, labels, Q, query_labels, w, b = features
+    return Features(S[n : n + 1], labels[n : n + 1], Q[n : n + 1], query_labels[n : n + 1], w, b)
 
 
 HEADS = {

@@ -207,7 +207,7 @@ def _split(own: Model, first_order: bool) -> float:
     surrogate = (closed.query_features * features.query).sum() + (closed.support_features * features.support).sum()
     (surrogate / len(own.tasks.support)).backward()
     for parameter, gradient in zip(own.network.head.parameters(), (closed.weight, closed.bias), strict=False):
-        parameter.grad = gradient.mean(0)
+        parameter.grad = None if gradient is None else gradient.mean(0)
     return relative(own.taken_gradient(), expected)
 
 

@@ -26,7 +26,7 @@ def measure(model: Model) -> page.Evidence:
     m = model.features.support_sums()
     logits, products = phi_Q @ W_1.mT, eta * phi_Q @ m.mT
     own = F.one_hot(labels_Q, K).bool()
-    chosen = [(labels_Q[0] == k).nonzero()[0].item() for k in range(K)]
+    chosen = [int((labels_Q[0] == k).nonzero()[0]) for k in range(K)]
     same, other = ((logits * which).sum((1, 2)) / which.sum((1, 2)) for which in (own, ~own))  # of each task
     return {
         "motivating_example": {

@@ -1,5 +1,7 @@
 """FOMAML moves the queries, SOMAML moves queries and support: panel 3 of the poster (2.4, 2.5)."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ ORDERS = {"fomaml": True, "somaml": False}
 # Okabe-Ito, and a marker each: classes are told apart without colour too. A ninth class begins again.
 CLASSES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-STEP = {"marker": r"$\rightarrow$", "markeredgewidth": 0, "markersize": 16}
+STEP: dict[str, Any] = {"marker": r"$\rightarrow$", "markeredgewidth": 0, "markersize": 16}
 
 
 def measure(model: Model) -> page.Evidence:
@@ -96,7 +98,7 @@ def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Show
             limits = zip(("xlim", "ylim"), zip(low - margin, high + margin, strict=True), strict=True)
             axes.set(xticks=[], yticks=[], aspect="equal", **dict(limits))
             axes.spines[:].set_color("#BBBBBB")
-    grey = {"marker": "o", "color": "none", "markerfacecolor": "grey"}
+    grey: dict[str, Any] = {"marker": "o", "color": "none", "markerfacecolor": "grey"}
     legend = {
         "support image": Line2D([], [], **grey, markeredgecolor="black", markersize=11),
         "and its step": Line2D([], [], **STEP, color="none", markerfacecolor="black"),
@@ -112,7 +114,7 @@ def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarra
     for k in np.unique(labels):
         colour, marker = CLASSES[k % len(CLASSES)], MARKERS[k % len(MARKERS)]
         x, y = places[labels == k].T
-        edge = {"edgecolors": "black", "linewidths": 1.2} if large else {"linewidths": 0}
+        edge: dict[str, Any] = {"edgecolors": "black", "linewidths": 1.2} if large else {"linewidths": 0}
         axes.scatter(x, y, s=150 if large else 22, c=colour, marker=marker, zorder=3 if large else 2, **edge)
         u, v = arrows[labels == k].T
         if (moves := np.hypot(u, v) > 0).any():
