@@ -42,7 +42,7 @@ class Run(os.PathLike[str]):
 
     @property
     def results(self) -> dict[str, Any]:
-        """results.json: results["test"]["zeroing_off"]["accuracy"] has the test accuracy after inner step 0, 1, ..."""
+        """results.json: `results["test"]["zeroing_off"]["accuracy"]` is that of the test after inner step 0, 1, .."""
         return record_files.read(self.folder, of_run=False)
 
     @property
