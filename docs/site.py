@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md"}  # of the repository: of the site; all else keeps its place, docs/ being the top
 OUTSIDE = ("*.md", "LICENSE", "CITATION.cff", "models/**/README.md", "benchmarks/README.md", "benchmarks/*.json")
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)")
-ALSO_PUBLIC = ("fewshot.predict.predictions.predict", "fewshot.predict.adapted.adapt", "fewshot.predict.adapted.Adapted")
+ALSO_PUBLIC = (
+    "fewshot.predict.predictions.predict",
+    "fewshot.predict.adapted.adapt",
+    "fewshot.predict.adapted.Adapted",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
