@@ -135,7 +135,8 @@ class Tester:
         row = replace(row, left_out=why, tested=self._accuracies(cfg, sampler, modes))
         if what := diverged(row.scores, cfg.inner_steps, "the images are not as in training"):
             raise UserError(f"{data.name} {cfg.ways}-way {cfg.shots}-shot: {what}")
-        plain = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key != "source"}
+        resolved: Any = OmegaConf.to_container(data, resolve=True)
+        plain = {key: value for key, value in resolved.items() if key != "source"}
         knobs = {knob: cfg[knob] for knob in ("ways", "shots", "queries", "test_tasks", "test_steps")}
         config = self.stored | knobs | {"fit": False, "dataset": plain}
         return replace(row, config=config, splits=manifest(splits))

@@ -135,7 +135,7 @@ def _mode(asked: str | None) -> str:
 def _answers(server: str) -> bool:
     """Whether the server, or the proxy on the way to it, takes a connection within PATIENCE seconds."""
     place, proxies, opened = urlsplit(server), urllib.request.getproxies(), threading.Event()
-    if place.scheme in proxies and not urllib.request.proxy_bypass(place.hostname):
+    if place.scheme in proxies and not urllib.request.proxy_bypass(place.hostname or ""):
         place = urlsplit(proxies[place.scheme])
 
     def connect() -> None:
