@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,14 @@ os.replace = halting
 """
 # Files whose tests run in one process: they share runs of several ranks, and the one Slurm of a machine.
 TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py")
+# Files whose tests train, start programs or make datasets, and files with very many tests: pytest -m "not slow" leaves
+# them out. What is left, gradients, formulas, files, tables and the configuration, takes less than a minute.
+SLOW = re.compile(
+    r"/tests/(test_(api|authors_code|bitwise|command|compatibility|export|install|kills|models|mutations|notebooks|train)"
+    r"|(across|nodes|predict|processes|sweep)/\w+|algorithms/test_runs|batched/test_engine|evidence/test_report"
+    r"|config/test_(instantiate|refusals|trainer_knobs)|data/test_(fine_grained|folder|imagenet|omniglot)"
+    r"|training/test_(?!outer_step)\w+)\.py$"
+)
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (
     "queries=3",
@@ -79,6 +88,12 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_memory()
     os.environ["MPLBACKEND"] = "agg"  # whatever the notebook or IDE that started the tests draws with
     gc.disable()  # while modules are imported, which stay to the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.path.as_posix()):
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:
