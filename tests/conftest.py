@@ -56,7 +56,7 @@ SLOW = re.compile(
     r"/tests/(test_(api|authors_code|bitwise|command|compatibility|export|install|kills|models|mutations|notebooks|train)"
     r"|(across|nodes|predict|processes|sweep)/\w+|algorithms/test_runs|batched/test_engine|evidence/test_report"
     r"|config/test_(instantiate|refusals|trainer_knobs)|data/test_(fine_grained|folder|imagenet|omniglot)"
-    r"|training/test_(?!outer_step)\w+)\.py$"
+    r"|maml/test_recompute|theory/test_probes|training/\w+)\.py$"
 )
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (

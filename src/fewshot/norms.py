@@ -81,6 +81,9 @@ class TaskNorm(nn.Module):
     images of a pass are the support.
     """
 
+    mean: Tensor | None
+    variance: Tensor | None
+
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
@@ -93,10 +96,11 @@ class TaskNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = (self.weight, self.bias, self.scale, self.offset)
-        if self.mean is None:
+        if self.mean is None or self.variance is None:
             return task_norm(x, *parameters, self.eps)
         moments = (moment.view(1, 1, 1, -1, 1, 1) for moment in (self.mean, self.variance))
-        return _blended(x[None, None], (*moments, self.images), *(p[None] for p in parameters), self.eps)[0, 0]
+        learned: Any = [p[None] for p in parameters]
+        return _blended(x[None, None], (*moments, self.images), *learned, self.eps)[0, 0]
 
 
 class InSets(TorchFunctionMode):

@@ -257,8 +257,10 @@ def _adapt(
             moves = again(move, inputs) if recompute else move(inputs)
             theta = theta | dict(zip(names, moves, strict=True))  # theta_n <- theta_n - eta grad L(theta_n, S_n)
         before_the_last = recompute and n < loop.inner_steps
-        last = partial(queries_at_theta if head_alone else queries_of, theta)
-        yield theta, partial(again, query_logits_from, list(theta.values())) if before_the_last else last
+        query_logits: Any = partial(queries_at_theta if head_alone else queries_of, theta)
+        if before_the_last:
+            query_logits = partial(again, query_logits_from, list(theta.values()))
+        yield theta, query_logits
 
 
 def _copies(network: Network, tasks: int) -> Parameters:

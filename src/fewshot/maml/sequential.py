@@ -99,7 +99,7 @@ def adapt(
         if loop.recompute_steps and not loop.first_order and not head_alone:  # the graph of the head alone is small
             parameters, state = hooks.recomputed(again, next_theta, list(theta_n.parameters()), state)
             theta_n = _with(parameters, theta_n)
-            before_the_last = partial(again, logits_from, list(theta_n.parameters()))
+            before_the_last: Any = partial(again, logits_from, list(theta_n.parameters()))
             yield theta_n, before_the_last if n < loop.inner_steps else queries_of(theta_n)
         else:
             state = step(theta_n, "head" if head_alone else loop.adapted, state)

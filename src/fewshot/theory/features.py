@@ -74,8 +74,8 @@ class Features(NamedTuple):
 
 def encode(network: Network, tasks: Task) -> tuple[Tensor, Tensor]:
     """Features of support (B, S, d) and queries (B, Q, d); task by task, since BatchNorm sees a task at a time."""
-    both = [encode_one(network, Task(*fields)) for fields in zip(*tasks, strict=True)]
-    return tuple(map(torch.stack, zip(*both, strict=True)))
+    supports, queries = zip(*(encode_one(network, Task(*fields)) for fields in zip(*tasks, strict=True)), strict=True)
+    return torch.stack(supports), torch.stack(queries)
 
 
 def encode_one(network: Network, task: Task) -> tuple[Tensor, Tensor]:

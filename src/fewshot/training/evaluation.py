@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.config.tree import MODES, statistics
 from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
+from fewshot.models.network import Network
 from fewshot.results.record_files import Scores, diverged
 from fewshot.training.choose_engine import Engine
 
@@ -38,7 +39,7 @@ class Evaluation:
         return cls(cfg.test_steps, statistics(cfg))
 
     def measure(
-        self, engine: Engine, network: nn.Module, loop: InnerLoop, etas: Any, tasks: Task, *, final: bool
+        self, engine: Engine, network: Network, loop: InnerLoop, etas: Any, tasks: Task, *, final: bool
     ) -> Measured:
         """Changes nothing in the network. final: by all statistics, as the final test."""
         # One computation for both modes where the head is zero already, or none begins the loop.
