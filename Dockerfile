@@ -20,9 +20,11 @@ ENV UV_CACHE_DIR=/var/cache/uv \
     UV_PYTHON_DOWNLOADS=never
 WORKDIR /build
 COPY pyproject.toml ./
-# Triton (a gigabyte) would need a compiler at run time, and torch does without it: only torch.compile is lost.
+# Triton (a gigabyte) would need a compiler at run time, and torch does without it: only torch.compile is lost. Nobody
+# compiles against the headers of torch and CUDA here, or runs the tests of the packages.
 RUN --mount=type=cache,target=/var/cache/uv \
     uv sync --no-dev --extra optuna --no-install-project --no-install-package triton \
+    && find /opt/venv/lib -type d \( -name tests -o -path '*/torch/include' -o -path '*/nvidia/*/include' \) -prune -exec rm -r {} + \
     && /opt/venv/bin/python -c "import sysconfig as s; print('/opt/fewshot', file=open(s.get_path('purelib') + '/fewshot.pth', 'w'))"
 
 # The program, as its wheel installs it, in a folder that the line above put on Python's path.

@@ -5,12 +5,13 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SMALL
 
-from fewshot.processes.surroundings import keep_memory
+from fewshot.processes.surroundings import keep_memory, lenient
 
 OTHERS = {  # for other programs
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -95,6 +96,15 @@ def test_the_allocator_is_told_on_glibc_alone_and_only_what_the_user_has_not_sai
     monkeypatch.setenv(name, value)
     keep_memory()
     assert bool(told) == (libc == "glibc" and name == "A")
+
+
+def test_where_only_the_runs_folder_can_be_written_temporary_files_go_there(monkeypatch, tmp_path):
+    """As in a container whose root is read-only: matplotlib would end in a traceback."""
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    lenient(tmp_path)
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path)
 
 
 def test_help_of_every_command_may_be_cut_short_by_its_reader(tmp_path):

@@ -227,8 +227,8 @@ class Call:
 @contextmanager
 def calling(cfg: DictConfig) -> Iterator[Call]:
     """Around a run: what ends it is said in one line, its folder is locked, its call is checked and written down."""
-    lenient()
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
+    lenient(folder)
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
     with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals(folder) as signals:
         refuse(cfg, overrides)

@@ -10,8 +10,10 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 CALLED = "FEWSHOT_CALLED"  # how the program was called, for the processes that it starts too; see as_called()
 # torch.distributed and MPI set these for the processes that they start; without torchrun they are somebody else's.
@@ -96,12 +98,17 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def lenient() -> None:
+def lenient(folder: Path) -> None:
     """Every run calls this, for it may be in a worker of a sweep, where settle() was not called.
 
     Letters that the terminal lacks are replaced there; the log file, train.log, has them all. Freed memory is kept.
+    Where only the run's folder can be written, as in a container whose root cannot, it is the one for temporary files.
     """
     keep_memory()
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     for stream in (sys.stdout, sys.stderr):
         if type(stream) is io.TextIOWrapper:
             stream.reconfigure(errors="replace")

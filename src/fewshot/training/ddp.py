@@ -113,9 +113,12 @@ def _meet(host: str, port: int, seconds: float) -> None:
         Unreachable: its name is not known, or it does not answer within so many seconds.
     """
     began, here = time.monotonic(), f"rank {ranks.rank()} of {ranks.world_size()} on {platform.node()}"
-    while ranks.rank():
+    while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            if ranks.rank():
+                socket.create_connection((host, port), timeout=5).close()
+            else:
+                socket.getaddrinfo(host, port)
             return
         except socket.gaierror:
             if time.monotonic() - began > min(seconds, NAMING):

@@ -61,6 +61,9 @@ def wandb_logger(
     """
     if ranks.rank():
         return None
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where W&B keeps what it is about to upload
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            os.environ.setdefault(name, str(folder / "wandb"))
     import wandb.errors  # only here: a run with logger=none does without the package
 
     if sweep := _sweep():
@@ -169,7 +172,8 @@ def finished_run() -> Iterator[None]:
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            folder, offline = shlex.quote(str(Path(wandb.run.dir).parent)), wandb.run.settings.mode == "offline"
+            place, offline = Path(wandb.run.dir).parent, wandb.run.settings.mode == "offline"
+            folder, linked = shlex.quote(str(place)), place / "logs" / "debug-core.log"
             try:
                 if exit_code > 128:
                     wandb.run.mark_preempting()
@@ -179,6 +183,9 @@ def finished_run() -> Iterator[None]:
                     f"W&B could not finish its run ({type(error).__name__}: {error}); to upload what it has: "
                     f"wandb sync --no-skip-online {folder}"
                 )
+            with suppress(OSError):
+                if linked.is_symlink():  # to a log in the home folder, of which a container leaves nothing
+                    linked.unlink()
             if offline:
                 log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
 
