@@ -98,6 +98,4 @@ def test_logger_without_a_key_is_offline_and_says_so(config, tmp_path, monkeypat
         logger = start(folder=tmp_path, run_id="abc", values={"ways": 5}, rows=[])
         assert logger.experiment.settings.mode == "offline" and logger.experiment.config["ways"] == 5
     assert list(tmp_path.glob("wandb/offline-run-*-abc/run-abc.wandb"))
-    assert all(
-        path.resolve().is_relative_to(tmp_path) for path in tmp_path.rglob("*")
-    )  # no link leads out
+    assert all(path.resolve().is_relative_to(tmp_path) for path in tmp_path.rglob("*"))  # no link leads out

@@ -134,9 +134,10 @@ def ranks_on(host):
     return [number for number, call in words.items() if b"torch.distributed.run" not in call]
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "127.0.0.1"])
-def test_a_machine_that_cannot_be_reached_is_one_line_in_bounded_time(host, monkeypatch):
-    started = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+@pytest.mark.parametrize(("rank", "host"), [("0", "nowhere.invalid"), ("1", "nowhere.invalid"), ("1", "127.0.0.1")])
+def test_a_machine_that_cannot_be_reached_is_one_line_in_bounded_time(rank, host, monkeypatch):
+    """Rank 0 looks up its own machine's name, too."""
+    started = {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
     for name, value in (started | {"MASTER_ADDR": host, "MASTER_PORT": "9"}).items():
         monkeypatch.setenv(name, value)
     what = {"nowhere.invalid": "which is no name that is known here; give torchrun --local-addr=ADDRESS there"}
@@ -144,7 +145,7 @@ def test_a_machine_that_cannot_be_reached_is_one_line_in_bounded_time(host, monk
         Unreachable, match=what.get(host, r"127.0.0.1:9 did not answer within .*timeout=1 seconds")
     ) as error:
         ddp.TasksOverRanks(timeout=1, cluster_environment=ddp.cluster()).setup_distributed()
-    assert "\n" not in str(error.value) and str(error.value).startswith("rank 1 of 2 on ")
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"rank {rank} of 2 on ")
 
 
 def test_without_a_loopback_address_several_processes_are_one_line(cache, tmp_path):
