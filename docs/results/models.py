@@ -58,7 +58,7 @@ def table(models: Path) -> str:
 def main() -> None:
     for run in map(Path, sys.argv[1:]):
         export(checkpoint_file(run, "best"), MODELS / model_name(read(run)["config"]))
-    subprocess.run(["cog", "-r", "-I", Path(__file__).parent, CARD], cwd=MODELS, check=True)
+    subprocess.run([sys.executable, "-m", "cogapp", "-r", "-I", Path(__file__).parent, CARD], cwd=MODELS, check=True)
 
 
 if __name__ == "__main__":

@@ -192,4 +192,4 @@ def main(folders: list[str], here: Path = HERE) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    subprocess.run(["cog", "-r", "-I", HERE, "reproduction.md"], cwd=HERE.parent, check=True)
+    subprocess.run([sys.executable, "-m", "cogapp", "-r", "-I", HERE, "reproduction.md"], cwd=HERE.parent, check=True)
