@@ -462,6 +462,11 @@ def test_slurm_gets_what_is_missing_of_a_sweep_and_a_job_that_it_lost_is_one_fai
         assert main(*call, small=True) == left
         scripts = [path.read_text() for path in folder.glob(".submitit/**/*.sh") if not path.is_symlink()]
         assert len(scripts) == left and not any("--array" in script for script in scripts)
+    two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=2", "trainer.devices=1")
+    call = (*(word for word in call if "sweep.dir" not in word), *two, f"hydra.sweep.dir={tmp_path / 'two'}")
+    assert "none of the 2 runs" in main(*call, small=True)  # each of them on two machines
+    (asked,) = (path.read_text() for path in tmp_path.glob("two/.submitit/**/*.sh") if not path.is_symlink())
+    assert "#SBATCH --nodes=2\n" in asked and "#SBATCH --ntasks-per-node=1\n" in asked
 
 
 def test_side_by_side_jobs_share_a_group_and_are_the_same_runs(program, run, tmp_path):

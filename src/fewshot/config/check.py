@@ -8,6 +8,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -187,8 +188,18 @@ def _check_processes(cfg: DictConfig) -> None:
             f"trainer.devices={cfg.trainer.devices}: {ranks.launcher()} started {started} processes; use trainer=ddp "
             f"trainer.devices=N with N of them on each of trainer.num_nodes machines{ranks.only_process()}"
         )
-    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1:
+    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1 and not _for_slurm():
         raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: several machines need torchrun or srun")
+
+
+def _for_slurm() -> bool:
+    """Whether this is the beginning of a sweep whose jobs Slurm will start, each on the machines that it asks for."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    return (
+        hydra is not None
+        and hydra.launcher._target_.endswith("SlurmLauncher")
+        and OmegaConf.is_missing(hydra.job, "num")
+    )
 
 
 def _check_dataset(cfg: DictConfig) -> None:
