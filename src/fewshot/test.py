@@ -17,6 +17,7 @@ COMMAND = Command(
     {
         "RUN": Parameter("The folder of a run, whose best model is taken, or one file, RUN/checkpoints/last.ckpt."),
         "test_tasks=N": Parameter("Tasks of the test."),
+        "calibration=BOOL": Parameter("true: also measures the calibration of the predictions; see results.json."),
         "test_steps=N": Parameter("Inner steps of the test."),
         "dataset=NAME": Parameter("Another dataset of the same image size, with dataset.other_split=true."),
         "datasets=NAME,...": Parameter(

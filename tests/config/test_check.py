@@ -241,8 +241,9 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     # evaluation
     "evaluation.statistics=queries": ("evaluation.statistics=queries: ", "one of task, support, each, or a list of"),
     "evaluation.statistics=[]": ("evaluation.statistics=[]: ", "as [task,support,each]"),
-    "evaluation.statistics=[each,each]": ("evaluation.statistics=[each,each]: ", "as [task,support,each]"),
-    "evaluation.statistics=[task,all]": ("evaluation.statistics=[task,all]: ", "as [task,support,each]"),
+    "evaluation.statistics=[each,each]": ("evaluation.statistics=[each, each]: ", "as [task,support,each]"),
+    "evaluation.statistics=[task,all]": ("evaluation.statistics=[task, all]: ", "as [task,support,each]"),
+    "loss=mse calibration=true": ("calibration=true: ", "logits are no probabilities"),
     # steps and rates
     "inner_steps=5 test_steps=4": ("test_steps=4: ", "at least inner_steps=5"),
     "dataset=fc100 ways=21": ("ways=21: ", "fc100 has 20 val classes"),

@@ -153,7 +153,8 @@ class Tester:
         sampler.to(device, images_device("auto", device, sampler.split.images.nbytes, free))
         network, dtype, chunks = learner.to(device).network, next(learner.parameters()).dtype, []
         together = partial(batched.default_tasks_at_once, network, cfg.tasks_at_once)
-        engine = Engine("batched", batched.meta_gradient, batched.step_accuracies, batched.adapted, together)
+        functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
+        engine = Engine("batched", *functions, together)
         measure = partial(engine.step_accuracies, eta=tuple(learner.etas), tasks_at_once=cfg.tasks_at_once)
         size = cfg.tasks_at_once or cfg.meta_batch_size
         for tasks in MetaBatches(sampler, size=size, stride=size, stop=cfg.test_tasks, start=lambda: 0):

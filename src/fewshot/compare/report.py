@@ -49,6 +49,18 @@ def to_accuracy(settings: list[Setting]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def calibration(rows: list[Row]) -> tuple[list[str], list[list[str]]] | None:
+    """The expected calibration error of each row whose runs have it, means over seeds; None where none has."""
+    table = []
+    for row in rows:
+        modes = [job.results["test"].get(row.mode, {}) for job in row.setting.jobs if job.results]
+        measured = [mode["calibration"] for mode in modes if "calibration" in mode]
+        if measured and all(row.step < len(one["error"]) for one in measured):
+            means = (np.mean([one[name][row.step] for one in measured]) for name in ("confidence", "error"))
+            table.append([*cells(row)[:4], *(f"{100 * mean:.2f}" for mean in means), str(len(measured))])
+    return ([*HEADS[:4], "confidence", "calibration error", "seeds"], table) if table else None
+
+
 def show(rows: list[Row]) -> None:
     table = rich.table.Table()
     for head in HEADS:
@@ -56,6 +68,13 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         table.add_row(*cells(row), style="bold" if row.larger_than_noise else None)
     rich.console.Console(width=120).print(table)
+    if calibrated := calibration(rows):
+        table = rich.table.Table(title="Mean probability of the predicted class and expected calibration error, in %")
+        for head in calibrated[0]:
+            table.add_column(head, justify="left" if head == "setting" else "right")
+        for row in calibrated[1]:
+            table.add_row(*row)
+        rich.console.Console(width=120).print(table)
 
 
 def latex(rows: list[Row], heading: str) -> str:
@@ -111,6 +130,7 @@ def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list
             pictures={name: b64encode(files[f"{name}.png"]).decode() for name in pictures},
             captions=figures.CAPTIONS,
             to_accuracy=(heads, table) if len(heads) > 2 else None,
+            calibration=calibration(rows),
             folders=[(setting.label(), [str(job.folder) for job in setting.jobs]) for setting in settings],
             left_out=left_out,
         )

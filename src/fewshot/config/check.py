@@ -96,6 +96,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
     if cfg.probes and loop.beyond_theory:
         raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
+    if cfg.calibration and cfg.loss != "cross_entropy":
+        raise UserError(f"calibration=true: with loss={cfg.loss} logits are no probabilities; leave it out")
     _check_outer_step(cfg)
     _check_dataset(cfg)
     if cfg.dataset.size < cfg.model.smallest_image:

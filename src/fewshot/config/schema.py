@@ -259,6 +259,7 @@ class Config(Part):
     test_every: optional(integer(1))
     test_tasks: integer(2)
     evaluation: Evaluation
+    calibration: Flag
     probes: Flag
     save_minutes: optional(above_zero())
     stop_at_accuracy: optional(above_zero(most=1))

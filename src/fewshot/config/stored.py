@@ -46,7 +46,7 @@ TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it i
 # Knobs that there were not, and what was so without them: of a model, and of a run besides
 NEWER = {"loss": "cross_entropy"}
 OUTER = {"optimizer": {"_target_": "torch.optim.Adam"}, "schedule": "none", "milestones": [], "clip_norm": None}
-OUTER |= {"select": "zeroing_off", "evaluation": {"statistics": "task"}}
+OUTER |= {"select": "zeroing_off", "evaluation": {"statistics": "task"}, "calibration": False}
 
 
 def to_today(stored: Any) -> Any:

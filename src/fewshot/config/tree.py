@@ -51,6 +51,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 NOT_THE_MODEL = (
     *("trainer", "logger", "callbacks", "checkpoint", "fit"),
     *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select", "save_minutes", "evaluation"),
+    "calibration",
     *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),
 )
 

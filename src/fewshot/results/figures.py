@@ -103,6 +103,25 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
     return figure
 
 
+def reliability(results: dict[str, Any], config: dict[str, Any]) -> Figure:
+    """How often predictions are right over how sure they are, after inner_steps; a dot for each bin, as large as it."""
+    step = min(config["inner_steps"], len(results["test"]["zeroing_off"]["accuracy"]) - 1)
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    for axes, (mode, (colour, marker, label)) in zip(figure.subplots(1, 2, sharey=True), DRAWN.items(), strict=True):
+        measured = results["test"][mode]["calibration"]
+        bins = {name: np.array(values[step], float) for name, values in measured["bins"].items()}
+        sizes = 8 + 250 * bins["queries"] / max(bins["queries"].sum(), 1)
+        axes.plot((0, 1), (0, 1), color="grey", linewidth=0.8, linestyle="--")
+        axes.plot(bins["confidence"], bins["accuracy"], color=colour, linewidth=0.8)
+        axes.scatter(bins["confidence"], bins["accuracy"], sizes, color=colour, marker=marker, alpha=0.8)
+        axes.set(xlabel="probability of the predicted class", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.set_title(f"{label}, calibration error {measured['error'][step]:.3f}", fontsize=9)
+        plain(axes)
+    figure.axes[0].set_ylabel(f"accuracy after {step} inner step{'s' * (step != 1)}")
+    figure.suptitle(f"{title(config)}, test tasks; dashed: perfectly calibrated", fontsize=10, parse_math=False)
+    return figure
+
+
 def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Figure:
     """A row for each class that the images are of, a column for each that they were taken for."""
     place = {name: number for number, name in enumerate(classes)}
@@ -132,6 +151,8 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     """The figures of a run, from its results and its metrics.csv."""
     config = results["config"]
     pictures = {"accuracy_over_steps": accuracy_over_steps(results, config)}
+    if "calibration" in results["test"]["zeroing_off"]:
+        pictures["reliability"] = reliability(results, config)
     if (folder / "metrics.csv").exists():
         curves = read_metrics(folder / "metrics.csv")
         pictures["accuracy_over_iterations"] = accuracy_over_iterations(curves, config)

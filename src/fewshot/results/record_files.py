@@ -18,7 +18,7 @@ import rich.table
 from omegaconf import DictConfig
 
 from fewshot.config import stored
-from fewshot.config.kinds import Flag, integer, only
+from fewshot.config.kinds import Flag, integer, only, optional
 from fewshot.config.schema import Config
 from fewshot.config.stored import KEY, NAME, NUMBER, as_knobs, check, check_config, form, many, read_json, read_text
 from fewshot.config.tree import MODES, STATISTICS, settings, statistics
@@ -41,7 +41,9 @@ PACKAGES = (
     "numpy",
 )
 CURVE = many(NUMBER)
-MODE = form({"accuracy": CURVE, "ci95": CURVE})
+COUNTED = dict.fromkeys(("confidence", "accuracy"), many(many(optional(NUMBER))))
+CALIBRATION = form({"error": CURVE, "confidence": CURVE, "bins": form({"queries": many(many(integer(0)))} | COUNTED)})
+MODE = form({"accuracy": CURVE, "ci95": CURVE, "calibration?": CALIBRATION})
 BY_MODE = dict.fromkeys(MODES, MODE)
 BY_STATISTICS = form({f"{words}?": form(BY_MODE) for words in STATISTICS})
 SCORES = form({"tasks": integer(1), **BY_MODE, "statistics?": BY_STATISTICS})
@@ -71,6 +73,7 @@ class Scores(NamedTuple):
     tasks: int
     accuracy: list[float]
     ci95: list[float]
+    calibration: dict[str, Any] | None = None  # see training/evaluation.py
 
     @classmethod
     def of(cls, accuracies: Any) -> "Scores":
@@ -248,10 +251,11 @@ def validation_accuracy(results: dict[str, Any]) -> float:
 
 
 def _scores(results: dict[str, dict[str, Scores]]) -> dict[str, Any]:
-    all_of_them = {
-        words: {mode: {"accuracy": s.accuracy, "ci95": s.ci95} for mode, s in modes.items()}
-        for words, modes in results.items()
-    }
+    def written(scores: Scores) -> dict[str, Any]:
+        values = scores._asdict()
+        return {name: value for name, value in values.items() if name != "tasks" and value is not None}
+
+    all_of_them = {words: {mode: written(s) for mode, s in modes.items()} for words, modes in results.items()}
     first, *others = results
     tasks = next(iter(results[first].values())).tasks
     return {"tasks": tasks, **all_of_them[first], **({"statistics": all_of_them} if others else {})}
@@ -279,10 +283,14 @@ def show(results: dict[str, Any], folder: Path) -> None:
         table.add_column("statistics")
     for mode in MODES:
         table.add_column(f"test {mode.replace('_', ' ')}", justify="right")
+    calibrated = "calibration" in test["zeroing_off"]
+    if calibrated:
+        table.add_column("calibration error\noff and on", justify="right")
     for step in range(len(test["zeroing_off"]["accuracy"])):
         for words, of in (several or {"": test}).items():
             cells = (f"{100 * of[mode]['accuracy'][step]:.2f} ± {100 * of[mode]['ci95'][step]:.2f}" for mode in MODES)
-            table.add_row(str(step), *[words] * bool(several), *cells)
+            errors = " ".join(f"{of[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
+            table.add_row(str(step), *[words] * bool(several), *cells, *[errors] * calibrated)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:
         console.print(table)

@@ -32,7 +32,7 @@ ELSEWHERE = (
     *("model.network", "callbacks.zero_head", "augment"),  # of augment, fingerprint keeps a short form
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.use_distributed_sampler", "trainer.max_steps", "trainer.log_every_n_steps"),
-    *("trainer.max_time", "trainer.profiler", "recompute_steps", "save_minutes"),
+    *("trainer.max_time", "trainer.profiler", "recompute_steps", "save_minutes", "calibration"),
 )
 BEGUN = stored.form({"algo": stored.form({"zeroing": Any}), "fit": Flag})  # .hydra/config.yaml, not resolved yet
 

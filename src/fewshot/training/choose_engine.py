@@ -27,11 +27,12 @@ LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory b
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to compute the numbers of maml/sequential.py, whose functions these three are called like."""
+    """One way to compute the numbers of maml/sequential.py, whose functions these four are called like."""
 
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, ...]]
     step_accuracies: Callable[..., Tensor]
+    step_logits: Callable[..., Tensor]
     adapted: Callable[..., dict[str, Tensor]]
     tasks_at_once: Callable[[Task], int] = lambda tasks: 1  # in memory together
 
@@ -57,7 +58,8 @@ def sequential_engine() -> Engine:
     """Raises ImportError where learn2learn is not installed, or what it imports is not."""
     from fewshot.maml import sequential  # learn2learn takes its time to import
 
-    return Engine("sequential", sequential.meta_gradient, sequential.step_accuracies, sequential.adapted)
+    functions = (sequential.meta_gradient, sequential.step_accuracies, sequential.step_logits, sequential.adapted)
+    return Engine("sequential", *functions)
 
 
 def engine_to_predict() -> Engine:
@@ -65,7 +67,8 @@ def engine_to_predict() -> Engine:
     try:
         return sequential_engine()
     except ImportError:
-        return Engine("batched", batched.meta_gradient, batched.step_accuracies, batched.adapted)
+        functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
+        return Engine("batched", *functions)
 
 
 def choose_engine(
@@ -94,9 +97,12 @@ def choose_engine(
         gradient = partial(
             batched.meta_gradient, tasks_at_once=tasks_at_once, execute=one_by_one if in_turn else execute
         )
-        accuracies = partial(batched.step_accuracies, tasks_at_once=tasks_at_once, execute=execute)
+        accuracies, logits = (
+            partial(function, tasks_at_once=tasks_at_once, execute=execute)
+            for function in (batched.step_accuracies, batched.step_logits)
+        )
         together = partial(batched.default_tasks_at_once, network, tasks_at_once)
-        engine = Engine(name, gradient, accuracies, batched.adapted, together)
+        engine = Engine(name, gradient, accuracies, logits, batched.adapted, together)
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 
