@@ -11,6 +11,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fewshot.config.check import check, knobs
+from fewshot.config.help import files
 from fewshot.config.tree import GROUPS, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line
 
@@ -30,6 +31,12 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
     if unknown := re.match(r"Could not override '(.+)'", text):
         call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
+        group = key.split(".")[0]
+        having = [name for name, file in files(group).items() if key in file.values] if group in GROUPS else []
+        if having and call.startswith(f"{key}="):
+            return UserError(
+                f"{call}: only {group}={', '.join(sorted(having))} {'has' if len(having) < 2 else 'have'} it"
+            )
         inside = "" if unknown[1].startswith(key) else f" {key} in it"
         with suppress(Exception):  # chosen groups whose files are there
             groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
