@@ -50,7 +50,7 @@ for command, *arguments in json.loads(sys.argv[2]):
 CALLS = {  # the line in which it ends
     "train": "torch was imported",  # a valid call gets that far
     "train inner_lrr=0.1": "inner_lrr=0.1: no such knob; did you mean inner_lr?",
-    "train model=resnet12 model.norm=group": "model.norm=group: a knob of model=conv4_64, conv4_pooled, conv4_strided alone",
+    "train model=resnet12 model.norm=group": "model.norm=group: a knob of model=conv4_64, conv4_pooled, conv4_strided",
     "train width=8": "width=8: no such knob; did you mean model.width?",
     "train zeroing=true": "zeroing=true: takes a plus, +zeroing=true",
     "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean trainer.max_epochs? (",

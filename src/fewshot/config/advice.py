@@ -34,7 +34,7 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
         group = key.split(".")[0]
         having = [name for name, file in files(group).items() if key in file.values] if group in GROUPS else []
         if having and call.startswith(f"{key}="):
-            return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))} alone")
+            return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))}")
         inside = "" if unknown[1].startswith(key) else f" {key} in it"
         with suppress(Exception):  # chosen groups whose files are there
             groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
