@@ -53,7 +53,8 @@ def local_rank() -> int:
 
 
 def machines() -> int:
-    return int(os.environ.get({"torchrun": "GROUP_WORLD_SIZE", "srun": "SLURM_STEP_NUM_NODES"}.get(launcher(), ""), 1))
+    names = {"torchrun": "GROUP_WORLD_SIZE", "srun": "SLURM_STEP_NUM_NODES"}
+    return int(os.environ.get(names[by], 1)) if (by := launcher()) else 1
 
 
 def local_world_size() -> int:

@@ -73,21 +73,24 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     Raises:
         SystemExit: Slurm takes no job.
     """
-    calls, returns = {}, [_finished(launcher, overrides) for overrides in job_overrides]
-    for place, overrides in enumerate(job_overrides):
-        number, done = first + place, "" if returns[place] is None else "  has its results"
-        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}{done}")
-        if returns[place] is None:
+    calls: dict[int, tuple[Any, ...]] = {}
+    returns: dict[int, JobReturn] = {}
+    for number, overrides in enumerate(job_overrides, first):
+        finished = _finished(launcher, overrides)
+        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}{'  has its results' if finished else ''}")
+        if finished:
+            returns[number] = finished
+        else:
             (_folder(launcher, overrides) / "error.txt").unlink(missing_ok=True)  # of an earlier try
             state = Singleton.get_state()
-            calls[place] = (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", state)
+            calls[number] = (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", state)
     try:
         jobs = _submit(launcher, [*calls.values()], **launcher.params) if calls else []
     except (FailedJobError, FailedSubmissionError):  # sbatch has said why
         raise SystemExit("hydra/launcher=slurm: sbatch took no job; change hydra.launcher.*") from None
-    for place, job in zip(calls, jobs, strict=True):
-        returns[place] = _result(launcher, job, job_overrides[place])
-    return returns
+    for number, job in zip(calls, jobs, strict=True):
+        returns[number] = _result(launcher, job, job_overrides[number - first])
+    return [returns[number] for number in sorted(returns)]
 
 
 def _finished(launcher: Any, overrides: Sequence[str]) -> JobReturn | None:

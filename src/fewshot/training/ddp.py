@@ -37,8 +37,8 @@ class TasksOverRanks(DDPStrategy):
         self.seconds = timeout
 
     def setup_distributed(self) -> None:
-        if ranks.machines() > 1:
-            _meet(self.cluster_environment.main_address, self.cluster_environment.main_port, self.seconds)
+        if ranks.machines() > 1 and (place := self.cluster_environment):
+            _meet(place.main_address, place.main_port, self.seconds)
         with _others_there():
             super().setup_distributed()
 
