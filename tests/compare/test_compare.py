@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from fewshot.compare import __main__ as compare
-from fewshot.compare.statistics import holm, paired
 from fewshot.errors import UserError
 from fewshot.results.task_scores import read_tasks, write_tasks
+from fewshot.sweep.statistics import holm, paired
 
 
 def simulated(generator, seeds, tasks, of_seed, of_task, rest, mean=0.0):

@@ -264,6 +264,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset.std=[0.0]": ("dataset.std=[0.0]: ", "above 0"),
     "save_minutes=0": ("save_minutes=0: ", "above 0"),
     "trainer=ddp trainer.strategy.timeout=0": ("trainer.strategy.timeout=0: ", "an integer of at least 1"),
+    "figures.format=svg": ("figures.format=svg: ", "one of png, pdf"),
     "stop_at_accuracy=0": ("stop_at_accuracy=0: ", "above 0"),
     "stop_at_accuracy=95": ("stop_at_accuracy=95: ", "fraction, at most 1"),
     "stop_at_accuracy=high": ("stop_at_accuracy=high: ", REAL),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import hydra
+import numpy as np
 import pytest
 import scipy.special
 from conftest import HANG, SMALL, composed, halt_when, outcome
@@ -23,6 +24,7 @@ from fewshot.config.check import check
 from fewshot.config.tree import CONF, job_folder, settings
 from fewshot.errors import UserError
 from fewshot.results.figures import accuracy_over_steps
+from fewshot.results.task_scores import write_tasks
 from fewshot.sweep import figures, tables
 from fewshot.sweep import settings as grouped
 from fewshot.sweep.__main__ import main as sweep_main
@@ -511,3 +513,31 @@ def test_optuna_searches_by_validation_accuracy_and_notes_a_failure(main, tmp_pa
     best = max(results, key=lambda result: result["val"]["zeroing_off"]["accuracy"][1])
     assert optimum.best_value == best["val"]["zeroing_off"]["accuracy"][1]
     assert optimum.best_params.inner_lr == best["config"]["inner_lr"]
+
+
+def test_a_summary_pairs_its_settings_by_task_and_seed_and_folds_its_steps(config, tmp_path):
+    difficulty = np.random.default_rng(0).normal(0, 0.1, (200, 1))  # of the tasks, which all runs share
+    for seed in (0, 1, 2):
+        for algo, accuracy in (("fomaml", 0.5), ("zero", 0.6)):
+            knobs = (f"algo={algo}", f"seed={seed}", "inner_steps=3", "test_steps=8")
+            folder = tmp_path / "sweep" / f"{algo}{seed}"
+            make_run(folder, config(*knobs), accuracy=[accuracy + 0.01 * step for step in range(9)])
+            noise = np.random.default_rng([seed, algo == "zero"]).normal(0, 0.02, (200, 9))
+            values = np.clip(accuracy + difficulty + noise, 0, 1)
+            write_tasks(folder, {"test": {"zeroing_off": values, "zeroing_on": values}})
+            results = json.loads((folder / "results.json").read_text())
+            results["test"]["tasks"] = 200
+            (folder / "results.json").write_text(json.dumps(results))
+    make_run(tmp_path / "sweep" / "other", config("algo=zero", "shots=5", "inner_steps=3"), accuracy=[0.5] * 9)
+    sweep_main([str(tmp_path / "sweep"), f"into={tmp_path}", "figures.format=pdf"])
+    text = (tmp_path / "summary.md").read_text()
+    assert re.search(r"\| setting +\| 0 +\| 1 +\| 3 +\| 8 +\| seeds \|", text)
+    assert re.search(r"\| 53\.00 ± 0\.00\* \|", text)
+    assert "Differences to no zeroing after inner_steps" in text and "Paired by test task and seed" in text
+    assert re.search(r"zeroing +\| off +\| 3 +\| \*\*\+(9\.[5-9]|10\.[0-5])\d ± 0\.\d\d\*\* +\| 3 ", text)
+    assert re.search(r"Left out: .*other.*tasks\.csv\.gz: is not there", text)
+    assert (tmp_path / "summary.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "summary.png").exists()
+    assert len(table(tmp_path / "summary.csv")) == 3 * 2 * 9
+    with pytest.raises(SystemExit, match=r"^figures\.format=svg: must be one of png, pdf$"):
+        sweep_main([str(tmp_path / "sweep"), "figures.format=svg"])

@@ -90,7 +90,7 @@ def run(
             report.write_test(folder / row.name, row)
     if not any(row.tested for row in rows):
         raise UserError(f"datasets={datasets}: nothing could be measured; {rows[0].left_out}")
-    report.write(folder, rows, config)
+    report.write(folder, rows, config, cfg.figures.format)
     print(report.table(rows, config))
     print(f"Written to {folder}: across.csv, figures/across.png, and a folder for each setting, for compare")
     return folder

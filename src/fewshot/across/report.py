@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from fewshot.across.measure import Row
 from fewshot.config.tree import MODES
-from fewshot.files import write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.results import record_files, task_scores
-from fewshot.results.figures import DRAWN, plain, png
+from fewshot.results.figures import DRAWN, plain, write_picture
 from fewshot.results.record_files import title
 
 HEADS = ["dataset", "images", "ways", "shots", "queries", "test_zeroing", "step", "accuracy", "ci95", "tasks"]
@@ -137,7 +136,7 @@ def figure(rows: Sequence[Row], model: dict[str, Any]) -> Figure:
     return drawing
 
 
-def write(folder: Path, rows: Sequence[Row], model: dict[str, Any]) -> None:
-    """across.csv and figures/across.png."""
+def write(folder: Path, rows: Sequence[Row], model: dict[str, Any], kind: str) -> None:
+    """across.csv and figures/across.png, for kind "pdf" as PDF too."""
     record_files.write_csv(folder / "across.csv", as_rows(rows, model))
-    write_file(folder / "figures" / "across.png", png(figure(rows, model)))
+    write_picture(folder / "figures" / "across", figure(rows, model), kind)

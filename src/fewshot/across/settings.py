@@ -18,7 +18,16 @@ from fewshot.errors import UserError
 from fewshot.files import override
 
 # The knobs of training that a call may name: none of them makes another model, or other tasks than a test would have.
-OF_THE_CALL = ("test_tasks", "test_steps", "queries", "tasks_at_once", "threads", "trainer", "dataset.cache")
+OF_THE_CALL = (
+    "test_tasks",
+    "test_steps",
+    "queries",
+    "tasks_at_once",
+    "threads",
+    "trainer",
+    "dataset.cache",
+    "figures.format",
+)
 # Of the dataset that the model was trained on, these are as they were then: they say which classes are in which split.
 OF_THE_SPLIT = ("split", "split_seed", "rotations", "resample", "fractions", "labels", "tasks")
 

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         words = read(COMMAND, arguments)
         into = words.values.get("into", Path.cwd() / "compare")
         check_place("into", into)
-        from fewshot.compare import pairs, report  # scipy takes its time to import
+        from fewshot.compare import report  # scipy takes its time to import
+        from fewshot.sweep import pairs
         from fewshot.sweep.settings import read_jobs
 
         runs, left_out = pairs.comparable(read_jobs(pairs.folders(words.plain)))

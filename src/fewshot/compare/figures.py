@@ -3,13 +3,12 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from fewshot.compare.pairs import Row
 from fewshot.config.tree import MODES
-from fewshot.results.figures import OFF, ON, plain
+from fewshot.results.figures import MARKS, OFF, ON, STYLES, plain
 from fewshot.sweep.figures import COLOURS
+from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Setting, mean_and_ci95
 
-STYLES, MARKS = ("-", "--", "-.", ":"), "osD^vP*X"
 CAPTIONS = {
     "differences": "Differences to the first setting, in points. Thick bars: 95% confidence interval over tasks; thin "
     "bars: over tasks and seeds, where there are several seeds. Filled marks: larger than noise.",

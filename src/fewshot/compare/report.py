@@ -1,6 +1,5 @@
 """The comparison as a table in the terminal, as a page, as figures and in LaTeX."""
 
-import io
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ import numpy as np
 import rich.console
 import rich.table
 
-from fewshot.compare.pairs import Row
 from fewshot.errors import printable
 from fewshot.files import write_file
 from fewshot.results.page import pages
 from fewshot.results.record_files import title
+from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Setting
 from fewshot.sweep.tables import TARGETS, updates_to
 
@@ -107,6 +106,7 @@ def _tex(text: str) -> str:
 def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list[str]) -> None:
     """compare.html, compare.tex, differences.png and .pdf and, where runs have curves, curves.png and .pdf."""
     from fewshot.compare import figures  # matplotlib takes seconds to import
+    from fewshot.results.figures import pdf, png
 
     of = title(rows[0].setting.config, algorithm=False)
     pictures = {"differences": figures.differences(rows, of)}
@@ -114,10 +114,7 @@ def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list
         pictures["curves"] = figures.curves(settings, of)
     files: dict[str, Any] = {"compare.tex": latex(rows, of)}
     for name, figure in pictures.items():
-        for kind in ("png", "pdf"):
-            file = io.BytesIO()
-            figure.savefig(file, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else None)
-            files[f"{name}.{kind}"] = file.getvalue()
+        files |= {f"{name}.png": png(figure), f"{name}.pdf": pdf(figure)}
     heads, table = to_accuracy(settings)
     files["compare.html"] = (
         pages(Path(__file__).parent)

@@ -236,6 +236,10 @@ class Evaluation(Part):
     )
 
 
+class Figures(Part):
+    format: one_of("png", "pdf")
+
+
 class Config(Part):
     ways: integer(2, 10_000)
     shots: integer(1, 10_000)
@@ -263,6 +267,7 @@ class Config(Part):
     probes: Flag
     save_minutes: optional(above_zero())
     stop_at_accuracy: optional(above_zero(most=1))
+    figures: Figures
     engine: one_of("auto", "sequential", "batched")
     tasks_at_once: optional(integer(1))
     threads: optional(integer(1, 1024))

@@ -49,7 +49,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 
 # No part of a model: what only training needs, and where things lie on the machine that trained.
 NOT_THE_MODEL = (
-    *("trainer", "logger", "callbacks", "checkpoint", "fit"),
+    *("trainer", "logger", "callbacks", "checkpoint", "fit", "figures"),
     *("augment", "optimizer", "schedule", "milestones", "clip_norm", "select", "save_minutes", "evaluation"),
     "calibration",
     *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,11 +14,15 @@ from fewshot.config import stored
 from fewshot.config.tree import MODES
 from fewshot.errors import printable
 from fewshot.files import write_file
-from fewshot.results.record_files import read_metrics, title
+from fewshot.results.record_files import read_metrics, tested_on, title
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 CELLS = 40  # classes of a confusion matrix whose cells have room for numbers
 DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
+
+
+# Lines are told apart without colour too.
+STYLES, MARKS = ("-", "--", "-.", ":"), "osD^vP*X"
 
 
 def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -> Figure:
@@ -26,24 +31,27 @@ def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config:
     figure, axes = _axes("outer iteration", f"query accuracy after {step} inner step{'s' * (step > 1)}", config)
     for split, style in (("val", "-"), ("test", ":")):
         for mode, suffix in MODES.items():
-            colour, _, label = DRAWN[mode]
+            colour, marker, label = DRAWN[mode]
             curve = curves.get(f"{split}{suffix}/query_accuracy/step_{step}")
             if curve:
                 name = {"val": "validation", "test": "test curve"}[split]
-                axes.plot(*zip(*curve, strict=True), style, color=colour, label=f"{name}, {label}")
+                marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(curve) // 10)}
+                axes.plot(*zip(*curve, strict=True), style, color=colour, label=f"{name}, {label}", **marks)
     return _with_legend(figure, axes)
 
 
 def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figure:
-    """Test accuracy over inner steps with 95% confidence intervals, both test-time zeroing modes."""
-    figure, axes = _axes("inner step", "test query accuracy", config)
-    for mode, (colour, marker, label) in DRAWN.items():
+    """Accuracy over inner steps with 95% confidence intervals, both test-time zeroing modes."""
+    figure, axes = _axes("inner step", "query accuracy", config)
+    for (mode, (colour, marker, label)), line in zip(DRAWN.items(), STYLES, strict=False):
         scores = results["test"][mode]
         steps = range(len(scores["accuracy"]))
-        axes.errorbar(
-            steps, scores["accuracy"], scores["ci95"], color=colour, marker=marker, markersize=5, capsize=3, label=label
-        )
+        style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 3}
+        axes.errorbar(steps, scores["accuracy"], scores["ci95"], label=label, **style)
     axes.set_xticks(steps)
+    axes.axvline(config["inner_steps"], color="grey", linewidth=0.8, linestyle=":", label="inner_steps of training")
+    bars = f"bars: 95% confidence interval over {results['test']['tasks']} {tested_on(config)}"
+    axes.set_title(f"{title(config)}\n{bars}", fontsize=10, parse_math=False)
     axes.axhline(1 / config["ways"], color="grey", linewidth=0.8, linestyle="--", label="chance")
     return _with_legend(figure, axes)
 
@@ -163,12 +171,27 @@ def write(folder: Path, results: dict[str, Any]) -> None:
         stored.check(str(folder), content, stored.PRODUCTS)
         pictures["inner_products"] = inner_products(content, config)
     for name, picture in pictures.items():
-        write_file(folder / "figures" / f"{name}.png", png(picture))
+        write_picture(folder / "figures" / name, picture, config.get("figures", {}).get("format", "png"))
+
+
+def write_picture(place: Path, figure: Figure, kind: str) -> None:
+    """PLACE.png, and PLACE.pdf if that kind is asked for."""
+    write_file(place.with_name(f"{place.name}.png"), png(figure))
+    if kind == "pdf":
+        write_file(place.with_name(f"{place.name}.pdf"), pdf(figure))
 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
+
+
+def pdf(figure: Figure) -> bytes:
+    """Vectors; text stays text, in TrueType fonts, as publishers want it. The same figure gives the same bytes."""
+    file = io.BytesIO()
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
 
 

@@ -104,6 +104,16 @@ def title(config: dict[str, Any], algorithm: bool = True) -> str:
     return printable(f"{InnerLoop.of(config).name}, {task}" if algorithm else task)
 
 
+def tested_on(config: dict[str, Any]) -> str:
+    """What the tasks of a run's final test are, in words: a run on one task has that task from the same classes."""
+    return "tasks of the split of its one task" if config["dataset"].get("tasks") == "one_task" else "test tasks"
+
+
+def steps_that_matter(config: dict[str, Any], last: int) -> list[int]:
+    """Of the steps 0 .. last those that a table shows: all if they are few."""
+    return [*range(last + 1)] if last < 5 else sorted({0, 1, config["inner_steps"], last})
+
+
 def announce(folder: Path, cfg: DictConfig) -> None:
     """The first line of a run, before torch is imported: what is done, with what, and where its results go."""
     if ranks.rank() or ranks.PARENT in os.environ:
@@ -268,11 +278,11 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """
     if ranks.rank():
         return
-    test = results["test"]
+    test, config = results["test"], results["config"]
     heading = (
-        f"{title(results['config'], algorithm=False)}: query accuracy in % on {test['tasks']} test tasks, "
+        f"{title(config, algorithm=False)}: query accuracy in % on {test['tasks']} {tested_on(config)}, "
         f"model of iteration {results['best_iteration']}, chosen by validation with test "
-        f"{results['config'].get('select', 'zeroing_off').replace('_', ' ')}"
+        f"{config.get('select', 'zeroing_off').replace('_', ' ')}"
     )
     if (first := statistics(results["config"])[0]) != STATISTICS[0]:
         heading += f", queries normalised by evaluation.statistics={first}"
@@ -286,12 +296,28 @@ def show(results: dict[str, Any], folder: Path) -> None:
     calibrated = "calibration" in test["zeroing_off"]
     if calibrated:
         table.add_column("calibration error\noff and on", justify="right")
-    for step in range(len(test["zeroing_off"]["accuracy"])):
+    last = len(test["zeroing_off"]["accuracy"]) - 1
+    shown = steps_that_matter(config, last)
+    for step in shown:
+        mark = "*" * (step == config["inner_steps"])
         for words, of in (several or {"": test}).items():
             cells = (f"{100 * of[mode]['accuracy'][step]:.2f} ± {100 * of[mode]['ci95'][step]:.2f}" for mode in MODES)
             errors = " ".join(f"{of[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
-            table.add_row(str(step), *[words] * bool(several), *cells, *[errors] * calibrated)
+            table.add_row(f"{step}{mark}", *[words] * bool(several), *cells, *[errors] * calibrated)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:
         console.print(table)
-    log.info("%s\n%sWritten to %s", heading, drawn.get(), folder)
+    folded = f"; results.json has all {last + 1} steps" * (len(shown) <= last)
+    note = f"*: as many steps as in training. ±: 95% confidence interval over tasks{folded}"
+    log.info("%s\n%s%s\n%s\nWritten to %s", heading, drawn.get(), note, result_line(results), folder)
+
+
+def result_line(results: dict[str, Any]) -> str:
+    """The result in one line, by which a log ends."""
+    test, config = results["test"], results["config"]
+    step = config["inner_steps"]
+    words = [
+        f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f} ({mode.replace('_', ' ')})"
+        for mode in MODES
+    ]
+    return f"{title(config)}: query accuracy in % after inner step {step}: {', '.join(words)}"

@@ -5,8 +5,16 @@ from pathlib import Path
 
 from fewshot.config import stored
 from fewshot.config.command import Command, Parameter, one_line_errors, read
+from fewshot.errors import UserError
 from fewshot.files import user_path
 from fewshot.sweep.tables import summarise
+
+
+def _kind(key: str, text: str) -> str:
+    if text not in ("png", "pdf"):
+        raise UserError(f"{key}={text}: must be one of png, pdf")
+    return text
+
 
 COMMAND = Command(
     "sweep",
@@ -20,6 +28,7 @@ COMMAND = Command(
             "Knobs, with commas between them; panels.png has axes of their own for each of their values.",
             lambda key, text: text.split(","),
         ),
+        "figures.format=KIND": Parameter("png, or pdf: each figure also as a PDF of vectors; left out: png.", _kind),
     },
 )
 
@@ -30,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
         words = read(COMMAND, arguments)
         folders = [user_path("FOLDER", word) for word in words.plain]
         into = words.values.get("into", folders[0] if len(folders) == 1 else Path.cwd())
-        summarise(folders, into, words.values.get("panels", _panels_of(folders[0])))
+        panels, kind = words.values.get("panels", _panels_of(folders[0])), words.values.get("figures.format", "png")
+        summarise(folders, into, panels, kind)
 
 
 def _panels_of(folder: Path) -> list[str]:

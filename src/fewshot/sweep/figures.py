@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 
-from fewshot.results.figures import DRAWN, OFF, ON, plain
+from fewshot.results.figures import DRAWN, MARKS, OFF, ON, STYLES, plain
 from fewshot.results.record_files import title
 from fewshot.sweep.settings import Setting, mean_and_ci95, panel_title
 
 COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
-LINES = ("-", "--", ":", "-.")  # the next one each time that the colours are used up
+TRAINED = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}  # around inner_steps
 
 
 def sweep(settings: list[Setting]) -> Figure:
@@ -25,11 +25,13 @@ def sweep(settings: list[Setting]) -> Figure:
         for number, setting in enumerate(settings):
             values = setting.accuracies(mode)
             if len(values):
-                steps, points = np.arange(values.shape[1]), {"marker": "o", "markersize": 4}
-                _accuracies(by_step, number, steps, values, label=setting.label(), **points)
+                trained = setting.config["inner_steps"]
+                _accuracies(by_step, number, np.arange(values.shape[1]), values, label=setting.label())
+                if trained < values.shape[1]:
+                    by_step.plot(trained, values.mean(axis=0)[trained], color=COLOURS[number % len(COLOURS)], **TRAINED)
             _, updates, curve = setting.curve(mode)
             _accuracies(by_update, number, updates, curve, label=setting.label())
-        by_step.set(xlabel="inner step", ylabel="test query accuracy")
+        by_step.set(xlabel="inner step; circled: as many as in training", ylabel="query accuracy")
         by_step.xaxis.get_major_locator().set_params(integer=True)
         by_update.set(xlabel="outer iteration", ylabel="query accuracy after inner_steps steps")
         by_step.set_title(f"final test, {zeroing}", fontsize=9, loc="left")
@@ -69,8 +71,8 @@ def _distinct(values: list[Any]) -> list[Any]:
 def _accuracies(axes: Axes, number: int, x: Any, values: Any, **style: Any) -> None:
     """values: (seeds, len(x))"""
     if len(x):
-        line = LINES[number // len(COLOURS) % len(LINES)]
-        _mean_and_interval(axes, number, line, x, values, within=(0, 1), **style)
+        style |= {"marker": MARKS[number % len(MARKS)], "markersize": 4, "markevery": max(1, len(x) // 10)}
+        _mean_and_interval(axes, number, STYLES[number % len(STYLES)], x, values, within=(0, 1), **style)
 
 
 def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
@@ -130,8 +132,9 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
         for number, (label, values) in enumerate(matrices[pairs].items()):
             itself = np.eye(values.shape[-1], dtype=bool)
-            _mean_and_interval(axes, number, "-", updates, values[..., itself].mean(axis=-1), label=label)
-            _mean_and_interval(axes, number, "--", updates, values[..., ~itself].mean(axis=-1))
+            marks = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "markevery": max(1, reached // 10)}
+            _mean_and_interval(axes, number, "-", updates, values[..., itself].mean(axis=-1), label=label, **marks)
+            _mean_and_interval(axes, number, "--", updates, values[..., ~itself].mean(axis=-1), **marks)
         axes.set(xlabel="outer update", ylabel="mean cosine similarity")
         axes.set_title(name, fontsize=9, loc="left")
         axes.label_outer()

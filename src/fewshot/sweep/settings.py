@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # No part of a setting: the seed, where and on what a run was computed, its memory, and knobs that repeat others.
 ELSEWHERE = (
-    *("seed", "fit", "logger"),
+    *("seed", "fit", "logger", "figures"),
     *(f"dataset.{knob}" for knob in ("mini_root", "cache", "archive", "source", "device", "origin", "trust")),
     *("model.network", "callbacks.zero_head", "augment"),  # of augment, fingerprint keeps a short form
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
@@ -259,7 +259,8 @@ def _order(knob: str, value: Any) -> tuple[bool, float, str]:
 
 
 OVER_SEEDS = (
-    "± is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
+    "*: after as many inner steps as in training; results.json and summary.csv have all steps.\n"
+    "± of an accuracy is the 95% confidence interval over seeds (Student t), as are the bands of the figures.\n"
     "All seeds share the test tasks, so it leaves out what other test tasks would change.\n"
 )
 

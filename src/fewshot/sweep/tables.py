@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from fewshot.config import stored
 from fewshot.config.command import one_line_errors
 from fewshot.config.tree import MODES, leaves
-from fewshot.errors import UserError, printable, shown
+from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import in_shell, write_file
-from fewshot.results.record_files import title, write_csv
+from fewshot.results.record_files import steps_that_matter, tested_on, title, write_csv
 from fewshot.sweep.settings import (
     OVER_SEEDS,
     Job,
@@ -31,6 +31,10 @@ from fewshot.sweep.settings import (
 
 log = logging.getLogger(__name__)
 
+PAIRED = (
+    "Paired by test task and seed; ± is the 95% confidence interval over tasks and seeds, with one seed over tasks.\n"
+    "Bold: larger than noise (p < .05 after Holm's correction over this table). `fewshot compare` says more.\n"
+)
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
 
 
@@ -47,13 +51,13 @@ class Summary(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             with one_line_errors():
-                conclude(Path(config.hydra.sweep.dir), self.panels)
+                conclude(Path(config.hydra.sweep.dir), self.panels, config.figures.format)
         except Exception:  # Hydra would turn it into a warning and status 0
             traceback.print_exc()
             raise SystemExit(1) from None
 
 
-def conclude(folder: Path, panels: list[str]) -> None:
+def conclude(folder: Path, panels: list[str], kind: str = "png") -> None:
     """Summarises the sweep in `folder` and names the jobs that have no result.
 
     Raises:
@@ -63,7 +67,7 @@ def conclude(folder: Path, panels: list[str]) -> None:
     jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := read_job(path))]
     missing, complaint = [job for job in jobs if job.error or not job.results], None
     try:
-        summarise([folder], folder, panels)
+        summarise([folder], folder, panels, kind)
     except UserError as error:
         complaint = str(error)
     if missing:
@@ -75,12 +79,13 @@ def conclude(folder: Path, panels: list[str]) -> None:
         raise SystemExit(complaint or 1)
 
 
-def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
+def summarise(folders: list[Path], into: Path, panels: list[str], kind: str = "png") -> None:
     """summary.csv, summary.md, summary.png and, with panels, panels.png, written into a folder.
 
     Args:
         folders: of sweeps or of single runs, finished or not.
         panels: knobs whose values get axes of their own.
+        kind: of the figures, png, or pdf for both.
 
     Raises:
         UserError: no run has finished, or a panel is no knob.
@@ -89,14 +94,14 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     if not any(job.results for job in jobs):
         raise UserError(f"{', '.join(map(str, folders))}: none of the {len(jobs)} runs in it has finished")
     # Matplotlib takes seconds to import, and a mistake should not have to wait for it.
-    from fewshot.results.figures import png
+    from fewshot.results.figures import write_picture
     from fewshot.sweep import figures
 
     settings = group([job for job in jobs if job.results or job.curves])
     text = as_markdown(settings, [job for job in jobs if job.error or not job.results])
     write_csv(into / "summary.csv", as_rows(settings))
     write_file(into / "summary.md", text)
-    write_file(into / "summary.png", png(figures.sweep(settings)))
+    write_picture(into / "summary", figures.sweep(settings), kind)
     print(f"{text}\nWritten to {into}/summary.csv, .md, .png")
     known = {key for setting in settings for key, _ in leaves(setting.config)}
     if unknown := [knob for knob in panels if knob not in known]:
@@ -104,11 +109,11 @@ def summarise(folders: list[Path], into: Path, panels: list[str]) -> None:
     if len(panels) > 2:
         raise UserError(f"panels={','.join(panels)}: at most two knobs, one across and one down")
     if panels:
-        write_file(into / "panels.png", png(figures.panels(settings, panels)))
+        write_picture(into / "panels", figures.panels(settings, panels), kind)
         print(f"Written to {into}/panels.png")
     if recorded := _similarities(settings):
         of = title(settings[0].config, algorithm=False)
-        write_file(into / "cosine_similarity.png", png(figures.cosine_similarity(recorded, of)))
+        write_picture(into / "cosine_similarity", figures.cosine_similarity(recorded, of), kind)
         print(f"Written to {into}/cosine_similarity.png")
 
 
@@ -128,14 +133,20 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     parts = []
     finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
     for mode in MODES if finished else ():
-        steps = max(setting.accuracies(mode).shape[1] for setting in finished)
+        inside = [(setting, values) for setting in finished if len(values := setting.accuracies(mode))]
+        last = {id(setting): values.shape[1] - 1 for setting, values in inside}
+        steps = sorted({n for one, _ in inside for n in steps_that_matter(one.config, last[id(one)])})
         rows = []
-        for setting in finished:
-            values = setting.accuracies(mode)
+        for setting, values in inside:
             cells = [_percent(mean, ci95) for mean, ci95 in zip(*mean_and_ci95(values), strict=True)]
-            rows.append([setting.label(), *cells, *[""] * (steps - len(cells)), str(len(values))])
-        heading = f"Test query accuracy in % after inner step ..., test zeroing {mode.removeprefix('zeroing_')}"
-        parts.append(_table(heading, ["setting", *map(str, range(steps)), "seeds"], rows))
+            if (trained := setting.config["inner_steps"]) < len(cells):
+                cells[trained] += "*"
+            shown = [cells[step] if step < len(cells) else "" for step in steps]
+            rows.append([setting.label(), *shown, str(len(values))])
+        kinds = " or ".join(dict.fromkeys(tested_on(setting.config) for setting, _ in inside))
+        heading = f"Query accuracy in % on {kinds} after inner step ..., test {mode.replace('_', ' ')}"
+        parts.append(_table(heading, ["setting", *map(str, steps), "seeds"], rows))
+    parts += _differences(settings)
     rows = [[setting.label(), *updates_to(setting)] for setting in settings]
     reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
     if reached:
@@ -146,6 +157,29 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         rows = [[job.folder.name, job.state, job.error or ""] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
     return "\n".join([*parts, OVER_SEEDS])
+
+
+def _differences(settings: list[Setting]) -> list[str]:
+    """A table of each setting beside the first one, test task by test task and seed by seed, where that can be done."""
+    from fewshot.sweep import pairs  # scipy takes its time to import
+
+    runs, left_out = pairs.comparable([job for setting in settings for job in setting.jobs if job.results])
+    try:
+        rows, without = pairs.rows(runs, MODES, None) if runs else ([], [])
+    except UserError:  # one setting alone
+        return []
+    table = []
+    for row in rows:
+        if d := row.difference:
+            half = d.over_tasks if np.isnan(d.over_both) else d.over_both
+            text = f"{100 * d.mean:+.2f} ± {100 * half:.2f}".replace("-", "−")
+            text = f"**{text}**" if row.larger_than_noise else text
+            table.append([row.setting.label(), row.mode.removeprefix("zeroing_"), str(row.step), text, str(d.seeds)])
+    if not table:
+        return []
+    heading = f"Differences to {rows[0].setting.label()} after inner_steps, in points"
+    notes = [f"Left out: {printable(first_few([*left_out, *without]))}\n"] * bool(left_out or without)
+    return [_table(heading, ["setting", "test zeroing", "step", "difference", "seeds"], table), PAIRED, *notes]
 
 
 def updates_to(setting: Setting) -> list[str]:

@@ -45,7 +45,7 @@ PLACES = (
     "trust",
 )
 FREE = (
-    *("checkpoint", "fit", "logger", "recompute_steps", "iterations", "save_minutes", "calibration"),
+    *("checkpoint", "fit", "logger", "figures", "recompute_steps", "iterations", "save_minutes", "calibration"),
     *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),
     *(f"dataset.{knob}" for knob in PLACES),
     *("trainer.max_steps", "trainer.max_time", "trainer.profiler", "trainer.strategy.timeout"),

@@ -33,6 +33,8 @@ from fewshot.training.zero_head import ZeroHead
 
 log = logging.getLogger(__name__)
 
+LATER = ("recompute_steps", "save_minutes", "figures")  # knobs that older results lack, and that change none
+
 
 @dataclass
 class Run:
@@ -165,7 +167,7 @@ def finished(start: Start) -> dict[str, Any] | None:
         reached = results["iterations"] if start.content else results["config"]["iterations"]
         if reached < asked["iterations"] and not start.trained:
             return None
-    elif results["config"] | {key: asked[key] for key in ("recompute_steps", "save_minutes")} != asked:  # later knobs
+    elif results["config"] | {key: asked[key] for key in LATER} != asked:
         raise UserError(f"hydra.run.dir={start.folder}: holds the results of another call; name another folder")
     record_files.show(results, start.folder)
     return results

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 
 class Difference(NamedTuple):
@@ -53,12 +52,16 @@ def paired(differences: np.ndarray) -> Difference:
 
 
 def _half_width(variance: float, freedom: float) -> float:
+    from scipy.special import stdtrit  # scipy takes its time to import
+
     return float(stdtrit(freedom, 0.975) * variance**0.5)
 
 
 def _p(mean: float, variance: float, freedom: float) -> float:
     if variance == 0:
         return 1.0 if mean == 0 else 0.0
+    from scipy.special import stdtr
+
     return float(2 * stdtr(freedom, -abs(mean) / variance**0.5))
 
 

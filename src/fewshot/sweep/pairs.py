@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewshot.compare.statistics import Difference, holm, paired
 from fewshot.errors import UserError, shown
 from fewshot.files import user_path
 from fewshot.results.task_scores import read_tasks
 from fewshot.sweep.settings import Job, Setting, group
+from fewshot.sweep.statistics import Difference, holm, paired
 
 SAME = ("dataset.name", "dataset.tasks", "ways", "shots", "queries")
 

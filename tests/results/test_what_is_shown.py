@@ -1,0 +1,66 @@
+"""The table and the figures by which a run ends: which steps they show, what they call the tasks, PNG and PDF."""
+
+import copy
+import re
+
+import pytest
+
+from fewshot.results import figures, record_files
+
+
+@pytest.fixture
+def results(finished):
+    """Of a run with five inner steps and eleven accuracies."""
+    content = copy.deepcopy(record_files.read(finished))
+    for mode in ("zeroing_off", "zeroing_on"):
+        content["test"][mode] = {"accuracy": [step / 20 for step in range(11)], "ci95": [0.01] * 11}
+    content["config"] |= {"inner_steps": 5, "test_steps": 10}
+    return content
+
+
+def shown(results, caplog, folder):
+    caplog.clear()
+    caplog.set_level("INFO")
+    record_files.show(results, folder)
+    return caplog.messages[-1]
+
+
+def test_a_table_of_eleven_steps_is_folded_and_marks_inner_steps(results, caplog, tmp_path):
+    text = shown(results, caplog, tmp_path)
+    assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "5*", "10"]
+    assert "confidence interval over tasks; results.json has all 11 steps\n" in text
+    result, where = text.splitlines()[-2:]
+    numbers = "25.00 ± 1.00 (zeroing off), 25.00 ± 1.00 (zeroing on)"
+    assert result == f"FOMAML, glyphs 5-way 1-shot: query accuracy in % after inner step 5: {numbers}"
+    assert where == f"Written to {tmp_path}"
+    for mode in results["test"].keys() - {"tasks"}:
+        results["test"][mode] = {name: curve[:4] for name, curve in results["test"][mode].items()}
+    results["config"] |= {"inner_steps": 2}
+    text = shown(results, caplog, tmp_path)
+    assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "2*", "3"] and "results.json" not in text
+
+
+def test_a_run_on_one_task_does_not_call_its_classes_test(results, caplog, tmp_path):
+    assert "on 3 test tasks" in shown(results, caplog, tmp_path)
+    results["config"]["dataset"]["tasks"] = "one_task"
+    assert "on 3 tasks of the split of its one task" in shown(results, caplog, tmp_path)
+    figure = figures.accuracy_over_steps(results, results["config"])
+    assert "over 3 tasks of the split of its one task" in figure.axes[0].get_title()
+
+
+def test_figures_are_png_and_where_asked_for_pdf_too(results, tmp_path):
+    figures.write(tmp_path, results)
+    assert [path.name for path in sorted((tmp_path / "figures").iterdir())] == ["accuracy_over_steps.png"]
+    results["config"]["figures"] = {"format": "pdf"}
+    figures.write(tmp_path, results)
+    pdf = (tmp_path / "figures" / "accuracy_over_steps.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vectors
+    figures.write(tmp_path, results)
+    assert (tmp_path / "figures" / "accuracy_over_steps.pdf").read_bytes() == pdf
+
+
+def test_lines_are_told_apart_without_colour(results):
+    axes = figures.accuracy_over_steps(results, results["config"]).axes[0]
+    off, on = (lines.lines[0] for lines in axes.containers)
+    assert off.get_linestyle() != on.get_linestyle() and off.get_marker() != on.get_marker()
+    assert "inner_steps of training" in [text.get_text() for text in axes.get_legend().get_texts()]
