@@ -524,7 +524,7 @@ def test_a_summary_pairs_its_settings_by_task_and_seed_and_folds_its_steps(confi
             make_run(folder, config(*knobs), accuracy=[accuracy + 0.01 * step for step in range(9)])
             noise = np.random.default_rng([seed, algo == "zero"]).normal(0, 0.02, (200, 9))
             values = np.clip(accuracy + difficulty + noise, 0, 1)
-            write_tasks(folder, {"test": {"zeroing_off": values, "zeroing_on": values}})
+            write_tasks(folder, {"task": {"test": {"zeroing_off": values, "zeroing_on": values}}})
             results = json.loads((folder / "results.json").read_text())
             results["test"]["tasks"] = 200
             (folder / "results.json").write_text(json.dumps(results))

@@ -71,7 +71,7 @@ def run(
     loaded, stored = measure.load(model, trust)
     config = loaded.config
     numbers_of = (ways or [config["ways"]], shots or [config["shots"]])
-    of_datasets = [settings(place, config, [*knobs], *numbers_of) for place in chosen]
+    of_datasets = [settings(place, stored, [*knobs], *numbers_of) for place in chosen]
     names = [first.cfg.dataset.name for first, *_ in of_datasets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"datasets={datasets}: two are called {twice[0]}; give each once, or rename a folder")

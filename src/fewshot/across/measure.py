@@ -139,6 +139,7 @@ class Tester:
         plain = {key: value for key, value in resolved.items() if key != "source"}
         knobs = {knob: cfg[knob] for knob in ("ways", "shots", "queries", "test_tasks", "test_steps")}
         config = self.stored | knobs | {"fit": False, "dataset": plain}
+        config["evaluation"] = {"statistics": cfg.evaluation.statistics}
         return replace(row, config=config, splits=manifest(splits))
 
     @torch.enable_grad()
@@ -155,7 +156,8 @@ class Tester:
         together = partial(batched.default_tasks_at_once, network, cfg.tasks_at_once)
         functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
         engine = Engine("batched", *functions, together)
-        measure = partial(engine.step_accuracies, eta=tuple(learner.etas), tasks_at_once=cfg.tasks_at_once)
+        how = {"tasks_at_once": cfg.tasks_at_once, "statistics": (cfg.evaluation.statistics,)}
+        measure = partial(engine.step_accuracies, eta=tuple(learner.etas), **how)
         size = cfg.tasks_at_once or cfg.meta_batch_size
         for tasks in MetaBatches(sampler, size=size, stride=size, stop=cfg.test_tasks, start=lambda: 0):
             tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))

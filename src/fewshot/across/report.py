@@ -10,7 +10,7 @@ import rich.text
 from matplotlib.figure import Figure
 
 from fewshot.across.measure import Row
-from fewshot.config.tree import MODES
+from fewshot.config.tree import MODES, STATISTICS
 from fewshot.inner_loop import InnerLoop
 from fewshot.results import record_files, task_scores
 from fewshot.results.figures import DRAWN, plain, write_picture
@@ -26,7 +26,7 @@ def write_test(folder: Path, row: Row) -> None:
     tasks = len(row.tested["zeroing_on"])
     results = {"test": {"tasks": tasks, **modes}, "config": row.config, "versions": record_files.versions()}
     results["splits"] = row.splits
-    task_scores.write_tasks(folder, {"task": {"test": row.tested}})
+    task_scores.write_tasks(folder, {row.config["evaluation"]["statistics"]: {"test": row.tested}})
     record_files.write(folder, results)
 
 
@@ -49,11 +49,13 @@ def trained(model: dict[str, Any]) -> str:
     return f"{InnerLoop.of(model).name}, trained on {title(model, algorithm=False)}"
 
 
-def heading(model: dict[str, Any], tasks: int) -> str:
+def heading(model: dict[str, Any], of_test: dict[str, Any]) -> str:
+    tasks, of = of_test["test_tasks"], of_test["evaluation"]["statistics"]
+    normalised = f", queries normalised by evaluation.statistics={of}" * (of != STATISTICS[0])
     data = model["dataset"]
     kind = {1: "grey, from colour by luminance", 3: "in colour, from grey by repetition"}[data["channels"]]
     return (
-        f"{trained(model)}: query accuracy in %, ± 95% confidence interval over {tasks} test tasks\n"
+        f"{trained(model)}: query accuracy in %, ± 95% confidence interval over {tasks} test tasks{normalised}\n"
         f"The images are made {data['size']}x{data['size']} pixels, {kind}, as the network takes them."
     )
 
@@ -93,7 +95,7 @@ def table(rows: Sequence[Row], model: dict[str, Any]) -> str:
         console.print(drawing)
     lines = ["off, on: test zeroing. *: as many inner steps as in training."]
     lines += [f"[{number}] left out: {note}" for number, note in enumerate(notes, 1)]
-    return "\n".join([heading(model, measured[0].scores["zeroing_on"].tasks), drawn.get() + lines[0], *lines[1:]])
+    return "\n".join([heading(model, measured[0].config), drawn.get() + lines[0], *lines[1:]])
 
 
 def figure(rows: Sequence[Row], model: dict[str, Any]) -> Figure:

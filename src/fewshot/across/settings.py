@@ -13,21 +13,13 @@ from omegaconf import DictConfig, open_dict
 
 from fewshot.config.advice import not_composed
 from fewshot.config.check import check_files, check_knobs, check_overrides, processes
-from fewshot.config.tree import CONF, key_of
-from fewshot.errors import UserError
+from fewshot.config.tree import CONF, STATISTICS, key_of, statistics
+from fewshot.errors import UserError, shown
 from fewshot.files import override
 
 # The knobs of training that a call may name: none of them makes another model, or other tasks than a test would have.
-OF_THE_CALL = (
-    "test_tasks",
-    "test_steps",
-    "queries",
-    "tasks_at_once",
-    "threads",
-    "trainer",
-    "dataset.cache",
-    "figures.format",
-)
+OF_THE_CALL = ("test_tasks", "test_steps", "queries", "evaluation.statistics", "tasks_at_once", "threads", "trainer")
+OF_THE_CALL += ("dataset.cache", "figures.format")
 # Of the dataset that the model was trained on, these are as they were then: they say which classes are in which split.
 OF_THE_SPLIT = ("split", "split_seed", "rotations", "resample", "fractions", "labels", "tasks")
 
@@ -77,7 +69,11 @@ def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[i
             raise UserError(f"{knob}: with datasets= only {', '.join(OF_THE_CALL)} may be given; leave it out")
     steps, tasks = model.get("test_steps", model["inner_steps"]), model.get("test_tasks", 600)
     own = [f"queries={model['queries']}", f"inner_steps={model['inner_steps']}", f"test_steps={steps}"]
-    own += [f"test_tasks={tasks}", f"dataset.size={model['dataset']['size']}"]
+    own += [
+        f"evaluation.statistics={statistics(model)[0]}",
+        f"test_tasks={tasks}",
+        f"dataset.size={model['dataset']['size']}",
+    ]
     overrides = list({key_of(word): word for word in [*place.overrides, *own, *knobs]}.values())  # the later of two
     check_overrides(overrides)
 
@@ -102,6 +98,9 @@ def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[i
     check_files(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process tests many datasets; leave it out")
+    if cfg.evaluation.statistics not in STATISTICS:
+        words = f"with datasets= it must be one of {', '.join(STATISTICS)}"
+        raise UserError(f"evaluation.statistics={shown(cfg.evaluation.statistics)}: {words}")
     if cfg.test_steps < cfg.inner_steps:
         raise UserError(f"test_steps={cfg.test_steps}: must be at least inner_steps={cfg.inner_steps}")
     made = []
