@@ -123,10 +123,11 @@ def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: 
     from fewshot.training.runtime import torch_kept
 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
-    asked: list[Any] = [numbers if isinstance(numbers, list | None) else [numbers] for numbers in (ways, shots)]
+    ways = ways if isinstance(ways, list | None) else [ways]
+    shots = shots if isinstance(shots, list | None) else [shots]
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
-        return Run(across(os.fspath(run), names, *asked, words_of(knobs), place))
+        return Run(across(os.fspath(run), names, ways, shots, words_of(knobs), place))
 
 
 def _call(command: Any, words: list[str], log: bool = True) -> Path:

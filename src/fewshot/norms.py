@@ -98,9 +98,9 @@ class TaskNorm(nn.Module):
         parameters = (self.weight, self.bias, self.scale, self.offset)
         if self.mean is None or self.variance is None:
             return task_norm(x, *parameters, self.eps)
-        moments = (moment.view(1, 1, 1, -1, 1, 1) for moment in (self.mean, self.variance))
+        mean, variance = (moment.view(1, 1, 1, -1, 1, 1) for moment in (self.mean, self.variance))
         learned: Any = [p[None] for p in parameters]
-        return _blended(x[None, None], (*moments, self.images), *learned, self.eps)[0, 0]
+        return _blended(x[None, None], (mean, variance, self.images), *learned, eps=self.eps)[0, 0]
 
 
 class InSets(TorchFunctionMode):
