@@ -123,11 +123,13 @@ def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: 
     from fewshot.training.runtime import torch_kept
 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
-    ways = ways if isinstance(ways, list | None) else [ways]
-    shots = shots if isinstance(shots, list | None) else [shots]
+    asked: Any = [  # of each a list
+        numbers if isinstance(numbers, list | None) else [numbers]  # pyright: ignore[reportUnknownVariableType]
+        for numbers in (ways, shots)
+    ]
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
-        return Run(across(os.fspath(run), names, ways, shots, words_of(knobs), place))
+        return Run(across(os.fspath(run), names, asked[0], asked[1], words_of(knobs), place))
 
 
 def _call(command: Any, words: list[str], log: bool = True) -> Path:
