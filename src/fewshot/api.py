@@ -123,13 +123,13 @@ def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: 
     from fewshot.training.runtime import torch_kept
 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
-    asked: Any = [  # of each a list
-        numbers if isinstance(numbers, list | None) else [numbers]  # pyright: ignore[reportUnknownVariableType]
-        for numbers in (ways, shots)
-    ]
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
-        return Run(across(os.fspath(run), names, asked[0], asked[1], words_of(knobs), place))
+        return Run(across(os.fspath(run), names, _listed(ways), _listed(shots), words_of(knobs), place))
+
+
+def _listed(numbers: Any) -> Any:
+    return [numbers] if isinstance(numbers, int | float | str) else numbers
 
 
 def _call(command: Any, words: list[str], log: bool = True) -> Path:
