@@ -125,7 +125,8 @@ def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
-        return Run(across(os.fspath(run), names, _listed(ways), _listed(shots), words_of(knobs), place))
+        model = str(os.fspath(run))
+        return Run(across(model, names, _listed(ways), _listed(shots), words_of(knobs), place))
 
 
 def _listed(numbers: Any) -> Any:

@@ -110,7 +110,8 @@ def figure(rows: Sequence[Row], model: dict[str, Any]) -> Figure:
         place = datasets.index(row.dataset)
         for shift, (mode, (colour, marker, _)) in zip((-0.12, 0.12), DRAWN.items(), strict=True):
             if mode in row.scores:
-                accuracy, ci95 = (curve[model["inner_steps"]] for curve in row.scores[mode][1:])
+                scores = row.scores[mode]
+                accuracy, ci95 = (curve[model["inner_steps"]] for curve in (scores.accuracy, scores.ci95))
                 axes.errorbar(accuracy, place + shift, xerr=ci95, color=colour, marker=marker, markersize=5, capsize=3)
         if not row.tested:
             axes.text(0.02, place, "left out", fontsize=8, color="grey", va="center")

@@ -82,7 +82,8 @@ class Scores(NamedTuple):
 
         values = np.asarray(accuracies, dtype=np.float64)
         mean, ci95 = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / len(values) ** 0.5
-        return cls(len(values), *([round(value, 6) for value in numbers.tolist()] for numbers in (mean, ci95)))
+        accuracy, half_width = ([round(value, 6) for value in numbers.tolist()] for numbers in (mean, ci95))
+        return cls(len(values), accuracy, half_width)
 
 
 def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
