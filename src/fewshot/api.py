@@ -118,14 +118,16 @@ def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str]
     return Run(_call(main, words))
 
 
-def _test_across(run: Any, folder: Any, datasets: Any, ways: Any = None, shots: Any = None, **knobs: Any) -> Run:
+def _test_across(
+    run: str | os.PathLike[str], folder: Any, datasets: Any, ways: Any = None, shots: Any = None, **knobs: Any
+) -> Run:
     from fewshot.across.__main__ import run as across
     from fewshot.training.runtime import torch_kept
 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
-        model = str(os.fspath(run))
+        model = os.fspath(run)
         return Run(across(model, names, _listed(ways), _listed(shots), words_of(knobs), place))
 
 
