@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import fewshot
-from fewshot.compare.statistics import paired
 from fewshot.config.tree import CONF, STATISTICS
 from fewshot.maml import sequential
 from fewshot.results.record_files import Scores
+from fewshot.sweep.statistics import paired
 
 MODELS, TASKS = ("omniglot-5w1s-fomaml", "omniglot-5w1s-zero"), 300
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fewshot.compare import report
-from fewshot.compare.pairs import Row
 from fewshot.results import record_files
 from fewshot.results.task_scores import read_tasks
+from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Job, Setting
 from fewshot.training.evaluation import calibration
 
