@@ -257,6 +257,12 @@ def test_a_key_that_older_runs_lack_is_no_difference(config):
     assert fingerprint(settings(cfg)) == fingerprint(trained)
 
 
+def test_ranks_of_older_runs_waited_ten_minutes_for_each_other(config):
+    trained = settings(config("trainer=ddp"))
+    del trained["trainer"]["strategy"]["timeout"]
+    assert stored.to_today(trained) == settings(config("trainer=ddp"))
+
+
 def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it(config, tmp_path):
     run = Path(shutil.copytree(MADE / "run", tmp_path / "run"))
     (tmp_path / "elsewhere").mkdir()

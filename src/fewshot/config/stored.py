@@ -56,6 +56,8 @@ def to_today(stored: Any) -> Any:
             key: TARGETS.get(value, value) if key == "_target_" and isinstance(value, str) else to_today(value)
             for key, value in stored.items()
         }
+        if today.get("_target_") == "fewshot.training.ddp.TasksOverRanks":
+            today = {"timeout": 600} | today
         dataset = today.get("dataset")
         if isinstance(dataset, dict) and dataset.get("name") == "omniglot":
             today["dataset"] = {"resample": "lanczos"} | dataset  # a key that no dataset had then
