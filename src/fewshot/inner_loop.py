@@ -125,9 +125,7 @@ class InnerLoop:
         """What an inner step adds to theta_n, and the state for the next step, which is None for the first."""
         return {name: -self.inner_lr * g for name, g in gradients.items()}, state
 
-    def outer_gradient(
-        self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss
-    ) -> tuple[Tensors, Tensors]:
+    def outer_gradient(self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss) -> Any:
         """The outer gradient where it comes from no differentiation of the inner loop, and what `measures` names."""
         raise NotImplementedError
 

@@ -145,14 +145,14 @@ class TaskSampler:
         """The tasks at positions first .. first + tasks - 1."""
         return self._gather(self.indices(first, tasks), first)
 
-    def _augmented(self, images: Tensor, augment: Callable[[Tensor], Tensor], first: int) -> Tensor:
+    def _augmented(self, images: Tensor, first: int) -> Tensor:
         """Tasks of images in [0, 1], (B, K, shots + queries, C, H, W), that are at positions first .. first + B - 1."""
         devices = [images.device] if images.is_cuda else []
         augmented = []
         with torch.random.fork_rng(devices):  # some transforms draw on the device
             for position, task in enumerate(images.flatten(1, 2), first):
                 torch.manual_seed(int(np.random.SeedSequence((*self._key.tolist(), position)).generate_state(1)[0]))
-                augmented.append(augment(task))
+                augmented.append(self._augment(task))  # pyright: ignore[reportOptionalCall]
         return torch.stack(augmented).unflatten(1, images.shape[1:3])
 
     def _gather(self, indices: np.ndarray, first: int | None = None) -> Task:
@@ -165,11 +165,7 @@ class TaskSampler:
         images = self.split.images[index]
         if images.device != device:  # as bytes, from memory that a GPU can fetch by itself
             images = (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
-        augment = (
-            None
-            if self._augment is None or first is None
-            else partial(self._augmented, augment=self._augment, first=first)
-        )
+        augment = None if self._augment is None or first is None else partial(self._augmented, first=first)
         images = normalised(images, self._mean, self._std, augment)
         support, query = images.split([self.shots, self.queries], dim=2)
         labels = torch.arange(self.ways, device=device)

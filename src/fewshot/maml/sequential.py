@@ -24,6 +24,7 @@ from fewshot.models.network import Network, drops
 from fewshot.norms import inside, of_queries
 from fewshot.recompute import recomputed
 
+clone: Any = clone_module  # it has no types
 LOSSES = {"cross_entropy": F.cross_entropy, "mse": squared_errors}  # of one task: (I, K), (I,) -> ()
 
 
@@ -44,13 +45,12 @@ def adapt(
         encode: images to their features at theta, which sees each set of images once; None: the network's encoder.
     """
     encode, loss = encode or cache(network.encoder), LOSSES[loop.loss]
-    theta_n, state = _clone(network), tuple(eta) or None  # theta_n <- theta
+    theta_n, state = clone(network), tuple(eta) or None  # theta_n <- theta
     if loop.overrides("start"):
         begun = hooks.start(loop, dict(theta_n.named_parameters()), encode, task.support, task.support_labels)
-        encode, theta_n = cache(_with(begun, network).encoder), _clone(_with(begun, network))
+        encode, theta_n = cache(_with(begun, network).encoder), clone(_with(begun, network))
     own: Tensors = dict(network.head.named_parameters())
-    head: Tensors = initial_head(loop, own, encode, task.support, task.support_labels)
-    theta_n.head._parameters.update(head)
+    theta_n.head._parameters.update(initial_head(loop, own, encode, task.support, task.support_labels))
 
     features = cache(partial(of_queries, network.encoder, task, partial(inside, encode)))  # at theta, by statistics
 
@@ -195,15 +195,10 @@ def _loss(network: Network, loop: InnerLoop, task: Task, theta: Tensors, of_supp
     return LOSSES[loop.loss](of_queries(network, task, partial(inside, outputs)), task.query_labels)
 
 
-def _clone(network: Network, **memo: Any) -> Any:
-    """learn2learn's, which has no types."""
-    return clone_module(network, **memo)
-
-
 def _with(parameters: Sequence[Tensor], network: Network) -> Network:
     """The network with these parameters, of which there may be more than it has, in place of its own."""
     places = (parameter.data_ptr for parameter in network.parameters())  # learn2learn knows them by the bound method
-    return _clone(network, memo=dict(zip(places, parameters, strict=False)))
+    return clone(network, memo=dict(zip(places, parameters, strict=False)))
 
 
 def _one_by_one(tasks: Task) -> list[Task]:

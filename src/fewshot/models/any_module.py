@@ -40,11 +40,10 @@ def network_from_module(
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model.module: gives a {type(module).__name__}; its _target_ must make a torch.nn.Module")
-    layer: Any
     for layer in module.modules():
         if getattr(layer, "track_running_stats", False):
-            layer.track_running_stats = False
-            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False  # pyright: ignore[reportArgumentType]
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None  # pyright: ignore[reportArgumentType]
     images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     before, buffers = images.clone(), {name: buffer.clone() for name, buffer in module.named_buffers()}
     name, logits = _head(module.eval(), images, head)

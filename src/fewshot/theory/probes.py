@@ -4,7 +4,6 @@ Shapes: B tasks, S support and Q query images per task, d features, K ways, N in
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +37,9 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
     return {name: round((total / tasks).item(), 6) for name, total in sums.items()}
 
 
-def _probe(features: Features, **knobs: Any) -> dict[str, Tensor]:
+def _probe(features: Features, inner_lr: float, inner_steps: int) -> dict[str, Tensor]:
     """{name: (B,)}"""
-    adapted = adapt_head(features, **knobs)
+    adapted = adapt_head(features, inner_lr=inner_lr, inner_steps=inner_steps)
     gradients, c = adapted.gradients(first_order=True), adapted.coefficients().sum(0)  # c (B, Q, S)
     phi_S, phi_Q, w, b = features.support, features.query, features.weight, features.bias
     with_query = features.query_labels[:, :, None] == features.query_labels[:, None]  # (B, Q, Q)

@@ -16,7 +16,6 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
 
 from fewshot.errors import RankGone, Unreachable, UserError, first_line
 from fewshot.processes import ranks
@@ -57,7 +56,7 @@ class TasksOverRanks(DDPStrategy):
         pass  # ranks.start, torchrun or srun have started the processes
 
 
-def mean_over_ranks(values: Sequence[Tensor]) -> None:
+def mean_over_ranks(values: Sequence[Any]) -> None:
     """Replaces each tensor by its mean over the ranks, in place, all in one message.
 
     Raises:

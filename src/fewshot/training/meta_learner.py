@@ -112,8 +112,7 @@ class MetaLearner(pl.LightningModule):
         with self.engine.one_line_out_of_memory(tasks, remedy), dropping(self.network, position):
             measured = self.engine.meta_gradient(self.network, tasks, loop, self.etas, v)
         means = [of_tasks.mean() for of_tasks in measured]
-        gradients: list[Any] = [parameter.grad for parameter in self.parameters()]
-        mean_over_ranks([*gradients, *means])
+        mean_over_ranks([*(parameter.grad for parameter in self.parameters()), *means])
         if loop.head == "shared":
             share_gradient(self.network.head)
         norm = self.outer.clip(optimizer, self.network, loop.zeroing)

@@ -1,13 +1,10 @@
 """The zeroing trick (docs/method.md, section 2.6)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 
 from fewshot.models.head import zero_head
-
-if TYPE_CHECKING:
-    from fewshot.training.meta_learner import MetaLearner
 
 
 class ZeroHead(pl.Callback):
@@ -16,7 +13,7 @@ class ZeroHead(pl.Callback):
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
 
-    def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner", *args: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         if self.enabled:
             zero_head(module.network.head)
 
