@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -33,6 +34,12 @@ from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import keep_memory
 from fewshot.train import main as train_main
 from fewshot.train import run as train_run
+
+# The same examples every time, however slow the machine.
+hypothesis.settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).parents[1]
 HANG = 3600  # seconds, of every wait: only what will never end takes as long, on however slow a machine

@@ -20,7 +20,7 @@ from fewshot.files import at_home, checkpoint_file, claimed, escaped, in_shell, 
 SIGNS = "ab1.-_/ ,;:=[](){}<>'\"`~!@#$%^&*|?+\\\n\täé漢\u0301\udcff"  # the last: a byte that is no UTF-8
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(st.text(SIGNS, min_size=1))
 @example("runs/lr=0.1,seed=0")
 @example("null")

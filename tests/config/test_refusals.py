@@ -303,7 +303,7 @@ def calls(draw):
 
 
 @given(calls())
-@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@settings(max_examples=300)
 def test_any_call_is_valid_or_refused_in_one_line(call):
     line = refusal(call)
     assert line is None or (line.splitlines() == [line] and len(line) < 1000)

@@ -203,7 +203,7 @@ names = st.lists(st.text(min_size=1, max_size=5), min_size=6, max_size=60, uniqu
 cuts = st.tuples(st.integers(1, 98), st.integers(1, 98)).filter(lambda cut: sum(cut) < 100)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(names, cuts, st.integers(0, 5), st.randoms())
 def test_every_class_is_dealt_out_once_whatever_the_order(names, cut, seed, random):
     fractions = {"val": cut[0] / 100, "test": cut[1] / 100, "train": 1 - sum(cut) / 100}

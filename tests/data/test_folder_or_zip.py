@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -322,7 +322,7 @@ def mutated_directory(data, chance):
     return mutated(data[:60], chance, True) + data[60:first] + mutated(data[first:], chance, chance.random() < 0.9)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["image", "list", "directory"]))
 def test_mutated_zips_and_lists_are_read_or_refused_in_one_line(bounded, tmp_path_factory, seed, changed):
     chance, place = random.Random(seed), tmp_path_factory.mktemp("mutated")

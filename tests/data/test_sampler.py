@@ -18,7 +18,7 @@ from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError
 
-every_case = settings(deadline=None, derandomize=True, max_examples=60)
+every_case = settings(max_examples=60)
 
 
 def marked(counts):

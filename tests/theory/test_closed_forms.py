@@ -116,7 +116,7 @@ def test_the_gradients_of_the_mean_square_are_those_of_automatic_differentiation
     assert_as_differentiated(inputs, inner_lr=0.05, first_order=first_order, loss="mse")
 
 
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(data=st.data())
 def test_any_shapes_and_labels(data):
     ways, features, tasks = (data.draw(st.integers(1, most)) for most in (4, 4, 3))
