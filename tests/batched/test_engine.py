@@ -130,6 +130,7 @@ SIDE_BY_SIDE = {
     "padding=reflect": lambda: [
         *(nn.Conv2d(2, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten())
     ],
+    "groups of channels": lambda: [nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(5), nn.Flatten()],
 }
 BY_VMAP = {
     "padding=same": lambda: [nn.Conv2d(2, 6, 3, padding="same"), nn.ReLU(), norm(), nn.MaxPool2d(7), nn.Flatten()],
@@ -139,7 +140,6 @@ BY_VMAP = {
         *(nn.Conv2d(2, 4, 3), nn.ReLU(), norm(4), nn.Flatten(2), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(26, 6))
     ],
     "channels mixed": lambda: [nn.Conv2d(2, 6, 3), norm(), nn.Softmax(dim=1), nn.AvgPool2d(5), nn.Flatten()],
-    "groups of channels": lambda: [nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(5), nn.Flatten()],
     "layer norm": lambda: [nn.Conv2d(2, 6, 3), norm(), nn.LayerNorm([6, 5, 5]), nn.MaxPool2d(5), nn.Flatten()],
     "own reshape": lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), norm(), nn.MaxPool2d(5), Reshaped()],
     "own parameter": lambda: [nn.Conv2d(2, 6, 3), nn.ReLU(), norm(), Scaled(), nn.MaxPool2d(5), nn.Flatten()],

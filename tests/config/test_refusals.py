@@ -255,7 +255,7 @@ def test_knobs_of_ones_own_networks_sources_loggers_and_callbacks_are_free():
     cfg.callbacks.mine = {"_target_": "mine.Callback", "every": "hour"}
     check.refuse(cfg, [])
     del cfg.dataset["size"]
-    with pytest.raises(UserError, match=r"^dataset=null: lacks dataset\.size; must be one of cifarfs, "):
+    with pytest.raises(UserError, match=r"^dataset=null: lacks dataset\.size; must be one of aircraft, cifarfs, "):
         check.refuse(cfg, [])
 
 
