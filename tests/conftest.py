@@ -58,12 +58,14 @@ os.replace = halting
 # Files whose tests run in one process: they share runs of several ranks, and the one Slurm of a machine.
 TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py")
 # Files whose tests train, start programs or make datasets, and files with very many tests: pytest -m "not slow" leaves
-# them out. What is left, gradients, formulas, files, tables and the configuration, takes less than a minute.
+# them out. What is left, gradients, formulas, files, tables and the configuration, takes a minute on two threads of
+# one core.
 SLOW = re.compile(
     r"/tests/(test_(api|authors_code|bitwise|command|compatibility|export|install|kills|models|mutations|notebooks|train)"
-    r"|(across|nodes|predict|processes|sweep)/\w+|algorithms/test_runs|batched/test_engine|evidence/test_report"
-    r"|config/test_(instantiate|refusals|trainer_knobs)|data/test_(fine_grained|folder|imagenet|omniglot)"
-    r"|maml/test_recompute|theory/test_probes|training/\w+)\.py$"
+    r"|test_norms|(across|algorithms|compare|nodes|predict|processes|sweep|training)/\w+|batched/test_engine"
+    r"|config/test_(instantiate|refusals|trainer_knobs)|data/test_(fine_grained|folder|imagenet|meta_batches|omniglot)"
+    r"|evidence/test_report|maml/test_(explicit_loss|own_head|prototypical_network|recompute)|models/test_any_module"
+    r"|theory/test_probes)\.py$"
 )
 # The default configuration, shrunk: every part is there, each a second or less.
 SMALL = (

@@ -72,6 +72,7 @@ def test_of_many_at_once_each_gets_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["run", "sweep"])
+@pytest.mark.slow
 def test_a_folder_named_after_the_clock_is_ones_own_and_any_other_is_as_given(kind, tmp_path, monkeypatch):
     """A clock that stands still."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

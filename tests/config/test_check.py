@@ -47,6 +47,7 @@ def complaint(cfg):
 
 
 @pytest.mark.parametrize("override", CONFIGS)
+@pytest.mark.slow
 def test_every_file_composes_and_is_valid(override):
     cfg = composed(*valid(override))
     check(cfg)
@@ -532,6 +533,7 @@ def test_a_test_and_a_run_that_goes_on_say_so_once(overrides, before, line, tmp_
         (["inner_steps=4", "test_steps=2"], "test_steps=2: must be at least inner_steps=4"),
     ],
 )
+@pytest.mark.slow
 def test_a_mistake_ends_the_program_with_one_line(train, arguments, line):
     done = train(*arguments)
     assert (done.returncode, done.stderr, done.stdout) == (1, line + "\n", "")
@@ -551,6 +553,7 @@ def test_hydra_full_error_shows_the_traceback(train):
     assert "Traceback" in done.stderr and "UserError: ways=1: must be" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_names_knobs_and_choices(train):
     done = train("--help", COLUMNS="120")
     assert (done.returncode, done.stderr) == (0, "")
@@ -581,6 +584,7 @@ def test_cfg_job_prints_the_configuration(train):
     assert cfg.callbacks.zero_head.enabled is False
 
 
+@pytest.mark.slow
 def test_composing_and_checking_every_file_imports_no_torch():
     program = f"""
 import sys

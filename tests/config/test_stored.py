@@ -242,6 +242,7 @@ def twice(form, name):
     return {key: twice(inner, name) for key, inner in form.items()} if isinstance(form, dict) else form.format(name)
 
 
+@pytest.mark.slow
 def test_every_configuration_of_this_program_is_one_that_is_resolved(config):
     for group in ("algo", "dataset", "experiment", "callbacks", "model", "augment"):
         for path in sorted((CONF / group).glob("*.yaml")):

@@ -170,6 +170,7 @@ def tree(tmp_path):
     return tmp_path / "tree"
 
 
+@pytest.mark.slow
 def test_a_folder_or_zip_of_images(tree, load, tmp_path, capsys):
     splits = load(tree)
     main(["list", f"dataset.cache={tmp_path / 'cache'}"])

@@ -324,6 +324,7 @@ def mutated_directory(data, chance):
 
 @settings(max_examples=250)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["image", "list", "directory"]))
+@pytest.mark.slow
 def test_mutated_zips_and_lists_are_read_or_refused_in_one_line(bounded, tmp_path_factory, seed, changed):
     chance, place = random.Random(seed), tmp_path_factory.mktemp("mutated")
     kinds = [chance.choice(KINDS) for _ in FILES]

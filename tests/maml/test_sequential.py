@@ -95,6 +95,7 @@ def test_first_and_second_order_are_not_the_same_gradient():
 @each_order
 @pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.slow
 def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     """Against the closed forms of method.md 2.4 and 2.5, whose cotangents the encoder is given."""
     tasks = images_for(build, tasks=3, shots=2)
@@ -181,6 +182,7 @@ def test_the_gradient_leaves_the_parameters_as_they_are(engine, first_order):
 @each_network
 @each_order
 @each_head
+@pytest.mark.slow
 def test_training_with_one_inner_step_changes_every_parameter_and_learns(engine, build, first_order, zeroed):
     """The published code takes the step-1 query loss without a gradient, so that there it cannot."""
     tasks = images_for(build, queries=4)
@@ -266,6 +268,7 @@ def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, m
 @each_network
 @each_order
 @each_member
+@pytest.mark.slow
 def test_the_engines_agree_on_the_family(build, first_order, member):
     tasks = images_for(build, shots=2)
     network = convolutional(build, tasks)
@@ -339,6 +342,7 @@ def test_zeroing_is_the_arithmetic_from_a_zeroed_head(engine, first_order, inner
 @each_network
 @each_order
 @pytest.mark.parametrize("inner_steps, shots", [(1, 1), (2, 5), (5, 1)])
+@pytest.mark.slow
 def test_zeroing_leaves_out_what_is_zero(engine, build, first_order, inner_steps, shots):
     """The encoder's outer gradient is that of all of it computed; so is that of learned rates, and with all losses."""
     tasks = images_for(build, shots=shots)
@@ -388,6 +392,7 @@ def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
 
 @each_network
 @pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.slow
 def test_the_engines_give_the_same_step_accuracies(build, shots):
     tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
     network = convolutional(build, tasks)
@@ -405,6 +410,7 @@ def test_the_engines_give_the_same_step_accuracies(build, shots):
 @each_engine
 @each_network
 @each_order
+@pytest.mark.slow
 def test_training_and_evaluation_adapt_alike(engine, build, first_order):
     """Step N of the evaluation, always first order, is where the training of either order arrives after N steps."""
     tasks = images_for(build, tasks=3, ways=5, shots=2, queries=6, spread=2.0)

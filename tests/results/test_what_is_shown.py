@@ -48,6 +48,7 @@ def test_a_run_on_one_task_does_not_call_its_classes_test(results, caplog, tmp_p
     assert "over 3 tasks of the split of its one task" in figure.axes[0].get_title()
 
 
+@pytest.mark.slow
 def test_figures_are_png_and_where_asked_for_pdf_too(results, tmp_path):
     figures.write(tmp_path, results)
     assert [path.name for path in sorted((tmp_path / "figures").iterdir())] == ["accuracy_over_steps.png"]
