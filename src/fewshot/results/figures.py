@@ -114,14 +114,14 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
 def reliability(results: dict[str, Any], config: dict[str, Any]) -> Figure:
     """How often predictions are right over how sure they are, after inner_steps; a dot for each bin, as large as it."""
     step = min(config["inner_steps"], len(results["test"]["zeroing_off"]["accuracy"]) - 1)
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     for axes, (mode, (colour, marker, label)) in zip(figure.subplots(1, 2, sharey=True), DRAWN.items(), strict=True):
         measured = results["test"][mode]["calibration"]
         bins = {name: np.array(values[step], float) for name, values in measured["bins"].items()}
         sizes = 8 + 250 * bins["queries"] / max(bins["queries"].sum(), 1)
         axes.plot((0, 1), (0, 1), color="grey", linewidth=0.8, linestyle="--")
         axes.plot(bins["confidence"], bins["accuracy"], color=colour, linewidth=0.8)
-        axes.scatter(bins["confidence"], bins["accuracy"], sizes, color=colour, marker=marker, alpha=0.8)
+        axes.scatter(bins["confidence"], bins["accuracy"], sizes, color=colour, marker=marker, alpha=0.8, clip_on=False)
         axes.set(xlabel="probability of the predicted class", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set_title(f"{label}, calibration error {measured['error'][step]:.3f}", fontsize=9)
         plain(axes)
