@@ -15,7 +15,7 @@ import fewshot
 from fewshot import models
 from fewshot.config.tree import settings
 from fewshot.errors import UserError
-from fewshot.export import export, main
+from fewshot.export import export, main, model_card
 from fewshot.predict import predict
 
 
@@ -94,6 +94,16 @@ def test_how_training_images_were_changed_is_no_part_of_a_model(trained, config,
     content["fewshot"]["config"] |= {"augment": settings(config("augment=standard"))["augment"]}
     torch.save(content, tmp_path / "best.ckpt")
     assert "augment" not in fewshot.load(tmp_path / "best.ckpt").config
+
+
+def test_the_card_of_a_run_on_one_task_calls_neither_its_classes_nor_its_numbers_those_of_a_test(trained):
+    run = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["fewshot"]
+    results = json.loads((trained / "results.json").read_text())
+    for config in (run["config"], results["config"]):
+        config["dataset"]["tasks"] = "one_task"
+    card = model_card(run, {}, results["best_iteration"], results, "")
+    assert "on 4 tasks of the split of its one task of glyphs" in card and "trained on | one task of glyphs, " in card
+    assert " test classes" not in card and "split: test" not in card and " its one task's classes; SHA-256" in card
 
 
 def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):

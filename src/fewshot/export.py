@@ -73,9 +73,11 @@ def model_card(
     data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     colour = "grey" if data["channels"] == 1 else "colour"
+    tasks = f"{'one task of ' * _of_one_task(config)}{data['name']}, {ways}-way {shots}-shot"
+    names = {"test": "its one task's"} if _of_one_task(config) else {}
     facts = {
-        "trained on": f"{data['name']}, {ways}-way {shots}-shot, {data['size']} x {data['size']} pixels, {colour}",
-        "splits": ", ".join(f"{len(splits[split])} {split} classes" for split in SPLITS)
+        "trained on": f"{tasks}, {data['size']} x {data['size']} pixels, {colour}",
+        "splits": ", ".join(f"{len(splits[split])} {names.get(split, split)} classes" for split in SPLITS)
         + f"; SHA-256 of their names and images {splits['sha256']}"
         if splits
         else "not recorded",
@@ -113,10 +115,16 @@ def plain_markdown(text: str) -> str:
     return re.sub(r"[\\`*_{}\[\]<>|~&:@$]", r"\\\g<0>", one_line(text))
 
 
+def _of_one_task(config: dict[str, Any]) -> bool:
+    """Then the split of the test is the one that it was trained on."""
+    return config["dataset"].get("tasks") == "one_task"
+
+
 def _table(results: dict[str, Any]) -> str:
     test, data = results["test"], plain_markdown(results["config"]["dataset"]["name"])
+    split = "the split of its one task" if _of_one_task(results["config"]) else "the test split"
     lines = [
-        f"Query accuracy in % on {test['tasks']} tasks of the test split of {data}, with the half width of its 95% "
+        f"Query accuracy in % on {test['tasks']} tasks of {split} of {data}, with the half width of its 95% "
         f"confidence interval over tasks, from one run (seed {results['config']['seed']}). Test zeroing: the head is "
         "set to zero before it is adapted.",
         "",
@@ -155,7 +163,7 @@ def _metadata(title: str, config: dict[str, Any], results: dict[str, Any] | None
         for mode in MODES
     ]
     task = {"type": "image-classification", "name": f"{config['ways']}-way {config['shots']}-shot classification"}
-    dataset = {"name": data, "type": data, "split": "test"}
+    dataset = {"name": data, "type": data} | ({} if _of_one_task(config) else {"split": "test"})
     return metadata | {
         "model-index": [{"name": plain(title), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
     }

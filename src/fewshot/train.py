@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 from fewshot.config.check import check, processes
 from fewshot.config.hydra_call import Call, calling, hydra_command
 from fewshot.processes import ranks
-from fewshot.results.record_files import announce, read, validation_accuracy
+from fewshot.results.record_files import announce, read, tell_result, validation_accuracy
 
 
 @hydra_command
@@ -31,7 +31,9 @@ def run(cfg: DictConfig, call: Call) -> float:
         return validation_accuracy(read(call.folder))
     with finished_run():
         built = Run.build(start, call.signals, call.began)  # tasks, learner and trainer; evidence builds the same
-        return built.fit().test().write()
+        results = built.fit().test().write()
+    tell_result(results)  # W&B has said all that it has to say
+    return validation_accuracy(results)
 
 
 if __name__ == "__main__":

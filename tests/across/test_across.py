@@ -53,7 +53,8 @@ def test_its_numbers_are_those_of_the_runs_own_test_and_other_ways_begin_at_a_ze
     finished, photos, cache, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    rows = call(finished, out, cache, f"datasets=glyphs,folder:{photos}", "ways=5,7,10", "test_tasks=3")
+    words = [f"datasets=glyphs,folder:{photos}", "ways=5,7,10", "test_tasks=3", "figures.format=pdf"]
+    rows = call(finished, out, cache, *words)
     own, tested = record_files.read(finished), record_files.read(out / "glyphs-5w1s", of_run=False)
     assert tested["test"] == own["test"] and tested["splits"] == own["splits"]
     for mode, accuracies in read_tasks(finished).items():
@@ -74,6 +75,8 @@ def test_its_numbers_are_those_of_the_runs_own_test_and_other_ways_begin_at_a_ze
     shown = capsys.readouterr().out
     assert "birds [1]" in shown and "birds [2]" in shown and "\n[2] left out: ways=10: " in shown
     assert "The images are made 28x28 pixels, grey, from colour by luminance" in shown
+    assert f"Written to {out}: across.csv, figures/across.png and .pdf, and" in shown
+    assert (out / "figures" / "across.pdf").exists()
     with pytest.raises(SystemExit, match=r"hydra.run.dir=.*: is not empty; name another folder$"):
         call(finished, out, cache, "datasets=glyphs")
     knobs = {"dataset__cache": cache, "trainer": "cpu", "test_tasks": 3}

@@ -13,6 +13,7 @@ from test_predict import images
 
 import fewshot
 from fewshot.adapt import main as adapt_main
+from fewshot.norms import norm
 from fewshot.predict import Adapted, adapt
 from fewshot.predict.__main__ import main as predict_main
 
@@ -87,10 +88,15 @@ def test_labels_that_cannot_be_written_leave_nothing(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.fixture
-def fixed():
+@pytest.fixture(params=["batch", "task"])
+def fixed(request):
     """The adapted network that normalises by its support, and images as it takes them."""
-    adapted = adapt(MODEL, {"a": images(2, 1), "b": images(1, 2)}, statistics="support")
+    model = fewshot.load(MODEL)
+    if request.param == "task":
+        for place, layer in enumerate(model.encoder):
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                model.encoder[place] = norm(layer.num_features, "task")
+    adapted = adapt(model, {"a": images(2, 1), "b": images(1, 2)}, statistics="support")
     return adapted.network, torch.stack([adapted.preprocess(image) for image in images(4, 3)])
 
 

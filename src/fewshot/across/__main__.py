@@ -92,7 +92,8 @@ def run(
         raise UserError(f"datasets={datasets}: nothing could be measured; {rows[0].left_out}")
     report.write(folder, rows, config, cfg.figures.format)
     print(report.table(rows, config))
-    print(f"Written to {folder}: across.csv, figures/across.png, and a folder for each setting, for compare")
+    figures = "figures/across.png" + " and .pdf" * (cfg.figures.format == "pdf")
+    print(f"Written to {folder}: across.csv, {figures}, and a folder for each setting, for compare")
     return folder
 
 

@@ -310,15 +310,17 @@ def show(results: dict[str, Any], folder: Path) -> None:
         console.print(table)
     folded = f"; results.json has all {last + 1} steps" * (len(shown) <= last)
     note = f"*: as many steps as in training. ±: 95% confidence interval over tasks{folded}"
-    log.info("%s\n%s%s\n%s\nWritten to %s", heading, drawn.get(), note, result_line(results), folder)
+    log.info("%s\n%s%s\nWritten to %s", heading, drawn.get(), note, folder)
 
 
-def result_line(results: dict[str, Any]) -> str:
-    """The result in one line, by which a log ends."""
+def tell_result(results: dict[str, Any]) -> None:
+    """The result in one line, by which train.log ends."""
+    if ranks.rank():
+        return
     test, config = results["test"], results["config"]
     step = config["inner_steps"]
     words = [
         f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f} ({mode.replace('_', ' ')})"
         for mode in MODES
     ]
-    return f"{title(config)}: query accuracy in % after inner step {step}: {', '.join(words)}"
+    log.info(f"{title(config)}: query accuracy in % after inner step {step}: {', '.join(words)}")

@@ -100,10 +100,10 @@ class Run:
         self.seconds["test"] = time.monotonic() - began
         return self
 
-    def write(self) -> float:
+    def write(self) -> dict[str, Any]:
         """Leaves tasks.csv.gz, results.json, the figures, the logger's summary and the table on the terminal.
 
-        Returns the validation accuracy of the model that was tested, after inner_steps.
+        Returns what results.json holds.
         """
         give_memory_back()  # before figures are drawn, and torch's libraries are read once more at the process's end
         results = record_files.content(
@@ -123,7 +123,7 @@ class Run:
             for logger in self.trainer.loggers:
                 log_results(logger, results)
             record_files.show(results, self.start.folder)
-        return record_files.validation_accuracy(results)
+        return results
 
 
 def _callback(name: str, config: DictConfig) -> pl.Callback:
@@ -170,6 +170,7 @@ def finished(start: Start) -> dict[str, Any] | None:
     elif results["config"] | {key: asked[key] for key in LATER} != asked:
         raise UserError(f"hydra.run.dir={start.folder}: holds the results of another call; name another folder")
     record_files.show(results, start.folder)
+    record_files.tell_result(results)
     return results
 
 
