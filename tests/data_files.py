@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR100, Flowers102
@@ -208,3 +209,18 @@ def make_fine_grained(name, folder, monkeypatch, images=2):
         Image.fromarray(pixels).save(root / file, quality=95)
     monkeypatch.setitem(fine_grained.FACTS["images"], name, len(files))
     return root
+
+
+def make_huggingface(folder, splits, number=2):
+    """As Dataset.save_to_disk writes it; splits: {name: its classes}, each with so many images of one colour each."""
+    datasets = pytest.importorskip("datasets")
+    names = sorted({label for labels in splits.values() for label in labels})
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    saved = datasets.DatasetDict()
+    for place, (split, labels) in enumerate(splits.items()):
+        labels = [label for label in labels for _ in range(number)]
+        pixels = np.random.default_rng(place).integers(0, 256, (len(labels), 1, 1, 3), np.uint8)
+        images = [Image.fromarray(image) for image in np.tile(pixels, (1, 9, 12, 1))]
+        saved[split] = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    saved.save_to_disk(folder)
+    return folder

@@ -29,6 +29,8 @@ OWN += (".lock", ".lock-ranks", ".requeued")
 # In the folder of an exported model: its weights, its settings and its card.
 EXPORTED, EXPORTED_CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
 ADAPTED = "adapted.safetensors"  # beside these where the model has adapted: the support images and their classes
+SCHEME = "hf://"  # of the Hugging Face hub: hf://ORG/NAME or hf://ORG/NAME@REVISION
+REPOSITORY, REVISION = r"[\w-][\w.-]*/[\w-][\w.-]*", r"[\w-][\w.-]*"
 PLAIN = re.compile(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*")  # a path that needs no quotes: neither a number nor null
 _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, and their descriptors
 

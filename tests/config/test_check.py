@@ -30,7 +30,8 @@ def valid(override):
     """The overrides that make a valid configuration with that file."""
     if override == "model=module":
         return [override, "model.module={_target_: torchvision.models.resnet18}"]
-    needs_root = [f"dataset={name}" for name in ("folder", "cub", "minicub", "aircraft", "flowers", "dtd")]
+    own = ("folder", "huggingface", "cub", "minicub", "aircraft", "flowers", "dtd")
+    needs_root = [f"dataset={name}" for name in own]
     return [override, ROOT] if override in needs_root else [override]
 
 
@@ -64,7 +65,7 @@ def test_the_promised_files_are_there():
 @pytest.mark.parametrize("override", [override for override in CONFIGS if override.startswith("dataset=")])
 def test_a_dataset_file_says_what_the_checks_need(override):
     data = composed(override).dataset
-    assert data.name == override.removeprefix("dataset=")
+    assert data.name == ("folder" if override == "dataset=huggingface" else override.removeprefix("dataset="))
     assert list(data.classes) == ["train", "val", "test"]
     assert len(data.mean) == len(data.std) == data.channels
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from data_files import make_cifar100, make_fine_grained, make_mini, make_tiered
+from data_files import make_cifar100, make_fine_grained, make_huggingface, make_mini, make_tiered
 from hydra.utils import instantiate
 
 from fewshot.config.tree import CONF
@@ -18,6 +18,9 @@ MADE = {  # few images, but of every class
     "fc100": lambda folder, classes, monkeypatch: make_cifar100(folder, monkeypatch),
     "miniimagenet": lambda folder, classes, monkeypatch: make_mini(folder, classes),
     "tieredimagenet": lambda folder, classes, monkeypatch: make_tiered(folder, classes, images=1),
+    "huggingface": lambda folder, classes, monkeypatch: make_huggingface(
+        folder, {split: [f"{split}{label}" for label in range(5)] for split in SPLITS}, number=16
+    ),
 }
 MADE |= {
     name: lambda folder, classes, monkeypatch, name=name: make_fine_grained(name, folder, monkeypatch, images=1)

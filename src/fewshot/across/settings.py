@@ -22,6 +22,7 @@ OF_THE_CALL = ("test_tasks", "test_steps", "queries", "evaluation.statistics", "
 OF_THE_CALL += ("dataset.cache", "figures.format")
 # Of the dataset that the model was trained on, these are as they were then: they say which classes are in which split.
 OF_THE_SPLIT = ("split", "split_seed", "rotations", "resample", "fractions", "labels", "tasks")
+OF_THE_SPLIT += ("subset", "image_column", "label_column")
 
 
 class Place(NamedTuple):

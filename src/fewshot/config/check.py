@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.config.tree import CONF, GROUPS, entries, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
-from fewshot.files import checkpoint_file
+from fewshot.files import SCHEME, checkpoint_file
 from fewshot.inner_loop import THEORY, InnerLoop
 from fewshot.processes import ranks
 
@@ -215,7 +215,7 @@ def _check_dataset(cfg: DictConfig) -> None:
             raise UserError(f"dataset.{knob}={values}: must have dataset.channels={data.channels} numbers")
     if data.get("needs_root") and data.root is None and not own:
         own_images = "a folder or zip with train|val|test/CLASS/image or CLASS/image"
-        raise UserError(f"dataset.root=null: set dataset.root to {own_images if 'fractions' in data else data.origin}")
+        raise UserError(f"dataset.root=null: set dataset.root to {own_images if 'labels' in data else data.origin}")
     if "fractions" in data and not own and abs(sum(data.fractions.values()) - 1) > 1e-6:
         raise UserError(f"dataset.fractions={shown(dict(data.fractions))}: must add up to 1; give all three")
     for split, classes in data.classes.items():
@@ -258,7 +258,8 @@ def _check_made(cfg: DictConfig) -> None:
 def check_files(cfg: DictConfig) -> None:
     """Raises UserError where dataset.root names nothing that is there."""
     root = cfg.dataset.get("root")
-    if root is None or not cfg.dataset.source._target_.startswith("fewshot."):
+    own = not cfg.dataset.source._target_.startswith("fewshot.")
+    if root is None or own or (root.startswith(SCHEME) and "subset" in cfg.dataset):
         return
     if not os.path.exists(os.path.expanduser(root)):
         raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")

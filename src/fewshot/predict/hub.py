@@ -12,10 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from fewshot.errors import UserError
-from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, is_regular
+from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, REPOSITORY, REVISION, SCHEME, is_regular
 
-SCHEME = "hf://"
-REPOSITORY, REVISION = r"[\w-][\w.-]*/[\w-][\w.-]*", r"[\w-][\w.-]*"
 MEBIBYTE = 2**20
 LARGEST = {EXPORTED_CONFIG: MEBIBYTE // 4, CARD: MEBIBYTE, EXPORTED: 2048 * MEBIBYTE}  # bytes of each file
 

@@ -68,8 +68,8 @@ def load(
         source, classes = _in_folders(path, where, layout, deal)
     used = {name for members in classes.values() for files in members.values() for _, name in files}
     tell_left_out(where, source, used)
-    classes = _with_enough(classes, shots + queries, where)
-    _check_left(classes, ways, where)
+    classes = with_enough(classes, shots + queries, where)
+    check_left(classes, ways, where)
     contents = {split: list(members) for split, members in classes.items()}
     if labels is not None:  # then the names of the files do not say which class they are of
         contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
@@ -242,7 +242,7 @@ def _check_ways(numbers: dict[str, int], ways: int, where: str) -> None:
     )
 
 
-def _check_left(classes: Classes, ways: int, where: str) -> None:
+def check_left(classes: Classes, ways: int, where: str) -> None:
     """Raises UserError where a split has fewer classes than `ways`, by its folders or for want of images."""
     numbers = {split: len(members) for split, members in classes.items()}
     if ways > (least := min(numbers.values())):
@@ -255,7 +255,7 @@ def _without_training() -> str:
     return f"; or train nothing: {as_called('predict')} tells any classes apart with one of models/"
 
 
-def _with_enough(classes: Classes, least: int, where: str) -> Classes:
+def with_enough(classes: Classes, least: int, where: str) -> Classes:
     """The classes with at least so many images; one line names the others. They took part in the split before."""
     counts = {f"{split}/{name}": len(images) for split in SPLITS for name, images in classes[split].items()}
     if not least:
