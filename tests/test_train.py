@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-import wandb
 from conftest import HANG, SMALL, copied_before_writes, outcome, rows
 from PIL import Image
 
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 from fewshot.training import checkpoint, resume
-from fewshot.training.wandb_run import wandb_logger
+from fewshot.training.wandb_run import finished_run, wandb_logger
 
 
 def reported(folder, *, zeroing):
@@ -89,8 +88,8 @@ def test_two_processes_cannot_write_one_run(program, tmp_path):
 def test_the_last_offline_folder_of_a_continued_run_has_all_that_it_logged(tmp_path):
     logged = [{"iteration": iteration, "val/query_accuracy/step_1": iteration / 10} for iteration in (0, 2, 4)]
     knobs = {"project": "fewshot", "mode": "offline", "group": None, "name": None, "run_id": "abcdefgh"}
-    wandb_logger(**knobs, folder=tmp_path, values={}, rows=logged[:2]).log_metrics(logged[2], step=4)
-    wandb.finish()
+    with finished_run():
+        wandb_logger(**knobs, folder=tmp_path, values={}, rows=logged[:2]).log_metrics(logged[2], step=4)
     (file,) = tmp_path.glob("wandb/offline-run-*/run-abcdefgh.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", file]
     text = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout

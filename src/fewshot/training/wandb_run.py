@@ -25,6 +25,8 @@ from fewshot.processes import ranks
 log = logging.getLogger(__name__)
 
 PATIENCE = 5  # seconds for W&B's server to answer, where nobody has asked for logger.mode=online
+STARTED: list[Any] = []  # what finished_run finishes; W&B's global run may be a notebook's own
+SILENT: list[bool] = []  # whether W&B was, before wandb_logger silenced it
 METRICS = ("train/*", "val/*", "val_zeroed/*", "test/*", "test_zeroed/*", "probe/*")
 
 
@@ -71,13 +73,14 @@ def wandb_logger(
         group = group or (f"{sweep.parent.name}_{sweep.name}" if by_time else sweep.name)
         name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
     try:
+        SILENT.append(wandb.setup().settings.silent)
         wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
         asked, mode = mode, _mode(mode)
         knobs: dict[str, Any] = {"project": project, "group": group, "name": name, "id": run_id}
         knobs |= {"dir": folder, "config": values, "mode": mode}
         # finish_timeout: seconds, if the server is gone; the folder has everything
         settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, finish_timeout=120)
-        knobs |= {"settings": settings, "reinit": "finish_previous"}
+        knobs |= {"settings": settings, "reinit": "create_new"}  # beside one of a notebook
         try:
             run = wandb.init(**knobs, resume="allow" if mode == "online" else None)
         except wandb.errors.CommError as error:
@@ -89,6 +92,7 @@ def wandb_logger(
         raise UserError(
             f"logger.mode={shown(mode)}: {one_line(error)}; use logger.mode=offline, or logger=none"
         ) from error
+    STARTED.append(run)
     logger = EachOnce(experiment=run, save_dir=folder)
     run.define_metric("iteration", hidden=True)
     for pattern in METRICS:
@@ -161,8 +165,11 @@ def _sweep() -> Path | None:
 
 @contextmanager
 def finished_run() -> Iterator[None]:
-    """Finishes the W&B run, if one was started, as what it is; an offline one says how to upload it."""
-    exit_code = 1
+    """Finishes the W&B runs that were started inside, as what they are; an offline one says how to upload it.
+
+    One that a notebook has begun itself is left as it is.
+    """
+    exit_code, theirs = 1, getattr(sys.modules.get("wandb"), "run", None)
     try:
         yield
         exit_code = 0
@@ -170,24 +177,33 @@ def finished_run() -> Iterator[None]:
         exit_code = 128 + stop.signum
         raise
     finally:
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            place, offline = Path(wandb.run.dir).parent, wandb.run.settings.mode == "offline"
-            folder, linked = shlex.quote(str(place)), place / "logs" / "debug-core.log"
-            try:
-                if exit_code > 128:
-                    wandb.run.mark_preempting()
-                wandb.finish(exit_code=exit_code)
-            except Exception as error:  # its own process may have been ended by the same signal
-                log.warning(
-                    f"W&B could not finish its run ({type(error).__name__}: {error}); to upload what it has: "
-                    f"wandb sync --no-skip-online {folder}"
-                )
-            with suppress(OSError):
-                if linked.is_symlink():  # to a log in the home folder, of which a container leaves nothing
-                    linked.unlink()
-            if offline:
-                log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
+        wandb: Any = sys.modules.get("wandb")
+        of_a_logger = getattr(wandb, "run", None)  # Lightning's WandbLogger makes the global one
+        for run in [*STARTED, *[of_a_logger] * (of_a_logger is not theirs)]:
+            _finish(run, exit_code)
+        STARTED.clear()
+        while SILENT:
+            wandb.setup(wandb.Settings(silent=SILENT.pop()))
+            wandb.termsetup(wandb.setup().settings, None)
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    place, offline = Path(run.dir).parent, run.settings.mode == "offline"
+    folder, linked = shlex.quote(str(place)), place / "logs" / "debug-core.log"
+    try:
+        if exit_code > 128:
+            run.mark_preempting()
+        run.finish(exit_code=exit_code)
+    except Exception as error:  # its own process may have been ended by the same signal
+        log.warning(
+            f"W&B could not finish its run ({type(error).__name__}: {error}); to upload what it has: "
+            f"wandb sync --no-skip-online {folder}"
+        )
+    with suppress(OSError):
+        if linked.is_symlink():  # to a log in the home folder, of which a container leaves nothing
+            linked.unlink()
+    if offline:
+        log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")
 
 
 def summarise(logger: WandbLogger, summary: dict[str, float], results: dict[str, Any]) -> None:
