@@ -67,10 +67,10 @@ def _compared(order: str, loop: InnerLoop) -> bool:
     if loop.learned_inner_lr:
         raise UserError("algo.learned_inner_lr=true: is compared by this program's own tests; leave it out here")
     from fewshot.batched import engine as batched
-    from fewshot.maml import sequential
+    from fewshot.training.choose_engine import sequential_engine
 
     ways = {
-        "engine=sequential": sequential.meta_gradient,
+        "engine=sequential": sequential_engine("check-algorithm").meta_gradient,
         "engine=batched": batched.meta_gradient,
         "engine=batched, one task at a time": partial(batched.meta_gradient, tasks_at_once=1),
     }

@@ -1,6 +1,7 @@
 """The LightningModule: which engine computes, and what is said when memory runs out."""
 
 import logging
+import sys
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,19 @@ def test_engine_auto_is_a_rule_and_says_why(
     said = [record.message for record in caplog.records if "engine=" in record.message]
     assert said and set(said) == {f"engine=auto: {engine}"}
     assert engine_of(tmp_path) == engine.split()[0]
+
+
+def test_a_broken_learn2learn_is_one_line_and_auto_does_without_it(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "learn2learn.algorithms", None)  # installed, and cannot be imported
+    broken = (
+        r"engine=sequential: needs learn2learn, which cannot be imported here \(.*\); docs/install\.md says how it is"
+    )
+    with pytest.raises(UserError, match=f"^{broken}, or train with engine=batched$"):
+        run(tmp_path, *BEGAN, "engine=sequential")
+    assert not (tmp_path / "checkpoints").exists()
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, *BEGAN, "meta_batch_size=1")
+    assert "engine=auto: batched (learn2learn cannot be imported)" in caplog.messages
 
 
 def test_a_continued_run_keeps_its_engine(run, tmp_path, caplog):

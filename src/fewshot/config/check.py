@@ -20,6 +20,7 @@ from fewshot.inner_loop import THEORY, InnerLoop
 from fewshot.processes import ranks
 
 NEEDS_LEARN2LEARN = "needs learn2learn, which is not installed here; docs/install.md says how it is"
+REMEDY = ", or train with engine=batched"
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
@@ -90,7 +91,7 @@ def check(cfg: DictConfig) -> None:
     if not cfg.fit and cfg.checkpoint is None:
         raise UserError("fit=false: needs checkpoint=PATH, the model to test")
     if cfg.engine == "sequential":
-        check_learn2learn("engine=sequential", ", or train with engine=batched")
+        check_learn2learn("engine=sequential", REMEDY)
     loop = InnerLoop.of(cfg)
     if loop.head == "prototypes" and loop.distance in (None, "squared") and cfg.model.get("head_bias") is False:
         raise UserError("model.head_bias=false: with algo.head=prototypes the head has a bias, -|c|^2; leave it out")
@@ -145,7 +146,10 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
             words = f"must be {_files(knob)}"
         if meant := re.fullmatch(r"no such knob; did you mean (.+)\?", words):
             words = _did_you_mean(plain, knob, value, meant[1])
-        if words == "is missing":
+        if words == "is missing" and group == "callbacks":
+            name = knob.split(".")[1]
+            knob, value, words = f"callbacks.{name}", plain[group][name], "lacks _target_, the class of the callback"
+        elif words == "is missing":
             knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
         raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
     if unresolved and named is None:

@@ -69,6 +69,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     """Measures the model of cfg.checkpoint; writes evidence.json, pictures and report.html into `folder`."""
     began = time.monotonic()
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
+    from fewshot.training.choose_engine import sequential_engine
+
+    sequential_engine("evidence")  # it can be imported
     from fewshot.evidence import report
     from fewshot.evidence.model import Model
     from fewshot.evidence.page import Shown

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
-from fewshot.config.check import check_learn2learn
+from fewshot.config.check import REMEDY, check_learn2learn
 from fewshot.data.task import Task
-from fewshot.errors import UserError
+from fewshot.errors import UserError, first_line
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss
 from fewshot.models.network import Network, drops
@@ -54,19 +54,25 @@ class Engine:
             raise UserError(f"{where}; {remedy}lower {lower}") from error
 
 
-def sequential_engine() -> Engine:
-    """Raises ImportError where learn2learn is not installed, or what it imports is not."""
-    from fewshot.maml import sequential  # learn2learn takes its time to import
+def sequential_engine(what: str = "engine=sequential", remedy: str = "") -> Engine:
+    """Raises UserError where learn2learn, which `what` needs, is not installed or cannot be imported."""
+    check_learn2learn(what, remedy)
+    try:
+        import learn2learn.algorithms  # pyright: ignore[reportUnusedImport]  # noqa: F401
+    except Exception as error:  # whatever a broken installation makes of it
+        here = f"cannot be imported here ({first_line(error)})"
+        raise UserError(f"{what}: needs learn2learn, which {here}; docs/install.md says how it is{remedy}") from error
+    from fewshot.maml import sequential  # not above, since learn2learn takes its time to import
 
     functions = (sequential.meta_gradient, sequential.step_accuracies, sequential.step_logits, sequential.adapted)
     return Engine("sequential", *functions)
 
 
 def engine_to_predict() -> Engine:
-    """learn2learn's, or the batched one where that is not installed."""
+    """learn2learn's, or the batched one where that is not there."""
     try:
         return sequential_engine()
-    except ImportError:
+    except UserError:
         functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
         return Engine("batched", *functions)
 
@@ -84,12 +90,12 @@ def choose_engine(
     device, name = trainer.strategy.root_device.type, asked
     if asked == "auto":
         name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, tasks_at_once, trainer)
-        if name == "sequential" and find_spec("learn2learn") is None:
-            name, reason = "batched", "learn2learn is not installed"
+        if name == "sequential" and engine_to_predict().name != name:
+            lacks = "is not installed" if find_spec("learn2learn") is None else "cannot be imported"
+            name, reason = "batched", f"learn2learn {lacks}"
         log.info(f"engine=auto: {name} ({reason})")
     if name == "sequential":
-        check_learn2learn("engine=sequential")
-        engine = sequential_engine()
+        engine = sequential_engine(remedy=REMEDY)
     else:
         execute = CudaGraphs() if device == "cuda" else None
         # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
