@@ -84,6 +84,7 @@ def fork(folder, cache, *runs):
     subprocess.run(call, check=True, env=os.environ | {"PYTHONPATH": path})
 
 
+CLIP_NORM = 0.05
 WORLDS = {"small": (1, 4), "fomaml": (1, 2), "zero": (1, 2)}
 
 
@@ -91,12 +92,17 @@ WORLDS = {"small": (1, 4), "fomaml": (1, 2), "zero": (1, 2)}
 def runs(cache, tmp_path_factory):
     """The folder with the same run by one process and by several, named by what it is and their number.
 
-    small: with rates that are learned too and images that are augmented, which a plain run has less of.
+    small: with rates that are learned too, images that are augmented and a gradient that is clipped, which a plain run
+        has less of.
     fomaml, zero: the default job's network.
     undisturbed: what a run that was killed is to end as.
     """
     wide = "model.width=64 val_every=20 val_tasks=2 test_tasks=2 test_steps=2"
-    calls = {"small": "algo=metasgd augment=standard", "fomaml": wide, "zero": f"{wide} algo=zero"}
+    calls = {
+        "small": f"algo=metasgd augment=standard clip_norm={CLIP_NORM}",
+        "fomaml": wide,
+        "zero": f"{wide} algo=zero",
+    }
     folder = tmp_path_factory.mktemp("ranks") / "runs"
     every = (
         (f"{name}{world}", world, f"trainer.precision=64-true {calls[name]}")
@@ -136,6 +142,16 @@ def test_ranks_compute_the_gradient_of_one_process(runs, name):
     for rank in range(world):
         for ours, theirs in zip(torch.load(runs / f"{name}{world}" / f"gradient_{rank}.pt"), expected, strict=True):
             assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+def test_what_is_clipped_is_the_mean_gradient_of_all_ranks(runs):
+    """Its norm is that which one process records, and above clip_norm."""
+    with open(runs / "small4" / "metrics.csv", newline="") as file:  # compared with one process's above
+        norms = [float(row["train/gradient_norm"]) for row in csv.DictReader(file) if row["train/gradient_norm"]]
+    assert min(norms) > CLIP_NORM
+    for rank in range(4):
+        gradient = torch.cat([part.flatten() for part in torch.load(runs / "small4" / f"gradient_{rank}.pt")])
+        assert gradient.norm().item() == pytest.approx(CLIP_NORM, rel=1e-4)  # of the first update, as it was taken
 
 
 def test_ranks_and_one_process_part_without_zeroing_and_stay_together_with_it(runs):
