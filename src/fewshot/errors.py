@@ -55,6 +55,14 @@ def first_line(error: BaseException | None) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """Why Hydra could not make something, in a line: what stands behind its own words."""
+    inside = error.__cause__ or error
+    if str(inside).startswith("Error loading "):  # a name that cannot be imported
+        inside = inside.__cause__ or inside
+    return first_line(inside)
+
+
 def printable(text: str) -> str:
     """Text of others as a terminal, a file in UTF-8 and a figure can take it: a letter without a glyph is escaped."""
     return "".join(

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import outcome, rows
+from torch.utils.tensorboard import SummaryWriter
 
 from fewshot.training.checkpoint import read
 
@@ -40,26 +41,45 @@ def test_a_run_with_others_loggers_and_callbacks_goes_on_exactly(run, tmp_path):
     assert losses[1][:2] == losses[0] and len(losses[1]) == 4
 
 
-def test_tensorboard_has_the_curves(run, tmp_path):
+def test_tensorboard_has_the_curves_of_a_run_that_goes_on_each_point_once(run, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = run(tmp_path, "logger=tensorboard", "iterations=4", "val_every=2", "trainer.log_every_n_steps=2")
-    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    ours = {int(row["iteration"]): float(row["train/loss"]) for row in rows(folder) if row["train/loss"]}
-    assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(ours, rel=1e-5)
-    assert [event.step for event in events.Scalars("final_test/query_accuracy/step_1")] == [4]
+    knobs = ("logger=tensorboard", "val_every=2", *KNOBS)
+    whole = run(tmp_path / "whole", *knobs, "iterations=4")
+    folder = run(tmp_path / "short", *knobs, "iterations=2")
+    with SummaryWriter(folder / "tensorboard") as beyond:  # what a run had logged that was killed after its last.ckpt
+        beyond.add_scalar("train/loss", 9.0, 3)
+    run(folder, f"checkpoint={folder}", "iterations=4", "logger=tensorboard")
+    assert outcome(folder)["state"] == outcome(whole)["state"]
+    assert outcome(folder)["metrics"] == outcome(whole)["metrics"]
+    for logs, ends in ((whole, [4]), (folder, [2, 4])):
+        events = accumulator.EventAccumulator(str(logs / "tensorboard"))
+        events.Reload()
+        ours = [(int(row["iteration"]), float(row["train/loss"])) for row in rows(logs) if row["train/loss"]]
+        assert [event.step for event in events.Scalars("train/loss")] == [step for step, _ in ours]
+        assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([y for _, y in ours], rel=1e-5)
+        assert {event.step for event in events.Scalars("lr-Adam")} == {0, 1, 2, 3}
+        assert [event.step for event in events.Scalars("final_test/query_accuracy/step_1")] == ends
 
 
 @pytest.mark.parametrize(
     ("knobs", "line"),
     [
         (["logger=csv", "logger._target_=pytorch_lightning.Nope"], "logger._target_=pytorch_lightning.Nope: cannot be"),
+        (["logger=tensorboard", "+logger.nope=1"], "logger._target_=pytorch_lightning.loggers.TensorBoardLogger: cann"),
         (["logger=csv", "+logger.nope=1"], "logger._target_=pytorch_lightning.loggers.CSVLogger: cannot be made ("),
         (["logger=csv", "logger._target_=torch.nn.ReLU", "logger.name=no"], "logger._target_=torch.nn.ReLU: cannot be"),
         (["logger=csv", "logger._target_=torch.nn.Identity"], "logger._target_=torch.nn.Identity: must be a pytorch_"),
         (["logger=wandb", "+logger.nope=1"], "logger.nope=1: no such knob"),
         (["+callbacks.mine=1"], "callbacks.mine=1: must be {_target_: ..."),
-        (["+callbacks.mine._target_=no.such"], "callbacks.mine._target_=no.such: cannot be made ("),
+        (
+            ["logger=csv", "+callbacks.mine._target_=no.such"],
+            "callbacks.mine._target_=no.such: cannot be made (No module",
+        ),
+        (["+callbacks.mine._target=x"], "callbacks.mine={_target: x}: lacks _target_, the class of the callback"),
+        (
+            ["callbacks.mine._target_=x.Y"],
+            "callbacks.mine._target_=x.Y: no such knob; did you mean +callbacks.mine._ta",
+        ),
         (
             ["+callbacks.mine._target_=torch.nn.ReLU"],
             "callbacks.mine._target_=torch.nn.ReLU: must be a py",
@@ -69,4 +89,4 @@ def test_tensorboard_has_the_curves(run, tmp_path):
 def test_what_cannot_be_made_is_one_line(main, tmp_path, knobs, line):
     ended = main("logger=none", *knobs, f"hydra.run.dir={tmp_path / 'run'}", small=True)
     assert isinstance(ended, str) and re.match(re.escape(line), ended) and "\n" not in ended
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()

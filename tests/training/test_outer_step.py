@@ -142,7 +142,11 @@ def test_another_optimisers_memory_is_refused(run, tmp_path):
     ("knobs", "line"),
     [
         (["+optimizer.lr=0.1"], "optimizer.lr=0.1: leave it out; outer_lr is the learning rate"),
-        (["optimizer._target_=torch.optim.Nope"], "optimizer=torch.optim.Nope: cannot be made ("),
+        (["optimizer._target_=torch.optim.Nope"], "optimizer=torch.optim.Nope: cannot be made (No module named "),
+        (
+            ["optimizer._target_=torch.optim.RMSprop", "optimizer.nope=1"],
+            "optimizer.nope=1: no such knob; did you mean +",
+        ),
         (["+optimizer.momentum=0.9"], "optimizer=torch.optim.Adam: cannot be made ("),
         (["optimizer._target_=torch.optim.LBFGS"], "optimizer=torch.optim.LBFGS: must be a torch.optim.Optimizer"),
         (["optimizer._target_=torch.nn.ParameterList"], "optimizer=torch.nn.ParameterList: cannot be made ("),
@@ -158,4 +162,4 @@ def test_another_optimisers_memory_is_refused(run, tmp_path):
 def test_what_cannot_be_is_refused_in_one_line(main, tmp_path, knobs, line):
     ended = main(*knobs, f"hydra.run.dir={tmp_path / 'run'}", "logger=none", small=True)
     assert isinstance(ended, str) and re.match(re.escape(line), ended) and "\n" not in ended
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()

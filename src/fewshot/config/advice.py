@@ -10,7 +10,7 @@ from typing import Any
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fewshot.config.check import check, knobs
+from fewshot.config.check import ADDED, check, knobs
 from fewshot.config.help import files
 from fewshot.config.tree import GROUPS, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line
@@ -33,15 +33,18 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
         group = key.split(".")[0]
         having = [name for name, file in files(group).items() if key in file.values] if group in GROUPS else []
-        if having and call.startswith(f"{key}="):
+        of_another_class = f"{group}._target_" in map(key_of, overrides)
+        if having and call.startswith(f"{key}=") and not of_another_class:
             return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))}")
         inside = "" if unknown[1].startswith(key) else f" {key} in it"
         with suppress(Exception):  # chosen groups whose files are there
             groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
             chosen = composed([override for override in overrides if re.match(groups, override)])
             candidates, advice = _nearest_knobs(key, chosen)
-            if candidates and call.startswith(f"{key}="):
-                advice = _did_you_mean(candidates, call, overrides, composed)
+            candidates = candidates if call.startswith(f"{key}=") else []
+            candidates += [f"+{unknown[1]}"] * key.startswith(ADDED)
+            if candidates:
+                advice = _did_you_mean(candidates, call, overrides, composed) or advice
             return UserError(one_line(f"{call}: no such knob{inside}; {advice}"))
         return UserError(f"{call}: no such knob{inside}; {nearest(key, knobs())}")
     if several := re.match("(?:Ambiguous value for argument|Sweep parameters) '(.+)'(?:\n| requires)", text):
@@ -66,8 +69,11 @@ def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
     return get_close_matches(key, beside), nearest(key, beside)
 
 
-def _did_you_mean(candidates: list[str], call: str, overrides: list[str], composed: Composed) -> str:
-    """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why."""
+def _did_you_mean(candidates: list[str], call: str, overrides: list[str], composed: Composed) -> str | None:
+    """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why.
+
+    Of a key to be added that would say nothing, so it is None.
+    """
 
     def refusal(words: list[str]) -> str | None:  # None: it would not be refused
         try:
@@ -84,7 +90,7 @@ def _did_you_mean(candidates: list[str], call: str, overrides: list[str], compos
         reasons.append(refusal([*others, f"{name}={call.partition('=')[2]}"]))
         if reasons[-1] in (None, without):
             return f"did you mean {name}?"
-    return f"did you mean {candidates[0]}? ({reasons[0]})"
+    return None if candidates[0].startswith("+") else f"did you mean {candidates[0]}? ({reasons[0]})"
 
 
 def names(node: Any, prefix: str = "") -> Iterator[str]:

@@ -247,7 +247,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
         if not ranks.rank() and folder in OutputFolder.made and files <= {folder / name for name in names}:
             for path in files:
                 path.unlink()
-            for place in (folder / ".hydra", *OutputFolder.made):
+            folders = sorted(path for path in folder.rglob("*") if path.is_dir())
+            for place in (*reversed(folders), *OutputFolder.made):
                 with suppress(OSError):
                     place.rmdir()
         raise

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fewshot.errors import UserError, first_line
+from fewshot.errors import UserError, reason_of
 from fewshot.models.network import Network
 
 
@@ -72,7 +72,7 @@ def _made(config: DictConfig, parameters: Iterable[Tensor], lr: float) -> Optimi
     try:
         optimizer = instantiate(config, _partial_=True, _convert_="all")(parameters, lr=lr)
     except Exception as error:  # whatever the class and its arguments make of it
-        raise UserError(f"{asked}: cannot be made ({first_line(error.__cause__ or error)})") from None
+        raise UserError(f"{asked}: cannot be made ({reason_of(error)})") from None
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(f"{asked}: must be a torch.optim.Optimizer whose step needs the gradient alone")
     return optimizer

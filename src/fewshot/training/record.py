@@ -72,6 +72,8 @@ class Record(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, module: "MetaLearner", checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             write_metrics(self._folder / "metrics.csv", self.rows)  # never older than a checkpoint
+            for logger in trainer.loggers:
+                logger.save()
 
     def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         self.pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self.pending]

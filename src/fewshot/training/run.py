@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
-from fewshot.errors import UserError, first_line
+from fewshot.errors import UserError, reason_of
 from fewshot.files import in_shell
 from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
@@ -69,10 +69,12 @@ class Run:
         checkpoint = start.restore(learner, tasks)
         logger, callbacks = False, []
         if signals is not None:
-            record_files.write_splits(start.folder, tasks.manifest)
-            logger = logger_of(start)
             own = in_order(_callback(name, config) for name, config in cfg.callbacks.items())
+            if cfg.fit:
+                learner.configure_optimizers()  # one that cannot be made is refused before anything is written
             callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals, cfg.save_minutes)]
+            logger = logger_of(start)
+            record_files.write_splits(start.folder, tasks.manifest)
         trainer = instantiate(
             cfg.trainer,
             precision=precision,
@@ -131,7 +133,7 @@ def _callback(name: str, config: DictConfig) -> pl.Callback:
     try:
         callback = instantiate(config)
     except Exception as error:  # whatever the class and its arguments make of it
-        raise UserError(f"{asked}: cannot be made ({first_line(error.__cause__ or error)})") from None
+        raise UserError(f"{asked}: cannot be made ({reason_of(error)})") from None
     if not isinstance(callback, pl.Callback):
         raise UserError(f"{asked}: must be a pytorch_lightning.Callback")
     return callback
