@@ -21,7 +21,9 @@ SHARED = {"train": list("abcdefgh"), "test": list("abcdefgh")}
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "huggingface")  # not the user's
+
     def load(root, cache="cache", **knobs):
         knobs = {"subset": None, "image_column": None, "label_column": None, "name": "hf", **SHAPE, **knobs}
         return huggingface.load(root=str(root), cache=str(tmp_path / cache), **knobs)
@@ -121,3 +123,23 @@ def test_the_code_of_a_repository_does_not_run(load, tmp_path):
     with pytest.raises(UserError, match="the library datasets cannot read it") as error:
         load(tmp_path / "birds")
     assert not (tmp_path / "ran").exists() and "\n" not in str(error.value)
+
+
+def test_images_may_be_files_of_the_datasets_folder_and_no_others(load, tmp_path):
+    folder, outside = tmp_path / "photos", tmp_path / "outside.png"
+    for place in range(14):
+        path = folder / f"{place // 2}" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (place, 0, 0)).save(path)
+    assert sum(len(split.images) for split in load(folder).values()) == 14  # of load_dataset's own "imagefolder"
+    Image.new("RGB", (4, 4)).save(outside)
+    pictures = [{"bytes": None, "path": str(outside)}] * 14
+    read = table(
+        image=(datasets.Image(decode=False), pictures), label=(datasets.Value("int64"), [n // 2 for n in range(14)])
+    )
+    (tmp_path / "tables").mkdir()
+    read.to_parquet(tmp_path / "tables" / "train.parquet")
+    with pytest.raises(
+        UserError, match=r"cannot read 14 images: 'train/0': \S+outside.png is neither in the dataset's folder"
+    ):
+        load(tmp_path / "tables")

@@ -5,6 +5,7 @@ decoded here like all others.
 """
 
 import logging
+import os
 import re
 import sys
 from collections import defaultdict
@@ -115,10 +116,11 @@ def _column(where: str, table: Any, column: str | None, knob: str, kind: str, na
 
 def _source(root: str, where: str, table: Any, column: str) -> Source:
     """The files of the images of one split, each called SPLIT/ROW."""
-    import datasets
+    from datasets import Image, config
+    from huggingface_hub import constants
 
     try:
-        table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        table = table.select_columns([column]).cast_column(column, Image(decode=False))
     except Exception as error:
         raise UserError(f"{where}: {column} is no column of images ({type(error).__name__}); name another") from None
 
@@ -126,8 +128,15 @@ def _source(root: str, where: str, table: Any, column: str) -> Source:
         picture = table[int(name.rpartition("/")[2])][column]
         if picture is None:
             raise ValueError("there is no image")
-        return picture["bytes"] if picture["bytes"] is not None else read_file(picture["path"])
+        if picture["bytes"] is not None:
+            return picture["bytes"]
+        path = os.path.abspath(picture["path"])
+        if not path.startswith(tuple(os.path.join(folder, "") for folder in folders)):  # a table may name any file
+            raise ValueError(f"{path} is neither in the dataset's folder nor in the cache of Hugging Face")
+        return read_file(path)
 
+    folders = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    folders = [os.path.abspath(folder) for folder in (*folders, *[root] * (not root.startswith(SCHEME)))]
     as_given: Any = root  # an address is no path
     return Source(as_given, (), table._fingerprint, read)
 
