@@ -1,6 +1,7 @@
 """docs/results: what collect.py keeps of made-up runs, and panel 1's tables and figure of them."""
 
 import json
+import re
 from pathlib import Path
 
 import collect
@@ -47,7 +48,9 @@ def made_up_run(folder: Path, name: str, accuracy: float) -> Path:
     columns = [f"{split}/query_accuracy/step_1" for split in ("test", "test_zeroed")]
     rows = [f"{iteration},{accuracy - 0.1},{accuracy - 0.05}\n" for iteration in (0, 300, 600)]
     (run / "metrics.csv").write_text(f"iteration,{','.join(columns)}\n10,,\n" + "".join(rows))
-    run.with_name(f"{name}.time").write_text("90.5 user 1.5 system 99 wall 5 kB\n10.0 user 0.0 system 9 wall 5 kB\n")
+    run.with_name(f"{name}.time").write_text(
+        "90.5 user 1.5 system 99 wall 1000 kB\n10.0 user 0.0 system 9 wall 2000 kB\n"
+    )
     run.with_name(f"{name}.log").write_text("stopped by SIGTERM; ... goes on\n")
     return run
 
@@ -61,7 +64,8 @@ def test_a_run_is_kept_without_paths_and_once(tmp_path: Path) -> None:
     (kept,) = collect.facts("panel1", tmp_path).values()
     assert kept["config"]["dataset"] == {"size": 28} and "/home" not in json.dumps(kept)
     assert kept["command"] == "python train.py algo=zero seed=1"
-    assert kept["seconds"] == {"train": 5.0, "processor": 102.0}
+    assert kept["seconds"] == {"train": 5.0, "processor": 102.0} and kept["peak_mb"] == 2.0
+    assert re.fullmatch(r"\w+ \w+, .+, \d+ cores", kept["kept"]["machine"])
 
 
 def test_every_accuracy_is_a_row(tmp_path: Path) -> None:

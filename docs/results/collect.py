@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import platform
 import re
 import subprocess
@@ -104,18 +105,28 @@ def _accuracies(setting: str, seed: int, results: dict[str, Any], metrics: str) 
 def _about(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     overrides = run / ".hydra" / "overrides.yaml"
     words = yaml.safe_load(overrides.read_text(encoding="utf-8")) if overrides.exists() else None
+    words = words and [word for word in words if not re.search("=(/|~)", word)]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "command": words and " ".join(["python train.py", *(word for word in words if not re.search("=(/|~)", word))]),
+        "command": None if words is None else " ".join(["python train.py", *words]),
         "iterations": results["iterations"],
         "best_iteration": results["best_iteration"],
         "threads": results["config"]["threads"],
         "seconds": {"processor": processor_seconds(run), **results["seconds"]},
+        "peak_mb": peak_mb(run),
         "versions": results.get("versions"),
-        "kept": {"commit": commit.stdout.strip() or None, "machine": f"{platform.system()} {platform.machine()}"},
+        "kept": {"commit": commit.stdout.strip() or None, "machine": machine()},
         "images": results.get("splits", {}).get("sha256"),
         "config": without_paths(results["config"]),
     }
+
+
+def machine() -> str:
+    """Such as Linux x86_64, Intel(R) Xeon(R) Processor, 2 cores; of which speed is known, no name of a host."""
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else []
+    processor = names[0] if names else platform.processor() or "unknown processor"
+    return f"{platform.system()} {platform.machine()}, {processor}, {os.cpu_count()} cores"
 
 
 def without_paths(value: Any) -> Any:
@@ -129,12 +140,19 @@ def without_paths(value: Any) -> Any:
 def processor_seconds(run: Path) -> float | None:
     """User and system time of all calls of a run, if RUN.time lies beside it; None where that of some is not known.
 
-    `/usr/bin/time -a -o RUN.time -f "%U user %S system"` writes it.
+    `/usr/bin/time -a -o RUN.time -f "%U user %S system %M kB"` writes it.
     """
     times, log = run.with_name(f"{run.name}.time"), run.with_name(f"{run.name}.log")
     calls = re.findall(r"([\d.]+) user ([\d.]+) system", times.read_text()) if times.exists() else []
     stops = len(re.findall(r"^stopped by SIG", log.read_text(), re.MULTILINE)) if log.exists() else 0
     return round(sum(float(user) + float(system) for user, system in calls), 1) if len(calls) > stops else None
+
+
+def peak_mb(run: Path) -> float | None:
+    """The largest resident memory of any of its calls, of which the same file knows."""
+    times = run.with_name(f"{run.name}.time")
+    peaks = re.findall(r"([\d.]+) kB", times.read_text()) if times.exists() else []
+    return max(round(1.024 * float(peak) / 1000, 1) for peak in peaks) if peaks else None
 
 
 if __name__ == "__main__":

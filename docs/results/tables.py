@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import collect
+
 ROOT = Path(__file__).parents[2]
 AS_IS = "learn2learn as it is"
 CALLED = {  # the contestants of memory.json, in the order of the table
@@ -145,6 +147,118 @@ def memory(network: str, queries: int = 15) -> str:
     rows = [[name, *(cells[name].get(number, "") for number in steps)] for name in sorted(cells, key=order.index)]
     title = f"`{network}`, {queries} quer{'y' if queries == 1 else 'ies'} per class"
     return markdown([title, *(f"{number} step{'s' * (number > 1)}" for number in steps)], rows)
+
+
+def memory_growth() -> str:
+    """How many times the peak of one inner step more of them take, where both were measured."""
+    peaks = {
+        (row["network"], row["contestant"], row["memory"], row["steps"]): row["peak_mb"]
+        for row in measured("memory")["rows"]
+        if row["queries"] == 15 and "peak_mb" in row
+    }
+    rows = []
+    for network, name, kept in dict.fromkeys(key[:3] for key in peaks):
+        times = [peaks.get((network, name, kept, steps), 0) / peaks[network, name, kept, 1] for steps in (2, 5, 10, 20)]
+        if any(times[1:]):
+            rows.append([f"`{network}`", CALLED[name], kept, *(f"{ratio:.2f}" if ratio else "" for ratio in times)])
+    order = list(CALLED.values())
+    rows.sort(key=lambda row: (row[0], row[2] == "glibc", order.index(row[1])))
+    return markdown(["", "", "memory", "2 steps over 1", "5 over 1", "10 over 1", "20 over 1"], rows)
+
+
+def _surroundings() -> dict[tuple[str, int, str], dict[str, str]]:
+    """The medians over rounds by job, neighbours and contestant."""
+    medians = {}
+    for entrant in measured("surroundings")["measured"]:
+        columns = {name: [each[name] for each in entrant["rounds"]] for name in entrant["rounds"][0]}
+        median = {name: statistics.median(values) for name, values in columns.items()}
+        medians[entrant["job"], entrant["neighbours"], entrant["contestant"]] = {
+            "wall": f"{1000 * median['wall']:.0f}",
+            "processor": f"{1000 * median['processor']:.0f}",
+            "faults": f"{median['faults']:,.0f}",
+            "peak": f"{median['peak_mib']:,.0f}",
+            "rounds": str(len(entrant["rounds"])),
+        }
+    return medians
+
+
+def allocators() -> str:
+    """A meta-step of the default job under several allocators."""
+    called = {
+        "glibc": "glibc as it is",
+        "fewshot": "**`mallopt`, as the program does it**",
+        "kept-huge-pages": "`mallopt` and huge pages (`glibc.malloc.hugetlb=1`)",
+        "kept-one-arena": "`mallopt` and one arena (`MALLOC_ARENA_MAX=1`)",
+        "jemalloc": "jemalloc 5.3.0",
+        "tcmalloc": "tcmalloc 2.10 (minimal)",
+        "mimalloc": "mimalloc 2.0.9",
+    }
+    medians = _surroundings()
+    cells = {name: list(medians["default/batched", 0, name].values()) for name in called}
+    heads = ["", "wall, ms", "processor, ms", "page faults", "peak memory, MiB", "rounds"]
+    return markdown(heads, [[words, *cells[name]] for name, words in called.items()])
+
+
+def waiting() -> str:
+    """A meta-step of the default job by what waiting threads do."""
+    policies = {"fewshot": "**asleep (`PASSIVE`)**", "spin-1000": "1000", "spin-5000": "5000", "spin-20000": "20000"}
+    policies["spin"] = "`spin`"
+    medians, rows = _surroundings(), []
+    for engine in ("batched", "sequential"):
+        for neighbours, words in enumerate(("alone", "one neighbour")):
+            by_policy = [medians.get((f"default/{engine}", neighbours, policy)) for policy in policies]
+            cells = [f"{row['wall']} ({row['processor']})" if row else "" for row in by_policy]
+            rows.append([f"`engine={engine}`, {words}", *cells])
+    return markdown(["", *policies.values()], rows)
+
+
+def whole_run() -> str:
+    """Seconds and memory of the default run."""
+    rows = []
+    beside = {"default-quiet-seed0": "alone on the machine", "default-seed0": "beside other programs"}
+    for run, words in beside.items():
+        about = collect.facts("default")[run]
+        seconds = about["seconds"]
+        parts = [f"{seconds[part]:.0f}" for part in ("start", "train", "test", "processor")]
+        rows.append([words, *parts, f"{about['peak_mb']:,.0f}"])
+    heads = ["", "start, s", "training, s", "test, s", "processor, s", "peak memory, MB"]
+    return markdown(heads, rows)
+
+
+def final_test(name: str) -> str:
+    """The final test of a kept run in %, as its terminal shows it; one column where both modes are the same."""
+    columns = [
+        [
+            f"{100 * row.accuracy:.2f} ± {100 * (row.ci95 or 0):.2f}"
+            for row in collect.rows(name, setting=name, split="test", mode=mode)
+            if row.ci95 is not None
+        ]
+        for mode in ("zeroing_off", "zeroing_on")
+    ]
+    heads = ["inner step", "test zeroing off", "test zeroing on"]
+    if columns[0] == columns[1]:
+        columns, heads = columns[:1], ["inner step", "query accuracy"]
+    return markdown(heads, [[str(step), *cells] for step, cells in enumerate(zip(*columns, strict=True))])
+
+
+def panel2() -> str:
+    """Panel 2, quick: the final test of each line, and how soon its test curve reached an accuracy."""
+    rows = []
+    for start, words in (("fomaml", "no zeroing"), ("zero", "zeroing")):
+        for steps in (1, 3, 7):
+            of = collect.rows("panel2", setting=f"{start}-{steps}", split="test")
+            final = {(row.mode, row.step): row for row in of if row.ci95 is not None}
+            tested = [final[mode, step] for mode in ("zeroing_off", "zeroing_on") for step in sorted({1, steps})]
+            cells = [f"{row.accuracy:.3f} ± {row.ci95:.3f}".replace("0.", ".") for row in tested]
+            if steps == 1:
+                cells = [cells[0], "", cells[1], ""]
+            curve = [row for row in of if row.ci95 is None and (row.mode, row.step) == ("zeroing_off", steps)]
+            above = [[row.iteration for row in curve if row.accuracy >= goal] for goal in (0.6, 0.7, 0.8)]
+            seconds = collect.facts("panel2")[f"{start}-{steps}-seed0"]["seconds"]["train"]
+            cells += [*(str(min(updates)) if updates else "-" for updates in above), f"{seconds:,.0f}"]
+            rows.append([f"{words}, `inner_steps={steps}`", *cells])
+    heads = ["", "off, step 1", "off, after `inner_steps`", "on, step 1", "on, after `inner_steps`"]
+    return markdown([*heads, "to 60%", "to 70%", "to 80%", "seconds"], rows)
 
 
 def sensitivity() -> str:
