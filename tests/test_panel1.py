@@ -7,6 +7,7 @@ from pathlib import Path
 import collect
 import panel1
 import pytest
+import theory
 
 HEADER = "order,setting,test_zeroing,step,iteration,mean,ci95_over_seeds,seeds\n"
 
@@ -80,6 +81,20 @@ def test_processor_seconds_are_not_known_where_a_call_left_none(tmp_path: Path) 
     run = made_up_run(tmp_path, "zero-first-seed1", 0.93)
     run.with_name(f"{run.name}.log").write_text("stopped by SIGTERM; ...\nstopped by SIGINT; ...\n")
     assert collect.processor_seconds(run) is None
+
+
+def test_what_measures_the_theory_is_kept_by_dataset_start_and_seed(tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "sweep" / "job"
+    run.mkdir(parents=True)
+    config = {"dataset": {"name": "omniglot", "root": "/home/somebody"}, "algo": {"zeroing": False}, "init_scale": 0}
+    results = {"config": {**config, "seed": 3}, "versions": {"torch": "2"}, "seconds": {"train": 1.0}}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "cosine_similarity.json").write_text('{"updates": [1, 11]}')
+    monkeypatch.setattr(theory, "HERE", tmp_path)
+    theory.keep([tmp_path])
+    assert [path.name for path in tmp_path.glob("*.gz")] == ["cosine_similarity.json.gz"]
+    kept = theory.kept("cosine_similarity")["omniglot-zero_init-seed3"]
+    assert kept["updates"] == [1, 11] and kept["config"]["dataset"] == {"name": "omniglot"}
 
 
 @pytest.mark.parametrize("name, reason", [("zero-first", "ALGO-ORDER-seedSEED"), ("zero-first-seed0", "not finished")])

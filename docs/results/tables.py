@@ -241,26 +241,6 @@ def final_test(name: str) -> str:
     return markdown(heads, [[str(step), *cells] for step, cells in enumerate(zip(*columns, strict=True))])
 
 
-def panel2() -> str:
-    """Panel 2, quick: the final test of each line, and how soon its test curve reached an accuracy."""
-    rows = []
-    for start, words in (("fomaml", "no zeroing"), ("zero", "zeroing")):
-        for steps in (1, 3, 7):
-            of = collect.rows("panel2", setting=f"{start}-{steps}", split="test")
-            final = {(row.mode, row.step): row for row in of if row.ci95 is not None}
-            tested = [final[mode, step] for mode in ("zeroing_off", "zeroing_on") for step in sorted({1, steps})]
-            cells = [f"{row.accuracy:.3f} ± {row.ci95:.3f}".replace("0.", ".") for row in tested]
-            if steps == 1:
-                cells = [cells[0], "", cells[1], ""]
-            curve = [row for row in of if row.ci95 is None and (row.mode, row.step) == ("zeroing_off", steps)]
-            above = [[row.iteration for row in curve if row.accuracy >= goal] for goal in (0.6, 0.7, 0.8)]
-            seconds = collect.facts("panel2")[f"{start}-{steps}-seed0"]["seconds"]["train"]
-            cells += [*(str(min(updates)) if updates else "-" for updates in above), f"{seconds:,.0f}"]
-            rows.append([f"{words}, `inner_steps={steps}`", *cells])
-    heads = ["", "off, step 1", "off, after `inner_steps`", "on, step 1", "on, after `inner_steps`"]
-    return markdown([*heads, "to 60%", "to 70%", "to 80%", "seconds"], rows)
-
-
 def sensitivity() -> str:
     """How far two trainings are apart after ten updates that began 1e-12 apart in one weight."""
     difference = {(row["start"], row["order"]): row["difference"]["10"] for row in measured("sensitivity")}
