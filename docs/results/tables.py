@@ -242,11 +242,11 @@ def final_test(name: str) -> str:
 
 
 def sensitivity() -> str:
-    """How far two trainings are apart after ten updates that began 1e-12 apart in one weight."""
-    difference = {(row["start"], row["order"]): row["difference"]["10"] for row in measured("sensitivity")}
+    """How far two trainings are apart that began 1e-12 apart in one weight, and the curvature before they began."""
     starts = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
-    rows = [
-        [name, *(f"{difference[start, order]:.1e}".replace("e-0", "e-") for order in ("first", "second"))]
-        for start, name in starts.items()
-    ]
-    return markdown(["", "FOMAML", "SOMAML"], rows)
+    updates, rows = ("1", "2", "5", "10"), []
+    for row in measured("sensitivity"):
+        apart = [f"{row['difference'][number]:.1e}".replace("e-0", "e-") for number in updates]
+        name = {"first": "FOMAML", "second": "SOMAML"}[row["order"]]
+        rows.append([f"{name}, {starts[row['start']]}", *apart, f"{row['sharpness']['0'][0]:,.0f}"])
+    return markdown(["updates", *updates, "eta times the largest curvature, before the first"], rows)
