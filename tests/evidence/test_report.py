@@ -715,9 +715,15 @@ def test_an_untrained_model_gets_a_banner_and_no_verdict_on_training():
     assert judged["similarity"] == judged["accuracy"] == "untested"
     numbers["model"]["iteration"] = 1
     judged = {anchor: kind for anchor, _, kind, _ in verdicts(numbers)}
-    assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in render(
-        numbers, PICTURES
-    )
+    html = render(numbers, PICTURES)
+    assert "untested" not in (judged["similarity"], judged["accuracy"]) and 'class="banner"' not in html
+    assert "own outer gradient the theory says nothing" not in html
+    trained = numbers["model"]["trained_with"]
+    numbers["model"]["trained_with"] = trained | {
+        "algo": trained["algo"] | {"_target_": "fewshot.algorithms.x.Reptile"}
+    }
+    html = " ".join(render(numbers, PICTURES).split())
+    assert "trained by Reptile (first order). Of that algorithm’s own outer gradient the theory says nothing" in html
 
 
 def test_what_holds_by_construction_is_a_theorem_and_gets_no_verdict():

@@ -17,6 +17,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from fewshot.evidence import claims, page
 from fewshot.evidence.model import Model
 from fewshot.files import write_file
+from fewshot.inner_loop import InnerLoop
 from fewshot.results.figures import png
 from fewshot.results.page import pages
 from fewshot.results.record_files import title
@@ -64,7 +65,7 @@ def finite(content: Any) -> Any:
 
 def render(evidence: page.Evidence, pictures: dict[str, bytes]) -> str:
     """pictures: PNGs by name. Whatever text is in `evidence` is shown as text; the page needs no network, no script."""
-    templates = pages(HERE)
+    templates, trained = pages(HERE), evidence["model"]["trained_with"]
     templates.filters["pieces"] = _pieces
     parts = [(anchor(claim), claim.section(evidence), claim.verdict(evidence)) for claim in claims.CLAIMS]
     summary = [page.Statement(section.claim, verdicts, anchor=place) for place, section, verdicts in parts]
@@ -72,6 +73,7 @@ def render(evidence: page.Evidence, pictures: dict[str, bytes]) -> str:
         subtitle=_subtitle(evidence),
         trained=evidence["model"]["iteration"] > 0,
         head_is_zero=page.head_is_zero(evidence),
+        own_outer_gradient=InnerLoop.of(trained).named() if trained["algo"].get("_target_") else "",
         summary=page.Table(("claim", "verdict"), summary, "statements"),
         parts=parts,
         pictures={name: b64encode(png).decode() for name, png in pictures.items()},
