@@ -74,7 +74,7 @@ def wandb_logger(
         name = name or (folder.name if len(folder.name) <= 128 else folder.name[:119] + folder.name[-9:])  # W&B's limit
     try:
         SILENT.append(wandb.setup().settings.silent)
-        wandb.setup(wandb.Settings(silent=True))  # its login would tell who is logged in
+        _silence(True)  # its login would tell who is logged in
         asked, mode = mode, _mode(mode)
         knobs: dict[str, Any] = {"project": project, "group": group, "name": name, "id": run_id}
         knobs |= {"dir": folder, "config": values, "mode": mode}
@@ -163,6 +163,12 @@ def _sweep() -> Path | None:
     return Path(HydraConfig.get().sweep.dir).resolve()
 
 
+def _silence(silent: bool) -> None:
+    import wandb
+
+    wandb.termsetup(wandb.setup(wandb.Settings(silent=silent)).settings, None)
+
+
 @contextmanager
 def finished_run() -> Iterator[None]:
     """Finishes the W&B runs that were started inside, as what they are; an offline one says how to upload it.
@@ -183,8 +189,7 @@ def finished_run() -> Iterator[None]:
             _finish(run, exit_code)
         STARTED.clear()
         while SILENT:
-            wandb.setup(wandb.Settings(silent=SILENT.pop()))
-            wandb.termsetup(wandb.setup().settings, None)
+            _silence(SILENT.pop())
 
 
 def _finish(run: Any, exit_code: int) -> None:
