@@ -105,6 +105,39 @@ def test_clones_searches_and_what_is_no_fit():
         FewShotClassifier(MODEL, statistics="none").fit(shown, labels)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "shown", "labels", "line"),
+    [
+        (
+            {},
+            ["text.png", "whole.png"],
+            "ab",
+            r"image=.*text\.png: cannot be read \(not an image in a .*",
+        ),
+        ({}, ["whole.png", "broken.png"], "ab", r"image=.*broken\.png: cannot be read \(.*truncated\)"),
+        ({}, [*images(1, 0), Image.new("F", (9, 9))], "ab", r"images\[1\]: cannot be read \(grey of 32 bits.*"),
+        ({}, [*images(1, 0), None], "ab", r"images\[1\]: a NoneType of object, shape \(\); give a PIL image.*"),
+        ({}, np.zeros((2, 8, 8)), "ab", r"images\[0\]: a ndarray of float64, shape \(8, 8\); give a PIL image.*"),
+        ({}, "whole.png", "ab", "images: a str; give a list of images"),
+        ({}, Image.new("L", (9, 9)), "ab", "images: a Image; give a list of images"),
+        ({}, images(2, 0), ["a", None], "labels: cannot be sorted .*; give labels of one kind"),
+        ({"model": None}, images(2, 0), "ab", "model=None: a NoneType; give a path, or a name as omniglot-5w1s-zero"),
+        ({"zeroing": "no"}, images(2, 0), "ab", "test_zeroing=no: must be true or false"),
+        ({"steps": 1.5}, images(2, 0), "ab", r"steps=1\.5: must be an integer of at least 1"),
+    ],
+)
+def test_what_is_no_image_and_no_knob_is_one_line(knobs, shown, labels, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(images(1, 0)[0]).save("whole.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    with pytest.raises(fewshot.UserError, match=f"^{line}$"):
+        FewShotClassifier(**{"model": MODEL} | knobs).fit(shown, [*labels])
+    if labels == "ab" and not knobs:
+        with pytest.raises(fewshot.UserError, match=f"^{line}$"):
+            FewShotClassifier(MODEL).fit(images(2, 0), ["a", "b"]).predict(shown)
+
+
 @pytest.mark.parametrize("statistics", ["task", "support"])
 def test_what_was_saved_predicts_the_same(statistics, tmp_path):
     shown, labels, asked = images(4, 1), [3, 7, 3, 7], images(3, 2)

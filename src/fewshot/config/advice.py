@@ -62,6 +62,8 @@ def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
     """What to try in place of a knob that cfg lacks, as a list and in words: one elsewhere, or those beside it."""
     place, _, name = key.rpartition(".")
     known = [knob for knob in names(OmegaConf.to_container(cfg)) if knob.startswith("hydra") == key.startswith("hydra")]
+    if (dotted := key.replace("_", ".", 1)) in known:
+        return [dotted], f"did you mean {dotted}?"
     parts = [knob.rpartition(".") for knob in (*known, "+zeroing")]
     if same := sorted(("".join(part) for part in parts if part[2] == name != "_target_"), key=len):
         return same, f"did you mean {same[0]}?"

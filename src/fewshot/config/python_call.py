@@ -43,7 +43,7 @@ def words_of(knobs: dict[str, Any]) -> list[str]:
 
 def written(knob: str, value: Any) -> str:
     """A value in Hydra's grammar, which reads it back as what it is."""
-    value = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value  # a number of numpy's
+    value = value.tolist() if hasattr(value, "tolist") else value  # numbers of numpy's
     if isinstance(value, os.PathLike):
         value = escaped(os.fspath(value))
     if isinstance(value, list | tuple):

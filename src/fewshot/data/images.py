@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from fewshot.data.cache import LazySplit
 from fewshot.data.folder_or_zip import Source
-from fewshot.errors import UserError, first_few
+from fewshot.errors import UserError, first_few, one_line
 
 log = logging.getLogger(__name__)
 
@@ -222,16 +222,21 @@ def try_image(source: Source, name: str, make: Callable[[bytes], Made], told: se
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             made = make(source.read(name))
-    except UnidentifiedImageError:  # its own text names a memory address
-        return "not an image in a format that Pillow knows"
     except Exception as error:  # Pillow's decoders raise nearly every kind on broken data
-        return " ".join(str(error).split()) or type(error).__name__
+        return unreadable(error)
     texts = [str(warning.message) for warning in caught if not issubclass(warning.category, DeprecationWarning)]
     for text in dict.fromkeys(" ".join(text.split()) for text in texts):
         if (kind := re.sub(r"\d+", "0", text)) not in told:
             told.add(kind)
             log.warning("%s: is read, but Pillow warns: %s (not told again of other images)", name, text)
     return made
+
+
+def unreadable(error: Exception) -> str:
+    """Why an image cannot be read, in a line."""
+    if isinstance(error, UnidentifiedImageError):  # its own text names a memory address
+        return "not an image in a format that Pillow knows"
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 # What a picture's file says besides its pixels: EXIF, XMP, colour profiles, text. None of it may stop a picture.

@@ -26,7 +26,7 @@ from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
 from fewshot.norms import TaskNorm, inside, of_queries
 from fewshot.predict.predictions import Label, Predictions, check_statistics
-from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load
+from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load, stacked
 from fewshot.training.choose_engine import engine_to_predict
 from fewshot.training.meta_learner import MetaLearner
 
@@ -78,9 +78,7 @@ class Adapted:
         Raises:
             UserError: there is none, one is no image, or the logits are not finite.
         """
-        if not len(query):
-            raise UserError("query: has no images; give at least one")
-        images = torch.stack([self.preprocess.pixels(picture) for picture in query])
+        images = stacked("query", self.preprocess, query)
         labels = torch.arange(len(self.classes)).repeat_interleave(torch.tensor(self.shots))
         task = Task(self._seen(self.support), labels, self._seen(images), labels[:0])
         # The moments of the support are part of the network; a single query has no other beside it.
@@ -152,22 +150,25 @@ def adapt(
 
     statistics: see Adapted.
     """
-    if isinstance(model, str | os.PathLike):
+    if not isinstance(model, Pretrained):
         model = load(model)
+    if not isinstance(support, Mapping):
+        raise UserError(f"support: a {type(support).__name__}; give {{class: its images}}")
+    if test_zeroing not in (None, True, False):
+        raise UserError(f"test_zeroing={test_zeroing}: must be true or false")
     steps = integer("steps", str(model.config["inner_steps"] if steps is None else steps), 1)
     zeroing = model.config["algo"]["zeroing"] if test_zeroing is None else test_zeroing
     if zeroing and model.learner.loop.distance:
         raise UserError("test_zeroing=true: a prototypical network has no head that could be zeroed; use false")
     if zeroing and model.learner.loop.adapted == "encoder":
         raise UserError("test_zeroing=true: this model adapts all but the head, which would stay zero; use false")
-    classes, shots = tuple(support), [len(images) for images in support.values()]
+    classes = tuple(support)
     if len(classes) < 2:
         raise UserError(f"support: has {len(classes)} classes; give at least 2 to choose between")
-    if 0 in shots:
-        raise UserError(f"support: has no images of {classes[shots.index(0)]!r}; give some or leave the class out")
     learner = with_ways(model.learner, len(classes), zeroing)
     parameter = next(learner.parameters())
-    pixels = torch.stack([model.preprocess.pixels(image) for images in support.values() for image in images])
+    examples = [stacked(f"support[{name!r}]", model.preprocess, images) for name, images in support.items()]
+    pixels, shots = torch.cat(examples), [len(images) for images in examples]
     shown = model.preprocess.normalised(pixels).to(parameter)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(shots)).to(parameter.device)
     task, engine = Task(shown, labels, shown, labels), engine_to_predict()

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from fewshot.errors import UserError
 from fewshot.predict.adapted import Adapted, adapt
 from fewshot.predict.predictions import Predictions
-from fewshot.predict.pretrained import Picture, Pretrained, load
+from fewshot.predict.pretrained import Picture, Pretrained, load, stacked
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -20,8 +19,6 @@ except ImportError:
     raise UserError(
         "fewshot.FewShotClassifier: needs scikit-learn; uv sync --extra sklearn, or pip install scikit-learn"
     ) from None
-
-Image = Picture | str | os.PathLike[str]
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -60,35 +57,36 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.statistics = statistics
         self.trust = trust
 
-    def fit(self, images: Sequence[Image], labels: Sequence[Any]) -> "FewShotClassifier":
+    def fit(self, images: Sequence[Picture], labels: Sequence[Any]) -> "FewShotClassifier":
         """Adapts the model to the images of each class; what an earlier fit left is forgotten."""
         if labels is None:
             raise ValueError("requires y to be passed, but the target y is None: give a label for each image")
         labels = column_or_1d(labels, warn=True)
-        check_classification_targets(labels)
-        check_consistent_length(images, labels)
-        classes, numbers = np.unique(labels, return_inverse=True)
+        try:
+            check_classification_targets(labels)
+            classes, numbers = np.unique(labels, return_inverse=True)
+        except TypeError as error:  # None beside text, for example
+            raise UserError(f"labels: cannot be sorted ({error}); give labels of one kind") from None
         if len(classes) < 2:
             raise ValueError(f"labels: {len(classes)} class; give images of at least 2 to choose between")
-        pictures = [_opened(image) for image in images]
-        support = {
-            label: [pictures[place] for place in np.flatnonzero(numbers == number)]
-            for number, label in enumerate(classes.tolist())
-        }
-        model = load(self.model, trust=self.trust) if isinstance(self.model, str | os.PathLike) else self.model
+        model = self.model if isinstance(self.model, Pretrained) else load(self.model, trust=self.trust)
+        pixels = stacked("images", model.preprocess, images)
+        check_consistent_length(pixels, labels)
+        support = {label: list(pixels[numbers == number]) for number, label in enumerate(classes.tolist())}
         self.adapted_: Adapted = adapt(
             model, support, steps=self.steps, test_zeroing=self.zeroing, statistics=self.statistics
         )
         self.classes_ = classes
         return self
 
-    def predict_proba(self, images: Sequence[Image]) -> np.ndarray:
+    def predict_proba(self, images: Sequence[Picture]) -> np.ndarray:
         """(Q, K), the probability of each of classes_; rows sum to one."""
         check_is_fitted(self)
-        predictions: Predictions = self.adapted_.predict([_opened(image) for image in images])
+        pixels = stacked("images", self.adapted_.preprocess, images)
+        predictions: Predictions = self.adapted_.predict(list(pixels))
         return predictions.probabilities
 
-    def predict(self, images: Sequence[Image]) -> np.ndarray:
+    def predict(self, images: Sequence[Picture]) -> np.ndarray:
         """(Q,), the most probable label of each image."""
         probabilities = self.predict_proba(images)
         return self.classes_[probabilities.argmax(axis=1)]
@@ -110,13 +108,3 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
         return tags
-
-
-def _opened(image: Image) -> Picture:
-    """The picture, or the bytes of the file that a path names."""
-    if not isinstance(image, str | os.PathLike):
-        return image
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise UserError(f"image={image}: cannot be read ({error.strerror})") from None

@@ -54,7 +54,7 @@ def predict(
         model: from fewshot.load, or what it takes; adapts on the device that its learner is on.
         support: {class: its images}, two classes or more, as many images as there are; class t has row t of the head.
         query: the images to classify. An image is a PIL image, a uint8 array (H, W[, 1|3|4]) or tensor (1|3|4, H, W),
-            or the bytes of a file.
+            or the path or the bytes of a file.
         steps: inner steps; None: as in training.
         test_zeroing: adapt from a zeroed head; None: as in training. Without it there can be no more classes than rows.
         statistics: by what BatchNorm normalises. "task", as in training: by all queries of a call together, so that the
@@ -64,8 +64,6 @@ def predict(
     Raises:
         UserError: there are no images, or of another type; too many or too few classes; logits that are not finite.
     """
-    if not len(query):
-        raise UserError("query: has no images; give at least one")
     from fewshot.predict.adapted import adapt  # with torch, which takes seconds
 
     return adapt(model, support, steps=steps, test_zeroing=test_zeroing, statistics=statistics).predict(query)

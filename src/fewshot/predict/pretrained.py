@@ -5,6 +5,7 @@ Shapes: B images of C channels, H x W pixels.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from fewshot.config import stored
 from fewshot.config.stored import to_today
 from fewshot.config.tree import entries, portable
-from fewshot.data.images import decode, square
+from fewshot.data.images import decode, square, unreadable
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
 from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular
@@ -31,7 +32,7 @@ from fewshot.results import record_files
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
 from fewshot.training.meta_learner import MetaLearner
 
-Picture = Image.Image | np.ndarray | Tensor | bytes
+Picture = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,38 @@ class Preprocess:
     def pixels(self, picture: Picture) -> Tensor:
         """(C, size, size) uint8: the right way up, the middle square, resized.
 
-        picture: a PIL image, a uint8 array (H, W) or (H, W, 1|3|4), a uint8 tensor (1|3|4, H, W), or a file's bytes;
-            an array or tensor of another type or shape is a UserError.
+        picture: a PIL image, a uint8 array (H, W) or (H, W, 1|3|4), a uint8 tensor (1|3|4, H, W), a file's path or its
+            bytes; an array or tensor of another type or shape, and a path where no image is, is a UserError.
         """
         shape = {"size": self.size, "channels": self.channels, "resample": self.resample}
+        if isinstance(picture, str | os.PathLike):
+            try:
+                return torch.tensor(decode(Path(picture).read_bytes(), **shape))
+            except Exception as error:  # of the file, or of Pillow's decoders
+                raise UserError(f"image={picture}: cannot be read ({unreadable(error)})") from None
         if isinstance(picture, bytes):
             return torch.tensor(decode(picture, **shape))
         return torch.tensor(square(picture if isinstance(picture, Image.Image) else _image(picture), **shape))
+
+
+def stacked(where: str, preprocess: Preprocess, pictures: Sequence[Picture]) -> Tensor:
+    """(I, C, size, size) uint8
+
+    where: what the pictures are called, before a number, in the line that says which of them is none.
+    """
+    if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
+        raise UserError(f"{where}: a {type(pictures).__name__}; give a list of images")
+    if not len(pictures):
+        raise UserError(f"{where}: has no images; give at least one")
+    read = []
+    for number, picture in enumerate(pictures):
+        try:
+            read.append(preprocess.pixels(picture))
+        except UserError as error:
+            raise UserError(str(error).replace("image: ", f"{where}[{number}]: ", 1)) from None
+        except Exception as error:  # Pillow's decoders raise nearly every kind on broken data
+            raise UserError(f"{where}[{number}]: cannot be read ({unreadable(error)})") from None
+    return torch.stack(read)
 
 
 def _image(picture: np.ndarray | Tensor) -> Image.Image:
@@ -127,6 +153,8 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     Raises:
         UserError: nothing there can be read, the weights do not fit, or the network is foreign and not trusted.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"model={path!r}: a {type(path).__name__}; give a path, or a name as omniglot-5w1s-zero")
     path = find(os.fspath(path))
     where = f"model={path}"
     if path.is_dir():
