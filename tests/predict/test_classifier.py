@@ -1,6 +1,7 @@
 """The estimator: scikit-learn's own checks, and what it does with images."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -90,6 +91,9 @@ def test_pictures_of_every_kind_are_one(tmp_path):
     assert np.array_equal(probabilities, np.tile(probabilities[:1], (6, 1)))
     with pytest.raises(fewshot.UserError, match=r"^image=.*b\.png: cannot be read \(No such file or directory\)$"):
         fitted.predict([tmp_path / "b.png"])
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
+    with pytest.raises(fewshot.UserError, match=r"pipe: cannot be read \(it is not a regular file\)$"):
+        fitted.predict([tmp_path / "pipe"])
 
 
 def test_clones_searches_and_what_is_no_fit():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fewshot.config import stored
 from fewshot.config.stored import to_today
 from fewshot.config.tree import entries, portable
+from fewshot.data.folder_or_zip import read_file
 from fewshot.data.images import decode, square, unreadable
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
@@ -72,7 +73,7 @@ class Preprocess:
         shape = {"size": self.size, "channels": self.channels, "resample": self.resample}
         if isinstance(picture, str | os.PathLike):
             try:
-                return torch.tensor(decode(Path(picture).read_bytes(), **shape))
+                return torch.tensor(decode(read_file(picture), **shape))
             except Exception as error:  # of the file, or of Pillow's decoders
                 raise UserError(f"image={picture}: cannot be read ({unreadable(error)})") from None
         if isinstance(picture, bytes):
