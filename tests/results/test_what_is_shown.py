@@ -49,7 +49,8 @@ def test_a_run_on_one_task_does_not_call_its_classes_test(results, caplog, tmp_p
 
 
 @pytest.mark.slow
-def test_figures_are_png_and_where_asked_for_pdf_too(results, tmp_path):
+def test_figures_are_png_and_where_asked_for_pdf_too(results, tmp_path, caplog):
+    caplog.set_level("INFO")
     figures.write(tmp_path, results)
     assert [path.name for path in sorted((tmp_path / "figures").iterdir())] == ["accuracy_over_steps.png"]
     results["config"]["figures"] = {"format": "pdf"}
@@ -58,6 +59,7 @@ def test_figures_are_png_and_where_asked_for_pdf_too(results, tmp_path):
     assert pdf.startswith(b"%PDF") and b"/Subtype /Image" not in pdf  # vectors
     figures.write(tmp_path, results)
     assert (tmp_path / "figures" / "accuracy_over_steps.pdf").read_bytes() == pdf
+    assert not caplog.messages  # of the fonts' tables
 
 
 def test_lines_are_told_apart_without_colour(results):

@@ -1,5 +1,7 @@
 """The figures of a comparison; lines are told apart by their marks as well as by colour."""
 
+from textwrap import fill
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -38,9 +40,10 @@ def differences(rows: list[Row], of: str) -> Figure:
         if any(row.mode == mode for row in others):
             axes.plot([], [], marker=marker, color=colour, label=f"test {mode.replace('_', ' ')}")
     axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(labels)), labels, fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(labels)), [fill(label, 36) for label in labels], fontsize=9, parse_math=False)
     axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference in points")
-    axes.set_title(f"{of}: beside {rows[0].setting.label()}", fontsize=10, loc="left", parse_math=False)
+    title = fill(f"{of}: beside {rows[0].setting.label()}", 90)
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=10, parse_math=False)
     plain(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

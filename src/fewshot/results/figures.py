@@ -1,6 +1,7 @@
 """The figures of one run and of its predictions."""
 
 import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 def pdf(figure: Figure) -> bytes:
     """Vectors; text stays text, in TrueType fonts, as publishers want it. The same figure gives the same bytes."""
     file = io.BytesIO()
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of a font
     with rc_context({"pdf.fonttype": 42}):
         figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
