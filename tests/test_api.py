@@ -149,6 +149,31 @@ def test_the_package_is_light_and_its_functions_are_no_modules():
     assert not hasattr(fewshot, "nothing") and SimpleNamespace(**{n: getattr(fewshot, n) for n in fewshot.__all__})
 
 
+def test_the_calls_in_the_docs_run_as_they_stand(cache, tmp_path, monkeypatch):
+    """With small numbers: docs/python.md but for its export, which test_adapted.py has, and its loop, which is below."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    monkeypatch.setattr(evidence, "run", lambda cfg, overrides, folder: None)
+    train, test = fewshot.train, fewshot.test
+    small = {name: value for name, value in KNOBS.items() if name != "iterations"} | {"dataset__cache": cache}
+    monkeypatch.setattr("fewshot.api.train", lambda **knobs: train(**({} if "checkpoint" in knobs else small) | knobs))
+    monkeypatch.setattr("fewshot.api.test", lambda run, **knobs: test(run, dataset__cache=cache, **knobs))
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    calls, estimator, adapted, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    numbers = {"omniglot": "glyphs", "=300": "=2", "=600": "=4", "=2000": "=4"}
+    for name, other in numbers.items():
+        assert name in calls
+        calls = calls.replace(f'"{name}"', f'"{other}"').replace(name, other)
+    names = {}
+    exec(calls, names)
+    run, tested = names["run"], names["tested"]
+    assert run.results["iterations"] == 4 and tested.results["test"]["tasks"] == 4
+    images = list(np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8))
+    exec(estimator, {"images": images, "labels": list("aabbcc"), "others": images[:3], "their_labels": list("abc")})
+    exec(adapted.replace('"RUN"', repr(str(run))), {"images": images, "image": images[0]})
+    assert (tmp_path / "FOLDER" / "adapted.safetensors").exists()
+
+
 def test_the_loop_of_ones_own_in_the_docs_runs_without_lightning_and_hydra():
     text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "meta_gradient(" in code]
