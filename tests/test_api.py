@@ -150,7 +150,7 @@ def test_the_package_is_light_and_its_functions_are_no_modules():
 
 
 def test_the_calls_in_the_docs_run_as_they_stand(cache, tmp_path, monkeypatch):
-    """With small numbers: docs/python.md but for its export, which test_adapted.py has, and its loop, which is below."""
+    """With small numbers; docs/python.md's export is in test_adapted.py, its loop below."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
     monkeypatch.setattr(evidence, "run", lambda cfg, overrides, folder: None)

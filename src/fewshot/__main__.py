@@ -40,7 +40,7 @@ def help_text() -> str:
 def main() -> None:
     settle()
     command, *words = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help", "help"):
         print(help_text())
     elif command == "--version":
         from importlib.metadata import version  # takes longer to import than all else here

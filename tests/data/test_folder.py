@@ -246,7 +246,7 @@ def test_too_few_classes_for_the_ways_names_fractions_that_would_do(plain, load)
     with pytest.raises(UserError) as error:
         load(plain, fractions=FRACTIONS, ways=3)
     said = "^ways=3: dataset.root=.* has 10 classes, dealt out as 6 train, 2 val, 2 test; use ways=2, or (.*); "
-    said += "or train nothing: python -m fewshot.predict tells any classes apart with one of models/$"
+    said += "or train nothing: python -m fewshot.predict model=omniglot-5w1s-zero tells any classes apart$"
     (word,) = shlex.split(re.match(said, str(error.value))[1])
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.key_or_group == "dataset.fractions" and sum(override.value().values()) == pytest.approx(1)

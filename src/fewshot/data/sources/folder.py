@@ -252,7 +252,7 @@ def check_left(classes: Classes, ways: int, where: str) -> None:
 
 
 def _without_training() -> str:
-    return f"; or train nothing: {as_called('predict')} tells any classes apart with one of models/"
+    return f"; or train nothing: {as_called('predict')} model=omniglot-5w1s-zero tells any classes apart"
 
 
 def with_enough(classes: Classes, least: int, where: str) -> Classes:
