@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fewshot.algorithms.fitting import two
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.data.__main__ import configuration
 from fewshot.errors import UserError
@@ -164,14 +165,16 @@ def _plain_task(network: "Network", task: "Task", loop: InnerLoop) -> tuple[Tens
             support(theta_n), [theta_n[name] for name in moves], create_graph=differentiated
         )
         moving = {name: theta_n[name] for name in moves}
-        step, state = loop.update(moving, dict(zip(moves, gradients, strict=True)), state)
+        made = loop.update(moving, dict(zip(moves, gradients, strict=True)), state)
+        step, state = two(loop, "update", made)
         after = theta_n | {name: theta_n[name] + step[name] for name in moves}
         theta_n = after if differentiated else {name: w.detach().requires_grad_() for name, w in after.items()}
 
     loss, measured = query(theta_n), {}
     gradients: Any = {}
     if loop.overrides("outer_gradient"):
-        gradients, measured = loop.outer_gradient(before, theta_n, support, query)
+        made = loop.outer_gradient(before, theta_n, support, query)
+        gradients, measured = two(loop, "outer_gradient", made)
     elif not differentiated:
         gradients = dict(zip(theta_n, torch.autograd.grad(loss, list(theta_n.values())), strict=True))
     if differentiated:

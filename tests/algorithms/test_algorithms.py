@@ -208,6 +208,12 @@ class Wrong(InnerLoop):
 
 
 @dataclass(frozen=True)
+class WithoutState(InnerLoop):
+    def update(self, theta, gradients, state):
+        return {name: -self.inner_lr * g for name, g in gradients.items()}
+
+
+@dataclass(frozen=True)
 class Misshapen(InnerLoop):
     needs = {"first_order": True}  # noqa: RUF012
 
@@ -241,6 +247,8 @@ def test_check_algorithm_says_what_is_not_the_same(capsys):
         (["nowhere.Loop"], "algo._target_=nowhere.Loop: cannot be imported"),
         (["pathlib.Path"], "algo._target_=pathlib.Path: must be a class that derives from"),
         ([f"{HERE}.Misshapen"], "its encoder.0.weight is (1, 3, 3); it must be (4, 1, 3, 3), as the network's own"),
+        ([f"{HERE}.WithoutState"], "WithoutState.update: gives a dict; it must be two things, the second a state or"),
+        ([f"{HERE}.Shaken", "+algo.by=much"], "algo.by=much: must be of Shaken's type for it, float"),
         ([f"{HERE}.Shaken", "+algo.bye=1"], "algo.bye=1: Shaken has no such field; did you mean by?"),
     ],
 )

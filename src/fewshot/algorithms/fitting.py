@@ -21,10 +21,18 @@ def fitting(loop: InnerLoop, name: str, made: Any, parameters: Tensors, *, all_o
     if unknown := [] if all_of_them else [key for key in made if key not in parameters]:
         raise UserError(f"{by}: its {unknown[0]} is no parameter; they are {', '.join(parameters)}")
     for key, parameter in parameters.items() if all_of_them else ((key, parameters[key]) for key in made):
-        shape = tuple(made[key].shape) if key in made else "missing"
+        shape = tuple(getattr(made[key], "shape", ())) if key in made else "missing"
         if shape != tuple(parameter.shape):
             raise UserError(f"{by}: its {key} is {shape}; it must be {tuple(parameter.shape)}, as the network's own")
     return {key: made[key] for key in parameters if key in made}
+
+
+def two(loop: InnerLoop, name: str, made: Any) -> tuple[Any, Any]:
+    """Both things that the method of this name has made."""
+    if not (isinstance(made, tuple) and len(made) == 2):
+        by, kind = method(loop, name), type(made).__name__
+        raise UserError(f"{by}: gives a {kind}; it must be two things, the second a state or what it measures")
+    return made
 
 
 def method(loop: InnerLoop, name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fewshot.algorithms.fitting import fitting, method
+from fewshot.algorithms.fitting import fitting, method, two
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop, Tensors
 
@@ -36,7 +36,8 @@ def update(loop: InnerLoop, theta: Tensors, loss: Tensor, state: Any) -> tuple[T
     """
     gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=not loop.first_order)
     with torch.set_grad_enabled(not loop.first_order):
-        updates, state = loop.update(theta, dict(zip(theta, gradients, strict=True)), state)
+        made = loop.update(theta, dict(zip(theta, gradients, strict=True)), state)
+    updates, state = two(loop, "update", made)
     return fitting(loop, "update", updates, theta), state
 
 
@@ -77,12 +78,8 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
     task: has support, support_labels, query and query_labels.
     """
     before, after = ({name: w.detach().requires_grad_() for name, w in theta.items()} for theta in (theta, theta_N))
-    gradients, measured = loop.outer_gradient(
-        before,
-        after,
-        lambda at: loss_of(at, True),
-        lambda at: loss_of(at, False),
-    )
+    made = loop.outer_gradient(before, after, lambda at: loss_of(at, True), lambda at: loss_of(at, False))
+    gradients, measured = two(loop, "outer_gradient", made)
     gradients = fitting(loop, "outer_gradient", gradients, theta)
     by = method(loop, "outer_gradient")
     if {*measured} != {*loop.measures}:

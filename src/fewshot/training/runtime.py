@@ -19,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fewshot.config.tree import statistics
-from fewshot.errors import UserError, nearest, one_line, shown
+from fewshot.errors import UserError, nearest, one_line, reason_of, shown
 from fewshot.inner_loop import THEORY, TOP, InnerLoop
 from fewshot.models.network import Network
 from fewshot.norms import InSets, inside
 from fewshot.processes import ranks
 
 THREADS = torch.get_num_threads()  # torch's choice
+PLAIN = {"int": int, "float": (int, float), "bool": bool, "str": str}  # of a field of one's own algorithm
 # Metrics that nothing here computes need these; Lightning imports torchmetrics, and that imports them all at once.
 FOR_OTHER_METRICS = ("matplotlib", "scipy", "torchvision")
 OURS = ("fewshot.", "pytorch_lightning.", "kornia.", "torch.", "torchvision.")
@@ -134,13 +135,17 @@ def inner_loop(cfg: DictConfig) -> InnerLoop:
     try:
         own = get_object(target)
     except Exception as error:  # whatever importing the user's module raises
-        raise UserError(one_line(f"algo._target_={target}: cannot be imported ({error})")) from error
+        raise UserError(one_line(f"algo._target_={target}: cannot be imported ({reason_of(error)})")) from error
     if not (isinstance(own, type) and issubclass(own, InnerLoop)):
         raise UserError(f"algo._target_={target}: must be a class that derives from fewshot.inner_loop.InnerLoop")
     names = {field.name for field in fields(own)} - {*TOP, "target"}
     if unknown := [key for key in cfg.algo if key not in {*names, "_target_"}]:
         remedy = nearest(unknown[0], names)
         raise UserError(f"algo.{unknown[0]}={shown(cfg.algo[unknown[0]])}: {own.__name__} has no such field; {remedy}")
+    for field in fields(own):
+        kinds = PLAIN.get(name := getattr(field.type, "__name__", str(field.type)))
+        if kinds and field.name in cfg.algo and not isinstance(value := cfg.algo[field.name], kinds):
+            raise UserError(f"algo.{field.name}={shown(value)}: must be of {own.__name__}'s type for it, {name}")
     try:
         loop = own.of(cfg)
     except TypeError as error:  # a field that has no default and no knob
