@@ -36,6 +36,8 @@ def test_a_run_with_others_loggers_and_callbacks_goes_on_exactly(run, tmp_path):
     run(folder, f"checkpoint={folder}", "iterations=4", "logger=csv")
     assert outcome(folder)["state"] == whole["state"] and outcome(folder)["metrics"] == whole["metrics"]
     assert "LearningRateMonitor" not in read(folder / "checkpoints" / "last.ckpt")["callbacks"]  # remembers nothing
+    run(tmp_path / "test", f"checkpoint={folder}", "fit=false")  # without the callback, which is for training
+    assert (tmp_path / "test" / "results.json").exists()
     first, second = logged(folder, 0), logged(folder, 1)
     losses = [[row["train/loss"] for row in table if row["train/loss"]] for table in (first, second)]
     assert losses[1][:2] == losses[0] and len(losses[1]) == 4
