@@ -1,10 +1,11 @@
-"""docs/results: what collect.py keeps of made-up runs, and panel 1's tables and figure of them."""
+"""docs/results: what collect.py and kept.py keep of made-up runs, and panel 1's tables and figure of them."""
 
 import json
 import re
 from pathlib import Path
 
 import collect
+import kept
 import panel1
 import pytest
 import theory
@@ -120,3 +121,11 @@ def test_tables_and_figure_of_two_settings(folder: Path, tmp_path: Path) -> None
     assert "| released code, 1 seed, at 2,010 | .510 | .520 | .511 | .521 |  |  |" in final
     assert "| SOMAML, random head | seed 0 | .360 | .360 |  |" in curve  # its curve has no iteration 1,500
     assert (folder.parent / "panel1_full_length.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_measured_again_takes_the_place_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "HERE", tmp_path)
+    kept.keep("x", [{"model": "a", "mode": "on", "accuracy": 0.5}], ("model", "mode"))
+    again = [{"model": name, "mode": "on", "accuracy": 0.6} for name in ("b", "a")]
+    kept.keep("x", again, ("model", "mode"))
+    assert kept.rows("x") == again[::-1]
