@@ -194,16 +194,16 @@ def _check_processes(cfg: DictConfig) -> None:
             f"trainer.devices={cfg.trainer.devices}: {ranks.launcher()} started {started} processes; use trainer=ddp "
             f"trainer.devices=N with N of them on each of trainer.num_nodes machines{ranks.only_process()}"
         )
-    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1 and not _for_slurm():
+    if not ranks.launcher() and cfg.trainer.get("num_nodes", 1) > 1 and not _for_a_cluster():
         raise UserError(f"trainer.num_nodes={cfg.trainer.num_nodes}: several machines need torchrun or srun")
 
 
-def _for_slurm() -> bool:
-    """Whether this is the beginning of a sweep whose jobs Slurm will start, each on the machines that it asks for."""
+def _for_a_cluster() -> bool:
+    """Whether this is the beginning of a sweep whose jobs may start on other machines, several for each job."""
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     return (
         hydra is not None
-        and hydra.launcher._target_.endswith("SlurmLauncher")
+        and not hydra.launcher._target_.endswith(("BasicLauncher", "JoblibLauncher"))  # which start them here
         and OmegaConf.is_missing(hydra.job, "num")
     )
 

@@ -196,7 +196,7 @@ class OutputFolder(Callback):
                 )
             _job(config, config.hydra.sweep.dir)
             refuse_sweep(config, config_name)
-            slurm = config.hydra.launcher._target_.endswith("SlurmLauncher")
+            slurm = config.hydra.launcher._target_ == "hydra_plugins.fewshot_slurm.SlurmLauncher"
             if slurm and not (shutil.which("sbatch") and shutil.which("srun")):
                 raise UserError("hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted")
             _settle_folder(config, "sweep", _by_the_clock(config, "sweep"))
