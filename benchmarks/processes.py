@@ -2,7 +2,7 @@
 
     python benchmarks/processes.py 1x1 1x1+1x1 2x1 4x1 1x2 --rounds 3 --json benchmarks/processes.json
 
-2x1: two processes that share out each meta-batch, with one thread each. 1x1+1x1: two programs side by side that know
+2x1: two processes, one thread each, that share out each meta-batch. 1x1+1x1: two programs side by side that know
 nothing of each other, and the tasks of both: what the machine has to give to two processes of one thread.
 
 FOMAML on glyphs, 5-way 1-shot, 15 queries, 2 inner steps, 32 tasks, conv4_strided. The time is `seconds.train` of
@@ -44,7 +44,7 @@ def tasks_per_second(contestant: str, device: str, iterations: int, cache: str) 
             accelerator = {"cpu": "cpu", "cuda": "gpu"}[device]
             trainer = ["trainer=ddp", f"trainer.devices={processes}"] if processes > 1 else [f"trainer={accelerator}"]
             knobs = f"logger=none meta_batch_size={META_BATCH_SIZE} iterations={iterations} val_every={iterations}"
-            knobs += f" val_tasks={2 * processes} test_tasks={2 * processes} threads={processes * threads}"
+            knobs += f" val_tasks={2 * processes} test_tasks={2 * processes} threads={threads}"
             places = [f"dataset.cache={cache}", f"trainer.accelerator={accelerator}"]
             call = [*trainer, *knobs.split(), *places, f"hydra.run.dir={folder}/{number}"]
             programs.append(subprocess.Popen([sys.executable, ROOT / "train.py", *call], stdout=subprocess.DEVNULL))
