@@ -58,7 +58,7 @@ ARG BASE
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="fewshot" \
       org.opencontainers.image.description="MAML with and without the zeroing trick: few-shot training, validation and testing by one command" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.base.name="${BASE}"

@@ -56,7 +56,7 @@ def halting(source, target):
 os.replace = halting
 """
 # Files whose tests run in one process: they share runs of several ranks, and the one Slurm of a machine.
-TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py")
+TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py", "test_slurm_nodes.py")
 # Files whose tests train, start programs or make datasets, and files with very many tests: pytest -m "not slow" leaves
 # them out. What is left, gradients, formulas, files, tables and the configuration, takes a minute on two threads of
 # one core.

@@ -116,6 +116,8 @@ done
 for tool in python torchrun wandb; do command -v "$tool"; done
 find / -xdev \( -name uv.lock -o -name .git -o -path "*/.cache/*" -o -name pytest -o -name "*.ckpt" \) -not -path "/proc/*" \
     2> /dev/null | grep . && exit 1
+find /app /data /home /opt /outputs -xtype l | grep . && { echo "is a link that leads nowhere"; exit 1; }
+find /opt/venv/lib -type d \( -name tests -o -path "*/torch/include" -o -path "*/nvidia/*/include" \) | grep . && exit 1
 id
 cd /opt/venv/lib/python3*/site-packages && for folder in torch nvidia .; do du -sm "$folder"; done'
 run --entrypoint python "$image" -c '
@@ -138,6 +140,14 @@ step "python -m fewshot.sweep on it, python -m fewshot.evidence --cfg job"
 run -v "$work/outputs:/outputs" --user 4242:4242 --entrypoint python "$image" -m fewshot.sweep /outputs/somaml
 run --entrypoint python "$image" -m fewshot.evidence --cfg job > /dev/null
 
+step "nothing writable but /outputs: temporary files go there, and nobody mentions matplotlib"
+new 4242
+run -v "$work/outputs:/outputs" --user 4242:4242 --read-only --read-only-tmpfs=false "$image" \
+    iterations=1 val_tasks=2 test_tasks=2 hydra.run.dir=/outputs/tight > "$work/tight.log" 2>&1 || { cat "$work/tight.log"; fail "it ended"; }
+check_run "$work/outputs/tight" 4242
+if grep -i matplotlib "$work/tight.log"; then fail "matplotlib said something"; fi
+if compgen -G "$work/outputs/tight/matplotlib-*"; then fail "matplotlib's folder is left"; fi
+
 step "nothing mounted, any user; a sweep of two"
 run --user 4242 "$image" -m seed=0,1 iterations=1 val_tasks=2 test_tasks=2 logger=none | tail -3
 
@@ -151,6 +161,7 @@ for _ in $(seq 180); do
 done
 podman stop --time 60 "$stopped" > /dev/null
 podman logs "$stopped" 2>&1 | tail -3
+if podman logs "$stopped" 2>&1 | grep train.py; then fail "a hint names train.py, which nobody calls here"; fi
 status=$(podman inspect --format '{{.State.ExitCode}}' "$stopped")
 podman rm "$stopped" > /dev/null
 echo "status $status"

@@ -55,8 +55,22 @@ def test_a_run_succeeds_in_an_environment_made_for_others_though_nobody_reads_it
 def said(program, **variables):
     """What a fresh process prints that has called settle()."""
     words = [sys.executable, "-c", f"from fewshot.processes.surroundings import settle; settle(); {program}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "MALLOC"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP", "MALLOC", "MPL"))
+    }
     return subprocess.run(words, env=environment | variables, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_without_a_home_folder_matplotlibs_files_are_temporary_and_it_says_nothing():
+    """In a fresh process, where its own import would warn; a user's own folder for them stays."""
+    folders = (
+        "import os, matplotlib as m; print(os.environ.get('MPLCONFIGDIR')); print(m.get_configdir(), m.get_cachedir())"
+    )
+    nowhere = {"HOME": "/dev/null", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
+    first, second = said(f"import sys; sys.stderr = sys.stdout; {folders}", **nowhere).splitlines()
+    assert os.path.basename(first).startswith("matplotlib-") and second == f"{first} {first}"
+    assert not os.path.exists(first)
+    assert said("import os; print(os.environ['MPLCONFIGDIR'])", MPLCONFIGDIR="/own", **nowhere) == "/own"
 
 
 def test_threads_that_wait_sleep_unless_the_user_wants_otherwise():

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# usage: eval "$(up.sh DIR)"  starts munged, slurmctld and slurmd on this host with all state under DIR, two fake GPUs included.
+# usage: eval "$(up.sh DIR [NODES])"  starts munged, slurmctld and a slurmd for each node on this host with all state under DIR.
+# Each node has two fake GPUs; one node is this host, more are called n2, n3, .. and listen beside it.
 # needs: apt-get install -y --no-install-recommends slurm-wlm munge
 set -euo pipefail
-D=$1; H=$(hostname -s); C=$(nproc --all); M=$(awk '/MemTotal/{print int($2/1024*0.8)}' /proc/meminfo)
+D=$1; N=${2:-1}; H=$(hostname -s); P=$((16716 + 100 * N)); names=$H; for i in $(seq 2 "$N"); do names+=,n$i; done
+C=$(nproc --all); M=$(awk '/MemTotal/{print int($2/1024*0.8)}' /proc/meminfo)
 mkdir -p "$D"/{state,spool,log,run,munge}; chmod 700 "$D/munge"; chmod 755 "$D" "$D/run"
 dd if=/dev/urandom of="$D/munge/key" bs=1024 count=1 status=none; chmod 600 "$D/munge/key"
 cat > "$D/slurm.conf" <<CONF
@@ -14,13 +16,12 @@ AuthType=auth/munge
 AuthInfo=socket=$D/run/munge.sock,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation=$D/state
-SlurmdSpoolDir=$D/spool
+SlurmdSpoolDir=$D/spool-%n
 SlurmctldPidFile=$D/run/slurmctld.pid
-SlurmdPidFile=$D/run/slurmd.pid
+SlurmdPidFile=$D/run/slurmd-%n.pid
 SlurmctldLogFile=$D/log/slurmctld.log
-SlurmdLogFile=$D/log/slurmd.log
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmdLogFile=$D/log/slurmd-%n.log
+SlurmctldPort=$P
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -46,9 +47,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
-NodeName=$H NodeAddr=127.0.0.1 CPUs=$C RealMemory=$M Gres=gpu:2 State=UNKNOWN
-PartitionName=debug Nodes=$H Default=YES MaxTime=60 State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
-PartitionName=high Nodes=$H MaxTime=60 State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
+$(for i in $(seq "$N"); do echo "NodeName=$(echo "$names" | cut -d, -f"$i") NodeAddr=127.0.0.1 NodeHostname=$H Port=$((P + i)) CPUs=$C RealMemory=$M Gres=gpu:2 State=UNKNOWN"; done)
+PartitionName=debug Nodes=$names Default=YES MaxTime=60 State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=high Nodes=$names MaxTime=60 State=UP OverSubscribe=NO PriorityTier=10 PreemptMode=OFF
 CONF
 echo "CgroupPlugin=cgroup/v1
 CgroupAutomount=no
@@ -59,6 +60,6 @@ printf "Name=gpu File=%s/run/gpu0\nName=gpu File=%s/run/gpu1\n" "$D" "$D" > "$D/
 export SLURM_CONF="$D/slurm.conf"
 munged --socket="$D/run/munge.sock" --key-file="$D/munge/key" --pid-file="$D/run/munged.pid" --log-file="$D/log/munged.log" --seed-file="$D/munge/seed" --num-threads=2
 slurmctld -f "$SLURM_CONF" -c
-slurmd -f "$SLURM_CONF" -c
-for i in $(seq 60); do [ "$(sinfo -h -N -p debug -o %t 2>/dev/null)" = idle ] && { echo "export SLURM_CONF=$SLURM_CONF"; exit 0; }; sleep 0.25; done
+for name in ${names//,/ }; do slurmd -N "$name" -f "$SLURM_CONF" -c; done
+for i in $(seq 60); do [ "$(sinfo -h -N -p debug -o %t 2>/dev/null | sort -u)" = idle ] && { echo "export SLURM_CONF=$SLURM_CONF"; exit 0; }; sleep 0.25; done
 sinfo -N -l; tail -20 "$D"/log/*.log; exit 1

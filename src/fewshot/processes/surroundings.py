@@ -4,11 +4,13 @@ Notebooks, IDEs and clusters export variables for their own use. Whoever reads t
 know all letters.
 """
 
+import atexit
 import ctypes
 import io
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from contextlib import suppress
@@ -63,6 +65,7 @@ def settle() -> None:
         del os.environ[name]  # Lightning would take from it what our configuration does not say
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # what the user has set stays
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads sleep; if they spin, two programs block each other
+    matplotlib_place()
     keep_memory()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         left_over = {name: os.environ.pop(name) for name in RANKS if name in os.environ}
@@ -76,6 +79,20 @@ def settle() -> None:
             output = Output(stream.detach(), encoding, errors="replace", **kept)
             setattr(sys, name, output)
             setattr(sys, f"__{name}__", output)
+
+
+def matplotlib_place() -> None:
+    """Where a home folder cannot be written, Matplotlib's files go to a temporary one without a warning of its own."""
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    for variable, place in (("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache")):
+        folder = Path(os.path.expanduser(os.environ.get(variable) or place)).absolute()
+        nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            with suppress(FileNotFoundError):  # no temporary folder either, before a run's own is known
+                os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
+                atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
+            return
 
 
 def keep_memory() -> None:
@@ -109,6 +126,7 @@ def lenient(folder: Path) -> None:
         tempfile.gettempdir()
     except FileNotFoundError:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    matplotlib_place()
     for stream in (sys.stdout, sys.stderr):
         if type(stream) is io.TextIOWrapper:
             stream.reconfigure(errors="replace")
