@@ -98,10 +98,12 @@ def test_the_files_of_the_recipes_do_what_they_say(tmp_path, monkeypatch):
     assert verdict.kind == "holds" and modules["norms"].section(evidence).tables[0].rows[1] == ("support", "1.1")
 
 
-def test_the_newest_version_of_the_changelog_is_that_of_the_program():
+def test_the_newest_version_of_the_changelog_is_that_of_the_program_and_its_image():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     versions = re.findall(r"^## \[(\d[\d.]*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == version and versions == sorted(versions, reverse=True)
+    assert f'image.version="{version}"' in (ROOT / "Dockerfile").read_text()
+    assert f"REGISTRY/fewshot:{version}\n" in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_cog_is_asked_about_every_page_with_a_table_of_its_own():

@@ -3,16 +3,14 @@
 from omegaconf import DictConfig
 
 from fewshot.config.check import check, processes
-from fewshot.config.hydra_call import Call, calling, hydra_command
+from fewshot.config.hydra_call import Call, carry_out, hydra_command
 from fewshot.processes import ranks
 from fewshot.results.record_files import announce, read, tell_result, validation_accuracy
 
 
 @hydra_command
 def main(cfg: DictConfig) -> float:
-    with calling(cfg) as call:  # mistakes in one line, the folder's lock, signals
-        return run(cfg, call)
-    return 0.0  # a job of a sweep that failed: to a search, the worst there is
+    return carry_out(cfg, run)  # with mistakes in one line, the folder's lock, signals
 
 
 def run(cfg: DictConfig, call: Call) -> float:

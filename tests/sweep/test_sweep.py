@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from fewshot.config.check import check
 from fewshot.config.tree import CONF, job_folder, settings
 from fewshot.errors import UserError
+from fewshot.processes import ranks
 from fewshot.results.figures import accuracy_over_steps
 from fewshot.results.task_scores import write_tasks
 from fewshot.sweep import figures, tables
@@ -406,6 +407,15 @@ def test_a_sweep_with_a_job_that_failed_or_was_not_done_ends_so(config, tmp_path
         "begun: unfinished; is another process",
     ):
         assert line in caplog.text
+
+
+def test_a_job_whose_folder_another_process_holds_is_one_line(main, tmp_path, capsys):
+    with ranks.locked(tmp_path / "job"):
+        ended = main("-m", "seed=0", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job", small=True)
+    output, errors = capsys.readouterr()
+    assert str(ended).startswith(f"{tmp_path}: no run in it")
+    assert "Traceback" not in output + errors and f"{tmp_path / 'job'}: " in errors
+    assert not (tmp_path / "job" / "error.txt").exists()  # which would be that of the other process
 
 
 def test_a_knob_that_does_not_exist_ends_a_sweep_before_its_first_job(program, tmp_path):

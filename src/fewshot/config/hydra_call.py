@@ -224,16 +224,19 @@ class Call:
     began: float = field(default_factory=time.monotonic)
 
 
-@contextmanager
-def calling(cfg: DictConfig) -> Iterator[Call]:
-    """Around a run: what ends it is said in one line, its folder is locked, its call is checked and written down."""
+def carry_out(cfg: DictConfig, run: Callable[[DictConfig, Call], float]) -> float:
+    """A run: what ends it is said in one line, its folder is locked, its call is checked and written down.
+
+    Returns what `run` does, or 0.0 for a job of a sweep that failed or was refused: to a search, the worst there is.
+    """
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
     lenient(folder)
     job = folder if HydraConfig.get().mode == RunMode.MULTIRUN else None
     with one_line_errors(job, how_to_go_on), nothing_left(folder), ranks.locked(folder), Signals(folder) as signals:
         refuse(cfg, overrides)
         record(folder, cfg)
-        yield Call(overrides, folder, signals)
+        return run(cfg, Call(overrides, folder, signals))
+    return 0.0
 
 
 @contextmanager
