@@ -1,4 +1,5 @@
-"""The tables of docs/cluster.md: tasks per second by a formula, and what benchmarks/processes.py measured of it.
+"""What docs/cluster.md has of kept files: tasks per second by a formula, what benchmarks/processes.py measured of it, and
+what the image was seen to do.
 
 U(R) = a + t B/R + m(R) are the seconds of an update of B tasks by R processes.
 """
@@ -7,7 +8,7 @@ import statistics
 from math import log2
 from typing import NamedTuple
 
-from tables import markdown, measured
+from tables import ROOT, markdown, measured
 
 GRADIENT = 4 * 91_781  # bytes, of conv4_strided with five ways
 RESNET12 = 49.7e6
@@ -99,3 +100,9 @@ def overlap() -> str:
         f"{1e3 * step:.1f} ms, {100 * on_gpu / step:.1f}%, between two GPUs. So little is all that sending it during "
         "the last backward pass could gain, and that is not done.\n\n"
     )
+
+
+def image() -> str:
+    """What was kept of the output of tests/docker/build_and_run.sh."""
+    text = (ROOT / "docs" / "results" / "image.txt").read_text(encoding="utf-8")
+    return f"\n```text\n{text}```\n\n"
