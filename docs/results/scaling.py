@@ -1,5 +1,5 @@
-"""What docs/cluster.md has of kept files: tasks per second by a formula, what benchmarks/processes.py measured of it, and
-what the image was seen to do.
+"""What docs/cluster.md has of kept files: tasks per second by a formula, what benchmarks/processes.py measured of it,
+and what the image was seen to do.
 
 U(R) = a + t B/R + m(R) are the seconds of an update of B tasks by R processes.
 """
