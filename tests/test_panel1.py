@@ -117,6 +117,7 @@ def test_tables_and_figure_of_two_settings(folder: Path, tmp_path: Path) -> None
     assert zeroed[1].startswith("|  | seed 1 | .940 ± .003 |")
     theirs = "| .510 ± .004 | .520 ± .004 | .511 ± .004 | .521 ± .004 |"
     assert zeroed[2] == f"|  | released code, 4 seeds, at 2,010 {theirs}  |  |"
+    assert zeroed[3] == "|  | released code, at 3,000 | .937 |  | .937 |  |  |  |"
     assert "| SOMAML, zero at the start | not run yet |  |  |  |  |  |  |" in final
     assert "| released code, 1 seed, at 2,010 | .510 | .520 | .511 | .521 |  |  |" in final
     assert "| SOMAML, random head | seed 0 | .360 | .360 |  |" in curve  # its curve has no iteration 1,500
