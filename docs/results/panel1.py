@@ -33,8 +33,8 @@ SHARED = (300, 600, 1500)  # iterations that both test curves have
 THEIR_ORDERS = {"first": "FO", "second": "SO"}
 THEIR_STARTS = {"fomaml": "vanilla", "zero_init": "zero_init", "zero": "zeroing"}
 THEIR_LAST = 2010  # iteration
-# Of FOMAML at 3,000, where the kept curves do not reach: means of the last ten tests after step 1, as docs/method.md has
-# them in section 4.
+# Of FOMAML at 3,000, which the kept curves do not reach: means of the last ten tests after step 1, from section 4 of
+# docs/method.md.
 THEIR_END = {
     ("fomaml", "first"): {"zeroing_off": 0.886, "zeroing_on": 0.935},
     ("zero_init", "first"): {"zeroing_on": 0.942},
