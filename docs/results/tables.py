@@ -241,6 +241,17 @@ def final_test(name: str) -> str:
     return markdown(heads, [[str(step), *cells] for step, cells in enumerate(zip(*columns, strict=True))])
 
 
+def prototypical() -> str:
+    """Validation accuracy of MAML with zeroing and one step beside that of the prototypical network."""
+    names = {"zero": "`algo=zero`", "protonet": "`algo=protonet`"}
+    curves = {
+        name: {row.iteration: row.accuracy for row in collect.rows("prototypical", setting=name, split="val", step=1)}
+        for name in names
+    }
+    cells = [[words, *(f"{accuracy:.3f}" for accuracy in curves[name].values())] for name, words in names.items()]
+    return markdown(["after so many updates", *map(str, curves["zero"])], cells)
+
+
 def sensitivity() -> str:
     """How far two trainings are apart that began 1e-12 apart in one weight, and the curvature before they began."""
     starts = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
