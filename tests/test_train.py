@@ -271,18 +271,18 @@ def test_a_call_that_no_run_writes_into_a_checkpoint_is_refused(run, trained, tm
         run(tmp_path / "test", *test)
 
 
-@pytest.mark.parametrize(
-    "brought",
-    [
-        "+callbacks.a._target_=fewshot.files.write_file",
-        "optimizer._target_=os.system",
-        "algo._target_=os.system",
-    ],
-)
-def test_what_a_test_would_call_is_not_for_a_checkpoint_to_say(run, trained, tmp_path, brought):
-    test = foreign(trained, tmp_path, [brought])
+def test_what_a_test_would_call_is_not_for_a_checkpoint_to_say(run, trained, tmp_path):
+    test = foreign(trained, tmp_path, ["algo._target_=os.system"])
     with pytest.raises(UserError, match=r"foreign\.ckpt: its call (sets|has|and this one together)"):
         run(tmp_path / "test", *test)
+
+
+def test_what_only_training_calls_is_not_called_by_a_test(run, trained, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "system", lambda *a, **k: called.append(a))
+    test = foreign(trained, tmp_path, ["+callbacks.a._target_=os.system", "optimizer._target_=os.system"])
+    run(tmp_path / "test", *test)
+    assert (tmp_path / "test" / "results.json").exists() and not called
 
 
 @pytest.mark.parametrize(

@@ -88,22 +88,21 @@ def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):
         wandb_run._mode("online")
 
 
-def test_a_run_that_a_notebook_has_begun_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    own = wandb.init(dir=tmp_path, project="own", settings=wandb.Settings(console="off", silent=True))
-    knobs = {"project": "fewshot", "mode": None, "group": None, "name": None, "run_id": "abcdefgh", "rows": []}
+def test_a_run_that_a_notebook_has_begun_is_left_alone(tmp_path):
+    own = wandb.init(dir=tmp_path, project="own", mode="offline", settings=wandb.Settings(console="off", silent=True))
+    silent = wandb.setup().settings.silent
+    knobs = {"project": "fewshot", "mode": "offline", "group": None, "name": None, "run_id": "abcdefgh", "rows": []}
     with wandb_run.finished_run():
         logger = wandb_run.wandb_logger(**knobs, folder=tmp_path / "run", values={})
         assert wandb.run is own and logger.experiment.id == "abcdefgh"
         logger.log_metrics({"iteration": 1, "train/loss": 2.0}, step=1)
     with wandb_run.finished_run():  # of a call with logger=none
         pass
-    assert logger.experiment._is_finished and not wandb.setup().settings.silent
+    assert logger.experiment._is_finished and wandb.setup().settings.silent == silent
     own.log({"mine": 1})
     assert wandb.run is own and not own._is_finished
     own.finish()
     assert len(list(tmp_path.glob("run/wandb/offline-run-*-abcdefgh"))) == 1
-    wandb.teardown()  # it would keep the mode for the tests to come
 
 
 class Shown(BaseException):
