@@ -63,7 +63,8 @@ TOGETHER = ("test_ranks.py", "test_slurm.py", "test_nodes.py", "test_slurm_nodes
 SLOW = re.compile(
     r"/tests/(test_(api|authors_code|bitwise|command|compatibility|export|install|kills|models|mutations|notebooks|train)"
     r"|test_norms|(across|algorithms|compare|nodes|predict|processes|sweep|training)/\w+|batched/test_engine"
-    r"|config/test_(instantiate|refusals|trainer_knobs)|data/test_(fine_grained|folder|imagenet|meta_batches|omniglot)"
+    r"|config/test_(instantiate|refusals|trainer_knobs)"
+    r"|data/test_(fine_grained|folder|glyphs|huggingface|imagenet|meta_batches|omniglot)"
     r"|evidence/test_report|maml/test_(explicit_loss|own_head|prototypical_network|recompute)|models/test_any_module"
     r"|theory/test_probes)\.py$"
 )
