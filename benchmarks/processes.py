@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
+from fewshot.files import write_file
 from fewshot.training.ddp import max_over_ranks, mean_over_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def main() -> None:
             for contestant, measured in rates.items():
                 measured.append(tasks_per_second(contestant, asked.device, asked.iterations, cache))
             if asked.json:
-                asked.json.write_text(json.dumps(content, indent=2) + "\n")
+                write_file(asked.json, json.dumps(content, indent=2) + "\n")
     table = Table("processes x threads", "tasks/s, median", "all rounds", "ratio to the first, median of rounds")
     first = rates[asked.contestants[0]]
     for contestant, measured in rates.items():
