@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import collect
+import curves
 import kept
 import panel1
 import pytest
@@ -122,6 +123,18 @@ def test_tables_and_figure_of_two_settings(folder: Path, tmp_path: Path) -> None
     assert "| released code, 1 seed, at 2,010 | .510 | .520 | .511 | .521 |  |  |" in final
     assert "| SOMAML, random head | seed 0 | .360 | .360 |  |" in curve  # its curve has no iteration 1,500
     assert (folder.parent / "panel1_full_length.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kept_runs_are_settings_as_a_sweep_reads_them() -> None:
+    """Of the real files, which the pictures are drawn from."""
+    by_label = {setting.label(): setting for setting in curves.settings("panel1", "-first")}
+    assert list(by_label) == ["random head", "zero at the start", "zeroed every update"]
+    for label, setting in zip(by_label, ("fomaml-first", "zero_init-first", "zero-first"), strict=True):
+        rows = collect.rows("panel1", setting=setting, split="test", mode="zeroing_on", step=2)
+        split, updates, accuracies = by_label[label].curve("zeroing_on")
+        curve = [(row.iteration, row.accuracy) for row in rows if row.ci95 is None and row.seed == 0]
+        assert split == "test" and [*zip(updates, accuracies[0], strict=True)] == curve
+        assert by_label[label].accuracies("zeroing_on")[0, 2] == next(r.accuracy for r in rows if r.ci95 is not None)
 
 
 def test_what_is_measured_again_takes_the_place_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

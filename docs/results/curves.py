@@ -1,0 +1,79 @@
+"""Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
+
+NAME.csv.gz and NAME.json become docs/NAME.png, for each NAME in PANELS; FOMAML's runs of panel 1 become
+docs/test_time_zeroing.png.
+"""
+
+from pathlib import Path
+
+import collect
+from matplotlib.figure import Figure
+from tables import markdown
+
+from fewshot.config.stored import to_today
+from fewshot.config.tree import MODES
+from fewshot.files import write_file
+from fewshot.results.figures import DRAWN, plain, png
+from fewshot.sweep.figures import COLOURS, panels
+from fewshot.sweep.settings import Job, Setting, group
+
+PANELS = {"memorization": ["dataset.tasks"]}  # knobs whose values have axes of their own, across and down
+LINES = {"zeroing_off": "--", "zeroing_on": "-"}
+
+
+def settings(name: str, only: str = "", here: Path = collect.HERE) -> list[Setting]:
+    """The kept runs whose names end so but for their seed, as `fewshot sweep` groups those that it reads."""
+    facts = {run: about for run, about in collect.facts(name, here).items() if run.partition("-seed")[0].endswith(only)}
+    return group([_job(run, about["config"], name, here) for run, about in facts.items()])
+
+
+def _job(run: str, config: dict, name: str, here: Path) -> Job:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    test: dict[str, dict[str, list[float]]] = {mode: {"accuracy": [], "ci95": []} for mode in MODES}
+    setting, _, seed = run.rpartition("-seed")
+    for row in collect.rows(name, here, setting=setting, seed=int(seed)):
+        if row.ci95 is None:
+            metric = f"{row.split}{MODES[row.mode]}/query_accuracy/step_{row.step}"
+            curves.setdefault(metric, []).append((row.iteration, row.accuracy))
+        else:  # rows are in the order of their steps
+            test[row.mode]["accuracy"].append(row.accuracy)
+            test[row.mode]["ci95"].append(row.ci95)
+    return Job(Path(run), to_today(config), {"test": test}, curves, None)
+
+
+def final_tests(name: str) -> str:
+    """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks."""
+    rows = []
+    for setting in settings(name):
+        for job in setting.jobs:
+            step, tests = setting.config["inner_steps"], job.results["test"] if job.results else {}
+            scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
+            cells = [f"{100 * accuracy:.1f} ± {100 * ci95:.1f}" for accuracy, ci95 in scores]
+            rows.append([setting.label(), str(job.config["seed"]), *cells])
+    return markdown(["", "seed", "test zeroing off", "test zeroing on"], rows)
+
+
+def test_time_zeroing(runs: list[Setting]) -> Figure:
+    """The test curve of each setting with the head as it is and with the head zeroed for the test alone."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for setting, colour in zip(runs, COLOURS, strict=False):
+        for mode, line in LINES.items():
+            _, updates, curve = setting.curve(mode)
+            label = f"{setting.label()}, {DRAWN[mode][-1]}"
+            axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
+    step = runs[0].config["inner_steps"]
+    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=(0.75, 0.95))
+    seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
+    axes.set_title(f"FOMAML, Omniglot 5-way 1-shot, {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plain(axes)
+    return figure
+
+
+if __name__ == "__main__":
+    DOCS = collect.HERE.parent
+    for kept, knobs in PANELS.items():
+        if (collect.HERE / f"{kept}.json").exists():
+            write_file(DOCS / f"{kept}.png", png(panels(settings(kept), knobs), dpi=110))
+    write_file(DOCS / "test_time_zeroing.png", png(test_time_zeroing(settings("panel1", "-first")), dpi=110))
