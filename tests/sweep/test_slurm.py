@@ -139,7 +139,7 @@ def test_a_job_out_of_time_goes_on_exactly(run, tmp_path, cache):
     wait_until((folder / "checkpoints/last.ckpt").exists)
     process = int(re.findall(r"process (\d+) ", (folder / ".lock").read_text())[0])
     os.kill(process, signal.SIGSTOP)
-    assert gives_time(job, minutes=int((time.monotonic() - began) / 60) + 3)
+    assert gives_time(job, minutes=int((time.monotonic() - began) / 60) + 2)
     output = tmp_path / f"slurm-{job}.out"
     wait_until(lambda: f"job {job}: put back into the queue" in output.read_text())
     wait_until(lambda: gives_time(job, minutes=60))
