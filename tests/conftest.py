@@ -65,7 +65,7 @@ SLOW = re.compile(
     r"|test_norms|(across|algorithms|compare|nodes|predict|processes|sweep|training)/\w+|batched/test_engine"
     r"|config/test_(instantiate|refusals|trainer_knobs)"
     r"|data/test_(fine_grained|folder|glyphs|huggingface|imagenet|meta_batches|omniglot)"
-    r"|evidence/test_report|maml/test_(explicit_loss|own_head|prototypical_network|recompute)|models/test_any_module"
+    r"|evidence/test_(exported|report)|maml/test_(explicit_loss|own_head|prototypical_network|recompute)|models/test_any_module"
     r"|theory/test_probes)\.py$"
 )
 # The default configuration, shrunk: every part is there, each a second or less.
@@ -231,12 +231,12 @@ def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def main(cache: Path) -> Iterator[Callable[..., str | int | None]]:
     """main(*words) is `python train.py` without a process of its own: what it ends with, a line or a status.
 
-    small: with the knobs and in the folder of `program`.
+    small: with the knobs and in the folder of `program`; command: another one that Hydra composes.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
 
-    def main(*words: str, small: bool = False) -> str | int | None:
+    def main(*words: str, small: bool = False, command: Callable[[], None] = train_main) -> str | int | None:
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", *(_words(words, cache) if small else words)])
@@ -245,7 +245,7 @@ def main(cache: Path) -> Iterator[Callable[..., str | int | None]]:
             if small:
                 patch.chdir(cache)
             try:
-                train_main()
+                command()
             except SystemExit as ended:
                 return ended.code
         return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 import fewshot
@@ -31,6 +32,9 @@ def test_the_same_model_comes_back_bit_by_bit(trained, exported):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
     assert theirs.learner.state_dict().keys() == content["state_dict"].keys()
     assert all(torch.equal(theirs.learner.state_dict()[name], w) for name, w in content["state_dict"].items())
+    trained_to = {"iteration": content["global_step"], "splits": content["fewshot"]["splits"]["sha256"]}
+    assert yaml.safe_load((exported / "config.yaml").read_text()).pop("trained") == trained_to
+    assert theirs.config == ours.config  # as that is no setting
     images = np.random.default_rng(0).integers(0, 256, (9, 35, 28), dtype=np.uint8)
     x = torch.stack([theirs.preprocess(image) for image in images])
     assert torch.equal(theirs.head(theirs.encoder(x)), ours.head(ours.encoder(x)))

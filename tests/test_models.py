@@ -69,6 +69,8 @@ def test_a_folder_is_what_an_export_writes_and_says_whose_it_is(name):
     assert all(np.isfinite(weights).all() for weights in load_file(folder / "model.safetensors").values())
     assert not {*model.config} & {*NOT_THE_MODEL}
     card = (folder / "README.md").read_text()
+    trained = yaml.safe_load((folder / "config.yaml").read_text())["trained"]
+    assert f"outer update {trained['iteration']} of " in card and f"names and images {trained['splits']} |" in card
     command = re.search(r"```bash\n(python train\.py .*)\n```", card)[1].split()
     assert f"seed={model.config['seed']}" in command and f"| seed | {model.config['seed']} |" in card
     assert re.search(r"\| licence of the images \| (MIT, Brenden Lake|none is stated; the authors of CIFAR)", card)

@@ -16,7 +16,7 @@ from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.stored import OUTER
 from fewshot.config.tree import MODES, NOT_THE_MODEL, key_of, portable
 from fewshot.errors import UserError, one_line, printable, shown
-from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, check_place, checkpoint_file, user_path, write_file
+from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, TRAINED, check_place, checkpoint_file, user_path, write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.results.record_files import read as read_results
 from fewshot.results.record_files import versions
@@ -37,10 +37,12 @@ def export(checkpoint: Path, folder: Path) -> None:
     content = stored_run.read(checkpoint)
     run = content["fewshot"]
     weights = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    trained = {"iteration": content["global_step"]}
+    trained |= {"splits": run["splits"]["sha256"]} if "splits" in run else {}
     card = model_card(run, weights, content["global_step"], *_results(checkpoint, content["global_step"]))
     files = {
         CARD: card,
-        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable(run["config"]))),
+        EXPORTED_CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable(run["config"]) | {TRAINED: trained})),
         EXPORTED: save(weights, {"format": "pt"}),  # last: with it the folder is one that can be loaded
     }
     for name, data in files.items():

@@ -28,6 +28,7 @@ OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", "er
 OWN += (".lock", ".lock-ranks", ".requeued")
 # In the folder of an exported model: its weights, its settings and its card.
 EXPORTED, EXPORTED_CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
+TRAINED = "trained"  # its settings' key of what it was: the outer update, and the SHA-256 of its classes and images
 ADAPTED = "adapted.safetensors"  # beside these where the model has adapted: the support images and their classes
 SCHEME = "hf://"  # of the Hugging Face hub: hf://ORG/NAME or hf://ORG/NAME@REVISION
 REPOSITORY, REVISION = r"[\w-][\w.-]*/[\w-][\w.-]*", r"[\w-][\w.-]*"
@@ -296,14 +297,14 @@ def checkpoint_file(value: Any, name: str, knob: str = "checkpoint") -> Path:
     return path
 
 
-def model_path(value: Any) -> Path:
+def model_path(value: Any, knob: str = "model") -> Path:
     """What checkpoint_file says of the best model; but the folder of an exported model is returned as it is."""
-    path = user_path("model", value)
+    path = user_path(knob, value)
     if os.path.isfile(path / EXPORTED):
         return path
     if os.path.isdir(path) and not os.path.exists(run_folder(path) / "checkpoints"):
-        raise UserError(f"model={value}: has no {EXPORTED}; give an exported folder, a run's folder or a .ckpt")
-    return checkpoint_file(value, "best", "model")
+        raise UserError(f"{knob}={value}: has no {EXPORTED}; give an exported folder, a run's folder or a .ckpt")
+    return checkpoint_file(value, "best", knob)
 
 
 def claimed(folder: Path) -> Path:

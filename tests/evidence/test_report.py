@@ -968,12 +968,12 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ((), r"checkpoint=null: which model\? Give checkpoint=RUN, the folder of a run"),
+        ((), r"checkpoint=null: which model\? Give checkpoint=RUN, the folder of a run, or an exported model's .*"),
         (
             ("checkpoint=run/checkpoints",),
             r"checkpoint=run/checkpoints: no checkpoints/best\.ckpt in this folder; give .*",
         ),
-        (("checkpoint=nowhere.ckpt",), r"checkpoint=nowhere.ckpt: no such file"),
+        (("checkpoint=nowhere.ckpt",), r"checkpoint=nowhere.ckpt: no such file or folder, and no model .*"),
         (("checkpoint=FILE", "fit=false"), r"fit=false: nothing is trained here; leave it out"),
         (("checkpoint=FILE", "+zerong=true"), r"\+zerong=true: .* did you mean \+zeroing\?"),
     ],

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, open_dict
 
 from fewshot.config.advice import not_composed
 from fewshot.config.check import check_files, check_knobs, check_overrides, processes
-from fewshot.config.tree import CONF, STATISTICS, key_of, statistics
+from fewshot.config.tree import CONF, STATISTICS, choices, key_of, statistics
 from fewshot.errors import UserError, shown
 from fewshot.files import override
 
@@ -42,7 +42,7 @@ def places(text: str) -> list[Place]:
     Raises:
         UserError: there is no dataset of a name.
     """
-    known = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+    known = choices("dataset")
     words = re.split(rf",(?=(?:{'|'.join(known)})(?:[:,]|$))", text)
     for word in words:
         if word.partition(":")[0] not in known:

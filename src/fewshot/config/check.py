@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewshot.config.tree import CONF, GROUPS, entries, key_of
+from fewshot.config.tree import GROUPS, choices, entries, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line, shown
 from fewshot.files import SCHEME, checkpoint_file
 from fewshot.inner_loop import THEORY, InnerLoop
@@ -80,7 +80,7 @@ def _quoted(override: str) -> str:
 
 
 def _files(group: str) -> str:
-    return f"one of {', '.join(sorted(path.stem for path in (CONF / group).glob('*.yaml')))}"
+    return f"one of {', '.join(choices(group))}"
 
 
 def check(cfg: DictConfig) -> None:

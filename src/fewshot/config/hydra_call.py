@@ -35,7 +35,7 @@ from fewshot import files
 from fewshot.config.advice import not_composed
 from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import HELP, Command, how_to_go_on, one_line_errors
-from fewshot.config.tree import CONF, given_overrides
+from fewshot.config.tree import CONF, folder_of_run, given_overrides
 from fewshot.errors import UserError, first_line, one_line, shown
 from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
@@ -180,7 +180,7 @@ class OutputFolder(Callback):
             if config.checkpoint is not None:
                 user_path("checkpoint", config.checkpoint)  # before a folder is named after it
             refuse(_job(config, config.hydra.run.dir), given_overrides(config.hydra))
-            new = _by_the_clock(config, "run") and not (config.checkpoint and config.fit)
+            new = _by_the_clock(config, "run") and folder_of_run(config.checkpoint, config.fit) is None
             if ranks.launcher() and new:
                 several = f"hydra.run.dir: {ranks.launcher()} starts several processes; name their one folder"
                 raise UserError(several + ranks.only_process())

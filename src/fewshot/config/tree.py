@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fewshot.files import run_folder, user_path
+from fewshot.files import EXPORTED, run_folder, user_path
 
 # Beside this file in a wheel, at the top of a checkout.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[3] / "conf") if path.is_dir())
@@ -27,6 +27,11 @@ def statistics(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of evaluation.statistics; by the first best.ckpt is chosen. A model that is shared says none."""
     asked = config.get("evaluation", {}).get("statistics", STATISTICS[0])
     return (asked,) if isinstance(asked, str) else tuple(asked)
+
+
+def choices(group: str) -> list[str]:
+    """The names of a group's YAML files."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def given_overrides(hydra: Any) -> list[str]:
@@ -83,9 +88,17 @@ def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from entries(value, f"{prefix}{key}.")
 
 
+def folder_of_run(checkpoint: str | None, fit: bool) -> Path | None:
+    """RUN, for training that goes on from RUN or RUN/checkpoints/x.ckpt; None: it writes in a new folder.
+
+    An exported model's folder is to stay as it is.
+    """
+    path = user_path("checkpoint", checkpoint) if checkpoint and fit else None
+    return None if path is None or path.name == EXPORTED else run_folder(path)
+
+
 def _run_folder(checkpoint: str | None, fit: bool, new: str) -> str:
-    """Where a run writes: training that goes on from RUN or RUN/checkpoints/x.ckpt writes in RUN, all else in `new`."""
-    return str(run_folder(user_path("checkpoint", checkpoint))) if checkpoint and fit else new
+    return str(folder_of_run(checkpoint, fit) or new)
 
 
 def job_folder(overrides: list[str] | ListConfig) -> str:

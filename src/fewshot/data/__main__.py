@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from fewshot.config.advice import not_composed
 from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.config.tree import CONF
+from fewshot.config.tree import CONF, choices
 from fewshot.data.cache import cache_folder, file_stem
 from fewshot.errors import UserError, shown
 from fewshot.files import user_path, write_atomically
@@ -67,7 +67,7 @@ def list_datasets(overrides: list[str]) -> None:
     rows = [("dataset", "train/val/test classes", "images", "size", "images from", "on this machine")]
     named = [override for override in overrides if override.startswith("dataset=")]
     overrides = [override for override in overrides if override not in named]
-    for choice in named or sorted(f"dataset={path.stem}" for path in (CONF / "dataset").glob("*.yaml")):
+    for choice in named or [f"dataset={name}" for name in choices("dataset")]:
         data = configuration([choice, *overrides]).dataset
         classes = [data.classes[split] for split in ("train", "val", "test")]
         numbers = "as found" if None in classes else "/".join(map(str, classes))

@@ -1,38 +1,47 @@
-"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN"""
+"""The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN, or an exported model in RUN's place."""
 
 import argparse
 import copy
 import logging
+import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fewshot.config.check import check, check_learn2learn, processes
-from fewshot.config.command import Command, Parameter, one_line_errors
-from fewshot.config.hydra_call import hydra_command
-from fewshot.config.tree import given_overrides, settings, statistics
+from fewshot.config.command import Command, Parameter, one_line_errors, unquoted
+from fewshot.config.hydra_call import hydra_command, nothing_left
+from fewshot.config.tree import choices, given_overrides, key_of, settings, statistics
 from fewshot.errors import UserError, shown
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, override
 from fewshot.inner_loop import THEORY, InnerLoop
+from fewshot.predict.find import find
 
 log = logging.getLogger(__name__)
 
 FEATURE_TASKS = 32  # the first of the test tasks, on which features and predictions are measured, in float64
 GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, again and again
-
+MODEL = "checkpoint=RUN, the folder of a run, or an exported model's folder or name, as checkpoint=omniglot-5w1s-zero"
 
 COMMAND = Command(
     "evidence",
     "puts the theory to a trained model, and trains nothing. Left out, a knob is as in training.",
     {
         "checkpoint=PATH": Parameter(
-            "The folder of a run, whose best model is taken, or one file, such as RUN/checkpoints/last.ckpt."
+            "The folder of a run, whose best model is taken; a file, such as RUN/checkpoints/last.ckpt; the folder of "
+            "an exported model; the name of one that comes with this program, such as omniglot-5w1s-zero; or "
+            "hf://ORG/NAME."
         ),
+        "dataset.root=PATH": Parameter("Where the images are, which an exported model does not say."),
         "hydra.run.dir=FOLDER": Parameter(
-            "Writes report.html, evidence.json and the pictures into FOLDER/evidence/ instead of RUN/evidence/."
+            "Writes report.html, evidence.json and the pictures into FOLDER/evidence/; left out: into RUN/evidence/, "
+            "those of an exported model into a new folder in outputs/."
         ),
         "test_tasks=N": Parameter("Tasks of the test; features are measured on the first 32 of them."),
         "test_steps=N": Parameter("Inner steps of the test."),
@@ -44,25 +53,47 @@ COMMAND = Command(
 )
 
 
-def _refuse(asked: argparse.Namespace) -> None:
+def _settle(asked: argparse.Namespace) -> None:
+    """Refuses what cannot be measured, and gives Hydra the words of the call as it takes them."""
     if asked.multirun:
         raise UserError("-m: one model is measured at a time; call it once for each checkpoint")
     if fit := [word for word in asked.overrides if word.startswith("fit=")]:
         raise UserError(f"{fit[0]}: nothing is trained here; leave it out")
-    if not [word for word in asked.overrides if word.startswith("checkpoint=") and word != "checkpoint=null"]:
-        raise UserError("checkpoint=null: which model? Give checkpoint=RUN, the folder of a run")
+    keys = [key_of(word) for word in asked.overrides]
+    named = [word for word in asked.overrides if word.startswith("checkpoint=") and word != "checkpoint=null"]
+    if not named:
+        network = "; model= is the network here" * ("model" in keys)
+        raise UserError(f"checkpoint=null: which model? Give {MODEL}{network}")
     check_learn2learn("evidence")
+    path = find(unquoted(named[-1].partition("=")[2]), "checkpoint")
+    if path.is_dir():
+        path = path / EXPORTED
+        place = sys.argv.index(named[-1])
+        sys.argv[place] = override("checkpoint", os.path.abspath(path))
+        sys.argv[place:place] = [] if "dataset" in keys else _dataset(path.with_name(EXPORTED_CONFIG))
+
+
+def _dataset(path: Path) -> list[str]:
+    """That of an exported model, so that its knobs, such as dataset.root, can be named in the call."""
+    from fewshot.config import stored  # pydantic takes a third of a second to import
+
+    config = stored.read_yaml(path)
+    stored.check(f"checkpoint={path}", config, stored.form({"dataset": stored.form({"name": stored.NAME})}))
+    name = config["dataset"]["name"]
+    return [f"dataset={name}"] if name in choices("dataset") else []
 
 
 # Hydra is to write no log into the folder of the run that is measured.
-@partial(hydra_command, first=_refuse, command=COMMAND, added="hydra/job_logging=stdout")
+@partial(hydra_command, first=_settle, command=COMMAND, added="hydra/job_logging=stdout")
 def main(cfg: DictConfig) -> None:
     with one_line_errors():
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise UserError("hydra.mode=MULTIRUN: one model is measured at a time; call it once for each checkpoint")
         cfg.fit = False
         overrides = [*given_overrides(HydraConfig.get()), "fit=false"]
-        run(cfg, overrides, Path(HydraConfig.get().runtime.output_dir) / "evidence")
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        with nothing_left(folder):
+            run(cfg, overrides, folder / "evidence")
 
 
 def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
@@ -72,15 +103,19 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     from fewshot.training.choose_engine import sequential_engine
 
     sequential_engine("evidence")  # it can be imported
-    from fewshot.evidence import report
+    from fewshot.evidence import exported, report
     from fewshot.evidence.model import Model
     from fewshot.evidence.page import Shown
     from fewshot.results.record_files import versions
+    from fewshot.training import checkpoint
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run
     from fewshot.training.runtime import inner_loop
 
-    start = find_start(cfg, overrides, folder)
+    def read(path: Path) -> dict[str, Any]:
+        return exported.content(path, overrides) if path.name == EXPORTED else checkpoint.read(path)
+
+    start = find_start(cfg, overrides, folder, read)
     cfg = start.cfg
     check(cfg)
     if processes(cfg) > 1:
@@ -88,11 +123,14 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     if "task" not in (asked := statistics(cfg)):
         raise UserError(f"evaluation.statistics={shown(list(asked))}: evidence measures as models train; use task")
     loop = inner_loop(cfg)
-    assert start.path is not None and start.content is not None  # _refuse has asked for a checkpoint
+    assert start.path is not None and start.content is not None  # _settle has asked for a checkpoint
     _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
     initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))
-    network.load_state_dict({name.removeprefix("network."): w for name, w in start.content["state_dict"].items()})
+    weights = start.content["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items()})
+    measured.learner.load_state_dict(weights)
+    measured.checkpoint = None  # the test is of the weights that the learner has now
     tasks = measured.tasks.samplers["test"](0, min(FEATURE_TASKS, cfg.test_tasks))
     tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
     log.info(f"testing on {cfg.test_tasks} tasks")

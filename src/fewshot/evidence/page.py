@@ -78,7 +78,7 @@ def of_own_head(evidence: Evidence, verdict: Verdict) -> Verdict:
 
 
 def of_training(evidence: Evidence, verdict: Verdict) -> Verdict:
-    return verdict if evidence["model"]["iteration"] else UNTRAINED
+    return UNTRAINED if evidence["model"]["iteration"] == 0 else verdict
 
 
 def either(holds: bool, words: str) -> Verdict:
@@ -96,6 +96,12 @@ def verdict_on(check: Evidence) -> Verdict:
     if check["pass"]:
         return Verdict("holds", f"holds exactly ({value} ≤ {bound})")
     return Verdict("fails", f"does not hold ({value if check['value'] is None else f'{value} > {bound}'})")
+
+
+def updates(evidence: Evidence) -> str:
+    """Of the model. An exported one may not say how many they were."""
+    number = evidence["model"]["iteration"]
+    return "an unknown number of outer updates" if number is None else counted(number, "outer update")
 
 
 def counted(number: Any, what: str = "inner step") -> str:

@@ -71,7 +71,7 @@ def render(evidence: page.Evidence, pictures: dict[str, bytes]) -> str:
     summary = [page.Statement(section.claim, verdicts, anchor=place) for place, section, verdicts in parts]
     return templates.get_template("report.html.jinja").render(
         subtitle=_subtitle(evidence),
-        trained=evidence["model"]["iteration"] > 0,
+        trained=evidence["model"]["iteration"] != 0,
         head_is_zero=page.head_is_zero(evidence),
         own_outer_gradient=InnerLoop.of(trained).named() if trained["algo"].get("_target_") else "",
         summary=page.Table(("claim", "verdict"), summary, "statements"),
@@ -110,7 +110,7 @@ def _to_html() -> MarkdownIt:
 def _subtitle(evidence: page.Evidence) -> str:
     here, model = evidence["config"]["dataset"]["name"], evidence["model"]
     measured = f", measured on {here}" if here != model["trained_with"]["dataset"]["name"] else ""
-    return f"{title(model['trained_with'])}, after {page.counted(model['iteration'], 'outer update')}{measured}"
+    return f"{title(model['trained_with'])}, after {page.updates(evidence)}{measured}"
 
 
 def _measurement(evidence: page.Evidence) -> page.Table:
@@ -120,8 +120,7 @@ def _measurement(evidence: page.Evidence) -> page.Table:
     adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
     rows = {
         "Checkpoint": "/".join(Path(model["checkpoint"]).parts[-3:]),
-        "Model": f"{title(trained)}, {trained['model']['name']}, {page.counted(model['iteration'], 'outer update')}, "
-        f"seed {trained['seed']}",
+        "Model": f"{title(trained)}, {trained['model']['name']}, {page.updates(evidence)}, seed {trained['seed']}",
         "Test tasks": f"{config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot, "
         f"{config['queries']} queries per class; the same in every run; {evidence['test']['tasks']} for accuracy, the "
         f"first {tasks['features']} for features and predictions, the first {tasks['gradients']} for the identities",

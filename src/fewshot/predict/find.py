@@ -1,4 +1,4 @@
-"""The model that model= and fewshot.load name: a path, the name of one that comes with this program, or hf://ORG/NAME."""
+"""The model that a knob or fewshot.load names: a path, the name of one that comes with this program, or hf://ORG/NAME."""
 
 from pathlib import Path
 
@@ -16,25 +16,26 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in MODELS.glob(f"*/{EXPORTED}"))
 
 
-def find(model: str | Path) -> Path:
+def find(model: str | Path, knob: str = "model") -> Path:
     """A checkpoint, or the folder of an exported model.
 
     model: a path as files.model_path has it; a name, where no such path is there; or hf://ORG/NAME, which is downloaded
         unless the hub's cache has it.
+    knob: the one that names it.
 
     Raises:
         UserError: it is none of these.
     """
     text = str(model)
     if text.startswith(hub.SCHEME):
-        return hub.download(text)
-    if user_path("model", model).exists():
-        return model_path(model)
+        return hub.download(text, knob)
+    if user_path(knob, model).exists():
+        return model_path(model, knob)
     known = names()
     if text in known:
         return MODELS / text
     if "/" in text or not known:
-        raise UserError(f"model={text}: no such file or folder")
+        raise UserError(f"{knob}={text}: no such file or folder")
     remedy = nearest(text, {*known})
     listed = f" ({', '.join(known)})" * remedy.startswith("did you mean")
-    raise UserError(f"model={text}: no such file or folder, and no model{listed} of this name; {remedy}")
+    raise UserError(f"{knob}={text}: no such file or folder, and no model{listed} of this name; {remedy}")

@@ -18,21 +18,21 @@ MEBIBYTE = 2**20
 LARGEST = {EXPORTED_CONFIG: MEBIBYTE // 4, CARD: MEBIBYTE, EXPORTED: 2048 * MEBIBYTE}  # bytes of each file
 
 
-def download(address: str) -> Path:
-    """The folder of the model in the hub's own cache, all its files of one revision.
+def download(address: str, knob: str = "model") -> Path:
+    """The folder of the model in the hub's own cache, all its files of one revision. knob: the one that names it.
 
     Raises:
         UserError: the address is none, the library is not installed, the hub has no such model, or a file is too large.
     """
     match = re.fullmatch(rf"{SCHEME}({REPOSITORY})(?:@({REVISION}))?", address, re.ASCII)
     if not match:
-        raise UserError(f"model={address}: must be {SCHEME}ORG/NAME or {SCHEME}ORG/NAME@REVISION")
-    library, (repository, revision) = _library(f"model={address}"), match.groups()
-    with _one_line(f"model={address}"):
+        raise UserError(f"{knob}={address}: must be {SCHEME}ORG/NAME or {SCHEME}ORG/NAME@REVISION")
+    library, (repository, revision) = _library(f"{knob}={address}"), match.groups()
+    with _one_line(f"{knob}={address}"):
         for name, most in LARGEST.items():
             file = library.hf_hub_download(repository, name, revision=revision, dry_run=True)
             if file.file_size is None or file.file_size > most:
-                raise UserError(f"model={address}: its {name} has {file.file_size} bytes, and may have {most}")
+                raise UserError(f"{knob}={address}: its {name} has {file.file_size} bytes, and may have {most}")
             revision = file.commit_hash
         places = [library.hf_hub_download(repository, name, revision=revision) for name in LARGEST]
     return Path(places[0]).parent

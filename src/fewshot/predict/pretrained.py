@@ -27,7 +27,7 @@ from fewshot.data.folder_or_zip import read_file
 from fewshot.data.images import decode, square, unreadable
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
-from fewshot.files import EXPORTED, EXPORTED_CONFIG, is_regular
+from fewshot.files import EXPORTED, EXPORTED_CONFIG, TRAINED, is_regular
 from fewshot.predict.find import find
 from fewshot.results import record_files
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
@@ -159,7 +159,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     path = find(os.fspath(path))
     where = f"model={path}"
     if path.is_dir():
-        config, weights = _read_folder(path)
+        config, weights, _ = read_folder(path)
     else:
         content = read(path, "model")
         config, weights = portable(content["fewshot"]["config"]), content["state_dict"]
@@ -188,25 +188,26 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     return Pretrained(learner.eval(), Preprocess.from_config(data), config)
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights of a shared folder."""
+def read_folder(folder: Path, knob: str = "model") -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """Configuration and weights of a shared folder, and what stands as TRAINED in its config.yaml, {} for nothing."""
     for name in (EXPORTED, EXPORTED_CONFIG):
         if not (folder / name).exists():
             raise UserError(
-                f"model={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
+                f"{knob}={folder}: has no {name}; give a folder that python -m fewshot.export wrote, or a file as "
                 "RUN/checkpoints/best.ckpt"
             )
-        is_regular("model", folder / name)
+        is_regular(knob, folder / name)
+    where = f"{knob}={folder / EXPORTED_CONFIG}"
     config = stored.read_yaml(folder / EXPORTED_CONFIG)
-    stored.check(f"model={folder / EXPORTED_CONFIG}", config, dict[str, Any])
-    stored.check_plain(f"model={folder / EXPORTED_CONFIG}", config)
+    stored.check(where, config, dict[str, Any])
+    stored.check_plain(where, config)
     config = to_today(config)
     try:
         weights = load_file(folder / EXPORTED)
     except SafetensorError as error:
-        raise UserError(f"model={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})") from None
-    check_weights(f"model={folder / EXPORTED}", weights)
-    return config, weights
+        raise UserError(f"{knob}={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})") from None
+    check_weights(f"{knob}={folder / EXPORTED}", weights)
+    return config, weights, config.pop(TRAINED, {})
 
 
 def _refuse_foreign(where: str, config: dict[str, Any]) -> None:

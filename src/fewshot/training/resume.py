@@ -3,7 +3,7 @@
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,10 +130,11 @@ class Start:
         return self.path
 
     def _refuse_other_split(self, splits: dict[str, Any], trained: dict[str, Any]) -> None:
-        if splits == trained:
+        if splits | trained == splits:
             return
-        difference = "same classes, other images"
-        for split in SPLITS:
+        named = [split for split in SPLITS if split in trained]  # an exported model has the SHA-256 alone
+        difference = "same classes, other images" if named else "other classes or images"
+        for split in named:
             new, gone = (set(a[split]) - set(b[split]) for a, b in ((splits, trained), (trained, splits)))
             if new or gone:
                 both = (("has", new), ("lacks", gone))
@@ -147,12 +148,15 @@ class Start:
         )
 
 
-def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
+def find_start(
+    cfg: DictConfig, overrides: list[str], folder: Path, read_test: Callable[[Path], dict[str, Any]] = read
+) -> Start:
     """Decides between a new run, the continuation of an old one, and a test (fit=false).
 
     Args:
         overrides: of this call; with checkpoint=PATH they are taken on top of those the checkpoint was trained with.
         folder: of this run; if it holds checkpoints/last.ckpt the run continues.
+        read_test: reads the checkpoint that is tested, or what stands for one.
 
     Raises:
         UserError: an unreadable checkpoint, one trained with another configuration than this call asks for, or one to
@@ -165,7 +169,7 @@ def find_start(cfg: DictConfig, overrides: list[str], folder: Path) -> Start:
         content = read(path)
     else:
         path = Path(os.path.abspath(checkpoint_file(cfg.checkpoint, "last" if cfg.fit else "best")))
-        content = read(path)
+        content = read(path) if cfg.fit else read_test(path)
         if cfg.fit and path.parent != Path(os.path.abspath(folder)) / "checkpoints":
             raise UserError(
                 f"checkpoint={path}: training goes on only in the folder of its run, RUN/checkpoints/last.ckpt, not in "
