@@ -14,7 +14,7 @@ import collect
 import numpy as np
 from tables import markdown
 
-from fewshot.files import write_file
+from fewshot.files import EXPORTED, write_file
 from fewshot.sweep.settings import mean_and_ci95
 from models import model_name
 
@@ -54,8 +54,10 @@ def keep(folders: list[Path]) -> None:
 
 def _about_evidence(path: Path) -> tuple[str, dict[str, Any]]:
     evidence = json.loads(path.read_text(encoding="utf-8"))
-    config = evidence["config"]
-    command = f"python -m fewshot.evidence checkpoint=RUN test_tasks={config['test_tasks']} threads={config['threads']}"
+    config, file = evidence["config"], Path(evidence["model"]["checkpoint"])
+    model = f"{file.parent.name} dataset.root=FOLDER" if file.name == EXPORTED else "RUN"
+    tasks = f"test_tasks={config['test_tasks']} threads={config['threads']}"
+    command = f"python -m fewshot.evidence checkpoint={model} {tasks}"
     return model_name(evidence["model"]["trained_with"]), {"command": command}
 
 
