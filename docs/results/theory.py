@@ -23,7 +23,7 @@ KINDS = ("evidence", "cosine_similarity", "inner_products")
 STARTS = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
 PAIRS = {"query_support": "query and support", "query_query": "two queries"}
 HEADS = {"this_head": "its own head", "zeroed_head": "head zeroed"}
-MODELS = ("fomaml", "zero-init", "zero", "somaml")  # in the order of the tables
+MODELS = ("fomaml", "zero-init", "zero", "somaml", "somaml-zero")  # in the order of the tables
 LIMITS = {  # what is read into the paper, and what is measured of it
     "no_noise_beyond_one_step": "zeroing removes the noise, beyond one inner step: largest noise in a coefficient",
     "full_is_head_only_beyond_one_step": "the inner loop may leave the encoder alone, two steps, head zeroed: relative "
