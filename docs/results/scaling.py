@@ -5,6 +5,7 @@ U(R) = a + t B/R + m(R) are the seconds of an update of B tasks by R processes.
 """
 
 import statistics
+import textwrap
 from math import log2
 from typing import NamedTuple
 
@@ -94,12 +95,13 @@ def overlap() -> str:
     content = measured("processes")
     message, update = content["message_seconds"]["2"]["gradient"], content["tasks"] / _median("2x1")
     on_gpu, step = NVLINK.seconds(2, GRADIENT), START + TASK * content["tasks"] / 2
-    return (
-        f"\nBetween two processes of this machine the outer gradient takes {1e3 * message:.1f} ms of an update's "
+    text = (
+        f"Between two processes of this machine the outer gradient takes {1e3 * message:.1f} ms of an update's "
         f"{1e3 * update:.0f} ms, {100 * message / update:.1f}%. By the formula it takes {1e6 * on_gpu:.0f} us of "
         f"{1e3 * step:.1f} ms, {100 * on_gpu / step:.1f}%, between two GPUs. So little is all that sending it during "
-        "the last backward pass could gain, and that is not done.\n\n"
+        "the last backward pass could gain, and that is not done."
     )
+    return f"\n{textwrap.fill(text, 140)}\n\n"
 
 
 def image() -> str:
