@@ -71,9 +71,38 @@ def test_time_zeroing(runs: list[Setting]) -> Figure:
     return figure
 
 
+def prototypes(runs: list[Setting]) -> Figure:
+    """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    curves, temperatures = figure.subplots(1, 2, sharey=True)
+    by_eta = sorted((run.config["inner_lr"], run) for run in runs if run.config["algo"]["head"] == "prototypes")
+    (maml,) = (run for run in runs if run.config["algo"]["head"] != "prototypes")
+    network = dict(by_eta)[maml.config["inner_lr"]]
+    for run, label, line, colour in (
+        (maml, "MAML with zeroing, one step", "-", COLOURS[1]),
+        (network, "prototypical network, inner products", ":", COLOURS[0]),
+    ):
+        _, updates, curve = run.curve("zeroing_on")
+        curves.plot(updates, curve.mean(axis=0), line, color=colour, linewidth=3 if line == ":" else 1.4, label=label)
+    curves.set(xlabel="outer iteration", ylabel="test accuracy")
+    etas = [eta for eta, _ in by_eta]
+    finals = [run.accuracies("zeroing_on").mean(axis=0)[1] for _, run in by_eta]
+    temperatures.plot(etas, finals, "o-", color=COLOURS[0])
+    temperatures.plot(maml.config["inner_lr"], maml.accuracies("zeroing_on").mean(axis=0)[1], "x", color=COLOURS[1])
+    temperatures.set_xscale("log")
+    temperatures.set_xticks(etas, [f"{eta:g}" for eta in etas])
+    temperatures.set_xticks([], minor=True)
+    temperatures.set(xlabel="eta; the temperature is K/eta")
+    for axes in (curves, temperatures):
+        plain(axes)
+    curves.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for kept, knobs in PANELS.items():
         if (collect.HERE / f"{kept}.json").exists():
             write_file(DOCS / f"{kept}.png", png(panels(settings(kept), knobs), dpi=110))
+    write_file(DOCS / "prototypical.png", png(prototypes(settings("prototypical")), dpi=110))
     write_file(DOCS / "test_time_zeroing.png", png(test_time_zeroing(settings("panel1", "-first")), dpi=110))

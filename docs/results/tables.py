@@ -242,14 +242,17 @@ def final_test(name: str) -> str:
 
 
 def prototypical() -> str:
-    """Validation accuracy of MAML with zeroing and one step beside that of the prototypical network."""
-    names = {"zero": "`algo=zero`", "protonet": "`algo=protonet`"}
-    curves = {
-        name: {row.iteration: row.accuracy for row in collect.rows("prototypical", setting=name, split="val", step=1)}
-        for name in names
-    }
-    cells = [[words, *(f"{accuracy:.3f}" for accuracy in curves[name].values())] for name, words in names.items()]
-    return markdown(["after so many updates", *map(str, curves["zero"])], cells)
+    """Test accuracy of MAML with zeroing and one step, and of prototypical networks by their temperature."""
+    updates, rows = (0, 200, 400, 600, 800, 1000), []
+    for run, about in sorted(collect.facts("prototypical").items(), key=lambda item: item[1]["config"]["inner_lr"]):
+        network, eta = about["config"]["algo"]["head"] == "prototypes", about["config"]["inner_lr"]
+        words = f"`algo=protonet`, T = {about['config']['ways'] / eta:.4g}" if network else "`algo=zero`"
+        tests = collect.rows("prototypical", setting=run.rpartition("-")[0], split="test", mode="zeroing_on", step=1)
+        curve = {row.iteration: row.accuracy for row in tests if row.ci95 is None}
+        (final,) = (row for row in tests if row.ci95 is not None)
+        cells = [f"{curve[number]:.3f}" for number in updates]
+        rows.append([words, f"{eta:g}", *cells, f"{final.accuracy:.3f} ± {final.ci95:.3f}"])
+    return markdown(["", "eta", *map("{:,}".format, updates), "final test"], rows)
 
 
 def sensitivity() -> str:
