@@ -41,16 +41,20 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
     return Job(Path(run), to_today(config), {"test": test}, curves, None)
 
 
-def final_tests(name: str) -> str:
-    """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks."""
+def final_tests(name: str, knob: str) -> str:
+    """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks.
+
+    knob: its values are a column of their own.
+    """
     rows = []
     for setting in settings(name):
         for job in setting.jobs:
             step, tests = setting.config["inner_steps"], job.results["test"] if job.results else {}
             scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
             cells = [f"{100 * accuracy:.1f} ± {100 * ci95:.1f}" for accuracy, ci95 in scores]
-            rows.append([setting.label(), str(job.config["seed"]), *cells])
-    return markdown(["", "seed", "test zeroing off", "test zeroing on"], rows)
+            rows.append([f"`{setting.value(knob)}`", setting.label(without=[knob]), str(job.config["seed"]), *cells])
+    rows.sort(key=lambda row: row[0])
+    return markdown([f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"], rows)
 
 
 def test_time_zeroing(runs: list[Setting]) -> Figure:
@@ -74,7 +78,7 @@ def test_time_zeroing(runs: list[Setting]) -> Figure:
 def prototypes(runs: list[Setting]) -> Figure:
     """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    curves, temperatures = figure.subplots(1, 2, sharey=True)
+    curves, temperatures = figure.subplots(1, 2)
     by_eta = sorted((run.config["inner_lr"], run) for run in runs if run.config["algo"]["head"] == "prototypes")
     (maml,) = (run for run in runs if run.config["algo"]["head"] != "prototypes")
     network = dict(by_eta)[maml.config["inner_lr"]]
@@ -92,7 +96,7 @@ def prototypes(runs: list[Setting]) -> Figure:
     temperatures.set_xscale("log")
     temperatures.set_xticks(etas, [f"{eta:g}" for eta in etas])
     temperatures.set_xticks([], minor=True)
-    temperatures.set(xlabel="eta; the temperature is K/eta")
+    temperatures.set(xlabel="eta; the temperature is K/eta", ylabel="test accuracy of the best model")
     for axes in (curves, temperatures):
         plain(axes)
     curves.legend(frameon=False, fontsize=8, loc="lower right")
