@@ -1,7 +1,7 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
-NAME.csv.gz and NAME.json become docs/NAME.png, for each NAME in PANELS; FOMAML's runs of panel 1 become
-docs/test_time_zeroing.png.
+docs/memorization.png and docs/prototypical.png are of the kept runs of these names, docs/test_time_zeroing.png is of
+FOMAML's runs of panel 1.
 """
 
 from pathlib import Path
@@ -17,7 +17,6 @@ from fewshot.results.figures import DRAWN, plain, png
 from fewshot.sweep.figures import COLOURS, panels
 from fewshot.sweep.settings import Job, Setting, group
 
-PANELS = {"memorization": ["dataset.tasks"]}  # knobs whose values have axes of their own, across and down
 LINES = {"zeroing_off": "--", "zeroing_on": "-"}
 
 
@@ -79,9 +78,9 @@ def prototypes(runs: list[Setting]) -> Figure:
     """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     curves, temperatures = figure.subplots(1, 2)
-    by_eta = sorted((run.config["inner_lr"], run) for run in runs if run.config["algo"]["head"] == "prototypes")
     (maml,) = (run for run in runs if run.config["algo"]["head"] != "prototypes")
-    network = dict(by_eta)[maml.config["inner_lr"]]
+    by_eta = {run.config["inner_lr"]: run for run in runs if run is not maml}
+    network = by_eta[maml.config["inner_lr"]]
     for run, label, line, colour in (
         (maml, "MAML with zeroing, one step", "-", COLOURS[1]),
         (network, "prototypical network, inner products", ":", COLOURS[0]),
@@ -89,8 +88,8 @@ def prototypes(runs: list[Setting]) -> Figure:
         _, updates, curve = run.curve("zeroing_on")
         curves.plot(updates, curve.mean(axis=0), line, color=colour, linewidth=3 if line == ":" else 1.4, label=label)
     curves.set(xlabel="outer iteration", ylabel="test accuracy")
-    etas = [eta for eta, _ in by_eta]
-    finals = [run.accuracies("zeroing_on").mean(axis=0)[1] for _, run in by_eta]
+    etas = sorted(by_eta)
+    finals = [by_eta[eta].accuracies("zeroing_on").mean(axis=0)[1] for eta in etas]
     temperatures.plot(etas, finals, "o-", color=COLOURS[0])
     temperatures.plot(maml.config["inner_lr"], maml.accuracies("zeroing_on").mean(axis=0)[1], "x", color=COLOURS[1])
     temperatures.set_xscale("log")
@@ -105,8 +104,9 @@ def prototypes(runs: list[Setting]) -> Figure:
 
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
-    for kept, knobs in PANELS.items():
-        if (collect.HERE / f"{kept}.json").exists():
-            write_file(DOCS / f"{kept}.png", png(panels(settings(kept), knobs), dpi=110))
-    write_file(DOCS / "prototypical.png", png(prototypes(settings("prototypical")), dpi=110))
-    write_file(DOCS / "test_time_zeroing.png", png(test_time_zeroing(settings("panel1", "-first")), dpi=110))
+    for drawn, figure in {
+        "memorization": panels(settings("memorization"), ["dataset.tasks"]),
+        "prototypical": prototypes(settings("prototypical")),
+        "test_time_zeroing": test_time_zeroing(settings("panel1", "-first")),
+    }.items():
+        write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))
