@@ -137,6 +137,17 @@ def test_kept_runs_are_settings_as_a_sweep_reads_them() -> None:
         assert by_label[label].accuracies("zeroing_on")[0, 2] == next(r.accuracy for r in rows if r.ci95 is not None)
 
 
+def test_the_table_of_the_explicit_loss_has_the_kept_final_tests() -> None:
+    row = next(line for line in curves.ablation_table().splitlines() if line.startswith("| 1 | 0.4 | 0 |"))
+    for (noise, interference), cell in zip(curves.LOSSES, row.split(" | ")[3:], strict=True):
+        setting = f"noise_{noise}-interference_{interference}-eta0.4-steps1".lower()
+        kept = [
+            next(r.accuracy for r in collect.rows("ablation", setting=setting, seed=0, mode=mode, step=1) if r.ci95)
+            for mode in ("zeroing_off", "zeroing_on")
+        ]
+        assert cell.removesuffix(" |") == " / ".join(f"{100 * accuracy:.1f}" for accuracy in kept)
+
+
 def test_what_is_measured_again_takes_the_place_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "HERE", tmp_path)
     kept.keep("x", [{"model": "a", "mode": "on", "accuracy": 0.5}], ("model", "mode"))

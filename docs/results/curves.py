@@ -1,7 +1,7 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
-docs/memorization.png and docs/prototypical.png are of the kept runs of these names, docs/test_time_zeroing.png is of
-FOMAML's runs of panel 1.
+docs/memorization.png, docs/prototypical.png and docs/ablation.png are of the kept runs of these names,
+docs/test_time_zeroing.png is of FOMAML's runs of panel 1.
 """
 
 from pathlib import Path
@@ -13,11 +13,17 @@ from tables import markdown
 from fewshot.config.stored import to_today
 from fewshot.config.tree import MODES
 from fewshot.files import write_file
-from fewshot.results.figures import DRAWN, plain, png
+from fewshot.results.figures import DRAWN, MARKS, plain, png
 from fewshot.sweep.figures import COLOURS, panels
 from fewshot.sweep.settings import Job, Setting, group
 
 LINES = {"zeroing_off": "--", "zeroing_on": "-"}
+LOSSES = {  # of algo=contrastive: (algo.noise, algo.interference)
+    (True, True): "the whole loss",
+    (True, False): "without interference",
+    (False, True): "without noise",
+    (False, False): "without both",
+}
 
 
 def settings(name: str, only: str = "", here: Path = collect.HERE) -> list[Setting]:
@@ -102,11 +108,72 @@ def prototypes(runs: list[Setting]) -> Figure:
     return figure
 
 
+def by_term() -> dict[int, dict[float, dict[str, Setting]]]:
+    """The kept runs of the explicit loss: {inner steps: {eta: {a name of LOSSES: its runs}}}."""
+    found: dict[int, dict[float, dict[str, Setting]]] = {}
+    for setting in settings("ablation"):
+        config = setting.config
+        name = LOSSES[config["algo"]["noise"], config["algo"]["interference"]]
+        found.setdefault(config["inner_steps"], {}).setdefault(config["inner_lr"], {})[name] = setting
+    return {steps: dict(sorted(found[steps].items())) for steps in sorted(found)}
+
+
+def ablation_table() -> str:
+    """The final test of each seed in %: with the head as it is / zeroed for the test."""
+    rows = []
+    for steps, etas in by_term().items():
+        for eta, losses in etas.items():
+            finals = [[_finals(losses[name], mode) for mode in MODES] for name in LOSSES.values()]
+            for seed in finals[0][0]:
+                cells = [" / ".join(f"{100 * by_seed[seed]:.1f}" for by_seed in modes) for modes in finals]
+                rows.append([str(steps), f"{eta:g}", str(seed), *cells])
+    return markdown(["inner steps", "eta", "seed", *LOSSES.values()], rows)
+
+
+def _finals(setting: Setting, mode: str) -> dict[int, float]:
+    """By seed: the final test after as many inner steps as in training."""
+    tests = setting.accuracies(mode)[:, setting.config["inner_steps"]]
+    return dict(zip((job.config["seed"] for job in setting.jobs), map(float, tests), strict=True))
+
+
+def ablation(runs: dict[int, dict[float, dict[str, Setting]]]) -> Figure:
+    """The final test by eta, with the explicit loss whole and without its terms; inner steps across, heads down."""
+    figure = Figure(figsize=(1.5 + 3.6 * len(runs), 6.6), layout="constrained")
+    grid = figure.subplots(2, len(runs), sharex=True, sharey=True, squeeze=False)
+    for row, mode in zip(grid, MODES, strict=True):
+        for axes, (steps, etas) in zip(row, runs.items(), strict=True):
+            for number, name in enumerate(LOSSES.values()):
+                finals = {eta: list(_finals(losses[name], mode).values()) for eta, losses in etas.items()}
+                means = [sum(values) / len(values) for values in finals.values()]
+                style = {"color": COLOURS[number], "linewidth": 1.4, "markersize": 5}
+                axes.plot(list(etas), means, **style)
+                points = [(eta, value) for eta, values in finals.items() for value in values]
+                axes.plot(*zip(*points, strict=True), MARKS[number], **style)
+                axes.plot([], [], f"{MARKS[number]}-", label=name, **style)
+            axes.set_xscale("log")
+            axes.set_xticks(list(etas), [f"{eta:g}" for eta in etas])
+            axes.set_xticks([], minor=True)
+            steps_in_words = f"{steps} inner step{'s' * (steps > 1)}"
+            axes.set_title(f"{steps_in_words}, {DRAWN[mode][-1]}", fontsize=9, loc="left")
+            axes.set(xlabel="eta", ylabel="test accuracy of the best model")
+            axes.label_outer()
+            plain(axes)
+    figure.suptitle(
+        "Omniglot 5-way 1-shot, the explicit loss of first order without zeroing, 400 updates of 8 tasks.\n"
+        "Marks: single seeds; lines: their means.",
+        fontsize=10,
+    )
+    lines, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, fontsize=9, ncols=len(names), loc="outside lower center")
+    return figure
+
+
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
         "memorization": panels(settings("memorization"), ["dataset.tasks"]),
         "prototypical": prototypes(settings("prototypical")),
+        "ablation": ablation(by_term()),
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first")),
     }.items():
         write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))
