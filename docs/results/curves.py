@@ -74,7 +74,8 @@ def test_time_zeroing(runs: list[Setting]) -> Figure:
     step = runs[0].config["inner_steps"]
     axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=(0.75, 0.95))
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
-    axes.set_title(f"FOMAML, Omniglot 5-way 1-shot, {len(seeds)} seed{'s' * (len(seeds) > 1)}", fontsize=10, loc="left")
+    over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+    axes.set_title(f"FOMAML, Omniglot 5-way 1-shot, {over}", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plain(axes)
     return figure
