@@ -123,7 +123,7 @@ def test_ranks_share_the_meta_batch_and_agree_with_one_process(runs):
     ours, theirs = (read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (shared, alone))
     for name, expected in theirs.items():
         # Rounding grows over 20 updates, to 1.1e-8 on an AMD EPYC; the first gradients are compared to 1e-10 below.
-        assert (ours[name] - expected).norm() <= 1e-6 * expected.norm(), name
+        assert (ours[name] - expected).norm() <= 1e-7 * expected.norm(), name
     columns = []
     for folder in (shared, alone):
         with open(folder / "metrics.csv", newline="") as file:
