@@ -122,8 +122,9 @@ def test_ranks_share_the_meta_batch_and_agree_with_one_process(runs):
         assert [task for share in shares for task in share[iteration]] == tasks  # disjoint, and all of them
     ours, theirs = (read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (shared, alone))
     for name, expected in theirs.items():
-        # Rounding grows over 20 updates, to 1.1e-8 on an AMD EPYC; the first gradients are compared to 1e-10 below.
-        assert (ours[name] - expected).norm() <= 1e-7 * expected.norm(), name
+        # Rounding grows over 20 updates, to 1.1e-8 in a small bias on an AMD EPYC.
+        bound = 1e-7 if name.endswith("bias") else 1e-8
+        assert (ours[name] - expected).norm() <= bound * expected.norm(), name
     columns = []
     for folder in (shared, alone):
         with open(folder / "metrics.csv", newline="") as file:
