@@ -1,7 +1,7 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
 docs/memorization.png, docs/prototypical.png and docs/ablation.png are of the kept runs of these names,
-docs/test_time_zeroing.png is of FOMAML's runs of panel 1.
+docs/panel2_omniglot.png of those of `panel2`, docs/test_time_zeroing.png of FOMAML's runs of panel 1.
 """
 
 from pathlib import Path
@@ -46,13 +46,18 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
     return Job(Path(run), to_today(config), {"test": test}, curves, None)
 
 
-def final_tests(name: str, knob: str) -> str:
+def panel2() -> list[Setting]:
+    """The one step with zeroing is kept among the prototypical networks, which it is compared with as well."""
+    return [*settings("prototypical", "zero-eta0.4"), *settings("panel2")]
+
+
+def final_tests(runs: list[Setting], knob: str) -> str:
     """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks.
 
     knob: its values are a column of their own.
     """
     rows = []
-    for setting in settings(name):
+    for setting in runs:
         for job in setting.jobs:
             step, tests = setting.config["inner_steps"], job.results["test"] if job.results else {}
             scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
@@ -173,6 +178,7 @@ if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
         "memorization": panels(settings("memorization"), ["dataset.tasks"]),
+        "panel2_omniglot": panels(panel2(), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first")),

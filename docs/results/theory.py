@@ -27,7 +27,7 @@ MODELS = ("fomaml", "zero-init", "zero", "somaml", "somaml-zero")  # in the orde
 LIMITS = {  # what is read into the paper, and what is measured of it
     "no_noise_beyond_one_step": "zeroing removes the noise, beyond one inner step: largest noise in a coefficient",
     "full_is_head_only_beyond_one_step": "the inner loop may leave the encoder alone, two steps, head zeroed: relative "
-    "difference of the encoder's gradient",
+    "difference of the encoder's gradient of first order",
     "full_is_head_only_with_this_head": "the same, one step, the model's own head",
     "papers_somaml_loss_with_this_head": "the paper's explicit SOMAML loss is exact: relative difference with the "
     "model's own head",

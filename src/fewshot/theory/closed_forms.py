@@ -140,7 +140,7 @@ class AdaptedHead(NamedTuple):
         return torch.stack([-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P])  # -(Q - T_Q) (T_S - P^(p))^T
 
     def explicit_loss(self, *, first_order: bool, noise: bool = True, interference: bool = True) -> Tensor:
-        """The contrastive loss whose gradient by the features is MAML's after the inner steps (method.md 5).
+        """The contrastive loss that gives the features MAML's gradient after the inner steps (method.md 5).
 
         L1 = mean_{q,s} eta [-sum_p c^(p)_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order;
         without noise c^(p)_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is

@@ -24,7 +24,7 @@ def measure(model: Model) -> page.Evidence:
 
     query, support: mean length of an image's motion; same_class, other_class: mean change of phi(q).phi(s);
     same_class_drawn, other_class_pushed: share of the pairs that it changes the right way; as_drawn: cosine of the
-    queries' motion and the way against the gradient by the features, which the poster draws. Arrows: as in outer_step.
+    queries' motion and the way against the features' own gradient, which the poster draws. Arrows: as in outer_step.
     """
     few = model.on_few_tasks
     return {
@@ -94,7 +94,7 @@ def section(evidence: page.Evidence) -> page.Section:
     return page.Section(
         overline="The contrastive perspective, as it happens",
         claim="The encoder moves support features too, whatever the order",
-        lead="The poster’s third panel draws the gradient by the features. But features do not move by themselves: an "
+        lead="The poster’s third panel draws the features’ own gradient. But features do not move by themselves: an "
         "outer step moves the encoder, which serves all images at once. So the encoder takes a small step on a task, "
         "and its features are compared before and after.",
         theorem="A small step θ ← θ − ρg moves every feature φ(x) by −ρJ(x)g, J(x) being the encoder’s derivative at "
@@ -103,9 +103,9 @@ def section(evidence: page.Evidence) -> page.Section:
         picture=page.Picture(
             "motion",
             "Features of a task with arrows, as the poster draws them above and as they move below",
-            "The features of one test task, as in the picture of the outer step. Above: against the gradient by the "
-            "features, queries and support with a scale each. Below: the motion of the same features when the encoder "
-            "takes a small step, both with one scale, FOMAML’s larger than SOMAML’s.",
+            "The features of one test task, as in the picture of the outer step. Above: against the features’ "
+            "own gradient, queries and support with a scale each. Below: the motion of the same features when the "
+            "encoder takes a small step, both with one scale, FOMAML’s larger than SOMAML’s.",
         ),
         tables=[page.Table(heads, rows)],
         note=f"A step of SGD on one task, {evidence['tasks']['gradients']} tasks, the inner loop as in training. "
