@@ -84,6 +84,20 @@ def test_first_order_is_head_only_maml_from_any_head(build, bias, shots, inner_s
     assert torch.equal(accuracy, accuracies)
 
 
+def test_of_an_encoder_in_bfloat16_the_loss_is_computed_in_the_precision_of_the_head():
+    build = NETWORKS["conv4_pooled"]
+    tasks = images_for(build, tasks=2)
+    network = convolutional(build, tasks).float()
+    tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        knobs = {"inner_lr": 0.4, "inner_steps": 2, "first_order": True}
+        found, (loss, _) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
+        features = Features.of(network, tasks)
+    closed = closed_form_gradients(features, inner_lr=0.4, inner_steps=2, first_order=True)
+    torch.testing.assert_close(found["head.weight"], closed.weight.mean(0))
+    torch.testing.assert_close(loss, closed.loss)
+
+
 @pytest.mark.parametrize("zeroed", [True, False], ids=["zeroed", "random"])
 def test_second_order_is_head_only_maml_from_a_zero_head_alone(zeroed):
     build = NETWORKS["conv4_strided"]

@@ -27,12 +27,12 @@ def meta_gradient(
     head, losses, logits = network.head, [], []
     terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}
     for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
-        phi_S, phi_Q = encode_one(network, task)
+        phi_S, phi_Q = (phi.to(head.weight.dtype) for phi in encode_one(network, task))
         features = Features(phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
-        adapted = adapt_head(features, inner_lr=loop.inner_lr, inner_steps=loop.inner_steps)
-        loss = adapted.explicit_loss(first_order=loop.first_order, **terms)
-        (loss / len(tasks.support)).backward()
-        closed = adapted.gradients(first_order=True)
+        with torch.autocast(phi_Q.device.type, enabled=False):  # the closed forms are of the head's own precision
+            adapted = adapt_head(features, inner_lr=loop.inner_lr, inner_steps=loop.inner_steps)
+            (adapted.explicit_loss(first_order=loop.first_order, **terms) / len(tasks.support)).backward()
+            closed = adapted.gradients(first_order=True)
         for parameter, gradient in ((head.weight, closed.weight), (head.bias, closed.bias)):
             if parameter is not None and gradient is not None:
                 gradient = gradient / len(tasks.support)
