@@ -9,6 +9,7 @@ from examples import NETWORKS, convolutional, images_for
 
 from fewshot.data.task import Task
 from fewshot.models.head import zero_head
+from fewshot.theory.features import Features
 from fewshot.theory.probes import probes
 
 NAMES = {
@@ -28,6 +29,18 @@ def test_probes_are_what_the_formulas_say():
     for name, value in probed.items():
         assert value == pytest.approx(np.mean([one[name] for one in by_task]), abs=2e-6), name
     assert probed["wrong_sign"] > 0  # or nothing would be seen of the noise
+
+
+def test_of_features_in_bfloat16_they_are_measured_in_float32(monkeypatch):
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=3, shots=2, queries=3)
+    network = convolutional(build, tasks).float()
+    tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        probed = probes(network, [tasks], inner_lr=0.4, inner_steps=2)
+        features = Features.of(network, tasks)
+    monkeypatch.setattr(Features, "of", lambda network, tasks: features)
+    assert probed == probes(network, [tasks], inner_lr=0.4, inner_steps=2)
 
 
 def test_a_zero_head_interferes_with_nothing_and_has_no_wrong_sign_in_one_step():

@@ -31,8 +31,9 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
     tasks = 0
     for batch in batches:
         features = Features.of(network, batch)
-        for name, values in _probe(features, inner_lr=inner_lr, inner_steps=inner_steps).items():
-            sums[name] = sums.get(name, 0) + values.double().sum()
+        with torch.autocast(features.query.device.type, enabled=False):  # of eight bits a coefficient has no sure sign
+            probed = _probe(features, inner_lr=inner_lr, inner_steps=inner_steps)
+        sums = {name: sums.get(name, 0) + values.double().sum() for name, values in probed.items()}
         tasks += len(batch.support)
     return {name: round((total / tasks).item(), 6) for name, total in sums.items()}
 
