@@ -277,6 +277,7 @@ def test_what_an_algorithm_does_not_go_with_is_refused():
         ({}, ("length",), r"measures \[\]; its class says \('length',\)"),
         ({"length": 1.0}, (), r"measures \['length'\]; its class says \(\)"),
         ({"loss": 1.0}, ("loss",), "measures loss, which every run records under that name; name it otherwise"),
+        ({"top-5": 1.0}, ("top-5",), "measures 'top-5'; give it a name of letters, digits and _, for metrics.csv"),
     ],
 )
 def test_what_an_outer_gradient_measures_is_declared_and_has_a_name_of_its_own(returned, declared, said):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 import fewshot
 from fewshot import check_algorithm, export
+from fewshot.algorithms.reptile import Reptile
 from fewshot.config.tree import settings
 from fewshot.errors import UserError
 from fewshot.evidence.__main__ import _refuse_beyond_theory
@@ -38,6 +39,15 @@ class Halved(InnerLoop):
 
 
 NAME = "test_runs.Halved"
+
+
+@dataclass(frozen=True)
+class Measuring(Reptile):
+    measures = ("loss_2",)
+
+    def outer_gradient(self, theta, theta_N, support_loss, query_loss):
+        gradients, _ = super().outer_gradient(theta, theta_N, support_loss, query_loss)
+        return gradients, {"loss_2": query_loss(theta_N)}
 
 
 def weights(folder):
@@ -66,6 +76,12 @@ def test_a_model_of_a_shipped_algorithm_is_shared_and_loaded_without_trust(run, 
     assert type(model.learner.loop).__name__ == "ImplicitMAML" and model.learner.loop.proximal == 2.0
     images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
     assert predict(model, {"a": images[:2], "b": images[2:4]}, images[4:]).probabilities.shape == (2, 2)
+
+
+def test_a_checkpoint_with_a_digit_in_the_name_of_what_is_measured_is_read_again(run, tmp_path):
+    folder = run(tmp_path / "run", "algo._target_=test_runs.Measuring", *KNOBS, "iterations=2")
+    recorded = read(folder / "checkpoints" / "last.ckpt")["callbacks"]["Record"]["rows"]
+    assert [row["train/loss_2"] > 0 for row in recorded[1:]] == [True, True]
 
 
 def test_a_class_is_named_in_the_call_and_only_there(run, tmp_path):

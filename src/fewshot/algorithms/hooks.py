@@ -86,6 +86,8 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
         raise UserError(f"{by}: measures {sorted(measured)}; its class says {loop.measures}")
     if taken := {*measured} & RECORDED:
         raise UserError(f"{by}: measures {min(taken)}, which every run records under that name; name it otherwise")
+    if odd := [name for name in loop.measures if not (name.isascii() and name.isidentifier())]:
+        raise UserError(f"{by}: measures {odd[0]!r}; give it a name of letters, digits and _, for metrics.csv")
     tasks = task.support_labels.dim() - 1
     products = ((theta[name] * gradients[name].detach()).flatten(tasks).sum(-1) for name in theta)
     total: Any = sum(products)

@@ -85,7 +85,8 @@ def check_weights(where: str, weights: Any) -> None:
         raise UserError(f"{where}: state_dict must have tensors of one type, float32 or float64")
 
 
-ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]+(/step_[0-9]{1,4})?")  # a column's name
+# A column's name
+ROW = re.compile(r"iteration|(train|(val|test)(_zeroed)?|probe)/[a-zA-Z_]\w*(/step_[0-9]{1,4})?", re.ASCII)
 WEIGHTS = must_be(
     "a dense tensor of float32, float64 or whole numbers", Any, refused=lambda value: not _dense(value, FLOATS + COUNTS)
 )
