@@ -36,6 +36,12 @@ def test_pil_arrays_and_tensors_are_the_same_images(channels):
         assert split.names == ("a", "b") and torch.equal(split.images, images[[0, 2, 1, 3]])
 
 
+def test_an_image_with_a_palette_has_its_colours_and_not_their_places_in_the_palette():
+    plain = Image.fromarray(np.uint8([[[250, 10, 20], [10, 250, 20]]] * 2))
+    split = split_of([(plain.convert("P", palette=Image.Palette.ADAPTIVE), 0), (plain, 1)])
+    assert torch.equal(split.images[0], split.images[1])
+
+
 def test_bytes_are_scaled_and_floats_stay_as_they_are():
     images, labels = pixels(40), torch.arange(4).repeat(10)
     knobs = {"ways": 3, "shots": 2, "queries": 3, "seed": 5}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewshot.data.task import Split
@@ -56,6 +57,8 @@ def split_of(dataset: Labelled) -> Split:
 def _pixels(image: Any, position: int) -> Tensor:
     """(C, H, W)"""
     if not isinstance(image, Tensor):
+        if isinstance(image, Image.Image) and image.mode in ("P", "PA"):
+            image = image.convert("RGB")  # else its numbers are places in a palette
         array = np.array(image)  # a copy that may be written to
         if array.ndim not in (2, 3) or array.dtype.kind not in "uf":
             kind = f"a {type(image).__name__} of {array.dtype}, shape {array.shape}"
