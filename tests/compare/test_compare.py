@@ -5,14 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fewshot.compare import __main__ as compare
+from fewshot.compare import report
 from fewshot.errors import UserError
 from fewshot.results.task_scores import read_tasks, write_tasks
+from fewshot.sweep.pairs import Row
 from fewshot.sweep.statistics import holm, paired
 
 
@@ -42,6 +46,12 @@ def test_the_interval_over_tasks_of_one_seed_is_that_of_a_paired_t_test():
 def test_what_never_differs_has_no_interval_and_no_doubt():
     nothing = paired(np.zeros((3, 20)))
     assert (nothing.mean, nothing.over_both, nothing.p) == (0, 0, 1)
+
+
+def test_brackets_in_the_name_of_a_setting_are_shown_as_they_are(capsys):
+    setting: Any = SimpleNamespace(label=lambda: "root=a[b]/c[/d]", jobs=[])
+    report.show([Row(setting, "zeroing_on", 1, 0.5, None, None)])
+    assert "root=a[b]/c[/d]" in capsys.readouterr().out
 
 
 def test_holms_correction_by_hand():

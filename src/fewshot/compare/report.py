@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
+from rich.text import Text
 
 from fewshot.errors import printable
 from fewshot.files import write_file
@@ -65,14 +66,14 @@ def show(rows: list[Row]) -> None:
     for head in HEADS:
         table.add_column(head, justify="left" if head == "setting" else "right")
     for row in rows:
-        table.add_row(*cells(row), style="bold" if row.larger_than_noise else None)
+        table.add_row(*map(Text, cells(row)), style="bold" if row.larger_than_noise else None)
     rich.console.Console(width=120).print(table)
     if calibrated := calibration(rows):
         table = rich.table.Table(title="Mean probability of the predicted class and expected calibration error, in %")
         for head in calibrated[0]:
             table.add_column(head, justify="left" if head == "setting" else "right")
         for row in calibrated[1]:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         rich.console.Console(width=120).print(table)
 
 
