@@ -62,6 +62,19 @@ def test_what_works_does_so_and_a_time_limit_is_no_end_for_ever(run, tmp_path, c
     assert ended == whole
 
 
+def test_a_run_that_had_reached_its_accuracy_and_goes_on_obeys_a_time_limit(run, tmp_path, caplog, monkeypatch):
+    folder, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    run(folder, "stop_at_accuracy=0.01", "val_every=6")
+    before = checkpoint.read(last)["global_step"]
+    caplog.set_level("INFO")
+    clock = iter([0.0] * 4)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage=None: next(clock, 3600.0))
+    run(folder, "val_every=6", "+trainer.max_time=00:00:00:01")
+    reached = json.loads((folder / "results.json").read_text())["iterations"]
+    assert before < reached < 6 and checkpoint.read(last)["global_step"] == reached
+    assert "trainer.max_time is over" in caplog.text
+
+
 def test_the_accuracy_to_stop_at_may_be_another_one_when_a_run_goes_on(run, tmp_path):
     whole = outcome(run(tmp_path / "whole"))
     folder = run(tmp_path / "run", "stop_at_accuracy=0.01")

@@ -78,6 +78,7 @@ class Record(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         self.pending = [{name: w.to(module.device) for name, w in metrics.items()} for metrics in self.pending]
         self._began, self._first, self._folder = time.monotonic(), trainer.global_step, Path(trainer.default_root_dir)
+        self.stopped = False  # a run that goes on from there stops at another accuracy
         if not self.rows:
             self._record(trainer, module, {"iteration": 0})
 
