@@ -167,6 +167,26 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file
             writer.communicate()
 
 
+def test_a_file_that_another_process_takes_for_a_leftover_is_left_to_it(tmp_path, monkeypatch):
+    """It holds the lock, and has still to remove the file, when the writer asks for the lock."""
+    create, taken = files.create, []
+
+    def create_and_lose(path):
+        descriptor = create(path)
+        if not taken:
+            taken.append((path, os.open(path, os.O_RDWR)))
+            assert files.lock_descriptor(taken[0][1], blocking=False)
+        return descriptor
+
+    monkeypatch.setattr(files, "create", create_and_lose)
+    with files.replacing(tmp_path / "images.npy") as file:
+        ((leftover, locked),) = taken
+        leftover.unlink()
+        os.close(locked)
+        file.write(b"1")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("images.npy", b"1")]
+
+
 @pytest.mark.parametrize("gone", ["folder", "lock", "replaced"])
 def test_a_run_whose_folder_was_removed_ends_in_one_line_and_makes_it_anew_nowhere(tmp_path, gone):
     folder = tmp_path / "run"

@@ -119,10 +119,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         with open(create(temporary), "wb") as file:
+            taken = False
             with suppress(OSError):  # a file system without locks
-                lock_descriptor(file.fileno(), blocking=False)
-            if not os.fstat(file.fileno()).st_nlink:
-                continue  # another process took it for a leftover before it was locked
+                taken = not lock_descriptor(file.fileno(), blocking=False)
+            if taken or not os.fstat(file.fileno()).st_nlink:
+                continue  # another process took it for a leftover before it was locked, and removes it
             try:
                 yield file
                 file.flush()
