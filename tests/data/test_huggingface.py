@@ -81,6 +81,9 @@ def test_labels_may_be_text_be_kept_back_or_lie_in_a_column_that_is_named(load, 
     with caplog.at_level(logging.WARNING):
         splits = load(tmp_path / "two", label_column="fine")
     assert sum(len(split.images) for split in splits.values()) == 13 and "1 of all without a class left" in caplog.text
+    table(**columns, word=(datasets.Value("string"), ["", *words[1:]])).save_to_disk(tmp_path / "empty")
+    splits = load(tmp_path / "empty", label_column="word")
+    assert sorted(name for split in splits.values() for name in split.names) == list("0123456")
     with pytest.raises(UserError, match=r"dataset.label_column=color: .* has the columns img, label, fine, coarse$"):
         load(tmp_path / "two", label_column="color")
     with pytest.raises(UserError, match="fine is no column of images"):

@@ -146,7 +146,7 @@ def _classes(source: Source, split: str, table: Any, column: str, where: str) ->
     names, members = getattr(table.features[column], "names", None), defaultdict(list)
     labels = table.select_columns([column]).to_dict()[column]
     for row, value in enumerate(labels):
-        if value is not None and (names is None or value >= 0):  # below 0 where the labels of a test are kept back
+        if value not in (None, "") and (names is None or value >= 0):  # below 0 where a test's labels are kept back
             label = plain_text(str(value if names is None else names[value]))
             members[label].append((source, f"{split}/{row}"))
     if unknown := len(labels) - sum(map(len, members.values())):
