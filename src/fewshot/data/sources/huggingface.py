@@ -136,7 +136,8 @@ def _source(root: str, where: str, table: Any, column: str) -> Source:
         return read_file(path)
 
     folders = [config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
-    folders = [os.path.abspath(folder) for folder in (*folders, *[root] * (not root.startswith(SCHEME)))]
+    folders += [] if root.startswith(SCHEME) else [user_path("dataset.root", root)]
+    folders = [os.path.abspath(folder) for folder in folders]
     as_given: Any = root  # an address is no path
     return Source(as_given, (), table._fingerprint, read)
 
