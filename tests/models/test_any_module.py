@@ -291,11 +291,12 @@ def test_dropout_is_left_out_and_a_line_says_so(caplog):
 
 
 class Ordered(nn.Module):
-    """With a buffer of whole numbers, and weights whose memory is in another order than their shape."""
+    """With buffers of whole numbers and of infinite ones; the memory of a weight is in another order than its shape."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("order", torch.arange(12).flip(0))
+        self.register_buffer("mask", torch.full((5, 5), -torch.inf).triu(1))
         self.first, self.fc = nn.Linear(12, 6), nn.Linear(6, 5)
         self.first.weight = nn.Parameter(self.first.weight.detach().T.contiguous().T)
 
@@ -303,7 +304,7 @@ class Ordered(nn.Module):
         return self.fc(self.first(x.flatten(1)[:, self.order]))
 
 
-def test_a_network_with_whole_numbers_in_it_is_tested_and_goes_on(run, tmp_path):
+def test_a_network_with_whole_numbers_and_a_mask_in_it_is_tested_and_goes_on(run, tmp_path):
     call = ("model=module", "model.module={_target_: test_any_module.Ordered}")
     run(tmp_path, *call)
     (tmp_path / "results.json").unlink()

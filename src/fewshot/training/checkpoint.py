@@ -206,6 +206,8 @@ def _alike(state: Any, own: dict[str, Any] | None) -> bool:
 def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any], module: nn.Module) -> None:
     """Raises UserError for the first tensor in which the weights are not those of the module, or NaN.
 
+    A buffer may be infinite, as the mask of an attention is.
+
     where: how its line begins; trained: the configuration beside the weights.
     """
     ours = module.state_dict()
@@ -217,7 +219,7 @@ def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any
                 f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']} "
                 f"algo.learned_inner_lr={shown(trained['algo'].get('learned_inner_lr', False))}"
             )
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
+    if not all(weights[name].isfinite().all() for name, _ in module.named_parameters()):
         raise UserError(f"{where}: has weights that are not finite numbers, with which nothing can be done")
 
 
