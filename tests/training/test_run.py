@@ -1,7 +1,11 @@
 """What train and evidence build alike."""
 
+import numpy as np
+import pytest
+import pytorch_lightning as pl
 from conftest import copied_before_writes, outcome
 
+from fewshot.errors import UserError
 from fewshot.training.checkpoint import read
 
 REVERSED = """
@@ -32,6 +36,17 @@ def test_the_order_of_the_callbacks_is_the_programs_whatever_that_of_the_yaml_is
         last = read(folder / "checkpoints" / "last.ckpt")
         assert not last["state_dict"]["network.head.weight"].any()
         assert last["callbacks"]["CosineSimilarity"]["updates"] == [1, 3]
+
+
+class Counts(pl.Callback):
+    def state_dict(self):
+        return {"seen": np.zeros(2)}
+
+
+def test_a_checkpoint_that_could_not_be_read_again_ends_a_run_before_it_trains(run, tmp_path):
+    with pytest.raises(UserError, match=r"best.ckpt: names numpy\S* _reconstruct, as no checkpoint of this program"):
+        run(tmp_path / "run", "+callbacks.counts._target_=test_run.Counts")
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_checkpoints_between_validations_lose_nothing_and_change_nothing(run, tmp_path):

@@ -38,6 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        if checkpoint["global_step"] == 0:
+            read(path)  # what it refuses, as an array in a callback's state, is said before the training
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         content = read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
