@@ -305,7 +305,13 @@ class Ordered(nn.Module):
 
 
 def test_a_network_with_whole_numbers_and_a_mask_in_it_is_tested_and_goes_on(run, tmp_path):
-    call = ("model=module", "model.module={_target_: test_any_module.Ordered}")
-    run(tmp_path, *call)
-    (tmp_path / "results.json").unlink()
-    assert (run(tmp_path, *call, "iterations=8") / "results.json").exists()
+    call, folder = ("model=module", "model.module={_target_: test_any_module.Ordered}"), tmp_path / "run"
+    run(folder, *call)
+    (folder / "results.json").unlink()
+    assert (run(folder, *call, "iterations=8") / "results.json").exists()
+    content = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    (mask,) = (name for name in content["state_dict"] if name.endswith("mask"))
+    content["state_dict"][mask][0, 0] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match="weights that are not finite numbers"):
+        run(tmp_path / "test", *call, f"checkpoint={tmp_path / 'nan.ckpt'}", "fit=false")

@@ -221,7 +221,8 @@ def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any
                 f"model={trained['model']['name']} ways={trained['ways']} dataset.size={trained['dataset']['size']} "
                 f"algo.learned_inner_lr={shown(trained['algo'].get('learned_inner_lr', False))}"
             )
-    if not all(weights[name].isfinite().all() for name, _ in module.named_parameters()):
+    parameters = {name for name, _ in module.named_parameters()}
+    if any((~w.isfinite() if name in parameters else w.isnan()).any() for name, w in weights.items()):
         raise UserError(f"{where}: has weights that are not finite numbers, with which nothing can be done")
 
 
