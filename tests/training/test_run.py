@@ -49,6 +49,18 @@ def test_a_checkpoint_that_could_not_be_read_again_ends_a_run_before_it_trains(r
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
+class StopsAfterThree(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 3
+
+
+def test_a_run_that_a_callback_ends_keeps_its_updates_and_says_so(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = run(tmp_path / "run", "+callbacks.own._target_=test_run.StopsAfterThree", "val_every=6")
+    assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert "iteration 3/6  a callback ended the training; " in caplog.text and "max_time" not in caplog.text
+
+
 def test_checkpoints_between_validations_lose_nothing_and_change_nothing(run, tmp_path):
     """One after every update here; a run that was killed after the fifth goes on from it exactly."""
     knobs = ("iterations=7", "val_every=4", "trainer.log_every_n_steps=3")

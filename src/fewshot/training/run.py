@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Timer
 
 from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
@@ -225,7 +226,9 @@ class Stop(pl.Callback):
         ):
             last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(last)
+            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+            why = "trainer.max_time is over" if timed else "a callback ended the training"
             log.info(
-                f"iteration {trainer.global_step}/{trainer.max_steps}  trainer.max_time is over; "
+                f"iteration {trainer.global_step}/{trainer.max_steps}  {why}; "
                 f"{as_called('train')} {in_shell('checkpoint', last)} goes on"
             )
