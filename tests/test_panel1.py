@@ -137,6 +137,15 @@ def test_kept_runs_are_settings_as_a_sweep_reads_them() -> None:
         assert by_label[label].accuracies("zeroing_on")[0, 2] == next(r.accuracy for r in rows if r.ci95 is not None)
 
 
+def test_panel_2_has_every_number_of_steps_with_and_without_zeroing() -> None:
+    runs = {(run.config["inner_steps"], run.config["algo"]["zeroing"]): run for run in curves.panel2()}
+    assert set(runs) == {(steps, zeroing) for steps in (1, 3, 7) for zeroing in (False, True)}
+    (row,) = (row for row in collect.rows("panel2", setting="fomaml-7steps", mode="zeroing_on", step=7) if row.ci95)
+    assert runs[7, False].accuracies("zeroing_on")[0, 7] == row.accuracy
+    (line,) = (line for line in curves.final_tests([runs[7, False]], "inner_steps").splitlines() if "`7`" in line)
+    assert f"{100 * row.accuracy:.1f} ± {100 * (row.ci95 or 0):.1f}" in line
+
+
 def test_the_table_of_the_explicit_loss_has_the_kept_final_tests() -> None:
     row = next(line for line in curves.ablation_table().splitlines() if line.startswith("| 1 | 0.4 | 0 |"))
     for (noise, interference), cell in zip(curves.LOSSES, row.split(" | ")[3:], strict=True):

@@ -48,7 +48,8 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
 
 def panel2() -> list[Setting]:
     """The one step with zeroing is kept among the prototypical networks, which it is compared with as well."""
-    return [*settings("prototypical", "zero-eta0.4"), *settings("panel2")]
+    runs = [*settings("prototypical", "zero-eta0.4"), *settings("panel2")]
+    return group([job for setting in runs for job in setting.jobs])
 
 
 def final_tests(runs: list[Setting], knob: str) -> str:
