@@ -7,6 +7,7 @@ import torch
 from conftest import SMALL, outcome
 
 from fewshot.data.meta_batches import TaskDataModule
+from fewshot.theory.features import Features
 from fewshot.training.meta_learner import MetaLearner
 
 EXPERIMENT = ("experiment=motivating_example", "callbacks.inner_products.every=2", "iterations=4", "val_every=2")
@@ -39,6 +40,22 @@ def test_a_run_counts_the_inner_products_of_validation_tasks(run, config, cache,
     for name, expected in counts.items():
         assert np.abs(np.array(recorded(folder)[name][1]) - expected).sum() <= 4  # float32 at the edge of a bin
         assert sum(recorded(folder)[name][1]) == expected.sum()
+
+
+def test_in_bf16_mixed_the_products_of_the_features_are_those_of_float32(run, config, cache, tmp_path):
+    folder = run(tmp_path / "run", *EXPERIMENT, "iterations=2", "trainer.precision=bf16-mixed")
+    cfg = config(*EXPERIMENT, f"dataset.cache={cache}", *SMALL)
+    learner = MetaLearner.from_config(cfg, "sequential")
+    learner.load_state_dict(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    counts = {"same_class": torch.zeros(120), "other_class": torch.zeros(120)}
+    for tasks in TaskDataModule.from_config(cfg).fixed("val", 20, shared=False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = Features.of(learner.network, tasks)
+        products = 0.03 * features.query @ features.support.mT
+        same = features.same_class()
+        for name, which in (("same_class", same), ("other_class", ~same)):
+            counts[name] += torch.histc(products[which].detach().clamp(-1, 2), 120, -1, 2)
+    assert {name: row.int().tolist() for name, row in counts.items()} == {n: recorded(folder)[n][1] for n in counts}
 
 
 def test_it_changes_nothing_and_a_run_that_goes_on_writes_the_same(run, tmp_path):

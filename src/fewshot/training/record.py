@@ -216,13 +216,13 @@ class InnerProducts(pl.Callback):
     @torch.no_grad()
     def _measure(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         precision, counts = trainer.precision_plugin, torch.zeros(2, BINS)
-        with precision.forward_context():
-            for tasks in map(precision.convert_input, trainer.datamodule.fixed("val", TASKS, shared=False)):
-                features = Features.of(module.network, tasks)
-                products = module.loop.inner_lr * features.query @ features.support.mT
-                for row, which in enumerate((features.same_class(), ~features.same_class())):
-                    inside = products[which].float().cpu().clamp(*self.content["between"])
-                    counts[row] += torch.histc(inside, BINS, *self.content["between"])
+        for tasks in trainer.datamodule.fixed("val", TASKS, shared=False):
+            with precision.forward_context():
+                features = Features.of(module.network, precision.convert_input(tasks))
+            products = module.loop.inner_lr * features.query @ features.support.mT  # by the head's precision
+            for row, which in enumerate((features.same_class(), ~features.same_class())):
+                inside = products[which].float().cpu().clamp(*self.content["between"])
+                counts[row] += torch.histc(inside, BINS, *self.content["between"])
         self.content["updates"].append(trainer.global_step)
         for name, row in zip(("same_class", "other_class"), counts, strict=True):
             self.content[name].append(row.int().tolist())
