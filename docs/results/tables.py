@@ -53,10 +53,10 @@ def _floors() -> list[list[str]]:
     return ast.literal_eval(next(nodes).value)
 
 
-def knobs() -> str:
+def knobs(wanted: str = "") -> str:
     from fewshot.config.help import table
 
-    return f"\n{table()}\n"
+    return f"\n{table(wanted.split())}\n"
 
 
 def panel1() -> str:

@@ -1,4 +1,4 @@
-"""python train.py --help, and the README's table of knobs: both are made of the YAML's comments and of the schema.
+"""python train.py --help, and the tables of knobs in the docs: both are made of the YAML's comments and of the schema.
 
 The comment behind a knob or above it is the knob's sentence if it ends in a full stop; a file's first comment is the
 file's own.
@@ -6,7 +6,7 @@ file's own.
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -140,8 +140,8 @@ def _line(word: str, text: str) -> str:
     return "\n".join([first, *(" " * INDENT + line for line in rest)])
 
 
-def table() -> str:
-    """The README's table of the knobs that are in no group."""
-    rows = [entry(key) for key, _ in knobs() if key.split(".")[0] not in GROUPS]
+def table(wanted: Collection[str] = ()) -> str:
+    """A table for the docs: of these knobs, or of all that are in no group."""
+    rows = [entry(key) for key, _ in knobs() if (key in wanted if wanted else key.split(".")[0] not in GROUPS)]
     cells = [f"| `{word.split('=')[0]}` | {word.partition('=')[2]} | {text} |\n" for word, text in rows]
     return "".join(["| knob | default | |\n", "| --- | --- | --- |\n", *cells])
