@@ -34,7 +34,8 @@ def of_the_process():
     hydra = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     seeds = {name: value for name, value in os.environ.items() if name.startswith("PL_")}
     others = torch.get_num_threads(), threading.active_count(), os.getcwd(), logging.raiseExceptions, seeds
-    return *signals, root.level, root.handlers[:], *levels, *hydra, *others
+    exact = torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return *signals, root.level, root.handlers[:], *levels, *hydra, *others, *exact
 
 
 def draws():
@@ -55,7 +56,8 @@ def test_train_is_what_the_command_does_and_leaves_the_process_as_it_was(finishe
     assert run.folder == tmp_path / "a, b=c" and repr(run) == f"Run({str(run)!r})"
     assert "\n" in (run.folder / "train.log").read_text()
 
-    tested = fewshot.test(run, folder=tmp_path / "test", test_tasks=2, dataset__cache=cache, logger="none")
+    exact = {"+trainer.deterministic": True}
+    tested = fewshot.test(run, folder=tmp_path / "test", test_tasks=2, dataset__cache=cache, logger="none", **exact)
     assert of_the_process() == before
     assert tested.results["test"]["tasks"] == 2 and tested.metrics == {}
     model = fewshot.load(run)

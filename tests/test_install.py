@@ -72,7 +72,7 @@ def test_without_learn2learn_all_but_its_engine_works_and_neither_fcntl_nor_posi
         **{"capture_output": True, "text": True, "timeout": HANG},
     )
     lines = iter(done.stdout.splitlines())
-    assert next(lines) == f"engine=sequential: {NEEDS}, or train with engine=batched", done.stderr
+    assert next(lines) == f"engine=sequential: {NEEDS}, or begin a run with engine=batched", done.stderr
     assert next(lines) == f"evidence: {NEEDS}"
     assert next(lines) == "[]"  # neither was imported so far
     unimported = eval(next(lines))

@@ -35,6 +35,7 @@ from examples import (
     tiny,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from fewshot import check_algorithm
 from fewshot.algorithms.conjugate_gradients import conjugate_gradients
@@ -44,6 +45,8 @@ from fewshot.algorithms.inner_momentum import InnerMomentum
 from fewshot.algorithms.reptile import Reptile
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
+from fewshot.training.choose_engine import sequential_engine
+from fewshot.training.evaluation import Evaluation
 
 STEPS, ETA = 3, 0.1
 # eps: where a gradient is almost zero, a smaller one makes 1e-8 of rounding
@@ -197,6 +200,23 @@ class Shaken(InnerLoop):
             for name, g in gradients.items()
         }
         return steps, {"n": n, "rate": state["rate"], "last": gradients}
+
+
+@dataclass(frozen=True)
+class FromMeans(InnerLoop):
+    """The head begins at the means of the classes' features, whatever the network's own is."""
+
+    def start(self, theta, encode, support, labels):
+        of_class = functional.one_hot(labels, 3).to(support.dtype).mT
+        return {"head.weight": of_class @ encode(support) / of_class.sum(-1, keepdim=True)}
+
+
+def test_an_evaluation_begins_where_the_algorithm_does_from_a_zero_head_too():
+    network, tasks, loop = tiny(zeroed=True), draw(tasks=2, shots=2), FromMeans(1, 0.05, True)
+    measured = Evaluation(2).measure(sequential_engine(), network, loop, (), tasks, final=False)
+    (off, on) = sequential.step_accuracies(network, tasks, [loop.evaluation(2, zeroed) for zeroed in (False, True)])
+    assert torch.equal(measured["task", "zeroing_off"], off) and torch.equal(measured["task", "zeroing_on"], on)
+    assert not torch.equal(off[:, 0], on[:, 0])
 
 
 @dataclass(frozen=True)

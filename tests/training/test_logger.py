@@ -86,6 +86,15 @@ def test_tensorboard_has_the_curves_of_a_run_that_goes_on_each_point_once(run, t
             ["+callbacks.mine._target_=torch.nn.ReLU"],
             "callbacks.mine._target_=torch.nn.ReLU: must be a py",
         ),
+        ([RATES], f"{RATES[1:]}: writes to the logger, and there is none; use logger=csv"),
+        (
+            ["+callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping", "+callbacks.stop.monitor=x"],
+            "callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping: has no place in these runs; no metric",
+        ),
+        (
+            ["+callbacks.ema._target_=pytorch_lightning.callbacks.EMAWeightAveraging"],
+            "callbacks.ema._target_=pytorch_lightning.callbacks.EMAWeightAveraging: has no place in these runs; valid",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_one_line(main, tmp_path, knobs, line):

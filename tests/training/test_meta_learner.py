@@ -53,7 +53,7 @@ def test_a_broken_learn2learn_is_one_line_and_auto_does_without_it(run, tmp_path
     broken = (
         r"engine=sequential: needs learn2learn, which cannot be imported here \(.*\); docs/install\.md says how it is"
     )
-    with pytest.raises(UserError, match=f"^{broken}, or train with engine=batched$"):
+    with pytest.raises(UserError, match=f"^{broken}, or begin a run with engine=batched$"):
         run(tmp_path, *BEGAN, "engine=sequential")
     assert not (tmp_path / "checkpoints").exists()
     with caplog.at_level(logging.INFO):

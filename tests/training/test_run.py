@@ -43,10 +43,29 @@ class Counts(pl.Callback):
         return {"seen": np.zeros(2)}
 
 
+class History(pl.Callback):
+    """Its state is an empty list before the first update."""
+
+    def __init__(self):
+        self.losses = []
+
+    def state_dict(self):
+        return {"losses": self.losses}
+
+    def on_train_batch_end(self, trainer, module, outputs, *args):
+        self.losses.append(np.float64(outputs["loss"].item()))
+
+
 def test_a_checkpoint_that_could_not_be_read_again_ends_a_run_before_it_trains(run, tmp_path):
-    with pytest.raises(UserError, match=r"best.ckpt: names numpy\S* _reconstruct, as no checkpoint of this program"):
+    with pytest.raises(UserError, match=r"best.ckpt: the state of the callback Counts has a ndarray, which could not"):
         run(tmp_path / "run", "+callbacks.counts._target_=test_run.Counts")
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_checkpoint_that_can_be_read_is_not_replaced_by_one_that_could_not(run, tmp_path):
+    with pytest.raises(UserError, match=r"last.ckpt: the state of the callback History has a float64, which could not"):
+        run(tmp_path / "run", "+callbacks.history._target_=test_run.History", "val_every=6", "save_minutes=1e-9")
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0
 
 
 class StopsAfterThree(pl.Callback):
@@ -56,7 +75,8 @@ class StopsAfterThree(pl.Callback):
 
 def test_a_run_that_a_callback_ends_keeps_its_updates_and_says_so(run, tmp_path, caplog):
     caplog.set_level("INFO")
-    folder = run(tmp_path / "run", "+callbacks.own._target_=test_run.StopsAfterThree", "val_every=6")
+    knobs = ("+callbacks.own._target_=test_run.StopsAfterThree", "val_every=6", "+trainer.max_time=01:00:00:00")
+    folder = run(tmp_path / "run", *knobs)  # a day, which is not over
     assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == 3
     assert "iteration 3/6  a callback ended the training; " in caplog.text and "max_time" not in caplog.text
 

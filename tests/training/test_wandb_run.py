@@ -77,7 +77,12 @@ def test_a_key_without_network_is_offline_in_one_line_and_at_once(server, monkey
 
 def test_a_server_that_answers_is_one(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert wandb_run._answers(f"http://127.0.0.1:{server.getsockname()[1]}")
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        assert wandb_run._answers(f"http://{place}")
+        monkeypatch.setattr(wandb_run.urllib.request, "proxy_bypass", lambda host: False)
+        for proxy in (place, f"http://{place}"):  # as curl and urllib take both
+            monkeypatch.setenv("https_proxy", proxy)
+            assert wandb_run._answers("https://nowhere.invalid")
 
 
 def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):

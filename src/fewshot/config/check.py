@@ -20,7 +20,7 @@ from fewshot.inner_loop import THEORY, InnerLoop
 from fewshot.processes import ranks
 
 NEEDS_LEARN2LEARN = "needs learn2learn, which is not installed here; docs/install.md says how it is"
-REMEDY = ", or train with engine=batched"
+REMEDY = ", or begin a run with engine=batched"
 # What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 

@@ -6,6 +6,7 @@ Others may have made the file, so it is read without running anything of it.
 import pickletools
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, syncs it and renames it; reads without unpickling objects."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        for name, state in checkpoint["callbacks"].items():
+            if odd := _odd(state):
+                raise UserError(
+                    f"{path}: the state of the callback {name} has a {odd}, which could not be read again; "
+                    "use numbers, text, tensors, lists and dictionaries"
+                )
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
         if checkpoint["global_step"] == 0:
-            read(path)  # what it refuses, as an array in a callback's state, is said before the training
+            read(path)  # what it refuses is said before the training
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         content = read(path)  # to the CPU, whatever it was trained on; Lightning moves it where it belongs
@@ -59,6 +66,17 @@ class Describe(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: "MetaLearner", checkpoint: dict[str, Any]) -> None:
         if trainer.training:
             refuse_unresumable(checkpoint, trainer, module)
+
+
+def _odd(state: Any) -> str:
+    """The type of what is neither plain data nor a tensor that a checkpoint can have; empty if there is none."""
+    if isinstance(state, Tensor):
+        return "" if state.dtype in FLOATS + COUNTS else f"tensor of {state.dtype}"
+    if type(state) in (dict, OrderedDict):
+        return next((odd for entry in state.items() for part in entry if (odd := _odd(part))), "")
+    if type(state) in (list, tuple):
+        return next((odd for part in state if (odd := _odd(part))), "")
+    return "" if state is None or type(state) in (bool, int, float, str) else type(state).__name__
 
 
 def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:

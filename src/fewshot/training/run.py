@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning import callbacks as lightning
 
 from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
@@ -34,6 +34,16 @@ from fewshot.training.zero_head import ZeroHead
 
 log = logging.getLogger(__name__)
 
+NOT_HERE = {  # callbacks of Lightning's that could not do here what they say, and what does it
+    lightning.EarlyStopping: "no metric is given to it; stop_at_accuracy and +trainer.max_time end a training",
+    lightning.ModelCheckpoint: "checkpoints/ has best.ckpt and last.ckpt without it; save_minutes says how often",
+    lightning.WeightAveraging: "validation, which chooses best.ckpt, would be of other weights than are written there",
+    lightning.StochasticWeightAveraging: "the test is of best.ckpt, which the averaged weights would not reach",
+    lightning.GradientAccumulationScheduler: "meta_batch_size says how many tasks an outer update has",
+    lightning.BatchSizeFinder: "meta_batch_size says how many tasks an outer update has",
+    lightning.LearningRateFinder: "outer_lr is a knob, and a sweep or experiment=search tries its values",
+}
+TO_A_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, lightning.ThroughputMonitor)
 LATER = ("recompute_steps", "save_minutes", "figures")  # knobs that older results lack, and that change none
 
 
@@ -70,7 +80,7 @@ class Run:
         checkpoint = start.restore(learner, tasks)
         logger, callbacks = False, []
         if signals is not None:
-            own = in_order(_callback(name, config) for name, config in cfg.callbacks.items())
+            own = in_order(_callback(name, config, cfg.logger) for name, config in cfg.callbacks.items())
             if cfg.fit:
                 learner.configure_optimizers()  # one that cannot be made is refused before anything is written
             callbacks = [Listen(signals), *own, start.describe(tasks.manifest), Stop(signals, cfg.save_minutes)]
@@ -129,7 +139,7 @@ class Run:
         return results
 
 
-def _callback(name: str, config: DictConfig) -> pl.Callback:
+def _callback(name: str, config: DictConfig, logger: DictConfig | None) -> pl.Callback:
     asked = f"callbacks.{name}._target_={config._target_}"
     try:
         callback = instantiate(config)
@@ -137,6 +147,11 @@ def _callback(name: str, config: DictConfig) -> pl.Callback:
         raise UserError(f"{asked}: cannot be made ({reason_of(error)})") from None
     if not isinstance(callback, pl.Callback):
         raise UserError(f"{asked}: must be a pytorch_lightning.Callback")
+    for kind, why in NOT_HERE.items():
+        if isinstance(callback, kind):
+            raise UserError(f"{asked}: has no place in these runs; {why}")
+    if isinstance(callback, TO_A_LOGGER) and not logger:
+        raise UserError(f"{asked}: writes to the logger, and there is none; use logger=csv, tensorboard or wandb")
     return callback
 
 
@@ -226,7 +241,8 @@ class Stop(pl.Callback):
         ):
             last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
             trainer.save_checkpoint(last)
-            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+            timers = [callback for callback in trainer.callbacks if isinstance(callback, lightning.Timer)]
+            timed = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
             why = "trainer.max_time is over" if timed else "a callback ended the training"
             log.info(
                 f"iteration {trainer.global_step}/{trainer.max_steps}  {why}; "

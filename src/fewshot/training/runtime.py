@@ -1,6 +1,7 @@
 """What comes before anything is trained: imports, threads, seeds, and a look at code of the user's own."""
 
 import logging
+import os
 import random
 import re
 import sys
@@ -29,6 +30,7 @@ THREADS = torch.get_num_threads()  # torch's choice
 PLAIN = {"int": int, "float": (int, float), "bool": bool, "str": str}  # of a field of one's own algorithm
 # Metrics that nothing here computes need these; Lightning imports torchmetrics, and that imports them all at once.
 FOR_OTHER_METRICS = ("matplotlib", "scipy", "torchvision")
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # Lightning sets it for +trainer.deterministic
 OURS = ("fewshot.", "pytorch_lightning.", "kornia.", "torch.", "torchvision.")
 
 
@@ -76,9 +78,15 @@ class _Without:
 
 @contextmanager
 def torch_kept() -> Iterator[None]:
-    """What `prepare` sets for the whole process is afterwards as it was: random states, CPU threads, TF32."""
+    """What `prepare` and Lightning set for the whole process is afterwards as it was.
+
+    That is random states, CPU threads, TF32, and what +trainer.deterministic and +trainer.benchmark say.
+    """
     threads, gpus = torch.get_num_threads(), range(torch.cuda.device_count())
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    cudnn: Any = torch.backends.cudnn
+    matmul, workspace = torch.backends.cuda.matmul, os.environ.get(WORKSPACE)
+    flags = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(gpus):
@@ -87,7 +95,10 @@ def torch_kept() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = flags
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        os.environ.pop(WORKSPACE, None)
+        os.environ |= {} if workspace is None else {WORKSPACE: workspace}
 
 
 def check_device(accelerator: str, precision: str) -> None:

@@ -143,7 +143,8 @@ def _answers(server: str) -> bool:
     """Whether the server, or the proxy on the way to it, takes a connection within PATIENCE seconds."""
     place, proxies, opened = urlsplit(server), urllib.request.getproxies(), threading.Event()
     if place.scheme in proxies and not urllib.request.proxy_bypass(place.hostname or ""):
-        place = urlsplit(proxies[place.scheme])
+        proxy = proxies[place.scheme]
+        place = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
 
     def connect() -> None:
         port = place.port or (443 if place.scheme == "https" else 80)
