@@ -14,10 +14,12 @@ import fewshot
 from fewshot.across import __main__ as across
 from fewshot.across import measure, settings
 from fewshot.compare import __main__ as compare
+from fewshot.config.tree import MODES
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
 from fewshot.results import record_files
 from fewshot.results.task_scores import read_tasks
+from fewshot.sweep.settings import group, read_jobs
 
 GREYS = (0.299, 0.587, 0.114)  # ITU-R 601-2, what Pillow makes of red, green and blue
 
@@ -93,6 +95,24 @@ def test_its_numbers_are_those_of_the_runs_own_test_and_other_ways_begin_at_a_ze
     (tmp_path / "other" / "tasks.csv.gz").write_bytes((out / "glyphs-7w1s" / "tasks.csv.gz").read_bytes())
     compare.main([str(out / "glyphs-7w1s"), str(tmp_path / "other"), f"into={tmp_path / 'compare'}"])
     assert "was not tested with test zeroing off" in (tmp_path / "compare" / "compare.html").read_text()
+
+
+def test_models_of_other_training_and_files_are_other_settings(finished, cache, tmp_path, monkeypatch):
+    """Their tests have the same tasks and knobs; the seed alone does not tell two settings apart."""
+    monkeypatch.setattr(measure.Tester, "_accuracies", lambda *_: dict.fromkeys(MODES, torch.full((3, 4), 0.5)))
+    content = torch.load(finished / "checkpoints" / "best.ckpt", weights_only=True)
+    for name, change in {"best": {}, "last": {}, "a/best": {"shots": 5}, "b/best": {"seed": 1}}.items():
+        changed = content["fewshot"] | {"config": content["fewshot"]["config"] | change}
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(content | {"fewshot": changed}, tmp_path / f"{name}.ckpt")
+        call(tmp_path / f"{name}.ckpt", tmp_path / f"{name}-out", cache, "datasets=glyphs", "shots=1", "test_tasks=3")
+    jobs = read_jobs([tmp_path / f"{name}-out" / "glyphs-5w1s" for name in ("best", "last", "a/best", "b/best")])
+    labels = {setting.label(): [job.config["seed"] for job in setting.jobs] for setting in group(jobs)}
+    assert labels == {
+        "trained.file=best.ckpt, trained.shots=1": [0, 1],
+        "trained.file=last.ckpt, trained.shots=1": [0],
+        "trained.file=best.ckpt, trained.shots=5": [0],
+    }
 
 
 def test_grey_images_are_repeated_and_colours_become_their_luminance(photos, cache):

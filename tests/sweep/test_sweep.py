@@ -346,6 +346,26 @@ def test_memory_and_places_are_no_setting():
     assert fingerprint(settings(composed("dataset=cifarfs", "dataset.size=16"))) != fingerprint(today)
 
 
+def test_tests_of_runs_are_of_one_setting_where_the_runs_and_the_tests_are():
+    """Wherever the runs lie; two files of a run are not."""
+
+    def tested(place, *overrides, file="best.ckpt", asked=()):
+        trained = settings(composed(*overrides))
+        cfg = settings(composed(*overrides, "fit=false", f"checkpoint={place}", "test_tasks=2000", *asked))
+        return cfg | {"trained": grouped.tested_model(trained, cfg, file)}
+
+    one = fingerprint(tested("runs/0", "seed=0", "test_tasks=100"))
+    assert fingerprint(tested("runs/1", "seed=1")) == one
+    assert fingerprint(tested("runs/0", "seed=0", file="last.ckpt")) != one
+    other = "dataset=cifarfs", "dataset.other_split=true", "shots=1", "inner_lr=0.1"
+    first = tested("a", "dataset=glyphs", asked=other)
+    assert fingerprint(first) == fingerprint(tested("b", "seed=1", "dataset=glyphs", asked=other))
+    for differs in ("dataset=omniglot", "shots=5", "inner_lr=0.7", "algo=zero", "trainer.precision=64-true"):
+        assert fingerprint(tested("b", "dataset=glyphs", differs, asked=other)) != fingerprint(first), differs
+    older = [settings(composed("fit=false", f"checkpoint={place}")) for place in "ab"]  # which do not say so
+    assert fingerprint(older[0]) != fingerprint(older[1])
+
+
 def test_a_killed_sweep_goes_on_exactly_and_a_failure_stops_nothing(program, main, run, tmp_path, capsys):
     folder = tmp_path / "sweep"
     knobs = ("iterations=30", "val_every=10")

@@ -68,7 +68,7 @@ def run(
     from fewshot.across import measure, report  # torch takes seconds to import
     from fewshot.training.runtime import prepare
 
-    loaded, stored = measure.load(model, trust)
+    loaded, stored, file = measure.load(model, trust)
     config = loaded.config
     numbers_of = (ways or [config["ways"]], shots or [config["shots"]])
     of_datasets = [settings(place, stored, [*knobs], *numbers_of) for place in chosen]
@@ -78,7 +78,7 @@ def run(
     all_settings = [one for own in of_datasets for one in own]
     cfg = all_settings[0].cfg
     prepare(seed=0, threads=cfg.threads, accelerator=cfg.trainer.accelerator, precision="32-true")
-    tester = measure.Tester(loaded, stored)
+    tester = measure.Tester(loaded, stored, file)
     for one in all_settings:  # what cannot be read is said before anything is measured
         tester.images(one)
     folder = claimed(Path(time.strftime("outputs/%Y-%m-%d/%H-%M-%S"))) if folder is None else folder

@@ -22,12 +22,14 @@ from fewshot.data.meta_batches import EVALUATION_SEED, MetaBatches, images_devic
 from fewshot.data.sampler import TaskSampler
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError
+from fewshot.files import EXPORTED
 from fewshot.inner_loop import InnerLoop
 from fewshot.predict import pretrained
 from fewshot.predict.adapted import with_ways
 from fewshot.predict.find import find
 from fewshot.predict.pretrained import Pretrained
 from fewshot.results.record_files import Scores, diverged
+from fewshot.sweep.settings import tested_model
 from fewshot.training.checkpoint import read
 from fewshot.training.choose_engine import Engine
 
@@ -75,17 +77,19 @@ def heads(loop: InnerLoop, rows: int, zero: bool, ways: int) -> tuple[tuple[str,
     return ("zeroing_on",), f"the head has learned rows for {rows} ways; with others it is tested from zero alone"
 
 
-def load(model: str | Path, trust: bool) -> tuple[Pretrained, dict[str, Any]]:
-    """A model, and all that is known of the configuration that it was trained with."""
+def load(model: str | Path, trust: bool) -> tuple[Pretrained, dict[str, Any], str]:
+    """A model, all that is known of the configuration that it was trained with, and the name of its file."""
     loaded, path = pretrained.load(model, trust=trust), find(model)
-    return loaded, loaded.config if path.is_dir() else read(path, "model")["fewshot"]["config"]
+    if path.is_dir():
+        return loaded, loaded.config, EXPORTED
+    return loaded, read(path, "model")["fewshot"]["config"], path.name
 
 
 class Tester:
-    """Tests a model on whatever dataset. stored: all that it was trained with."""
+    """Tests a model on whatever dataset. stored: all that it was trained with; file: the name of its file."""
 
-    def __init__(self, model: Pretrained, stored: dict[str, Any]) -> None:
-        self.model, self.stored = model, stored
+    def __init__(self, model: Pretrained, stored: dict[str, Any], file: str) -> None:
+        self.model, self.stored, self.file = model, stored, file
         self._read = cache(self._read_images)
         learner = model.learner
         self._zero = not learner.loop.makes_head and not any(w.any() for w in learner.network.head.parameters())
@@ -140,6 +144,7 @@ class Tester:
         knobs = {knob: cfg[knob] for knob in ("ways", "shots", "queries", "test_tasks", "test_steps")}
         config = self.stored | knobs | {"fit": False, "dataset": plain}
         config["evaluation"] = {"statistics": cfg.evaluation.statistics}
+        config["trained"] = tested_model(self.stored, config, self.file)
         return replace(row, config=config, splits=manifest(splits))
 
     @torch.enable_grad()

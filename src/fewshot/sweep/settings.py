@@ -118,8 +118,8 @@ def _begun(path: Path) -> dict[str, Any]:
 def fingerprint(config: dict[str, Any]) -> str:
     """All that makes a run one of its setting, as text: two runs that differ in their seed alone have the same."""
     left_out = [*ELSEWHERE]
-    if config["fit"]:
-        left_out.append("checkpoint")  # from which it went on; a test is of that checkpoint
+    if config.get("fit", True) or "trained" in config:
+        left_out.append("checkpoint")  # from which it went on; a test says by `trained` what was tested
     if "fractions" not in config["dataset"]:
         left_out.append("dataset.root")  # where a known dataset lies; any other is what lies there
     kept = {}
@@ -135,6 +135,18 @@ def fingerprint(config: dict[str, Any]) -> str:
         exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()
         kept["augment"] = f"{'+'.join(transforms)} ({exact[:4]})"
     return json.dumps(kept, sort_keys=True)
+
+
+def tested_model(trained: dict[str, Any], config: dict[str, Any], file: str) -> dict[str, Any]:
+    """What a test records as `trained`, so that its setting is also that of the training, and not the run's path.
+
+    trained: the configuration of the training; config: that of the test; file: the name of the model's file.
+    """
+    was, now = (json.loads(fingerprint(one)) for one in (trained, config))
+    always = ("dataset.name", "ways", "shots")
+    of_test = ("test_tasks", "test_steps", "evaluation.statistics")
+    kept = {key: value for key, value in was.items() if key in always or value != now.get(key)}
+    return {"file": file} | {key: value for key, value in kept.items() if key not in of_test}
 
 
 NAMED = ("algo._target_", *(f"algo.{field.name}" for field in fields(InnerLoop)))  # in an algorithm's name
@@ -225,7 +237,9 @@ def _knobs_as_words(knobs: dict[str, Any]) -> list[str]:
     return [*parts, *(f"{knob}={shown(value)}" for knob, value in others.items())]
 
 
-FOLLOWING = ("test_steps", "dataset", "model")  # a setting is named by none of these where its other knobs tell it
+# A setting is named by none of these where its other knobs tell it, except for the names of its data and its network.
+FOLLOWING = ("test_steps", "dataset", "model", "trained")
+TELLING = ("dataset.name", "model.name", "trained.dataset.name", "trained.file")
 
 
 def group(jobs: list[Job]) -> list[Setting]:
@@ -241,7 +255,7 @@ def group(jobs: list[Job]) -> list[Setting]:
     varied = [knob for knob in sorted(set().union(*configs)) if different([knob]) > 1]
     for knob in [*varied]:
         others = [other for other in varied if other != knob]
-        follows = knob.split(".")[0] in FOLLOWING and knob not in ("dataset.name", "model.name")
+        follows = knob.split(".")[0] in FOLLOWING and knob not in TELLING
         if follows and different(others) == len(configs):
             varied = others
     settings = [

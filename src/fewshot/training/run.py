@@ -23,6 +23,7 @@ from fewshot.processes import ranks
 from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import as_called, give_memory_back
 from fewshot.results import record_files, task_scores
+from fewshot.sweep.settings import tested_model
 from fewshot.training.checkpoint import AtomicCheckpointIO, read
 from fewshot.training.ddp import cluster, max_over_ranks
 from fewshot.training.logger import log_results, logger_of
@@ -44,7 +45,7 @@ NOT_HERE = {  # callbacks of Lightning's that could not do here what they say, a
     lightning.LearningRateFinder: "outer_lr is a knob, and a sweep or experiment=search tries its values",
 }
 TO_A_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, lightning.ThroughputMonitor)
-LATER = ("recompute_steps", "save_minutes", "figures")  # knobs that older results lack, and that change none
+LATER = ("recompute_steps", "save_minutes", "figures", "trained")  # what older results lack, and that change none
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Run:
             iterations=self.trainer.global_step or self.start.iteration,
             best_iteration=read(self.checkpoint)["global_step"],  # pyright: ignore[reportArgumentType]
             seconds=self.seconds,
-            config=settings(self.start.cfg),
+            config=_recorded(self.start),
             splits=self.tasks.manifest,
         )
         if not ranks.rank():
@@ -179,17 +180,25 @@ def finished(start: Start) -> dict[str, Any] | None:
     path = start.folder / "results.json"
     if not path.exists():
         return None
-    results, asked = record_files.read(start.folder), settings(start.cfg)
+    results, asked = record_files.read(start.folder), _recorded(start)
     if results["config"]["fit"] and asked["fit"]:
         refuse_difference(start.cfg, results["config"], path)
         reached = results["iterations"] if start.content else results["config"]["iterations"]
         if reached < asked["iterations"] and not start.trained:
             return None
-    elif results["config"] | {key: asked[key] for key in LATER} != asked:
+    elif results["config"] | {key: asked.get(key) for key in LATER} != asked:
         raise UserError(f"hydra.run.dir={start.folder}: holds the results of another call; name another folder")
     record_files.show(results, start.folder)
     record_files.tell_result(results)
     return results
+
+
+def _recorded(start: Start) -> dict[str, Any]:
+    """The configuration that results.json has; that of a test also says what was tested."""
+    config = settings(start.cfg)
+    if not start.cfg.fit and start.content and start.path:
+        config["trained"] = tested_model(start.content["fewshot"]["config"], config, start.path.name)
+    return config
 
 
 class Listen(pl.Callback):
