@@ -253,6 +253,11 @@ def test_a_checkpoint_is_judged_as_a_folder_is(trained, tmp_path):
         fewshot.load(tmp_path / "foreign.ckpt")
 
 
+def test_a_network_that_cannot_be_made_is_one_line(exported, tmp_path):
+    with pytest.raises(UserError, match=r"^model=.*: its model\.network cannot be made \(.*_recursive_ flag must be"):
+        fewshot.load(altered(exported, tmp_path / "altered", {"model.network._recursive_": 3}))
+
+
 def test_a_damaged_folder_is_one_line(exported, tmp_path):
     cases = {
         "model.safetensors": (lambda data: data[:1000], "truncated or no safetensors"),

@@ -13,7 +13,7 @@ from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, user_path
 from fewshot.predict.__main__ import COMMAND as PREDICT
 from fewshot.predict.__main__ import Support
-from fewshot.predict.find import find
+from fewshot.predict.find import find, refuse_adapted
 
 
 def run(model: str, support: str, folder: Path, *, trust: bool = False, **options: Any) -> None:
@@ -22,7 +22,9 @@ def run(model: str, support: str, folder: Path, *, trust: bool = False, **option
     for name in (EXPORTED, EXPORTED_CONFIG, ADAPTED):
         if os.path.lexists(folder / name):
             raise UserError(f"out={folder}: holds a {name}; name another folder")
-    path, examples = find(model), Support(support)
+    path = find(model)
+    refuse_adapted(path)
+    examples = Support(support)
     from fewshot.predict.adapted import adapt  # with torch, for which no mistake has to wait
     from fewshot.predict.pretrained import load
 

@@ -107,7 +107,7 @@ def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str]
         folder, knobs: as in train. Left out, a knob is as in training. With datasets=["omniglot", "folder:birds"] it is
             tested on all of these, and ways and shots may be lists. Then run may also be an exported model, or the name
             of one that comes with this program, and what is returned holds a folder for each setting, named as
-            "omniglot-5w1s"; across.csv has them all.
+            "omniglot-5w1s"; across.csv has them all. trust is then as in fewshot.load.
     """
     if "datasets" in knobs:
         return _test_across(run, folder, **knobs)
@@ -119,7 +119,13 @@ def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str]
 
 
 def _test_across(
-    run: str | os.PathLike[str], folder: Any, datasets: Any, ways: Any = None, shots: Any = None, **knobs: Any
+    run: str | os.PathLike[str],
+    folder: Any,
+    datasets: Any,
+    ways: Any = None,
+    shots: Any = None,
+    trust: bool = False,
+    **knobs: Any,
 ) -> Run:
     from fewshot.across.__main__ import run as across
     from fewshot.training.runtime import torch_kept
@@ -128,7 +134,7 @@ def _test_across(
     with process_kept(), as_error(), logging_to(None), torch_kept():
         place = None if folder is None else Path(folder)
         model = os.fspath(run)
-        return Run(across(model, names, _listed(ways), _listed(shots), words_of(knobs), place))
+        return Run(across(model, names, _listed(ways), _listed(shots), words_of(knobs), place, trust))
 
 
 def _listed(numbers: Any) -> Any:

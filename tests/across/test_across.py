@@ -115,6 +115,16 @@ def test_models_of_other_training_and_files_are_other_settings(finished, cache, 
     }
 
 
+def test_python_can_trust_a_network_of_ones_own(finished, tmp_path):
+    content = torch.load(finished / "checkpoints" / "best.ckpt", weights_only=True)
+    content["fewshot"]["config"]["model"]["network"]["_target_"] = "not_there.network"
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(UserError, match=r"calls not_there\.network, .* unless you trust whoever wrote it"):
+        fewshot.test(tmp_path / "foreign.ckpt", datasets="glyphs")
+    with pytest.raises(UserError, match=r"its model\.network cannot be made \(.*not_there"):
+        fewshot.test(tmp_path / "foreign.ckpt", datasets="glyphs", trust=True)
+
+
 def test_grey_images_are_repeated_and_colours_become_their_luminance(photos, cache):
     def images(channels, place):
         data = {"name": "omniglot", "size": 28, "channels": channels, "mean": [0.5] * channels, "std": [1.0] * channels}
@@ -148,7 +158,9 @@ def test_which_models_take_other_ways():
     assert measure.heads(InnerLoop(1, 0.1, True, learned_inner_lr=True), 5, True, 4)[0] == ()
 
 
-def test_places_are_split_at_the_names_of_datasets():
+def test_places_are_split_at_the_names_of_datasets(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert settings.places("folder:~/x")[0].overrides == ["dataset=folder", "dataset.root=/home/me/x"]
     assert settings.places("omniglot,folder:/a,b:c,cifarfs:x") == [
         ("omniglot", None),
         ("folder", "/a,b:c"),

@@ -9,9 +9,11 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sklearn.base import clone
 from test_predict import images
 
 import fewshot
+from fewshot import models
 from fewshot.adapt import main as adapt_main
 from fewshot.norms import norm
 from fewshot.predict import Adapted, adapt
@@ -81,11 +83,63 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(change, line, tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_labels_that_cannot_be_written_leave_nothing(tmp_path):
-    adapted = adapt(MODEL, {(1, 2j): images(1, 1), "b": images(1, 2)})
+@pytest.mark.parametrize("label", [(1, 2j), ("a", 1), None])
+def test_labels_that_cannot_be_written_leave_nothing(label, tmp_path):
+    adapted = adapt(MODEL, {label: images(1, 1), "b": images(1, 2)})
     with pytest.raises(fewshot.UserError, match=r"cannot be written; use text or numbers as labels$"):
         adapted.save(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_labels_of_numpy_and_a_home_folder_are_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    adapt(MODEL, {np.int64(3): images(1, 1), np.str_("b"): images(1, 2)}).save("~/model")
+    assert Adapted.load("~/model").classes == (3, "b") and not (tmp_path / "~").exists()
+    assert fewshot.FewShotClassifier.load("~/model").classes_.tolist() == ["3", "b"]
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+def with_a_buffer(**knobs):
+    network = models.conv4_strided(**knobs)
+    network.encoder.append(Scaled())
+    return network
+
+
+@pytest.mark.parametrize("statistics", ["task", "support"])
+def test_a_buffer_of_the_network_is_written_too(statistics, tmp_path):
+    model, asked = fewshot.load(MODEL), images(3, 9)
+    model.encoder.append(Scaled())
+    model.encoder[-1].scale.fill_(0.5)
+    model.config["model"]["network"]["_target_"] = "test_adapted.with_a_buffer"
+    adapted = adapt(model, {"a": images(1, 1), "b": images(1, 2)}, statistics=statistics)
+    adapted.save(tmp_path / "model")
+    again = Adapted.load(tmp_path / "model", trust=True)
+    assert np.array_equal(again.predict(asked).probabilities, adapted.predict(asked).probabilities)
+
+
+def test_what_has_adapted_does_not_adapt_again(folders):
+    """It would adapt on from where it is, and a loaded classifier would know the images of each fold."""
+    support = {"a": images(1, 1), "b": images(1, 2)}
+    adapt(MODEL, support).save(folders / "model")
+    loaded = fewshot.FewShotClassifier.load(folders / "model")
+    line = rf"^model={folders}/model: has adapted to its images already; give the one that adapted, or use"
+    for model in (folders / "model", fewshot.load(folders / "model")):
+        with pytest.raises(fewshot.UserError, match=line):
+            adapt(model, support)
+    with pytest.raises(fewshot.UserError, match=line):
+        clone(loaded).fit([*support["a"], *support["b"]], ["a", "b"])
+    with pytest.raises(SystemExit, match=line):
+        adapt_main([f"model={folders}/model", f"support={folders}/support", f"out={folders}/new"])
+    assert not (folders / "new").exists()
 
 
 @pytest.fixture(params=["batch", "task"])

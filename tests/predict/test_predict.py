@@ -30,7 +30,7 @@ from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
 from fewshot.models.head import share_rows
 from fewshot.predict import Predictions, predict
-from fewshot.predict.__main__ import SHEET_CLASSES, _sheet_rows, main, run
+from fewshot.predict.__main__ import SHEET_CLASSES, _labels, _sheet_rows, main, open_folder, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
 from fewshot.training.meta_learner import MetaLearner
 
@@ -158,8 +158,11 @@ def test_boil_has_no_use_for_a_zeroed_head():
 
 
 def test_learned_rates_are_for_as_many_classes_as_they_were_learned_for():
-    with pytest.raises(UserError, match="has 2 classes, the model an inner_lr learned for each number of 3 rows"):
-        predict(untrained("algo=metasgd"), {str(way): images(1, way) for way in range(2)}, images(1, 9))
+    model = untrained("algo=metasgd")
+    for ways in (2, 4):
+        line = f"^support: has {ways} classes, the model an inner_lr learned for each number of 3 rows; give 3$"
+        with pytest.raises(UserError, match=line):
+            predict(model, {str(way): images(1, way) for way in range(ways)}, images(1, 9))
 
 
 def test_numbers_that_are_not_finite_are_no_prediction():
@@ -317,6 +320,22 @@ def test_labelled_queries_are_scored(trained, cache, tmp_path, capsys):
     (tmp_path / "labelled" / "letter0").rename(tmp_path / "labelled" / "lettre0")
     main([*knobs, f"out={tmp_path}/other"])
     assert "accuracy" not in capsys.readouterr().out and not (tmp_path / "other" / "confusion.png").exists()
+
+
+def test_folders_of_queries_that_differ_from_a_class_in_case_alone_are_named(tmp_path, caplog):
+    for name in ("named/Cats/1.png", "named/Dogs/1.png", "plain/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28)).save(tmp_path / name)
+
+    def labelled(place, *classes):
+        source = open_folder("query", str(tmp_path / place))
+        return _labels(f"query={place}", source, [name for name in source.names if not name.endswith("/")], classes)
+
+    assert labelled("named", "Cats", "Dogs") == ["Cats", "Dogs"] and labelled("plain", "cats", "dogs") == []
+    assert labelled("named", "birds", "fish") == []
+    assert not caplog.records
+    assert labelled("named", "cats", "dogs") == []
+    assert "query=named: 'Cats', 'Dogs' are no classes of the support; no accuracy" in caplog.text
 
 
 def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():

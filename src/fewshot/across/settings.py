@@ -15,7 +15,7 @@ from fewshot.config.advice import not_composed
 from fewshot.config.check import check_files, check_knobs, check_overrides, processes
 from fewshot.config.tree import CONF, STATISTICS, choices, key_of, statistics
 from fewshot.errors import UserError, shown
-from fewshot.files import override
+from fewshot.files import override, user_path
 
 # The knobs of training that a call may name: none of them makes another model, or other tasks than a test would have.
 OF_THE_CALL = ("test_tasks", "test_steps", "queries", "evaluation.statistics", "tasks_at_once", "threads", "trainer")
@@ -47,7 +47,8 @@ def places(text: str) -> list[Place]:
     for word in words:
         if word.partition(":")[0] not in known:
             raise UserError(f"datasets={text}: {word!r} must be NAME or NAME:ROOT, with NAME one of {', '.join(known)}")
-    return [Place(name, root or None) for name, _, root in (word.partition(":") for word in words)]
+    named = [word.partition(":") for word in words]
+    return [Place(name, str(user_path("dataset.root", root)) if root else None) for name, _, root in named]
 
 
 class Setting(NamedTuple):

@@ -103,7 +103,8 @@ def _labels(where: str, source: "Source", files: list[str], classes: tuple[str, 
 
     label_of = {file: label for label, members in plain_classes(source).items() for file in members}
     labels = [label_of[file] for file in files]
-    if (others := {*labels} - {*classes}) and {*labels} & {*classes}:
+    meant = {label.casefold() for label in labels} & {name.casefold() for name in classes}
+    if (others := {*labels} - {*classes}) and meant:
         log.warning("%s: %s are no classes of the support; no accuracy", where, first_few(sorted(map(repr, others))))
     return [] if others else labels
 

@@ -7,11 +7,11 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,9 @@ from fewshot.config.command import integer
 from fewshot.config.tree import portable
 from fewshot.data.task import Task
 from fewshot.errors import UserError
-from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, write_file
+from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, user_path, write_file
 from fewshot.norms import TaskNorm, inside, of_queries
+from fewshot.predict.find import refuse_adapted
 from fewshot.predict.predictions import Label, Predictions, check_statistics
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load, stacked
 from fewshot.training.choose_engine import engine_to_predict
@@ -47,8 +48,10 @@ class Adapted:
     support: Tensor
     shots: tuple[int, ...]
     statistics: str = "task"
+    _weights: frozenset[str] = field(init=False, repr=False, compare=False)  # less what is made again from the support
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_weights", frozenset(self.model.learner.state_dict()))
         object.__setattr__(self, "statistics", check_statistics("statistics", self.statistics))
         if self.statistics == "support":
             fix_statistics(self.network, self._seen(self.support))
@@ -99,17 +102,17 @@ class Adapted:
         Raises:
             UserError: something is there already, or a label is neither text nor a number.
         """
-        folder = Path(folder)
+        folder = user_path("out", folder)
         check_place("out", folder)
         for name in (EXPORTED, EXPORTED_CONFIG, ADAPTED):
             if os.path.lexists(folder / name):
                 raise UserError(f"out={folder}: holds a {name}; name another folder")
-        try:
-            about = {name: json.dumps(getattr(self, name)) for name in ("classes", "shots", "statistics")}
-        except TypeError:
-            raise UserError(f"classes: {self.classes!r} cannot be written; use text or numbers as labels") from None
-        buffers = {f"network.{name}" for name, _ in self.network.named_buffers()}  # made again from the support
-        weights = {name: w.contiguous() for name, w in self.model.learner.state_dict().items() if name not in buffers}
+        labels = [label.item() if isinstance(label, np.generic) else label for label in self.classes]
+        if not all(isinstance(label, Label) for label in labels):
+            raise UserError(f"classes: {self.classes!r} cannot be written; use text or numbers as labels")
+        about = {"classes": labels, "shots": self.shots, "statistics": self.statistics}
+        about = {name: json.dumps(value) for name, value in about.items()}
+        weights = {name: w.contiguous() for name, w in self.model.learner.state_dict().items() if name in self._weights}
         write_file(folder / EXPORTED_CONFIG, OmegaConf.to_yaml(OmegaConf.create(portable(self.model.config))))
         write_file(folder / ADAPTED, save({"support": self.support.contiguous()}, about))
         write_file(folder / EXPORTED, save(weights, {"format": "pt"}))  # last: with it the folder is one to load
@@ -121,7 +124,7 @@ class Adapted:
         Raises:
             UserError: it cannot be read, or is not of this form.
         """
-        model, path = load(folder, trust=trust), Path(folder) / ADAPTED
+        model, path = load(folder, trust=trust), user_path("model", folder) / ADAPTED
         try:
             with safe_open(path, "pt") as file:
                 about, support = file.metadata() or {}, file.get_tensor("support")
@@ -146,12 +149,16 @@ def adapt(
     test_zeroing: bool | None = None,
     statistics: str = "task",
 ) -> Adapted:
-    """Adapts to the support images once; the model is left as it is. The arguments are those of predict.
+    """Adapts to the support images once; the model is left as it is, and may not have adapted before.
+
+    The arguments are those of predict.
 
     statistics: see Adapted.
     """
     if not isinstance(model, Pretrained):
         model = load(model)
+    if model.adapted_in:
+        refuse_adapted(model.adapted_in)
     if not isinstance(support, Mapping):
         raise UserError(f"support: a {type(support).__name__}; give {{class: its images}}")
     if test_zeroing not in (None, True, False):
@@ -216,6 +223,10 @@ def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
     rows = len(head.weight)
     if ways == rows:
         return learner
+    if len(learner.etas):
+        raise UserError(
+            f"support: has {ways} classes, the model an inner_lr learned for each number of {rows} rows; give {rows}"
+        )
     if ways > rows and not zeroing and learner.loop.head == "learned":
         remedy = (
             ", or test_zeroing=true, which lets all rows begin at zero" if learner.loop.adapted != "encoder" else ""
@@ -223,10 +234,6 @@ def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
         raise UserError(
             f"test_zeroing=false: support has {ways} classes, the head {rows} rows, each learned for a label of the "
             f"training tasks, and none for label {rows}; give at most {rows} classes{remedy}"
-        )
-    if len(learner.etas):
-        raise UserError(
-            f"support: has {ways} classes, the model an inner_lr learned for each number of {rows} rows; give {rows}"
         )
     learner = copy.deepcopy(learner)
     head = learner.network.head

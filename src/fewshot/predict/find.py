@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fewshot.errors import UserError, nearest
-from fewshot.files import EXPORTED, model_path, user_path
+from fewshot.files import ADAPTED, EXPORTED, model_path, user_path
 from fewshot.predict import hub
 
 # The models that come with this program: beside its packages in a wheel, at the top of a checkout.
@@ -39,3 +39,11 @@ def find(model: str | Path, knob: str = "model") -> Path:
     remedy = nearest(text, {*known})
     listed = f" ({', '.join(known)})" * remedy.startswith("did you mean")
     raise UserError(f"{knob}={text}: no such file or folder, and no model{listed} of this name; {remedy}")
+
+
+def refuse_adapted(path: Path) -> None:
+    """Raises UserError where the model at this path has adapted: it would adapt on from where it is."""
+    if (path / ADAPTED).is_file():
+        raise UserError(
+            f"model={path}: has adapted to its images already; give the one that adapted, or use this as it is"
+        )

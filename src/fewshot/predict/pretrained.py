@@ -27,7 +27,7 @@ from fewshot.data.folder_or_zip import read_file
 from fewshot.data.images import decode, square, unreadable
 from fewshot.data.sampler import normalised
 from fewshot.errors import UserError
-from fewshot.files import EXPORTED, EXPORTED_CONFIG, TRAINED, is_regular
+from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, TRAINED, is_regular
 from fewshot.predict.find import find
 from fewshot.results import record_files
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
@@ -122,11 +122,13 @@ class Pretrained:
     """A trained model.
 
     learner: adapts it; preprocess: makes of an image what the encoder takes; config: of its training, as plain data.
+    adapted_in: the folder of a model that has adapted already.
     """
 
     learner: MetaLearner
     preprocess: Preprocess
     config: dict[str, Any]
+    adapted_in: Path | None = None
 
     def __repr__(self) -> str:
         return f"Pretrained({self.config['model']['name']}, {record_files.title(self.config)})"
@@ -180,12 +182,13 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     try:
         with torch.random.fork_rng(devices=[]), torch.device(place):  # the initial weights are drawn, and replaced
             learner = MetaLearner.from_config(DictConfig(config), engine="sequential")
-    except InstantiationException as error:
+    except (InstantiationException, TypeError) as error:  # the latter of Hydra, for a key as _recursive_
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"{where}: its model.network cannot be made ({reason})") from None
     refuse_misfit(where, weights, config, learner)
     learner.load_state_dict(weights, assign=True)  # assigned, they stay float64 where they are
-    return Pretrained(learner.eval(), Preprocess.from_config(data), config)
+    adapted_in = path if (path / ADAPTED).is_file() else None
+    return Pretrained(learner.eval(), Preprocess.from_config(data), config, adapted_in)
 
 
 def read_folder(folder: Path, knob: str = "model") -> tuple[dict[str, Any], dict[str, Tensor], Any]:
