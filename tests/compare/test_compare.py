@@ -16,7 +16,9 @@ from fewshot.compare import __main__ as compare
 from fewshot.compare import report
 from fewshot.errors import UserError
 from fewshot.results.task_scores import read_tasks, write_tasks
+from fewshot.sweep import pairs, tables
 from fewshot.sweep.pairs import Row
+from fewshot.sweep.settings import group, read_jobs
 from fewshot.sweep.statistics import holm, paired
 
 
@@ -112,6 +114,18 @@ def test_what_cannot_be_compared_is_named_with_its_reason(made, tmp_path, caplog
     assert f"left out: {ways}: was tested on other tasks (ways is 4 there and 5 in the first run)" in caplog.text
     assert "tasks.csv.gz: is not there, the run is older than this file" in caplog.text
     assert "ways is 4 there and 5" in text_of(tmp_path / "out")
+
+
+def test_a_difference_over_fewer_seeds_than_the_accuracies_is_named(made):
+    runs = [made(f"first{seed}", accuracy, seed) for seed, accuracy in enumerate((0.6, 0.8, 0.8))]
+    runs += [made("zeroed0", 0.65, 0, zeroing=True)]
+    line = "zeroing: has seeds [0], no zeroing [0, 1, 2]; the difference is over those of both, [0]"
+    comparing = pairs.comparable(read_jobs(runs))[0]
+    rows, left_out = pairs.rows(comparing, ["zeroing_off"], None)
+    assert left_out == [line]
+    assert rows[1].accuracy < rows[0].accuracy and rows[1].difference.mean > 0.03  # 65 - 73, and 65 - 60
+    assert line in "".join(tables.as_markdown(group([job for job, _ in comparing]), []))
+    assert pairs.rows([run for run in comparing if run[0].config["seed"] == 0], ["zeroing_off"], None)[1] == []
 
 
 def test_settings_without_a_common_seed_are_not_averaged_in_silence(made, tmp_path):

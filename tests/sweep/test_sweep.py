@@ -186,6 +186,20 @@ def test_tables_and_figures_give_the_same_interval_over_seeds_and_name_it(config
     assert "All seeds share the test tasks" in text
 
 
+def test_a_setting_that_was_tested_with_zeroing_alone_has_its_row(config, tmp_path):
+    """As with other ways than in training."""
+    for number, lr in enumerate((0.1, 0.2)):
+        make_run(tmp_path / str(number), config(f"inner_lr={lr}", "fit=false", "checkpoint=a"), accuracy=[0.2, 0.5])
+        results = json.loads((tmp_path / str(number) / "results.json").read_text())
+        del results["val"], results["test"]["zeroing_off"]
+        (tmp_path / str(number) / "results.json").write_text(json.dumps(results))
+    settings_ = grouped.group(grouped.read_jobs([tmp_path]))
+    text = tables.as_markdown(settings_, [])
+    assert "test zeroing off\n" not in text
+    assert re.search(r"test zeroing on\n.*inner_lr=0\.1 +\| 20\.00 +\| 50\.00", text, re.DOTALL)
+    assert len(figures.sweep(settings_).axes) == 4
+
+
 def test_students_t_is_that_of_scipy():
     for degrees in (*range(1, 40), 99, 1000):
         assert grouped.student_t(degrees) == pytest.approx(scipy.special.stdtrit(degrees, 0.975), rel=1e-12)

@@ -131,9 +131,10 @@ def as_rows(settings: list[Setting]) -> list[list[Any]]:
 def as_markdown(settings: list[Setting], without: list[Job]) -> str:
     """Accuracy of the final test after every inner step, outer updates to an accuracy, jobs without (new) results."""
     parts = []
-    finished = [setting for setting in settings if len(setting.accuracies("zeroing_off"))]
-    for mode in MODES if finished else ():
-        inside = [(setting, values) for setting in finished if len(values := setting.accuracies(mode))]
+    for mode in MODES:  # with other ways than in training a model may be tested in one of them alone
+        inside = [(setting, values) for setting in settings if len(values := setting.accuracies(mode))]
+        if not inside:
+            continue
         last = {id(setting): values.shape[1] - 1 for setting, values in inside}
         steps = sorted({n for one, _ in inside for n in steps_that_matter(one.config, last[id(one)])})
         rows = []
