@@ -171,6 +171,36 @@ def test_the_card_has_the_command_on_one_line_without_places_of_the_machine(trai
     assert f"```bash\n{line}\n```\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def card_of(config, *words):
+    return model_card({"config": settings(config(*words)), "overrides": list(words)}, {}, 4, None, "none")
+
+
+def test_images_of_ones_own_have_no_licence_that_is_known(config):
+    line = "| licence of the images | {} |"
+    assert line.format("MIT, Brenden Lake 2015") in card_of(config, "dataset=omniglot", "dataset.root=/a")
+    for dataset in ("folder", "huggingface"):
+        card = card_of(config, f"dataset={dataset}", "dataset.root=/home/me/omniglot")
+        assert line.format("not known to this program") in card and "trained on | omniglot, " in card
+
+
+def test_a_card_says_what_is_true_of_its_model_alone(config):
+    together = "normalises all queries of a call together"
+    maml = card_of(config, "algo=zero")
+    assert "A model trained with MAML: it" in maml and f"BatchNorm {together}" in maml and "- maml\n" in maml
+    card = card_of(config, "algo=protonet", "model.norm=group")
+    assert "A model trained with ProtoNet (dot product): it" in card and "adapts to any number of classes.\n\n" in card
+    assert together not in card and "maml\n" not in card
+    assert "A model trained with ANIL: it" in card_of(config, "algo=anil", "model=resnet12", "dataset=cifarfs")
+    own = card_of(config, "model=module", "model.module={_target_: torchvision.models.resnet18}")
+    assert f"BatchNorm, if the network has it, {together}" in own
+
+
+def test_the_command_of_a_card_has_the_precision_and_callbacks_of_ones_own(config):
+    words = ["trainer.precision=64-true", "trainer.max_time=null", "callbacks.record.test_curve_tasks=2"]
+    words = [words[0], f"+{words[1]}", words[2], "+callbacks.mine._target_=collections.Counter"]
+    assert f"python train.py {words[0]} {words[3]}\n" in card_of(config, *words)
+
+
 def test_an_export_overwrites_nothing(trained, exported, tmp_path):
     before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):

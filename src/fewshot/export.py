@@ -14,7 +14,7 @@ import yaml
 
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.stored import OUTER
-from fewshot.config.tree import MODES, NOT_THE_MODEL, key_of, portable
+from fewshot.config.tree import MODES, NOT_THE_MODEL, OF_TRAINING, key_of, portable
 from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, TRAINED, check_place, checkpoint_file, user_path, write_file
 from fewshot.inner_loop import InnerLoop
@@ -76,6 +76,8 @@ def model_card(
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     colour = "grey" if data["channels"] == 1 else "colour"
     tasks = f"{'one task of ' * _of_one_task(config)}{data['name']}, {ways}-way {shots}-shot"
+    known = {} if "fractions" in data else LICENCES  # images of one's own are named after the user's folder
+    licence = known.get(data["name"], "not known to this program")
     names = {"test": "its one task's"} if _of_one_task(config) else {}
     facts = {
         "trained on": f"{tasks}, {data['size']} x {data['size']} pixels, {colour}",
@@ -83,7 +85,7 @@ def model_card(
         + f"; SHA-256 of their names and images {splits['sha256']}"
         if splits
         else "not recorded",
-        "licence of the images": LICENCES.get(data["name"], "not known to this program"),
+        "licence of the images": licence,
         "network": f"{config['model']['name']}, {numbers:,} parameters",
         "algorithm": f"{loop.name}: "
         + ", ".join(
@@ -108,8 +110,20 @@ def model_card(
         facts="\n".join(f"| {name} | {plain_markdown(fact)} |" for name, fact in facts.items()),
         numbers=_table(results) if results else f"None: {why_not}.",
         command=_command(run["overrides"]),
+        algorithm=plain_markdown(loop.named("MAML", order=False)),
         ways=loop.ways(ways),
+        together=_together(config["model"]),
     )
+
+
+def _together(model: dict[str, Any]) -> str:
+    """Whether the prediction for an image depends on the other queries of a call, as far as this is known."""
+    target = model["network"]["_target_"]
+    ours = target.startswith("fewshot.models.") and "any_module" not in target
+    if ours and model.get("norm", "batch") != "batch":
+        return ""
+    layer = "BatchNorm" if ours else "BatchNorm, if the network has it,"
+    return f"\n{layer} normalises all queries of a call together, so the prediction for one depends on the others."
 
 
 def plain_markdown(text: str) -> str:
@@ -149,7 +163,7 @@ def _metadata(title: str, config: dict[str, Any], results: dict[str, Any] | None
     metadata = {
         "library_name": "fewshot",
         "pipeline_tag": "image-classification",
-        "tags": ["few-shot-learning", "meta-learning", "maml"],
+        "tags": ["few-shot-learning", "meta-learning", *["maml"] * (InnerLoop.of(config).distance is None)],
     }
     if not results:
         return metadata
@@ -177,7 +191,9 @@ def _command(overrides: list[str]) -> str:
     words = [
         shlex.quote(printable(override))
         for override in overrides
-        if not any(f"{key_of(override)}.".startswith(f"{key}.") for key in left_out)
+        if key_of(override) == "trainer.precision"
+        or override.startswith(OF_TRAINING)
+        or not any(f"{key_of(override)}.".startswith(f"{key}.") for key in left_out)
     ]
     return " ".join(["python train.py", *words])
 
@@ -187,7 +203,7 @@ CARD_TEXT = """---
 
 # {title}
 
-A model trained with MAML: it adapts to a few images of each of some new classes and tells these classes
+A model trained with {algorithm}: it adapts to a few images of each of some new classes and tells these classes
 apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classification* (Kao, Chiu, Chen; ICLR 2022).
 
 | | |
@@ -218,8 +234,7 @@ model = fewshot.load("THIS_FOLDER")  # model.encoder, model.head, model.preproce
 predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).labels  # PIL images or uint8 arrays
 ```
 
-On the Hugging Face hub `hf://ORG/NAME` stands for the folder. The model adapts to {ways}.
-BatchNorm normalises all queries of a call together, so the prediction for one depends on the others.
+On the Hugging Face hub `hf://ORG/NAME` stands for the folder. The model adapts to {ways}.{together}
 
 `model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.
 """

@@ -11,6 +11,7 @@ from conftest import composed
 from safetensors.torch import load_file, save_file
 
 from fewshot.config.tree import portable, settings
+from fewshot.errors import UserError
 from fewshot.evidence import claims, report
 from fewshot.evidence.__main__ import main as evidence_main
 from fewshot.evidence.claims import accuracy, similarity
@@ -181,3 +182,7 @@ def test_a_folder_of_images_is_named_by_the_call(config):
     asked = ["dataset=folder", "dataset.root=other/fish"]
     made = settings(config(*_merged(call_of(kept, asked, ""), asked)))
     assert (made["dataset"]["name"], made["dataset"]["size"]) == ("fish", 40)
+    called_so = portable(settings(config("dataset=folder", "dataset.root=photos/omniglot")))
+    assert call_of(called_so, asked, "")[0] == "dataset=folder"
+    with pytest.raises(UserError, match="dataset=omniglot, which has no YAML file here; add dataset=folder"):
+        call_of(called_so, [], "")

@@ -59,6 +59,8 @@ NOT_THE_MODEL = (
     "calibration",
     *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),
 )
+# Callbacks of one's own see the training; a test has them where its call names them too.
+OF_TRAINING = ("+callbacks.", "++callbacks.")
 
 
 def portable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,8 +59,9 @@ def call_of(config: dict[str, Any], asked: list[str], where: str) -> list[str]:
 
     where: how the line of an error begins.
     """
+    own = "fractions" in config["dataset"]  # named after a folder, which may be called like a dataset
     call = [
-        _group("dataset", config["dataset"]["name"], asked, where, "dataset=folder dataset.root=PATH"),
+        _group("dataset", config["dataset"]["name"], asked, where, "dataset=folder dataset.root=PATH", own),
         _group("model", config["model"]["name"], asked, where, "model=module model.module={_target_: ...}"),
         *_algorithm(config["algo"].get("_target_")),
     ]
@@ -73,9 +74,9 @@ def call_of(config: dict[str, Any], asked: list[str], where: str) -> list[str]:
     return call
 
 
-def _group(group: str, name: str, asked: list[str], where: str, remedy: str) -> str:
-    """The YAML file of this name, or else the one that is asked for."""
-    if name in choices(group):
+def _group(group: str, name: str, asked: list[str], where: str, remedy: str, own: bool = False) -> str:
+    """The YAML file of this name, or else, and for images of one's own, the one that is asked for."""
+    if name in choices(group) and not own:
         return f"{group}={name}"
     named = next((word for word in asked if key_of(word) == group), None)
     if named is None:

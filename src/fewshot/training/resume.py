@@ -17,7 +17,7 @@ from torch import nn
 
 from fewshot.config.check import check_overrides
 from fewshot.config.stored import compared, is_simple
-from fewshot.config.tree import GROUPS, entries, key_of, leaves, settings
+from fewshot.config.tree import GROUPS, OF_TRAINING, entries, key_of, leaves, settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, first_few, first_line, one_line, shown
@@ -29,8 +29,6 @@ OF_THIS_CALL = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("dataset.trust", "dataset.other_split"),
 )
-# Callbacks of one's own see the training; a test has them where its call names them too.
-OF_TRAINING = ("+callbacks.", "++callbacks.")
 # May differ between a run and its continuation: where things lie and are reported to, when it stops, its memory.
 PLACES = (
     "name",
