@@ -142,11 +142,11 @@ def tested_model(trained: dict[str, Any], config: dict[str, Any], file: str) -> 
 
     trained: the configuration of the training; config: that of the test; file: the name of the model's file.
     """
+    of_test = ("test_tasks", "test_steps", "evaluation")
+    trained = {key: value for key, value in trained.items() if key not in of_test}
     was, now = (json.loads(fingerprint(one)) for one in (trained, config))
     always = ("dataset.name", "ways", "shots")
-    of_test = ("test_tasks", "test_steps", "evaluation.statistics")
-    kept = {key: value for key, value in was.items() if key in always or value != now.get(key)}
-    return {"file": file} | {key: value for key, value in kept.items() if key not in of_test}
+    return {"file": file} | {key: value for key, value in was.items() if key in always or value != now.get(key)}
 
 
 NAMED = ("algo._target_", *(f"algo.{field.name}" for field in fields(InnerLoop)))  # in an algorithm's name
