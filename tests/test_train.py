@@ -202,6 +202,10 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     ours, theirs = (json.loads((each / "results.json").read_text()) for each in (tested, folder))
     assert ours["test"] == theirs["test"] and ours["config"]["seed"] == 3
+    assert ours["config"]["trained"] == {"file": "best.ckpt", "dataset.name": "glyphs", "ways": 5, "shots": 1}
+    written = (tested / "results.json").stat().st_mtime_ns
+    run(tested, f"checkpoint={best}", "fit=false")  # shows them again
+    assert (tested / "results.json").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="goes on only in the folder of its run"):
         run(tmp_path / "elsewhere", f"checkpoint={best}")
     with pytest.raises(UserError, match="holds a training run"):

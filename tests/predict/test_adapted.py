@@ -131,7 +131,7 @@ def test_what_has_adapted_does_not_adapt_again(folders):
     support = {"a": images(1, 1), "b": images(1, 2)}
     adapt(MODEL, support).save(folders / "model")
     loaded = fewshot.FewShotClassifier.load(folders / "model")
-    line = rf"^model={folders}/model: has adapted to its images already; give the one that adapted, or use"
+    line = rf"^model={folders}/model: has adapted to its images already; give the model that it was before, or"
     for model in (folders / "model", fewshot.load(folders / "model")):
         with pytest.raises(fewshot.UserError, match=line):
             adapt(model, support)

@@ -45,5 +45,5 @@ def refuse_adapted(path: Path) -> None:
     """Raises UserError where the model at this path has adapted: it would adapt on from where it is."""
     if (path / ADAPTED).is_file():
         raise UserError(
-            f"model={path}: has adapted to its images already; give the one that adapted, or use this as it is"
+            f"model={path}: has adapted to its images already; give the model that it was before, or predict with it"
         )
