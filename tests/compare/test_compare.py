@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_named_with_its_reason(made, tmp_path, caplog
 def test_a_difference_over_fewer_seeds_than_the_accuracies_is_named(made):
     runs = [made(f"first{seed}", accuracy, seed) for seed, accuracy in enumerate((0.6, 0.8, 0.8))]
     runs += [made("zeroed0", 0.65, 0, zeroing=True)]
-    line = "zeroing: has seeds [0], no zeroing [0, 1, 2]; the difference is over those of both, [0]"
+    line = "in the difference of zeroing and no zeroing, the seeds [1, 2], which only one of them has"
     comparing = pairs.comparable(read_jobs(runs))[0]
     rows, left_out = pairs.rows(comparing, ["zeroing_off"], None)
     assert left_out == [line]

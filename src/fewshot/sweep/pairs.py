@@ -118,9 +118,9 @@ def rows(
             if not shared:
                 left_out.append(f"{other.label()}: has seeds {own_seeds}, none of which {first.label()} has ({seeds})")
                 continue
-            if {*seeds} != {*own_seeds}:
-                both = f"has seeds {own_seeds}, {first.label()} {seeds}; the difference is over those of both, {shared}"
-                left_out.append(f"{other.label()}: {both}")
+            if alone := sorted({*seeds} ^ {*own_seeds}):
+                both = f"{other.label()} and {first.label()}"
+                left_out.append(f"in the difference of {both}, the seeds {alone}, which only one of them has")
             pairs = own[[own_seeds.index(s) for s in shared]] - values[[seeds.index(s) for s in shared]]
             table.append(Row(other, mode, _step(other, step), float(own.mean()), paired(pairs), None))
     differences = {place: row.difference for place, row in enumerate(table) if row.difference}
