@@ -231,6 +231,16 @@ def test_heic_is_read(root, tmp_path):
     assert np.abs(image.numpy().mean(axis=(1, 2)) - [200, 30, 90]).max() < 4
 
 
+def test_a_cache_from_before_pillow_heif_was_installed_is_not_used_afterwards(root, tmp_path, monkeypatch):
+    pytest.importorskip("pillow_heif")
+    images.formats()
+    noise().save(root / "train" / "a" / "2.HEIC", "HEIF")
+    for installed in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "formats", images.formats if installed else lambda: ("PNG",))
+            assert load(root, tmp_path)["train"].counts.tolist() == [1 + installed]
+
+
 def test_what_is_left_out_is_counted(root, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(images, "formats", lambda: ("PNG",))  # as without pillow-heif
     (root / "train" / "x").mkdir()

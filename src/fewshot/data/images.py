@@ -35,6 +35,7 @@ REDUCED_ABOVE = 89_478_485
 # Pillow opens these by starting another program, or only recognises them.
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 HEIC = (".heic", ".heif", ".hif")
+NOT_EVERYWHERE = (*HEIC, ".avif")  # whether these are images depends on what is installed
 # What makes the pixels.
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments; of the APPn those that are not JFIF, EXIF, XMP or Adobe

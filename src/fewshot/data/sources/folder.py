@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fewshot.data.cache import cached
 from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_classes, read_file
-from fewshot.data.images import is_image, plain_classes, read_splits, tell_left_out
+from fewshot.data.images import NOT_EVERYWHERE, is_image, plain_classes, read_splits, tell_left_out
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
 from fewshot.files import user_path
@@ -71,7 +71,8 @@ def load(
     classes = with_enough(classes, shots + queries, where)
     check_left(classes, ways, where)
     contents = {split: list(members) for split, members in classes.items()}
-    if labels is not None:  # then the names of the files do not say which class they are of
+    varying = any(name.lower().endswith(NOT_EVERYWHERE) for name in source.names)
+    if labels is not None or varying:  # then the names of the files do not say which are used, and in which class
         contents = {s: {label: [name for _, name in files] for label, files in classes[s].items()} for s in SPLITS}
     shape = {"size": size, "channels": channels}
     build = partial(read_splits, classes, largest_image=largest_image, **shape)
