@@ -424,7 +424,14 @@ def test_real_cifarfs(cache):
 
 @pytest.mark.parametrize(
     "root, name",
-    {"photos": "photos", "photos/": "photos", "a/My Photos (2).zip": "My-Photos-2", "v1.5": "v1.5", "7": "7"}.items(),
+    {
+        "photos": "photos",
+        "photos/": "photos",
+        "a/My Photos (2).zip": "My-Photos-2",
+        "v1.5": "v1.5",
+        "7": "7",
+        "\u5199" * 80: "\u5199" * 56,
+    }.items(),
 )
 def test_a_dataset_is_called_as_its_folder_or_zip_is(root, name, config):
     cfg = config("dataset=folder", f"dataset.root='{root}'")

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from fewshot.data.__main__ import main
+from fewshot.data.cache import LazySplit
 from fewshot.data.meta_batches import TaskDataModule, images_device, manifest
 from fewshot.data.sampler import TaskSampler
-from fewshot.data.task import Split
+from fewshot.data.sources import glyphs
+from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError
 
 CPU, CUDA, GB = torch.device("cpu"), torch.device("cuda", 1), 10**9
@@ -106,3 +108,54 @@ def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
     ends = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
     assert ends["glyphs"] == "needs nothing" and ends["omniglot"] == ends["miniimagenet"] == "no"
     assert ends["cifarfs"] == ends["fc100"] == "downloaded"
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Glyphs that are drawn in no time."""
+
+    def build(size):
+        pixels = np.arange(6, dtype=np.uint8).repeat(size * size).reshape(3, 2, 1, size, size)
+        return {split: LazySplit(images, [1, 1], ("a", "b")) for split, images in zip(SPLITS, pixels, strict=True)}
+
+    monkeypatch.setattr(glyphs, "_build", build)
+
+
+def test_what_is_not_in_the_cache_is_not_prepared(few, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^dataset\.cache=.*file/x: cannot be written \(Not a directory\); name"):
+        main(["prepare", f"dataset.cache={tmp_path}/file/x"])
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match=r"cache=.*: cannot keep the images \(disk full"),
+    ):
+        patch.setattr(np.lib.format, "write_array_header_1_0", raising(OSError("disk full")))
+        main(["prepare", f"dataset.cache={tmp_path}/new"])
+    assert "Ready" not in capsys.readouterr().out
+    main(["prepare", f"dataset.cache={tmp_path}/new"])
+    assert f"Ready in {tmp_path}/new; " in capsys.readouterr().out
+
+
+def test_without_a_home_folder_datasets_are_listed_and_prepare_asks_for_a_cache(tmp_path, monkeypatch, capsys):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", raising(KeyError("no such user")))
+    main(["list", "dataset=omniglot"])
+    assert capsys.readouterr().out.rstrip().endswith(" no")
+    with pytest.raises(SystemExit, match=r"^dataset\.cache=null: there is no home folder; set dataset\.cache to a"):
+        main(["prepare"])
+
+
+def test_a_download_that_failed_is_not_called_downloaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fewshot.data.published.urlopen", raising(OSError("no network")))
+    with pytest.raises(SystemExit, match=r"failed \(no network\)"):
+        main(["prepare", "dataset=cifarfs", f"dataset.cache={tmp_path}"])
+    main(["list", "dataset=cifarfs", f"dataset.cache={tmp_path}"])
+    assert capsys.readouterr().out.rstrip().endswith(" no")

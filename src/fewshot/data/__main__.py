@@ -6,11 +6,13 @@ python -m fewshot.data show dataset=omniglot dataset.rotations=true out=omniglot
 """
 
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -18,9 +20,9 @@ from fewshot.config.advice import not_composed
 from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import Command, Parameter, one_line_errors, read
 from fewshot.config.tree import CONF, choices
-from fewshot.data.cache import cache_folder, file_stem
+from fewshot.data.cache import cache_folder, file_stem, not_kept
 from fewshot.errors import UserError, shown
-from fewshot.files import user_path, write_atomically
+from fewshot.files import check_writable, user_path, write_atomically
 
 
 def configuration(overrides: list[str]) -> DictConfig:
@@ -36,26 +38,43 @@ def configuration(overrides: list[str]) -> DictConfig:
         raise not_composed(error, overrides, composed) from None
 
 
-def read_images(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration and its splits, which are downloaded, decoded and put into the cache where they are not yet."""
+def checked(overrides: list[str]) -> DictConfig:
+    """The configuration, as far as it says which images to read."""
     refuse(cfg := configuration(overrides), overrides)
+    if cfg.checkpoint is not None:
+        raise UserError(f"checkpoint={cfg.checkpoint}: no model is read here; name the dataset itself, dataset=NAME")
+    return cfg
+
+
+def read_images(cfg: DictConfig) -> dict[str, Any]:
+    """The splits, which are downloaded, decoded and put into the cache where they are not yet."""
     splits = instantiate(cfg.dataset.source)
     for name, split in splits.items():
         print(f"{cfg.dataset.name} {name}: {len(split.names)} classes, {len(split.images)} images")
-    return cfg, splits
+    return splits
 
 
 def prepare(overrides: list[str]) -> None:
     """Leaves the images in the cache; says which and where."""
-    cfg, _ = read_images(overrides)
-    print(f"Ready in {cache_folder(cfg.dataset.cache)}; where runs use another cache, give them dataset.cache")
+    cfg = checked(overrides)
+    try:
+        folder = cache_folder(cfg.dataset.cache)
+    except RuntimeError:
+        raise UserError("dataset.cache=null: there is no home folder; set dataset.cache to a folder") from None
+    if not _on_this_machine(cfg.dataset).startswith("prepared"):
+        check_writable("dataset.cache", folder)  # before anything is downloaded
+    not_kept.clear()
+    read_images(cfg)
+    if not_kept:
+        raise UserError(f"dataset.cache={folder}: cannot keep the images ({not_kept[-1]}); name another folder")
+    print(f"Ready in {folder}; where runs use another cache, give them dataset.cache")
 
 
 def show(overrides: list[str], out: Path | None = None) -> None:
     """Writes a contact sheet to the PNG file `out`."""
     if out is None or out.suffix.lower() != ".png":
         raise UserError(f"out={shown(out)}: give out=FILE.png, the contact sheet to be written")
-    _, splits = read_images(overrides)
+    splits = read_images(checked(overrides))
     from fewshot.data.sheet import contact_sheet, dataset_rows  # imports torch
 
     write_atomically(out, partial(contact_sheet(dataset_rows(splits)).save, format="PNG"))
@@ -82,11 +101,14 @@ def list_datasets(overrides: list[str]) -> None:
 
 
 def _on_this_machine(data: DictConfig) -> str:
-    folder, stem = cache_folder(data.cache), file_stem(data.name, data.size, data.channels)
-    if list(folder.glob(f"{stem}-*.json")):
-        return f"prepared, {sum(file.stat().st_size for file in folder.glob(f'{stem}-*')) / 1e6:.0f} MB"
-    if (folder / data.get("archive", data.name)).is_dir():
-        return "downloaded"
+    stem = file_stem(data.name, data.size, data.channels)
+    with suppress(RuntimeError):  # no home folder
+        folder = cache_folder(data.cache)
+        if list(folder.glob(f"{stem}-*.json")):
+            return f"prepared, {sum(file.stat().st_size for file in folder.glob(f'{stem}-*')) / 1e6:.0f} MB"
+        archive = folder / data.get("archive", data.name)
+        if archive.is_dir() and not list(archive.glob(".*.part")):  # of a download that was interrupted
+            return "downloaded"
     return "no" if "root" in data else "needs nothing"
 
 
@@ -106,6 +128,12 @@ COMMAND = Command(
 )
 
 
+def _several_values(word: str) -> bool:
+    with suppress(Exception):  # of the grammar: it is told of later
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    return False
+
+
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with one_line_errors():
@@ -114,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{' '.join(words.plain)}: give one of them at a time")
         if words.values and words.plain != ["show"]:
             raise UserError(f"out={words.values['out']}: only show writes a file; leave it out")
+        if several := next(filter(_several_values, words.knobs), None):
+            remedy = "list takes dataset=A dataset=B" if words.plain == ["list"] else "the others by calls of their own"
+            raise UserError(f"{several}: give one value, {remedy}")
         does = {"list": list_datasets, "prepare": prepare, "show": partial(show, **words.values)}
         does[words.plain[0]](words.knobs)
 

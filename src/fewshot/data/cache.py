@@ -28,8 +28,10 @@ if TYPE_CHECKING:  # to look for the files of a cache needs no torch
 
 log = logging.getLogger(__name__)
 
-# Part of every cache key: raise it whenever the same files would give other pixels than before.
+# Part of every cache key: raise it whenever the same files would give other pixels than before. (It was not raised when
+# the one transparent grey or colour of PNGs of 2, 4 and 16 bits became white, which few have: all would be read anew.)
 CACHE_VERSION = 4
+not_kept: list[OSError] = []  # why this process could not write images into a cache
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def _save(path: Path, key: str, shape: tuple[int, int, int], build: Callable[[],
             description.write(_write(build(), key, shape, new_array))
         return True
     except OSError as error:
+        not_kept.append(error)
         log.warning("going on without a cache, set dataset.cache to a folder with room to write: %s", error)
         return False
 
