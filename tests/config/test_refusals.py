@@ -49,6 +49,10 @@ for command, *arguments in json.loads(sys.argv[2]):
 """
 CALLS = {  # the line in which it ends
     "train": "torch was imported",  # a valid call gets that far
+    "train seed='3'": "seed='3': is a text; leave the quotes out, or write ${oc.decode:${oc.env:NAME}} for",
+    "train stop_at_accuracy='0.5'": "stop_at_accuracy='0.5': is a text; leave the quotes out, or write",
+    "train fit=${oc.env:NOSUCH,false}": "fit='false': is a text; leave the quotes out, or write",
+    "train algo=[zero,anil]": "algo=[zero,anil]: takes one of its files, and a list would merge them; give one",
     "train inner_lrr=0.1": "inner_lrr=0.1: no such knob; did you mean inner_lr?",
     "train model=resnet12 model.norm=group": "model.norm=group: a knob of model=conv4_64, conv4_pooled, conv4_strided",
     "train width=8": "width=8: no such knob; did you mean model.width?",
@@ -82,6 +86,8 @@ CALLS = {  # the line in which it ends
     "export checkpoint=empty": "checkpoint=empty: no checkpoints/best.ckpt in this folder",
     "export": "checkpoint: is missing; give checkpoint=PATH, the folder of a run",
     "predict checkpoint='model.ckpt' support='nowhere' query=empty": "support=nowhere: no such file or folder",
+    "data prepare checkpoint=model.ckpt": "checkpoint=model.ckpt: no model is read here; name the dataset itself",
+    "data list dataset=omniglot,cifarfs": "dataset=omniglot,cifarfs: give one value, list takes dataset=A dataset=B",
     "data prepare dataset=omniglott": "dataset=omniglott: no such choice; did you mean omniglot?",
     "data prepare dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
     "data list inner_lrr=3": "inner_lrr=3: no such knob; did you mean inner_lr?",
@@ -122,6 +128,14 @@ def test_a_call_that_is_refused_leaves_the_record_of_the_run_that_is_going_on(ma
     assert record.read_text() == "- seed=1\n" and [path.name for path in record.parent.iterdir()] == [record.name]
 
 
+def test_a_relative_folder_of_images_and_a_change_of_folder_are_told_apart_from_no_folder(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    call = ("dataset=folder", "dataset.root=photos", "hydra.job.chdir=true", "hydra.run.dir=run")
+    assert main(*call) == "dataset.root=photos: hydra.job.chdir=true looks for it elsewhere; write the whole path"
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 # Advice
 
 
@@ -139,6 +153,8 @@ ADVISED = {  # what is mistyped, and what is then advised, less the value
     "dataset=omniglot dataset.roott=.": "dataset.root",
     "dataset=folder dataset.root=. dataset.split_sed=1": "dataset.split_seed",
     "+trainer.max_tim=00:00:01:00": "+trainer.max_time",
+    "trainer.max_time=00:00:01:00": "+trainer.max_time",
+    "trainer=cpu trainer.deterministic=true": "+trainer.deterministic",
     "algos=zero": "algo",
     "datset=omniglot": "dataset",
     "hydra.run.dirr=new": "hydra.run.dir",

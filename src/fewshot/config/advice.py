@@ -32,7 +32,10 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
         call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
         group = key.split(".")[0]
-        having = [name for name, file in files(group).items() if key in file.values] if group in GROUPS else []
+        known = files(group) if group in GROUPS else {}
+        if call.startswith(f"{key}=") and any(key in file.added for file in known.values()):
+            return UserError(one_line(f"{call}: no such knob; did you mean +{key}?"))
+        having = [name for name, file in known.items() if key in file.values]
         of_another_class = f"{group}._target_" in map(key_of, overrides)
         if having and call.startswith(f"{key}=") and not of_another_class:
             return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))}")

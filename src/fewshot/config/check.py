@@ -65,6 +65,8 @@ def check_overrides(overrides: list[str]) -> None:
         value = "" if override.is_sweep_override() else override.value()
         if value == {}:
             raise UserError(f"{text}: an empty mapping changes nothing; leave it out")
+        if isinstance(value, list) and key in GROUPS and key != "callbacks":
+            raise UserError(f"{text}: takes one of its files, and a list would merge them; give one")
         if (key in GROUPS or (key == "experiment" and value is not None)) and not isinstance(value, str | list):
             raise UserError(f"{text}: must be {_files(key)}")
 
@@ -129,6 +131,7 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
 
     named: dotted keys; only mistakes in them, or in what is in them, are told. None: all are.
     """
+    from fewshot.config.kinds import IS_TEXT
     from fewshot.config.schema import mistakes
 
     plain: Any = OmegaConf.to_container(cfg)
@@ -151,7 +154,8 @@ def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
             knob, value, words = f"callbacks.{name}", plain[group][name], "lacks _target_, the class of the callback"
         elif words == "is missing":
             knob, value, words = group, None, f"lacks {knob}; must be {_files(group)}, or of your own with it"
-        raise UserError(one_line(f"{knob}={shown(value)}: {words}"))
+        quote = "'" * (words == IS_TEXT)
+        raise UserError(one_line(f"{knob}={quote}{shown(value)}{quote}: {words}"))
     if unresolved and named is None:
         key = re.sub(r"\[(\d+)\]", r".\1", unresolved.full_key or "")  # of a list's member
         raise UserError(
@@ -266,6 +270,10 @@ def check_files(cfg: DictConfig) -> None:
     if root is None or own or (root.startswith(SCHEME) and "subset" in cfg.dataset):
         return
     if not os.path.exists(os.path.expanduser(root)):
+        hydra: Any = HydraConfig.instance().cfg or OmegaConf.create()
+        began = OmegaConf.select(hydra, "hydra.runtime.cwd")
+        if began is not None and os.path.exists(os.path.join(began, root)):
+            raise UserError(f"dataset.root={root}: hydra.job.chdir=true looks for it elsewhere; write the whole path")
         raise UserError(f"dataset.root={root}: no such file or folder; give the folder or zip that holds the images")
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
 
+# Of a text that would be valid as what it says: a number, true or a list.
+IS_TEXT = "is a text; leave the quotes out, or write ${oc.decode:${oc.env:NAME}} for a variable of the environment"
 LARGEST = 3.4e38  # of 32-bit floating-point numbers
 
 
@@ -25,10 +28,20 @@ def must_be(
             if not refused(valid := validate(value)):
                 return valid
         large = limit is not None and type(value) in (int, float) and limit[0] <= value < float("inf")
+        if isinstance(value, str):
+            with suppress(ValidationError):
+                if not refused(validate(_without_quotes(value))):
+                    raise PydanticCustomError("knob", IS_TEXT)
         raise PydanticCustomError("knob", f"must be {limit[1] if large else words}")
 
     most = f", {limit[1]}" if limit and limit[0] < 10**9 else ""
     return Annotated[kind, WrapValidator(check), Field(description=words + most)]
+
+
+def _without_quotes(text: str) -> Any:
+    with suppress(Exception):  # of Hydra's grammar
+        return OverridesParser.create().parse_override(f"key={text}").value()
+    return text
 
 
 def optional(kind: Any) -> Any:
@@ -40,7 +53,8 @@ def optional(kind: Any) -> Any:
         except ValidationError as error:
             if any(mistake["loc"] for mistake in error.errors()):
                 raise
-            raise PydanticCustomError("knob", f"{error.errors()[0]['msg']}, or null") from None
+            words = error.errors()[0]["msg"]
+            raise PydanticCustomError("knob", words if words == IS_TEXT else f"{words}, or null") from None
 
     words = [f"{note.description}, or null" for note in get_args(kind) if getattr(note, "description", None)]
     return Annotated[kind, WrapValidator(check), Field(description="".join(words) or None)]
