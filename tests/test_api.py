@@ -109,6 +109,7 @@ def test_keywords_are_read_back_as_what_they_are(config):
         "algo__first_order": False,
         "model": "conv4_pooled",
         "dataset__root": "null",
+        "dataset__labels": Path("caf\u00e9/photos.csv"),
         "milestones": [1, 2],
         "stop_at_accuracy": 1e-3,
     }

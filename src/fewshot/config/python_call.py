@@ -51,7 +51,7 @@ def written(knob: str, value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{written(knob, member)}' for key, member in value.items())}}}"
     if isinstance(value, str):
-        if re.fullmatch(r"[A-Za-z_][\w./-]*", value):
+        if re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII):
             read = OverridesParser.create().parse_override(f"key={value}").value()
             if type(read) is str:  # neither null nor true
                 return value
