@@ -114,3 +114,20 @@ def test_a_home_folder_is_found_for_every_knob_of_the_command_line(tmp_path, mon
     words = ["-m", "hydra.run.dir=~/a b", "checkpoint=~/c.ckpt", "ways=5", "dataset.root=~nobody-here/x", "seed=0,1"]
     expected = ["-m", f"hydra.run.dir='{tmp_path}/a b'", f"checkpoint={tmp_path}/c.ckpt", *words[3:]]
     assert at_home(words) == expected
+
+
+@pytest.mark.parametrize("home", ["home", "h\u00f6me ${x}"])
+def test_a_tilde_means_what_the_home_folder_written_out_means(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+
+    def read(word):
+        parser = OverridesParser.create()
+        (override,) = parser.parse_overrides(at_home([f"dataset.root={word}"]))
+        jobs = [f"key={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else []
+        values = [job.value() for job in parser.parse_overrides(jobs)] or [override.value()]
+        return [OmegaConf.create({"seed": 3, "path": value}).path for value in values]
+
+    home = str(tmp_path / home)
+    assert read("~/a,~/b c,/d") == [f"{home}/a", f"{home}/b c", "/d"]
+    assert read("~/s-${seed}") == [f"{home}/s-3"]
+    assert read("~/it's") == [f"{home}/it's"] and read("~") == [home]

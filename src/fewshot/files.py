@@ -33,6 +33,7 @@ ADAPTED = "adapted.safetensors"  # beside these where the model has adapted: the
 SCHEME = "hf://"  # of the Hugging Face hub: hf://ORG/NAME or hf://ORG/NAME@REVISION
 REPOSITORY, REVISION = r"[\w-][\w.-]*/[\w-][\w.-]*", r"[\w-][\w.-]*"
 PLAIN = re.compile(r"[A-Za-z0-9_.-]*/[A-Za-z0-9_./-]*")  # a path that needs no quotes: neither a number nor null
+_HOMES = re.compile(r"(?<![^,])~[^/,]*(?P<rest>(?:[^,\\]|\\.)*)")  # each path that begins with a ~
 _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, and their descriptors
 
 
@@ -270,10 +271,19 @@ def user_path(knob: str, value: Any) -> Path:
 def at_home(words: list[str]) -> list[str]:
     """The words of a command line, with the home folder for the ~ in KNOB=~/X: not every shell expands that."""
     return [
-        override(knob, path) if text.startswith("~") and (path := os.path.expanduser(text)) != text else word
+        f"{knob}={path}" if text.startswith("~") and (path := re.sub(_HOMES, _at_home, text)) != text else word
         for word in words
         for knob, _, text in [word.partition("=")]
     ]
+
+
+def _at_home(match: re.Match[str]) -> str:
+    """One path. It is quoted unless it is plain, or a comma, $ or \\ is to mean what it means behind a plain home."""
+    path = os.path.expanduser(match[0])
+    home = path.removesuffix(match["rest"])
+    to_be_plain = home if {*match.string} & {*",$\\"} else path
+    quoted = path != match[0] and not PLAIN.fullmatch(f"{to_be_plain}/")
+    return QuotedString(escaped(home) + match["rest"], Quote.single).with_quotes() if quoted else path
 
 
 def run_folder(checkpoint: Path) -> Path:
