@@ -366,6 +366,8 @@ def test_a_list_says_classes_and_splits(tmp_path, load, columns, caplog):
     for path, labels in (
         (root, "pool/labels.csv"),
         (root, "labels.csv"),
+        (root, "./pool/labels.csv"),
+        (root, root / "pool" / "labels.csv"),
         (root / "pool", tmp_path / "elsewhere.csv"),
         (zipped(tmp_path / "flat.zip", pool | {"pool/labels.csv": table.encode()}), "labels.csv"),
     ):

@@ -271,6 +271,15 @@ def test_changed_files_are_noticed(root, load, built):
     assert (after["train"].images[4] == 0).all()
 
 
+def test_a_seed_that_draws_no_split_is_told(tmp_path, caplog):
+    for split, told in (("vinyals", True), ("random1200", False)):
+        caplog.clear()
+        with pytest.raises(UserError, match="no such file or folder"):
+            omniglot.load(root=str(tmp_path / "nowhere"), size=28, cache=None, split=split, split_seed=7)
+        line = f"dataset.split_seed=7: changes nothing, dataset.split={split} is not drawn"
+        assert [record.getMessage() for record in caplog.records] == [line] * told
+
+
 @pytest.mark.parametrize("kind", ["json", "val"])
 @pytest.mark.parametrize("damage", ["header", "pixel", "short", "long", "empty", "gone"])
 def test_a_damaged_cache_is_never_trusted(root, load, built, tmp_path, caplog, damage, kind):

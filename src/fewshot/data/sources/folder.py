@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 from fewshot.data.cache import cached
-from fewshot.data.folder_or_zip import Source, canonical, open_source, plain_text, read_classes, read_file
+from fewshot.data.folder_or_zip import Source, canonical, open_source, read_classes, read_file
 from fewshot.data.images import NOT_EVERYWHERE, is_image, plain_classes, read_splits, tell_left_out
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
@@ -130,16 +130,18 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
     """
     where, source = f"dataset.labels={labels}", open_source(path)
     known = {name for name in source.names if not name.endswith("/")}
-    inside = plain_text(labels)
-    if inside not in known:
-        wrapped = [name for name in known if name.count("/") == 1 and name.endswith(f"/{inside}")]
-        inside = wrapped[0] if len(wrapped) == 1 else ""
+    inside = _name(labels)
+    wrapped = [name for name in known if name.count("/") == 1 and name.endswith(f"/{inside}")]
+    places = [inside, wrapped[0] if len(wrapped) == 1 else ""]
+    if path.is_dir():  # it may be named by its path
+        list_at, root = (os.path.realpath(place) for place in (user_path("dataset.labels", labels), path))
+        places.append(_name(os.path.relpath(list_at, root)))
+    inside = next((name for name in places if name in known), "")
     beside = inside[: inside.rfind("/") + 1]
 
     def find(file: str) -> str | None:
-        with suppress(ValueError):
-            name = canonical(file)
-            return next((path for path in (beside + name, name) if path in known), None)
+        name = _name(file)
+        return next((path for path in (beside + name, name) if path in known), None)
 
     try:
         table = source.read(inside) if inside else read_file(user_path("dataset.labels", labels))
@@ -162,6 +164,13 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
         )
     _refuse_shared(classes, where)
     return source, {split: classes[split] for split in SPLITS}
+
+
+def _name(file: str) -> str:
+    """A file's name in a source; "" if it leads out of that."""
+    with suppress(ValueError):
+        return canonical(file)
+    return ""
 
 
 def find_classes(source: Source, where: str, layout: str) -> Classes:

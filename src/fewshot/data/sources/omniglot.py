@@ -7,6 +7,7 @@ Vinyals' split do so, five whole alphabets of the background set.
 """
 
 import json
+import logging
 import os
 import re
 from functools import partial
@@ -24,6 +25,8 @@ from fewshot.data.sources.folder import in_seeded_order
 from fewshot.data.task import SPLITS, Split
 from fewshot.errors import UserError, first_few
 from fewshot.files import user_path
+
+log = logging.getLogger(__name__)
 
 PARTS = ("images_background", "images_evaluation")
 DRAWINGS = 20
@@ -43,6 +46,8 @@ def load(
     rotations: bool = False,
 ) -> dict[str, Split]:
     """The characters of a split, images of (1, size, size); see conf/dataset/omniglot.yaml."""
+    if split_seed and split != "random1200":
+        log.warning("dataset.split_seed=%d: changes nothing, dataset.split=%s is not drawn", split_seed, split)
     folder = _download(cache) if root is None else user_path("dataset.root", root)
     sources = {part: _open_part(folder, part) for part in PARTS}
     classes = find_classes(sources, folder, split, split_seed)
