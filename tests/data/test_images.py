@@ -183,6 +183,36 @@ def test_white_is_never_guessed_from_the_pixels(values, kind):
         decode(tiff(32, struct.pack("<4I", *values), kind), **KNOBS)
 
 
+def png(bits, colour, rows, transparent):
+    """Two by two pixels; colour: 0 for grey, 2 for red, green and blue."""
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 2, 2, bits, colour, 0, 0, 0), b"tRNS": transparent}
+    parts |= {b"IDAT": zlib.compress(b"".join(b"\0" + row for row in rows)), b"IEND": b""}
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(2, 0, [b"\x10", b"\x90"], struct.pack(">H", 1)), [0, 255, 170, 255]),
+        (png(4, 0, [b"\x07", b"\x87"], struct.pack(">H", 7)), [0, 255, 136, 255]),
+        (png(8, 0, [b"\x00\x07", b"\x88\x07"], struct.pack(">H", 7)), [0, 255, 136, 255]),
+        (png(16, 0, [b"\x88\x88\0\0", b"\0\1\0\0"], struct.pack(">H", 0)), [136, 255, 0, 255]),
+        (png(16, 2, [bytes(6) + b"\x12\x34" * 3, b"\x88" * 6 + bytes(6)], b"\x12\x34" * 3), [0, 255, 136, 0]),
+    ],
+    ids=["2 bits", "4 bits", "8 bits", "16 bits", "16 bits, colour"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_grey_or_the_colour_that_a_png_calls_transparent_shows_white(data, expected, channels):
+    assert decode(data, **(KNOBS | {"size": 2, "channels": channels}))[0].ravel().tolist() == expected
+
+
+def test_a_tiff_in_lab_is_read_in_grey_as_in_colour():
+    data = save(Image.new("LAB", (16, 16), (200, 128, 128)), "TIFF")
+    grey, colour = (decode(data, **(KNOBS | {"channels": channels})) for channels in (1, 3))
+    assert np.array_equal(grey[0], colour[0]) and 180 < grey[0, 0, 0] < 210
+
+
 # Large ones
 
 

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -134,6 +134,7 @@ def _opened(data: bytes, size: int, largest_image: int | None) -> Iterator[Image
             with Image.open(io.BytesIO(data), formats=formats()) as image:
                 if image.width * image.height > REDUCED_ABOVE:
                     image.draft(None, (2 * size, 2 * size))  # only JPEG can
+                _scale_transparency(image)
                 yield image
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
@@ -151,6 +152,8 @@ def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resa
         image = _eight_bits(image, *black_and_white)
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black: show paper
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.mode == "LAB":  # which Pillow makes grey of by no way of its own
+        image = image.convert("RGB")
     image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -174,9 +177,22 @@ def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
     """Pillow's own conversion cuts 16-bit grey off at 255 instead of scaling it."""
-    span = abs(white - black)
-    values = np.minimum(np.abs(np.asarray(image).astype(np.int32) - black), span)
-    return Image.fromarray(((values * 255 + span // 2) // span).astype(np.uint8))
+    span, numbers = abs(white - black), np.asarray(image).astype(np.int32)
+    values = np.minimum(np.abs(numbers - black), span)
+    grey = Image.fromarray(((values * 255 + span // 2) // span).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(numbers == transparent, 0, 255).astype(np.uint8))))
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Pillow brings the pixels of a PNG to 8 bits, but not the grey or the colour that is transparent."""
+    tiles: Any = getattr(image, "tile", ())
+    raw, transparent = tiles[0][3] if tiles else None, image.info.get("transparency")
+    if transparent is not None and raw in ("L;2", "L;4"):
+        image.info["transparency"] = transparent * (85 if raw == "L;2" else 17)
+    elif transparent is not None and raw == "RGB;16B":
+        image.info["transparency"] = tuple(number >> 8 for number in transparent)
 
 
 def read_splits(
