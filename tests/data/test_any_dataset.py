@@ -42,6 +42,13 @@ def test_an_image_with_a_palette_has_its_colours_and_not_their_places_in_the_pal
     assert torch.equal(split.images[0], split.images[1])
 
 
+def test_black_and_white_images_and_arrays_of_another_byte_order_are_read():
+    values = np.float32([[0, 255], [255, 0]])
+    images = (values.astype(">f4"), values, Image.fromarray(values.astype(np.uint8)).convert("1"))
+    big, little, black_and_white = (split_of([(image, 0)]).images for image in images)
+    assert torch.equal(big, little) and torch.equal(black_and_white.float(), little)
+
+
 def test_bytes_are_scaled_and_floats_stay_as_they_are():
     images, labels = pixels(40), torch.arange(4).repeat(10)
     knobs = {"ways": 3, "shots": 2, "queries": 3, "seed": 5}
@@ -64,6 +71,10 @@ def test_bytes_are_scaled_and_floats_stay_as_they_are():
         ([(pixels(1)[0], 1), (pixels(1)[0].float(), 1)], "dataset[1]: images of (1, 6, 5) torch.uint8"),
         ([(torch.zeros(6, 5), 1)], "dataset[0]: a tensor of torch.float32, shape (6, 5)"),
         ([(torch.zeros(1, 6, 5, dtype=torch.int64), 1)], "dataset[0]: a tensor of torch.int64"),
+        ([(pixels(1)[0], torch.eye(3)[1])], "dataset[0]: a label of several numbers; give one number"),
+        ([(pixels(1)[0], np.eye(3)[1])], "dataset[0]: a label of several numbers; give one number"),
+        ([(pixels(1)[0], [0, 1, 0])], "dataset[0]: a label of several numbers; give one number"),
+        ([(Image.fromarray(np.zeros((6, 5), np.dtype(">u2"))), 1)], "dataset[0]: a tensor of torch.uint16"),
         ([("a.png", 1)], "dataset[0]: a str of <U5, shape ()"),
     ],
 )

@@ -42,7 +42,11 @@ def split_of(dataset: Labelled) -> Split:
         if (pixels.shape, pixels.dtype) != (first.shape, first.dtype):
             kinds = " and ".join(f"{tuple(one.shape)} {one.dtype}" for one in (first, pixels))
             raise UserError(f"dataset[{position}]: images of {kinds}; let the dataset's transform make them alike")
-        classes[label.item() if hasattr(label, "item") else label].append(pixels)
+        try:
+            classes[label.item() if hasattr(label, "item") else label].append(pixels)
+        except (TypeError, RuntimeError, ValueError):  # of a list, a tensor, an array
+            wanted = "give one number or text, of a one-hot label its argmax"
+            raise UserError(f"dataset[{position}]: a label of several numbers; {wanted}") from None
     try:
         labels = sorted(classes)
     except TypeError as error:
@@ -59,7 +63,10 @@ def _pixels(image: Any, position: int) -> Tensor:
     if not isinstance(image, Tensor):
         if isinstance(image, Image.Image) and image.mode in ("P", "PA"):
             image = image.convert("RGB")  # else its numbers are places in a palette
+        elif isinstance(image, Image.Image) and image.mode == "1":
+            image = image.convert("L")
         array = np.array(image)  # a copy that may be written to
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         if array.ndim not in (2, 3) or array.dtype.kind not in "uf":
             kind = f"a {type(image).__name__} of {array.dtype}, shape {array.shape}"
             raise UserError(
