@@ -261,6 +261,7 @@ REFUSED = {  # what makes it, model.head, how the line begins, what it says
         "model.module: Sequential writes into its images",
         "not work in place",
     ),
+    "of float64": (lambda: flat(nn.Linear(12, 3)).double(), None, "dataset.channels=3 ", "weights of torch.float32"),
     "other size": (lambda: flat(nn.Linear(5, 3)), None, "dataset.channels=3 dataset.size=16: ", "mat1 and mat2"),
 }
 

@@ -105,11 +105,11 @@ def _forward(module: nn.Module, images: Tensor) -> Any:
             return module(images)
     except Exception as error:  # whatever it makes of images that it was not made for
         _, channels, size, _ = images.shape
-        raise UserError(
-            f"dataset.channels={channels} dataset.size={size}: {type(module).__name__} fails on such images "
-            f"({first_line(error)}); "
-            "use a dataset with the channels and the size that it takes"
-        ) from error
+        kinds = {str(parameter.dtype) for parameter in module.parameters()} - {str(images.dtype)}
+        sizes = "use a dataset with the channels and the size that it takes"
+        remedy = "give it weights of torch.float32, by .float()" if kinds else sizes
+        failed = f"{type(module).__name__} fails on such images ({first_line(error)}); {remedy}"
+        raise UserError(f"dataset.channels={channels} dataset.size={size}: {failed}") from error
 
 
 def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
