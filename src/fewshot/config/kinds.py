@@ -40,7 +40,8 @@ def must_be(
 
 def _without_quotes(text: str) -> Any:
     with suppress(Exception):  # of Hydra's grammar
-        return OverridesParser.create().parse_override(f"key={text}").value()
+        if len(text) < 100:
+            return OverridesParser.create().parse_override(f"key={text}").value()
     return text
 
 
