@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -39,6 +38,9 @@ def must_be(
 
 
 def _without_quotes(text: str) -> Any:
+    """What Hydra would read in a call."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # takes its time to import
+
     with suppress(Exception):  # of Hydra's grammar
         if len(text) < 100:
             return OverridesParser.create().parse_override(f"key={text}").value()
