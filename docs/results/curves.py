@@ -1,7 +1,8 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
-docs/memorization.png, docs/prototypical.png and docs/ablation.png are of the kept runs of these names,
-docs/panel2_omniglot.png of those of `panel2`, docs/test_time_zeroing.png of FOMAML's runs of panel 1.
+docs/memorization.png, docs/prototypical.png, docs/ablation.png and docs/init_scale.png are of
+the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`, docs/test_time_zeroing.png of FOMAML's runs
+of panel 1.
 """
 
 from pathlib import Path
@@ -64,11 +65,15 @@ def final_tests(runs: list[Setting], knob: str) -> str:
             scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
             cells = [f"{100 * accuracy:.1f} ± {100 * ci95:.1f}" for accuracy, ci95 in scores]
             rows.append([f"`{setting.value(knob)}`", setting.label(without=[knob]), str(job.config["seed"]), *cells])
-    rows.sort(key=lambda row: row[0])
-    return markdown([f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"], rows)
+    values = [row[0] for row in rows]
+    rows.sort(key=lambda row: values.index(row[0]))
+    heads = [f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"]
+    if len({row[1] for row in rows}) == 1:  # the knob is all in which they differ
+        heads, *rows = ([first, *rest] for first, _, *rest in [heads, *rows])
+    return markdown(heads, rows)
 
 
-def test_time_zeroing(runs: list[Setting]) -> Figure:
+def test_time_zeroing(runs: list[Setting], lowest: float) -> Figure:
     """The test curve of each setting with the head as it is and with the head zeroed for the test alone."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -78,7 +83,7 @@ def test_time_zeroing(runs: list[Setting]) -> Figure:
             label = f"{setting.label()}, {DRAWN[mode][-1]}"
             axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
     step = runs[0].config["inner_steps"]
-    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=(0.75, 0.95))
+    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=(lowest, 0.95))
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     axes.set_title(f"FOMAML, Omniglot 5-way 1-shot, {over}", fontsize=10, loc="left")
@@ -182,6 +187,7 @@ if __name__ == "__main__":
         "panel2_omniglot": panels(panel2(), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
-        "test_time_zeroing": test_time_zeroing(settings("panel1", "-first")),
+        "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), lowest=0.75),
+        "init_scale": test_time_zeroing(settings("init_scale"), lowest=0.6),
     }.items():
         write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))
