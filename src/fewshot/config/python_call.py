@@ -19,12 +19,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
+from hydra.types import RunMode
 from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig
 
 from fewshot.config.check import check_overrides
 from fewshot.config.hydra_call import composing
-from fewshot.config.tree import CONF
+from fewshot.config.tree import CONF, key_of
 from fewshot.errors import UserError, shown
 from fewshot.files import at_home, escaped
 
@@ -61,6 +62,17 @@ def written(knob: str, value: Any) -> str:
     raise UserError(f"{knob}={value!r}: a {type(value).__name__} is no value of a knob; give text, a number or a path")
 
 
+class OneRun(Hydra):
+    """Hydra for a call that is one run: where a configuration makes a sweep of itself, Hydra alone would fail."""
+
+    def compose_config(self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = super().compose_config(config_name, overrides, *args, **kwargs)
+        if cfg.hydra.mode == RunMode.MULTIRUN:
+            sweep = next((word for word in overrides if key_of(word) == "experiment"), "hydra.mode=MULTIRUN")
+            raise UserError(f"{sweep}: is a sweep, which needs the command line; with hydra.mode=RUN it is one run")
+        return cfg
+
+
 def call_hydra(task: Callable[[DictConfig], Any], words: list[str], log: bool = True) -> Path:
     """`task` with the configuration that the words compose, as a command has it. Returns the folder of the call.
 
@@ -79,7 +91,7 @@ def call_hydra(task: Callable[[DictConfig], Any], words: list[str], log: bool = 
         words = at_home(words)
         check_overrides(words)
         with composing():
-            hydra = Hydra.create_main_hydra2("train", create_config_search_path(str(CONF)))
+            hydra = OneRun.create_main_hydra2("train", create_config_search_path(str(CONF)))
             done = hydra.run("config", logged, words, with_log_configuration=False)
         assert done.hydra_cfg is not None
         return Path(done.hydra_cfg.hydra.runtime.output_dir)
