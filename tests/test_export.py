@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from omegaconf import OmegaConf
 
 import fewshot
@@ -42,6 +43,14 @@ def test_the_same_model_comes_back_bit_by_bit(trained, exported):
     support = {"a": images[:2], "b": images[2:5]}
     probabilities = [predict(model, support, images[5:]).probabilities for model in (ours, theirs, str(exported))]
     assert np.array_equal(probabilities[0], probabilities[1]) and np.array_equal(probabilities[0], probabilities[2])
+
+
+def test_the_lines_of_the_docs_load_the_folder(exported):
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "predict.md").read_text(), re.DOTALL)
+    images = np.random.default_rng(0).integers(0, 256, (3, 35, 28), dtype=np.uint8)
+    names = {"fewshot": fewshot, "torch": torch, "images": images}
+    exec(lines.replace('"FOLDER"', repr(str(exported))), names)
+    assert names["logits"].shape == (3, 5)
 
 
 def test_a_runs_folder_stands_for_its_best_model(trained, exported, run, tmp_path, monkeypatch):
