@@ -114,6 +114,10 @@ def test_what_cannot_be_compared_is_named_with_its_reason(made, tmp_path, caplog
     assert f"left out: {ways}: was tested on other tasks (ways is 4 there and 5 in the first run)" in caplog.text
     assert "tasks.csv.gz: is not there, the run is older than this file" in caplog.text
     assert "ways is 4 there and 5" in text_of(tmp_path / "out")
+    caplog.clear()
+    with pytest.raises(SystemExit, match="all runs are of one setting"):
+        compare.main([str(first), str(ways), f"into={tmp_path / 'alone'}"])
+    assert f"left out: {ways}: was tested on other tasks" in caplog.text
 
 
 def test_a_difference_over_fewer_seeds_than_the_accuracies_is_named(made):

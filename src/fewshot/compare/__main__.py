@@ -17,6 +17,11 @@ def _mode(key: str, text: str) -> str:
     return text
 
 
+def _say(left_out: list[str]) -> None:
+    for line in left_out:
+        log.warning(printable(f"left out: {line}"))
+
+
 COMMAND = Command(
     "compare",
     "says which differences between runs are larger than noise, on the same test tasks and seeds.",
@@ -47,13 +52,12 @@ def main(arguments: list[str] | None = None) -> None:
         runs, left_out = pairs.comparable(read_jobs(pairs.folders(words.plain)))
         if not runs:
             raise UserError(printable(f"{words.plain[0]}: nothing to compare; {left_out[0]}"))
+        _say(left_out)  # before it may turn out that too few are left
         modes = [words.values["mode"]] if "mode" in words.values else [*MODES]
         rows, without = pairs.rows(runs, modes, words.values.get("step"))
-        left_out += without
         settings = list({id(row.setting): row.setting for row in rows}.values())
-        report.write(into, rows, settings, left_out)
-        for line in left_out:
-            log.warning(printable(f"left out: {line}"))
+        report.write(into, rows, settings, left_out + without)
+        _say(without)
         report.show(rows)
         print("\n".join(report.NOTES))
         print(f"Written to {into}/compare.html, compare.tex, differences.png and .pdf")
