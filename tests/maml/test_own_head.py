@@ -1,11 +1,12 @@
 """A head rule of one's own: this file is all that it takes in Python, and ALGO all that it takes in YAML."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from conftest import rows
+from conftest import ROOT, rows
 from examples import NETWORKS, assert_same, convolutional, each_order, each_way, gradients, images_for, meta_gradient
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,6 +66,15 @@ def test_both_engines_take_it_and_with_one_shot_it_is_protomaml(engine, first_or
         assert_same(found, outer_gradient(sequential, network, tasks, MedianHead(head="own", **knobs)))
         with pytest.raises(AssertionError):
             assert_same(found, means, 1e-2)
+
+
+def test_the_file_in_the_docs_is_whole_and_says_the_same():
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    (file,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MedianHead" in code]
+    exec(file, names := {})
+    features, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
+    theirs, ours = (kind(1, 0.1, True, head="own", scale=0.5) for kind in (names["MedianHead"], MedianHead))
+    assert_same(theirs.initial_head(features, labels, 3), ours.initial_head(features, labels, 3))
 
 
 def test_a_run_trains_with_it_by_both_engines(run, own_yaml, tmp_path):
