@@ -5,6 +5,7 @@ By differentiation and the formula alone, apart from the program's own inner loo
 Shapes: of one task, S support and Q query images, d features, K ways, N inner steps.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from fewshot.data.task import Task
 from fewshot.evidence.model import Model
 from fewshot.models.network import Network
+from fewshot.norms import inside, of_queries
 
 
 class Terms(NamedTuple):
@@ -35,12 +37,15 @@ def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
     memory = torch.zeros_like(W_0)  # sum_p (T_S - P^(p))^T Phi_S(theta_p)
     for _ in range(steps):
         theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
-        phi_S, logits = _forward(model.network, theta, task.support)
+        phi_S = _features(model.network, theta, task.support)
+        logits = functional_call(model.network.head, _part(theta, "head."), phi_S)
         gradients = torch.autograd.grad(F.cross_entropy(logits, task.support_labels), list(theta.values()))
         memory = memory + ((T_S - logits.softmax(1)).mT @ phi_S).detach()
         theta = {name: p - eta * g for (name, p), g in zip(theta.items(), gradients, strict=True)}
     theta = {name: parameter.detach().requires_grad_() for name, parameter in theta.items()}
-    phi_Q, logits = _forward(model.network, theta, task.query)
+    # TaskNorm normalises the queries by the support, which the encoder at theta_N sees, too.
+    phi_Q = of_queries(model.network.encoder, task, partial(inside, partial(_features, model.network, theta)))
+    logits = functional_call(model.network.head, _part(theta, "head."), phi_Q)
     residual = (logits.softmax(1) - T_Q).detach()  # N_q E_Q
     N_s, N_q = len(T_S), len(T_Q)
     return Terms(
@@ -55,11 +60,10 @@ def split_adapting_all(model: Model, task: Task, steps: int) -> Terms:
     )
 
 
-def _forward(network: Network, theta: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and logits with these parameters."""
-    encoder, head = (
-        {name.removeprefix(part): p for name, p in theta.items() if name.startswith(part)}
-        for part in ("encoder.", "head.")
-    )
-    features = functional_call(network.encoder, encoder, images)
-    return features, functional_call(network.head, head, features)
+def _features(network: Network, theta: dict[str, Tensor], images: Tensor) -> Tensor:
+    return functional_call(network.encoder, _part(theta, "encoder."), images)
+
+
+def _part(theta: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The parameters of one module, by the names that they have in it."""
+    return {name.removeprefix(prefix): p for name, p in theta.items() if name.startswith(prefix)}
