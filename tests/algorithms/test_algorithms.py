@@ -22,6 +22,7 @@ from by_hand import (
 )
 from examples import (
     NETWORKS,
+    all_at_once,
     assert_close,
     assert_same,
     convolutional,
@@ -34,7 +35,7 @@ from examples import (
     sequential,
     tiny,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot import check_algorithm
@@ -45,6 +46,7 @@ from fewshot.algorithms.inner_momentum import InnerMomentum
 from fewshot.algorithms.reptile import Reptile
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
+from fewshot.models.network import Network
 from fewshot.training.choose_engine import sequential_engine
 from fewshot.training.evaluation import Evaluation
 
@@ -309,3 +311,19 @@ def test_what_an_outer_gradient_measures_is_declared_and_has_a_name_of_its_own(r
 
     with pytest.raises(UserError, match=f"Measuring.outer_gradient: {said}"):
         sequential.meta_gradient(tiny(), draw(tasks=1, shots=1), Measuring(1, ETA, True))
+
+
+@pytest.mark.parametrize("name", ["reptile", "imaml"])
+def test_a_parameter_may_be_a_single_number(name):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(6, 4), nn.Parameter(torch.tensor(1.3))
+
+        def forward(self, images):
+            return torch.tanh(self.scale * self.layer(images.flatten(1)))
+
+    torch.manual_seed(1)
+    network, tasks = Network(Scaled(), 4, 3).double(), draw(shots=2)
+    found, expected = (outer_gradient(engine, network, tasks, SHIPPED[name])[0] for engine in (all_at_once, sequential))
+    assert_close(found, expected, 1e-10)

@@ -18,7 +18,7 @@ def conjugate_gradients(
     shapes = [part.shape for part in b]
 
     def vector(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.flatten(task_dimensions) for part in parts], -1)
+        return torch.cat([part.reshape(*part.shape[:task_dimensions], -1) for part in parts], -1)
 
     def parts(vector: Tensor) -> list[Tensor]:
         split = vector.split([shape[task_dimensions:].numel() for shape in shapes], -1)

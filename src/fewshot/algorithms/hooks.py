@@ -89,6 +89,6 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
     if odd := [name for name in loop.measures if not (name.isascii() and name.isidentifier())]:
         raise UserError(f"{by}: measures {odd[0]!r}; give it a name of letters, digits and _, for metrics.csv")
     tasks = task.support_labels.dim() - 1
-    products = ((theta[name] * gradients[name].detach()).flatten(tasks).sum(-1) for name in theta)
-    total: Any = sum(products)
+    products = (theta[name] * gradients[name].detach() for name in theta)
+    total: Any = sum(product.reshape(*product.shape[:tasks], -1).sum(-1) for product in products)
     return total, [measured[name].detach() for name in loop.measures]
