@@ -67,3 +67,12 @@ def test_lines_are_told_apart_without_colour(results):
     off, on = (lines.lines[0] for lines in axes.containers)
     assert off.get_linestyle() != on.get_linestyle() and off.get_marker() != on.get_marker()
     assert "inner_steps of training" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(("shots", "wanted"), [(1, 1), (5, 0.2)])
+def test_the_inner_products_of_a_class_are_to_add_up_to_one(results, shots, wanted):
+    counts = [[1] * 120]
+    content = {"between": [-1, 2], "updates": [0], "same_class": counts, "other_class": counts}
+    (axes,) = figures.inner_products(content, results["config"] | {"shots": shots}).axes
+    assert [line.get_xdata()[0] for line in axes.lines] == [0, wanted]
+    assert ("on average" in axes.get_xlabel()) == (shots > 1)

@@ -89,10 +89,11 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
 
 def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
     """What inner_products.json holds, at up to four moments of the training."""
+    shots = config["shots"]  # the loss wants the sum over a class's support to be 1
     chosen = sorted({round(place) for place in np.linspace(0, len(content["updates"]) - 1, 4)})
     figure = Figure(figsize=(7, 0.8 + 1.5 * len(chosen)), layout="constrained")
     for axes, place in zip(figure.subplots(len(chosen), sharex=True, squeeze=False).flat, chosen, strict=True):
-        for name, colour, wanted in (("other_class", ON, 0), ("same_class", OFF, 1)):
+        for name, colour, wanted in (("other_class", ON, 0), ("same_class", OFF, 1 / shots)):
             counts = np.array(content[name][place])
             axes.stairs(
                 counts / counts.sum(),
@@ -106,7 +107,7 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
         axes.set_title(f"after {content['updates'][place]} outer updates", fontsize=9, loc="left")
         axes.set(ylabel="share of pairs")
         plain(axes)
-    axes.set(xlabel=r"$\eta\,\phi(q)\cdot\phi(s)$; dashed: what the loss wants")
+    axes.set(xlabel=r"$\eta\,\phi(q)\cdot\phi(s)$; dashed: what the loss wants" + ", on average" * (shots > 1))
     figure.suptitle(f"{title(config)}, validation tasks", fontsize=10, parse_math=False)
     _with_legend(figure, axes)
     return figure
