@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,7 +31,9 @@ from by_hand import (
 from conftest import HANG, SMALL
 from examples import NETWORKS, convolutional, draw, images_for, meta_gradient, tiny, vector
 from hydra import compose, initialize_config_dir
+from matplotlib.collections import PathCollection
 from PIL import Image
+from torch.func import functional_call
 
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
@@ -378,6 +381,34 @@ def test_the_motion_is_that_of_the_encoder_by_hand():
     assert numbers["fomaml"]["support"] > 0.1 * numbers["fomaml"]["query"]  # FOMAML moves them too
 
 
+@pytest.mark.parametrize("eta", [1e-9, 1e5])
+def test_features_move_as_their_derivative_says_however_long_the_gradient_is(eta):
+    network, tasks = tiny(zeroed=True), draw(tasks=1, shots=1, spread=1.0)
+    own = replace(measuring(network, tasks), loop=InnerLoop(1, eta, first_order=False))
+    names, parameters = zip(*network.encoder.named_parameters(), strict=True)
+    theta = tuple(p.detach() for p in parameters)
+
+    def features(images, *theta):
+        return functional_call(network.encoder, dict(zip(names, theta, strict=True)), images)
+
+    for order, first_order in motion.ORDERS.items():
+        gradient = own.encoder_gradient(first_order=first_order).split([p.numel() for p in theta])
+        step = tuple(-g.view_as(p) for g, p in zip(gradient, theta, strict=True))
+        numbers = motion.measure(own)["motion"]["this_head"][order]
+        for kind, images in (("query", tasks.query[0]), ("support", tasks.support[0])):
+            _, moved = torch.autograd.functional.jvp(partial(features, images), theta, step)
+            assert numbers[kind] == pytest.approx(moved.norm(dim=1).mean().item(), rel=1e-5, abs=0)
+            assert numbers[kind] > 0
+
+
+def test_where_the_outer_gradient_is_zero_the_motion_is_not_judged():
+    """Every query is right, and so surely that float64 has no doubt left."""
+    network, tasks = tiny(zeroed=True), draw(tasks=1, shots=1, spread=0.0)
+    own = replace(measuring(network, tasks), loop=InnerLoop(1, 1e6, first_order=False))
+    assert not own.encoder_gradient().any()
+    assert kinds(motion.verdict(motion.measure(own))) == ["untested"] * 3
+
+
 def test_cross_task_interference_is_what_the_formulas_say():
     """One outer step of the head on a task, then the same and the next task from this head."""
     network, tasks = tiny(), draw(tasks=8, shots=1, queries=6, spread=2.0)
@@ -678,6 +709,26 @@ def verdicts(numbers):
         ]:
             said.append((report.anchor(claim), about, verdict.kind, re.sub(r"\([^)]* ≤ [^)]*\)", "", verdict.words)))
     return said
+
+
+def test_twenty_classes_are_told_apart_in_the_picture_of_an_outer_step():
+    network, tasks = tiny(ways=20), draw(tasks=1, ways=20, shape=(1, 2, 3))
+    evidence = outer_step.measure(measuring(network, tasks))
+    shown = Shown.first_of(tasks, {"mean": [0], "std": [1]})
+    axes = outer_step.panels(evidence["outer_step"], {"": evidence["outer_step"]["this_head"]}, shown).axes[0]
+    drawn = [images for images in axes.collections if isinstance(images, PathCollection)]  # queries, then support
+    looks = {(tuple(images.get_facecolor()[0]), str(images.get_paths()[0].vertices)) for images in drawn[:20]}
+    assert len(drawn) == 40 and len(looks) == 20
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "task"])
+def test_the_page_says_whose_statistics_normalise(norm):
+    config = {**config_of(3), "queries": 3, "inner_lr": 0.4, "inner_steps": 2, "test_steps": 2, "seed": 0}
+    config |= {"model": {"name": "none", "norm": norm}, "trainer": {"precision": "32-true"}}
+    evidence = {"config": config, "versions": {}, "test": {"tasks": 6}, "tasks": {"features": 2, "gradients": 2}}
+    evidence["model"] = {"checkpoint": "best.ckpt", "iteration": 3, "trained_with": config}
+    (said,) = [name for name, _ in report._measurement(evidence).rows if name.endswith("Norm")]
+    assert said.lower() == f"{norm}norm"
 
 
 def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():

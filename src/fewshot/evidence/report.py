@@ -27,6 +27,12 @@ HERE = Path(__file__).parent
 # In a wheel it lies here, in a checkout where people look for it.
 METHOD = next(path for path in (HERE / "method.md", HERE.parents[2] / "docs" / "method.md") if path.is_file())
 
+NORMS = {
+    "batch": ("BatchNorm", "statistics of the images at hand: of a task’s support images, or of its queries"),
+    "group": ("GroupNorm", "statistics of every image alone"),
+    "task": ("TaskNorm", "statistics of a task’s support images, blended with those of every image alone"),
+}
+
 
 def measure(model: Model) -> page.Evidence:
     """What all claims measure, and what several of them read."""
@@ -117,6 +123,7 @@ def _measurement(evidence: page.Evidence) -> page.Table:
     """How the numbers were measured."""
     config, model, tasks = evidence["config"], evidence["model"], evidence["tasks"]
     trained = model["trained_with"]
+    norm, statistics = NORMS[config["model"].get("norm", "batch")]
     adapts = {"all": "all parameters", "head": "the head alone"}[config["algo"]["adapted"]]
     rows = {
         "Checkpoint": "/".join(Path(model["checkpoint"]).parts[-3:]),
@@ -128,7 +135,7 @@ def _measurement(evidence: page.Evidence) -> page.Table:
         f"at test; adapts {adapts} (trained with η = {trained['inner_lr']}, "
         f"{page.counted(trained['inner_steps'])}, {trained['shots']}-shot)",
         "Arithmetic": f"accuracy in {config['trainer']['precision']}, all else in float64",
-        "BatchNorm": "statistics of the images at hand: of a task’s support images, or of its queries",
+        norm: statistics,
         "Versions": ", ".join(f"{name} {version}" for name, version in evidence["versions"].items()),
     }
     return page.Table((), list(rows.items()), "plain")

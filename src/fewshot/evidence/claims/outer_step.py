@@ -16,7 +16,7 @@ from fewshot.theory.closed_forms import closed_form_gradients
 from fewshot.theory.features import Features
 
 ORDERS = {"fomaml": True, "somaml": False}
-# Okabe-Ito, and a marker each: classes are told apart without colour too. A ninth class begins again.
+# Okabe-Ito, and a marker each: eight classes are told apart without colour too, 64 by both.
 CLASSES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 STEP: dict[str, Any] = {"marker": r"$\rightarrow$", "markeredgewidth": 0, "markersize": 16}
@@ -112,7 +112,7 @@ def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Show
 def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarray, scale: float, large: bool) -> None:
     """Images at their places (I, 2), their class in colour and shape; arrows (I, 2) of 1/scale."""
     for k in np.unique(labels):
-        colour, marker = CLASSES[k % len(CLASSES)], MARKERS[k % len(MARKERS)]
+        colour, marker = CLASSES[k % len(CLASSES)], MARKERS[(k + k // len(CLASSES)) % len(MARKERS)]
         x, y = places[labels == k].T
         edge: dict[str, Any] = {"edgecolors": "black", "linewidths": 1.2} if large else {"linewidths": 0}
         axes.scatter(x, y, s=150 if large else 22, c=colour, marker=marker, zorder=3 if large else 2, **edge)
