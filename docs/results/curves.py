@@ -1,8 +1,8 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
-docs/memorization.png, docs/prototypical.png, docs/ablation.png and docs/init_scale.png are of
-the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`, docs/test_time_zeroing.png of FOMAML's runs
-of panel 1.
+docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png and
+docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`,
+docs/test_time_zeroing.png of FOMAML's runs of panel 1.
 """
 
 from pathlib import Path
@@ -73,8 +73,11 @@ def final_tests(runs: list[Setting], knob: str) -> str:
     return markdown(heads, rows)
 
 
-def test_time_zeroing(runs: list[Setting], lowest: float) -> Figure:
-    """The test curve of each setting with the head as it is and with the head zeroed for the test alone."""
+def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure:
+    """The test curve of each setting with the head as it is and with the head zeroed for the test alone.
+
+    shown: the lowest and the highest accuracy that the figure shows.
+    """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for setting, colour in zip(runs, COLOURS, strict=False):
@@ -83,10 +86,10 @@ def test_time_zeroing(runs: list[Setting], lowest: float) -> Figure:
             label = f"{setting.label()}, {DRAWN[mode][-1]}"
             axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
     step = runs[0].config["inner_steps"]
-    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=(lowest, 0.95))
+    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=shown)
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
-    axes.set_title(f"FOMAML, Omniglot 5-way 1-shot, {over}", fontsize=10, loc="left")
+    axes.set_title(f"FOMAML, Omniglot 5-way {runs[0].config['shots']}-shot, {over}", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plain(axes)
     return figure
@@ -187,7 +190,9 @@ if __name__ == "__main__":
         "panel2_omniglot": panels(panel2(), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
-        "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), lowest=0.75),
-        "init_scale": test_time_zeroing(settings("init_scale"), lowest=0.6),
+        "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), shown=(0.75, 0.95)),
+        "init_scale": test_time_zeroing(settings("init_scale"), shown=(0.6, 0.95)),
+        "five_shot": test_time_zeroing(settings("five_shot"), shown=(0.8, 0.99)),
+        "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
     }.items():
         write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))
