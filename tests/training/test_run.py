@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 from conftest import copied_before_writes, outcome
+from hydra.utils import get_object
 
 from fewshot.errors import UserError
 from fewshot.training.checkpoint import read
@@ -46,14 +47,14 @@ class Counts(pl.Callback):
 class History(pl.Callback):
     """Its state is an empty list before the first update."""
 
-    def __init__(self):
-        self.losses = []
+    def __init__(self, kind="numpy.float64"):
+        self.kind, self.losses = get_object(kind), []
 
     def state_dict(self):
         return {"losses": self.losses}
 
     def on_train_batch_end(self, trainer, module, outputs, *args):
-        self.losses.append(np.float64(outputs["loss"].item()))
+        self.losses.append(self.kind(outputs["loss"].detach()))
 
 
 def test_a_checkpoint_that_could_not_be_read_again_ends_a_run_before_it_trains(run, tmp_path):
@@ -62,9 +63,12 @@ def test_a_checkpoint_that_could_not_be_read_again_ends_a_run_before_it_trains(r
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_checkpoint_that_can_be_read_is_not_replaced_by_one_that_could_not(run, tmp_path):
-    with pytest.raises(UserError, match=r"last.ckpt: the state of the callback History has a float64, which could not"):
-        run(tmp_path / "run", "+callbacks.history._target_=test_run.History", "val_every=6", "save_minutes=1e-9")
+@pytest.mark.parametrize("kind", ["numpy.float64", "torch.nn.Parameter"])
+def test_a_checkpoint_that_can_be_read_is_not_replaced_by_one_that_could_not(run, tmp_path, kind):
+    own = ("+callbacks.history._target_=test_run.History", f"+callbacks.history.kind={kind}")
+    line = rf"last.ckpt: the state of the callback History has a {kind.split('.')[-1]}, which could not"
+    with pytest.raises(UserError, match=line):
+        run(tmp_path / "run", *own, "val_every=6", "save_minutes=1e-9")
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0
 
 

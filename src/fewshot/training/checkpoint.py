@@ -70,7 +70,7 @@ class Describe(pl.Callback):
 
 def _odd(state: Any) -> str:
     """The type of what is neither plain data nor a tensor that a checkpoint can have; empty if there is none."""
-    if isinstance(state, Tensor):
+    if type(state) is Tensor:
         return "" if state.dtype in FLOATS + COUNTS else f"tensor of {state.dtype}"
     if type(state) in (dict, OrderedDict):
         return next((odd for entry in state.items() for part in entry if (odd := _odd(part))), "")
