@@ -746,10 +746,11 @@ def test_a_head_of_one_vector_gets_the_verdicts_of_a_zero_head():
     assert "the same for every class" in render(numbers, PICTURES)
     with torch.no_grad():
         network.head.bias[0] += 1  # predictions before the step are no longer uniform
-    kinds = {words: kind for *_, kind, words in verdicts(everything(network, tasks))}
+    other = everything(network, tasks)
+    kinds = {words: kind for *_, kind, words in verdicts(other)}
     assert kinds["4 of the 4 statements tested do not hold"] == "fails"
     assert not any(page.HEAD_IS_ZERO.words in words for anchor, _, _, words in verdicts(numbers) if anchor == "memory")
-    for figure in report.draw({**everything(network, tasks)}, Shown(*images_of(tasks))).values():
+    for figure in report.draw(other, Shown(*images_of(tasks))).values():
         assert figure.axes
 
 
@@ -831,7 +832,7 @@ def trained(cache, tmp_path_factory):
     """The folder of a small run."""
     folder = tmp_path_factory.mktemp("run")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        overrides = [*SMALL, "val_tasks=4", "test_tasks=6", f"dataset.cache={cache}", "logger=none"]
+        overrides = [*SMALL, "ways=3", "val_tasks=4", "test_tasks=6", f"dataset.cache={cache}", "logger=none"]
         train_run(compose("config", overrides), Call(overrides, folder, Signals()))
     return folder
 
@@ -841,6 +842,7 @@ def evidence(config, monkeypatch):
     """evidence(checkpoint, folder, *overrides): the program, in this process, in rough pictures and on fewer tasks."""
     monkeypatch.setattr(report, "png", partial(png, dpi=20))
     monkeypatch.setattr(label_orders, "TASKS", 1)
+    monkeypatch.setattr(frozen_encoder, "STEPS", (1, 2))
 
     def evidence(checkpoint, folder, *overrides):
         overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]
@@ -1045,12 +1047,12 @@ def test_an_unknown_knob_has_hydras_words(tmp_path, trained):
 
 def test_a_mistake_that_the_checkpoint_shows_is_one_line(trained, evidence, tmp_path):
     best = trained / "checkpoints" / "best.ckpt"
-    few = photos(tmp_path / "few", classes=3, images=4)
+    few = photos(tmp_path / "few", classes=2, images=4)
     for overrides, said in (
         (("model.width=9",), "checkpoint=.*head.weight is .* there and .* here; it was trained with"),
-        (("ways=4",), "checkpoint=.*trained with model=conv4_strided ways=5"),
+        (("ways=4",), "checkpoint=.*trained with model=conv4_strided ways=3"),
         (("ways=80",), "ways=80: dataset glyphs has 30 val classes; at most 30 ways"),
-        (few, "ways=5: dataset.root=.* has .* 3 test classes; use ways=3; or train nothing"),
+        (few, "ways=3: dataset.root=.* has .* 2 test classes; use ways=2; or train nothing"),
     ):
         with pytest.raises(UserError, match=said) as error:
             evidence(best, tmp_path / "evidence", *overrides)
@@ -1071,6 +1073,6 @@ def test_on_real_images(trained, evidence, tmp_path):
     dataset = ("dataset=omniglot", f"dataset.root={SHARED / 'omniglot'}", "dataset.other_split=true", "test_tasks=3")
     numbers, html = evidence(trained / "checkpoints" / "last.ckpt", tmp_path / "evidence", *dataset)
     assert all(check["pass"] for check in numbers["identities"].values())
-    assert "glyphs 5-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(
+    assert "glyphs 3-way 1-shot, after 6 outer updates, measured on omniglot" in assert_self_contained(
         html, len(PICTURES)
     )
