@@ -169,16 +169,16 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file
 
 def test_a_file_that_another_process_takes_for_a_leftover_is_left_to_it(tmp_path, monkeypatch):
     """It holds the lock, and has still to remove the file, when the writer asks for the lock."""
-    create, taken = files.create, []
+    taken = []
 
-    def create_and_lose(path):
-        descriptor = create(path)
+    def create_and_lose(path, mode):
+        file = open(path, mode)  # noqa: SIM115
         if not taken:
             taken.append((path, os.open(path, os.O_RDWR)))
             assert files.lock_descriptor(taken[0][1], blocking=False)
-        return descriptor
+        return file
 
-    monkeypatch.setattr(files, "create", create_and_lose)
+    monkeypatch.setattr(files, "open", create_and_lose, raising=False)
     with files.replacing(tmp_path / "images.npy") as file:
         ((leftover, locked),) = taken
         leftover.unlink()

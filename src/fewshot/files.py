@@ -75,11 +75,6 @@ def refuse_links_of_jobs(sweep: Path) -> None:
         refuse_links(path)
 
 
-def create(path: Path, flags: int = os.O_WRONLY) -> int:
-    """A descriptor of a new file. Nothing that is there is opened, and no link followed."""
-    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-
-
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
     """A descriptor of a regular file; no link is followed and no pipe waited for, which are a UserError."""
     descriptor = None
@@ -119,7 +114,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     remove_leftovers(path.parent, f".{escape(path.name)}.*.part")
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        with open(create(temporary), "wb") as file:
+        with open(temporary, "xb") as file:  # nothing that is there is opened, and no link followed
             taken = False
             with suppress(OSError):  # a file system without locks
                 taken = not lock_descriptor(file.fileno(), blocking=False)

@@ -23,6 +23,7 @@ from fewshot.errors import UserError, one_line, shown
 from fewshot.files import is_regular
 
 MEBIBYTE = 2**20
+MOST, DEEPEST = 20_000, 20  # values and levels of a stored configuration; no run of this program writes as many
 
 # Names of today
 
@@ -158,20 +159,20 @@ def check_config(where: str, config: Any) -> None:
             )
 
 
-def check_plain(where: str, content: Any, most: int = 20_000, deepest: int = 20) -> None:
+def check_plain(where: str, content: Any) -> None:
     """Raises UserError where it is not plain data with text as keys, or is large: a list may hold itself many times."""
     waiting, number = [(content, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         number += 1
-        if number > most or depth > deepest or (isinstance(value, str) and len(value) > 10_000):
+        if number > MOST or depth > DEEPEST or (isinstance(value, str) and len(value) > 10_000):
             raise UserError(f"{where}: holds more, or deeper, or longer values than any run of this program writes")
         if isinstance(value, dict):
             if not all(type(key) is str and key.isprintable() and len(key) < 1000 for key in value):
                 raise UserError(f"{where}: holds keys that are no text")
             waiting += [(member, depth + 1) for member in value.values()]
         elif isinstance(value, list | tuple):
-            if len(value) > most:
+            if len(value) > MOST:
                 raise UserError(f"{where}: holds a list of {len(value)} values")
             waiting += [(member, depth + 1) for member in value]
         elif not (value is None or type(value) in (str, bool, float) or (type(value) is int and abs(value) < 2**63)):
@@ -184,7 +185,7 @@ def is_simple(value: str) -> bool:
     return "${" not in value or (value.count("${") == 1 and re.search(SIMPLE, value) is not None)
 
 
-def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000) -> None:
+def check_interpolations(where: str, config: dict[str, Any]) -> None:
     """Raises UserError where a ${...} has a form that this program's YAML lacks, or would make much of little.
 
     Nothing is resolved here: the values that would be read are counted, and their hundreds of letters.
@@ -209,7 +210,7 @@ def check_interpolations(where: str, config: dict[str, Any], most: int = 20_000)
         return sizes[mark]
 
     try:
-        large = size(config) > most
+        large = size(config) > MOST
     except RecursionError:
         large = True
     if large:
@@ -254,8 +255,8 @@ def read_yaml(path: Path) -> Any:
         depth = 0
         for event in yaml.parse(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > 20:
-                what = "an alias" if isinstance(event, yaml.AliasEvent) else "more than 20 levels"
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = "an alias" if isinstance(event, yaml.AliasEvent) else f"more than {DEEPEST} levels"
                 raise UserError(f"{path}: has {what}, which no run of this program writes")
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(content)))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:

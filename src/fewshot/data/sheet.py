@@ -15,6 +15,7 @@ from torch import Tensor
 from fewshot.data.task import Split
 
 TEXT, GAP, COLUMNS = 14, 2, 10  # height of a text and space around an image, in pixels; images of a row, at most
+CLASSES = 6  # of each split, at most
 
 
 class Row(NamedTuple):
@@ -60,11 +61,11 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
 
 
-def dataset_rows(splits: dict[str, Split], classes: int = 6) -> list[Row]:
-    """The first images of some classes of each split, evenly spaced, a class a row. classes: of each split, at most."""
+def dataset_rows(splits: dict[str, Split]) -> list[Row]:
+    """The first images of some classes of each split, evenly spaced; a row shows a class."""
     rows = []
     for name, split in splits.items():
-        number = min(classes, len(split.names))
+        number = min(CLASSES, len(split.names))
         for place in (row * len(split.names) // number for row in range(number)):
             first, last = split.offsets[place : place + 2].tolist()
             rows.append(Row(f"{name}: {split.names[place]}", list(split.images[first : min(last, first + COLUMNS)])))

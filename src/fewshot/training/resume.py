@@ -52,6 +52,7 @@ FREE = (
 )
 # Their defaults were other numbers at commit a43819a: where no call names one, a run of that time keeps its own.
 CHANGED_DEFAULTS = ("algo.step_losses",)
+REFERRING = 4  # knobs of a checkpoint's call that may refer to another knob, where it is tested
 
 
 @dataclass(frozen=True)
@@ -230,14 +231,14 @@ def _check_call(stored: list[str], path: Path) -> None:
         raise UserError(f"checkpoint={path}: its call has {own[0]}, which no run of this program writes there")
 
 
-def _refuse_interpolations(stored: list[str], path: Path, most: int = 4) -> None:
+def _refuse_interpolations(stored: list[str], path: Path) -> None:
     """Raises UserError where what is left of a checkpoint's call could make much of little, or read the environment."""
     made = [word for word in stored if "${" in word.replace("\\", "")]  # Hydra takes the backslash out of $\{
-    refused = [word for word in made if not is_simple(word)] or made[most:]
+    refused = [word for word in made if not is_simple(word)] or made[REFERRING:]
     if refused:
         raise UserError(
-            f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {most} knobs from there that "
-            f"refer to another, each to one; name {refused[0].partition('=')[0]} in this call too"
+            f"checkpoint={path}: its call has {shown(refused[0])}; a test takes at most {REFERRING} knobs from there "
+            f"that refer to another, each to one; name {refused[0].partition('=')[0]} in this call too"
         )
 
 
