@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fewshot.algorithms.fitting import two
+from fewshot.config.advice import configuration
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.data.__main__ import configuration
 from fewshot.errors import UserError
 from fewshot.inner_loop import ORDERS, InnerLoop, Tensors
 

@@ -8,12 +8,11 @@ import re
 from itertools import product
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from fewshot.config.advice import not_composed
-from fewshot.config.check import check_files, check_knobs, check_overrides, processes
-from fewshot.config.tree import CONF, STATISTICS, choices, key_of, statistics
+from fewshot.config.advice import configuration
+from fewshot.config.check import check_files, check_knobs, processes
+from fewshot.config.tree import STATISTICS, choices, key_of, statistics
 from fewshot.errors import UserError, shown
 from fewshot.files import override, user_path
 
@@ -71,22 +70,10 @@ def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[i
             raise UserError(f"{knob}: with datasets= only {', '.join(OF_THE_CALL)} may be given; leave it out")
     steps, tasks = model.get("test_steps", model["inner_steps"]), model.get("test_tasks", 600)
     own = [f"queries={model['queries']}", f"inner_steps={model['inner_steps']}", f"test_steps={steps}"]
-    own += [
-        f"evaluation.statistics={statistics(model)[0]}",
-        f"test_tasks={tasks}",
-        f"dataset.size={model['dataset']['size']}",
-    ]
-    overrides = list({key_of(word): word for word in [*place.overrides, *own, *knobs]}.values())  # the later of two
-    check_overrides(overrides)
-
-    def composed(overrides: list[str]) -> DictConfig:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose("config", overrides)
-
-    try:
-        cfg = composed(overrides)
-    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
-        raise not_composed(error, overrides, composed) from None
+    own += [f"test_tasks={tasks}", f"evaluation.statistics={statistics(model)[0]}"]
+    own += [f"dataset.size={model['dataset']['size']}"]
+    latest = {key_of(word): word for word in [*place.overrides, *own, *knobs]}
+    cfg = configuration(list(latest.values()))
     data, trained = cfg.dataset, model["dataset"]
     words = {1: "grey", 3: "colour"}
     images = "to " * (data.channels != trained["channels"]) + words[trained["channels"]]

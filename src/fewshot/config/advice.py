@@ -1,4 +1,4 @@
-"""What to do about a call that Hydra cannot compose, in one line; what is advised is not refused in its turn."""
+"""Composes a call, and says in one line what to do where Hydra cannot; what is advised is not refused in its turn."""
 
 import copy
 import re
@@ -7,15 +7,34 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fewshot.config.check import ADDED, check, knobs
+from fewshot.config.check import ADDED, check, check_overrides, knobs
 from fewshot.config.help import files
-from fewshot.config.tree import GROUPS, key_of
+from fewshot.config.tree import CONF, GROUPS, key_of
 from fewshot.errors import UserError, first_line, nearest, one_line
 
 Composed = Callable[[list[str]], DictConfig]  # makes a configuration of a call's overrides
+
+
+def configuration(overrides: list[str]) -> DictConfig:
+    """The configuration of a command that Hydra itself does not start; it is composed and not checked yet.
+
+    Raises:
+        UserError: an override that cannot be composed.
+    """
+    check_overrides(overrides)
+
+    def composed(overrides: list[str]) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("config", overrides)
+
+    try:
+        return composed(overrides)
+    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
+        raise not_composed(error, overrides, composed) from None
 
 
 def not_composed(error: Exception, overrides: list[str], composed: Composed) -> UserError:

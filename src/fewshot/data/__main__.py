@@ -11,31 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fewshot.config.advice import not_composed
-from fewshot.config.check import check_overrides, refuse
+from fewshot.config.advice import configuration
+from fewshot.config.check import refuse
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.config.tree import CONF, choices
+from fewshot.config.tree import choices
 from fewshot.data.cache import cache_folder, file_stem, not_kept
 from fewshot.errors import UserError, shown
 from fewshot.files import check_writable, user_path, write_atomically
-
-
-def configuration(overrides: list[str]) -> DictConfig:
-    check_overrides(overrides)
-
-    def composed(overrides: list[str]) -> DictConfig:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose("config", overrides)
-
-    try:
-        return composed(overrides)
-    except Exception as error:  # of Hydra, of OmegaConf, or what an odd value makes of the two
-        raise not_composed(error, overrides, composed) from None
 
 
 def checked(overrides: list[str]) -> DictConfig:
