@@ -4,12 +4,10 @@ predict model=FOLDER query=DIR, fewshot.predict.Adapted.load and fewshot.FewShot
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.errors import UserError
 from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, check_place, user_path
 from fewshot.predict.__main__ import COMMAND as PREDICT
 from fewshot.predict.__main__ import Support
@@ -18,10 +16,7 @@ from fewshot.predict.find import find, refuse_adapted
 
 def run(model: str, support: str, folder: Path, *, trust: bool = False, **options: Any) -> None:
     """Adapts to the images in `support` and writes the adapted model. options: those of fewshot.predict.adapt."""
-    check_place("out", folder)
-    for name in (EXPORTED, EXPORTED_CONFIG, ADAPTED):
-        if os.path.lexists(folder / name):
-            raise UserError(f"out={folder}: holds a {name}; name another folder")
+    check_place("out", folder, without=(EXPORTED, EXPORTED_CONFIG, ADAPTED))
     path = find(model)
     refuse_adapted(path)
     examples = Support(support)

@@ -4,7 +4,6 @@ fewshot.load(FOLDER) and python -m fewshot.predict read the folder. There is no 
 path of the machine that trained.
 """
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -24,10 +23,7 @@ from fewshot.results.record_files import versions
 
 def export(checkpoint: Path, folder: Path) -> None:
     """Writes the model of a checkpoint into a folder; one that holds such files already is a UserError."""
-    check_place("out", folder)
-    for name in (EXPORTED, EXPORTED_CONFIG, CARD):
-        if os.path.lexists(folder / name):
-            raise UserError(f"out={folder}: holds a {name}; name another folder")
+    check_place("out", folder, without=(EXPORTED, EXPORTED_CONFIG, CARD))
     # Torch and Lightning take seconds to import, and a mistake in the call should not have to wait for them.
     from omegaconf import OmegaConf
     from safetensors.torch import save

@@ -8,7 +8,7 @@ import re
 import shlex
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from itertools import count
@@ -37,11 +37,14 @@ _HOMES = re.compile(r"(?<![^,])~[^/,]*(?P<rest>(?:[^,\\]|\\.)*)")  # each path t
 _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, and their descriptors
 
 
-def check_place(knob: str, folder: Path) -> None:
-    """Raises UserError where a folder that may not be there yet would lie in a file."""
+def check_place(knob: str, folder: Path, without: Iterable[str] = ()) -> None:
+    """Raises UserError where a folder that may not be there yet would lie in a file, or holds one of these names."""
     there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), Path("/"))
     if not there.is_dir():
         raise UserError(f"{knob}={folder}: {there} is no folder; name another place")
+    for name in without:
+        if os.path.lexists(folder / name):
+            raise UserError(f"{knob}={folder}: holds a {name}; name another folder")
 
 
 def is_regular(knob: str, path: Path) -> None:

@@ -103,10 +103,7 @@ class Adapted:
             UserError: something is there already, or a label is neither text nor a number.
         """
         folder = user_path("out", folder)
-        check_place("out", folder)
-        for name in (EXPORTED, EXPORTED_CONFIG, ADAPTED):
-            if os.path.lexists(folder / name):
-                raise UserError(f"out={folder}: holds a {name}; name another folder")
+        check_place("out", folder, without=(EXPORTED, EXPORTED_CONFIG, ADAPTED))
         labels = [label.item() if isinstance(label, np.generic) else label for label in self.classes]
         if not all(isinstance(label, Label) for label in labels):
             raise UserError(f"classes: {self.classes!r} cannot be written; use text or numbers as labels")
