@@ -17,8 +17,8 @@ from fewshot.config.tree import MODES, NOT_THE_MODEL, OF_TRAINING, key_of, porta
 from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, TRAINED, check_place, checkpoint_file, user_path, write_file
 from fewshot.inner_loop import InnerLoop
+from fewshot.results.record_files import percent, versions
 from fewshot.results.record_files import read as read_results
-from fewshot.results.record_files import versions
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -144,7 +144,7 @@ def _table(results: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     for step in range(len(test["zeroing_off"]["accuracy"])):
-        cells = (f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f}" for mode in MODES)
+        cells = (percent(test[mode]["accuracy"][step], test[mode]["ci95"][step]) for mode in MODES)
         lines.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from fewshot.config.tree import MODES, STATISTICS
 from fewshot.inner_loop import InnerLoop
 from fewshot.results import record_files, task_scores
 from fewshot.results.figures import DRAWN, plain, write_picture
-from fewshot.results.record_files import title
+from fewshot.results.record_files import percent, title
 
 HEADS = ["dataset", "images", "ways", "shots", "queries", "test_zeroing", "step", "accuracy", "ci95", "tasks"]
 HEADS += ["inner_steps", "left_out"]
@@ -83,7 +83,7 @@ def table(rows: Sequence[Row], model: dict[str, Any]) -> str:
         cells = []
         for mode in MODES:
             scores = row.scores.get(mode)
-            cells += [f"{100 * scores.accuracy[s]:.2f} ± {100 * scores.ci95[s]:.2f}" if scores else "–" for s in steps]
+            cells += [percent(scores.accuracy[s], scores.ci95[s]) if scores else "–" for s in steps]
         mark = ""
         if row.left_out:
             if row.left_out not in notes:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fewshot.config.tree import MODES
-from fewshot.results.figures import MARKS, OFF, ON, STYLES, plain
+from fewshot.results.figures import DRAWN, MARKS, STYLES, plain, with_legend
 from fewshot.sweep.figures import COLOURS
 from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Setting, mean_and_ci95
@@ -26,19 +26,19 @@ def differences(rows: list[Row], of: str) -> Figure:
     figure = Figure(figsize=(7, 1.4 + 0.5 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for row in others:
+        colour, marker, _ = DRAWN[row.mode]
         shift = 0.14 * (1 if row.mode == "zeroing_on" else -1) * (len({row.mode for row in others}) > 1)
-        place, colour = labels.index(row.setting.label()) + shift, ON if row.mode == "zeroing_on" else OFF
+        place = labels.index(row.setting.label()) + shift
         assert row.difference is not None  # of all but the first
         mean, tasks, _, both = (100 * value for value in row.difference[:4])
         if not np.isnan(both):
             axes.errorbar(mean, place, xerr=both, color=colour, linewidth=1, capsize=3)
         axes.errorbar(mean, place, xerr=tasks, color=colour, linewidth=3)
         face = colour if row.larger_than_noise else "white"
-        marker = "s" if row.mode == "zeroing_on" else "o"
         axes.plot(mean, place, marker=marker, color=colour, markerfacecolor=face, markersize=7, zorder=3)
-    for mode, colour, marker in (("zeroing_off", OFF, "o"), ("zeroing_on", ON, "s")):
+    for mode, (colour, marker, label) in DRAWN.items():
         if any(row.mode == mode for row in others):
-            axes.plot([], [], marker=marker, color=colour, label=f"test {mode.replace('_', ' ')}")
+            axes.plot([], [], marker=marker, color=colour, label=label)
     axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(labels)), [fill(label, 36) for label in labels], fontsize=9, parse_math=False)
     axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference in points")
@@ -74,5 +74,4 @@ def curves(settings: list[Setting], of: str) -> Figure:
     axes.set(xlabel="outer update", ylabel="query accuracy after inner_steps")
     axes.set_title(of, fontsize=10, loc="left", parse_math=False)
     plain(axes)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return with_legend(figure, axes)

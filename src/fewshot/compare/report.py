@@ -1,6 +1,7 @@
 """The comparison as a table in the terminal, as a page, as figures and in LaTeX."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fewshot.results.page import pages
 from fewshot.results.record_files import title
 from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Setting
-from fewshot.sweep.tables import TARGETS, updates_to
+from fewshot.sweep.tables import to_accuracy
 
 HEADS = ("setting", "test zeroing", "step", "accuracy", "difference", "± tasks", "± seeds", "± both", "p", "seeds")
 NOTES = (
@@ -40,15 +41,6 @@ def cells(row: Row) -> list[str]:
     return [*start, f"{100 * d.mean:+.2f}".replace("-", "−"), *halves, p, str(d.seeds)]
 
 
-def to_accuracy(settings: list[Setting]) -> tuple[list[str], list[list[str]]]:
-    """Outer updates until a setting's curve first reaches an accuracy; only accuracies that one of them reaches."""
-    table = [[setting.label(), *updates_to(setting)] for setting in settings]
-    reached = [number for number in range(len(TARGETS)) if any(row[2 + number] != "-" for row in table)]
-    return ["setting", "curve", *(f"{TARGETS[number]:.0%}" for number in reached)], [
-        [*row[:2], *(row[2 + number] for number in reached)] for row in table
-    ]
-
-
 def calibration(rows: list[Row]) -> tuple[list[str], list[list[str]]] | None:
     """The expected calibration error of each row whose runs have it, means over seeds; None where none has."""
     table = []
@@ -62,19 +54,21 @@ def calibration(rows: list[Row]) -> tuple[list[str], list[list[str]]] | None:
 
 
 def show(rows: list[Row]) -> None:
-    table = rich.table.Table()
-    for head in HEADS:
-        table.add_column(head, justify="left" if head == "setting" else "right")
-    for row in rows:
-        table.add_row(*map(Text, cells(row)), style="bold" if row.larger_than_noise else None)
-    rich.console.Console(width=120).print(table)
+    _print_table(HEADS, [(cells(row), row.larger_than_noise) for row in rows])
     if calibrated := calibration(rows):
-        table = rich.table.Table(title="Mean probability of the predicted class and expected calibration error, in %")
-        for head in calibrated[0]:
-            table.add_column(head, justify="left" if head == "setting" else "right")
-        for row in calibrated[1]:
-            table.add_row(*map(Text, row))
-        rich.console.Console(width=120).print(table)
+        heads, table = calibrated
+        heading = "Mean probability of the predicted class and expected calibration error, in %"
+        _print_table(heads, [(row, False) for row in table], heading)
+
+
+def _print_table(heads: Sequence[str], rows: list[tuple[list[str], bool]], heading: str | None = None) -> None:
+    """rows: the cells of each, and whether they are bold."""
+    table = rich.table.Table(title=heading)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "setting" else "right")
+    for row, bold in rows:
+        table.add_row(*map(Text, row), style="bold" if bold else None)
+    rich.console.Console(width=120).print(table)
 
 
 def latex(rows: list[Row], heading: str) -> str:
@@ -92,8 +86,7 @@ def latex(rows: list[Row], heading: str) -> str:
         label, zeroing, step, accuracy, *_ = cells(row)
         difference = "--"
         if d := row.difference:
-            half = d.over_tasks if np.isnan(d.over_both) else d.over_both
-            difference = f"${100 * d.mean:+.2f} \\pm {100 * half:.2f}$"
+            difference = f"${100 * d.mean:+.2f} \\pm {100 * d.half_width:.2f}$"
             difference = f"$\\mathbf{{{difference.strip('$')}}}$" if row.larger_than_noise else difference
         lines.append(f"{_tex(label)} & {zeroing} & {step} & {accuracy} & {difference} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
@@ -116,7 +109,6 @@ def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list
     files: dict[str, Any] = {"compare.tex": latex(rows, of)}
     for name, figure in pictures.items():
         files |= {f"{name}.png": png(figure), f"{name}.pdf": pdf(figure)}
-    heads, table = to_accuracy(settings)
     files["compare.html"] = (
         pages(Path(__file__).parent)
         .get_template("compare.html.jinja")
@@ -127,7 +119,7 @@ def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list
             notes=NOTES,
             pictures={name: b64encode(files[f"{name}.png"]).decode() for name in pictures},
             captions=figures.CAPTIONS,
-            to_accuracy=(heads, table) if len(heads) > 2 else None,
+            to_accuracy=to_accuracy(settings),
             calibration=calibration(rows),
             folders=[(setting.label(), [str(job.folder) for job in setting.jobs]) for setting in settings],
             left_out=left_out,

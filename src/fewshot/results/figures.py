@@ -38,7 +38,7 @@ def accuracy_over_iterations(curves: dict[str, list[tuple[int, float]]], config:
                 name = {"val": "validation", "test": "test curve"}[split]
                 marks = {"marker": marker, "markersize": 4, "markevery": max(1, len(curve) // 10)}
                 axes.plot(*zip(*curve, strict=True), style, color=colour, label=f"{name}, {label}", **marks)
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figure:
@@ -54,7 +54,7 @@ def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figu
     bars = f"bars: 95% confidence interval over {results['test']['tasks']} {tested_on(config)}"
     axes.set_title(f"{title(config)}\n{bars}", fontsize=10, parse_math=False)
     axes.axhline(1 / config["ways"], color="grey", linewidth=0.8, linestyle="--", label="chance")
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
 PROBES = (  # one panel each: title and (name, label)
@@ -82,7 +82,7 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
         axes.set(xlabel="outer iteration")
         axes.set_title(label, fontsize=9, loc="left")
         plain(axes)
-        _with_legend(figure, axes)
+        with_legend(figure, axes)
     figure.suptitle(f"{title(config)}: means over validation tasks, unadapted encoder", fontsize=10, parse_math=False)
     return figure
 
@@ -109,7 +109,7 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
         plain(axes)
     axes.set(xlabel=r"$\eta\,\phi(q)\cdot\phi(s)$; dashed: what the loss wants" + ", on average" * (shots > 1))
     figure.suptitle(f"{title(config)}, validation tasks", fontsize=10, parse_math=False)
-    _with_legend(figure, axes)
+    with_legend(figure, axes)
     return figure
 
 
@@ -212,6 +212,6 @@ def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _with_legend(figure: Figure, axes: Axes) -> Figure:
+def with_legend(figure: Figure, axes: Axes) -> Figure:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # outside the data
     return figure

@@ -99,6 +99,11 @@ def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | 
     return f"the logits of some task are not finite numbers after inner step {min(bad)}; {remedy}"
 
 
+def percent(accuracy: float, ci95: float) -> str:
+    """E.g. "81.25 ± 0.43", in %; without an interval where none is known."""
+    return f"{100 * accuracy:.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
+
+
 def title(config: dict[str, Any], algorithm: bool = True) -> str:
     """E.g. "FOMAML + zeroing, glyphs 5-way 1-shot"."""
     task = f"{config['dataset']['name']} {config['ways']}-way {config['shots']}-shot"
@@ -302,7 +307,7 @@ def show(results: dict[str, Any], folder: Path) -> None:
     for step in shown:
         mark = "*" * (step == config["inner_steps"])
         for words, of in (several or {"": test}).items():
-            cells = (f"{100 * of[mode]['accuracy'][step]:.2f} ± {100 * of[mode]['ci95'][step]:.2f}" for mode in MODES)
+            cells = (percent(of[mode]["accuracy"][step], of[mode]["ci95"][step]) for mode in MODES)
             errors = " ".join(f"{of[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
             table.add_row(f"{step}{mark}", *[words] * bool(several), *cells, *[errors] * calibrated)
     console = rich.console.Console(color_system=None, width=80)
@@ -320,7 +325,7 @@ def tell_result(results: dict[str, Any]) -> None:
     test, config = results["test"], results["config"]
     step = config["inner_steps"]
     words = [
-        f"{100 * test[mode]['accuracy'][step]:.2f} ± {100 * test[mode]['ci95'][step]:.2f} ({mode.replace('_', ' ')})"
+        f"{percent(test[mode]['accuracy'][step], test[mode]['ci95'][step])} ({mode.replace('_', ' ')})"
         for mode in MODES
     ]
     log.info(f"{title(config)}: query accuracy in % after inner step {step}: {', '.join(words)}")

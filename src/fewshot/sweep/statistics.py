@@ -26,6 +26,11 @@ class Difference(NamedTuple):
     p: float
     seeds: int
 
+    @property
+    def half_width(self) -> float:
+        """Of the interval to be believed: over both, or over tasks where there is one seed."""
+        return self.over_tasks if np.isnan(self.over_both) else self.over_both
+
 
 def paired(differences: np.ndarray) -> Difference:
     """Of differences (S, T), each of one seed on one task."""

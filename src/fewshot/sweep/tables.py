@@ -18,7 +18,7 @@ from fewshot.config.command import one_line_errors
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import in_shell, write_file
-from fewshot.results.record_files import steps_that_matter, tested_on, title, write_csv
+from fewshot.results.record_files import percent, steps_that_matter, tested_on, title, write_csv
 from fewshot.sweep.settings import (
     OVER_SEEDS,
     Job,
@@ -139,7 +139,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         steps = sorted({n for one, _ in inside for n in steps_that_matter(one.config, last[id(one)])})
         rows = []
         for setting, values in inside:
-            cells = [_percent(mean, ci95) for mean, ci95 in zip(*mean_and_ci95(values), strict=True)]
+            cells = list(map(percent, *mean_and_ci95(values)))
             if (trained := setting.config["inner_steps"]) < len(cells):
                 cells[trained] += "*"
             shown = [cells[step] if step < len(cells) else "" for step in steps]
@@ -148,12 +148,9 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         heading = f"Query accuracy in % on {kinds} after inner step ..., test {mode.replace('_', ' ')}"
         parts.append(_table(heading, ["setting", *map(str, steps), "seeds"], rows))
     parts += _differences(settings)
-    rows = [[setting.label(), *updates_to(setting)] for setting in settings]
-    reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
-    if reached:
+    if reached := to_accuracy(settings):
         heading = "Outer updates until the curve after inner_steps first reaches an accuracy, test zeroing off"
-        columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
-        parts.append(_table(heading, columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]))
+        parts.append(_table(heading, *reached))
     if without:
         rows = [[job.folder.name, job.state, job.error or ""] for job in without]
         parts.append(_table("Runs without results", ["run", "", ""], rows))
@@ -172,8 +169,7 @@ def _differences(settings: list[Setting]) -> list[str]:
     table = []
     for row in rows:
         if d := row.difference:
-            half = d.over_tasks if np.isnan(d.over_both) else d.over_both
-            text = f"{100 * d.mean:+.2f} ± {100 * half:.2f}".replace("-", "−")
+            text = f"{100 * d.mean:+.2f} ± {100 * d.half_width:.2f}".replace("-", "−")
             text = f"**{text}**" if row.larger_than_noise else text
             table.append([row.setting.label(), row.mode.removeprefix("zeroing_"), str(row.step), text, str(d.seeds)])
     if not table:
@@ -183,8 +179,19 @@ def _differences(settings: list[Setting]) -> list[str]:
     return [_table(heading, ["setting", "test zeroing", "step", "difference", "seeds"], table), PAIRED, *notes]
 
 
+def to_accuracy(settings: list[Setting]) -> tuple[list[str], list[list[str]]] | None:
+    """Columns and rows: outer updates until a setting's curve first reaches an accuracy.
+
+    There is a column for each accuracy that a setting reaches; None where none reaches any.
+    """
+    rows = [[setting.label(), *updates_to(setting)] for setting in settings]
+    reached = [2 + target for target in range(len(TARGETS)) if any(row[2 + target] != "-" for row in rows)]
+    columns = ["setting", "curve", *(f"{TARGETS[column - 2]:.0%}" for column in reached)]
+    return (columns, [[*row[:2], *(row[column] for column in reached)] for row in rows]) if reached else None
+
+
 def updates_to(setting: Setting) -> list[str]:
-    """Per target the mean over seeds; "1 of 3 seeds" if not all get there, "-" if none does."""
+    """The curve's name, and for each target the mean over seeds; "1 of 3 seeds" if not all get there, "-" if none."""
     split, curves = setting.curves("zeroing_off")
     cells = []
     for target in TARGETS:
@@ -195,10 +202,6 @@ def updates_to(setting: Setting) -> list[str]:
         else:
             cells.append(f"{len(there)} of {len(curves)} seeds" if there else "-")
     return [{"val": "validation", "test": "test"}[split], *cells]
-
-
-def _percent(mean: float, ci95: float) -> str:
-    return f"{100 * mean:.2f}" + ("" if np.isnan(ci95) else f" ± {100 * ci95:.2f}")
 
 
 def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
