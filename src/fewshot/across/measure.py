@@ -31,7 +31,7 @@ from fewshot.predict.pretrained import Pretrained
 from fewshot.results.record_files import Scores, diverged
 from fewshot.sweep.settings import tested_model
 from fewshot.training.checkpoint import read
-from fewshot.training.choose_engine import Engine
+from fewshot.training.choose_engine import batched_engine
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,9 @@ class Tester:
         sampler.to(device, images_device("auto", device, sampler.split.images.nbytes, free))
         network, dtype, chunks = learner.to(device).network, next(learner.parameters()).dtype, []
         together = partial(batched.default_tasks_at_once, network, cfg.tasks_at_once)
-        functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
-        engine = Engine("batched", *functions, together)
-        how = {"tasks_at_once": cfg.tasks_at_once, "statistics": (cfg.evaluation.statistics,)}
-        measure = partial(engine.step_accuracies, eta=tuple(learner.etas), **how)
+        engine = replace(batched_engine(), tasks_at_once=together)
+        knobs = {"tasks_at_once": cfg.tasks_at_once, "statistics": (cfg.evaluation.statistics,)}
+        measure = partial(engine.step_accuracies, eta=tuple(learner.etas), **knobs)
         size = cfg.tasks_at_once or cfg.meta_batch_size
         for tasks in MetaBatches(sampler, size=size, stride=size, stop=cfg.test_tasks, start=lambda: 0):
             tasks = tasks._replace(support=tasks.support.to(dtype), query=tasks.query.to(dtype))

@@ -68,13 +68,18 @@ def sequential_engine(what: str = "engine=sequential", remedy: str = "") -> Engi
     return Engine("sequential", *functions)
 
 
+def batched_engine() -> Engine:
+    """The functions of batched/engine.py as they are: they choose themselves how many tasks they take at once."""
+    functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
+    return Engine("batched", *functions)
+
+
 def engine_to_predict() -> Engine:
     """learn2learn's, or the batched one where that is not there."""
     try:
         return sequential_engine()
     except UserError:
-        functions = (batched.meta_gradient, batched.step_accuracies, batched.step_logits, batched.adapted)
-        return Engine("batched", *functions)
+        return batched_engine()
 
 
 def choose_engine(
@@ -100,15 +105,14 @@ def choose_engine(
         execute = CudaGraphs() if device == "cuda" else None
         # Threads would draw from the one generator in any order, and a CUDA graph cannot set it back.
         in_turn = drops(network) and (device == "cpu" or (loop.recompute_steps and not loop.first_order))
-        gradient = partial(
-            batched.meta_gradient, tasks_at_once=tasks_at_once, execute=one_by_one if in_turn else execute
+        engine, knobs = batched_engine(), {"tasks_at_once": tasks_at_once, "execute": execute}
+        engine = replace(
+            engine,
+            meta_gradient=partial(engine.meta_gradient, **knobs | {"execute": one_by_one if in_turn else execute}),
+            step_accuracies=partial(engine.step_accuracies, **knobs),
+            step_logits=partial(engine.step_logits, **knobs),
+            tasks_at_once=partial(batched.default_tasks_at_once, network, tasks_at_once),
         )
-        accuracies, logits = (
-            partial(function, tasks_at_once=tasks_at_once, execute=execute)
-            for function in (batched.step_accuracies, batched.step_logits)
-        )
-        together = partial(batched.default_tasks_at_once, network, tasks_at_once)
-        engine = Engine(name, gradient, accuracies, logits, batched.adapted, together)
     return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
 
 

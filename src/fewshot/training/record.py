@@ -155,23 +155,41 @@ class Record(pl.Callback):
         return {f"train/{name}": sum(values) / len(values) for name, values in columns.items()}
 
 
-class CosineSimilarity(pl.Callback):
-    """How alike the classes of the one task are to the unadapted encoder, after outer updates 1, 1 + every, ...
+class Measurement(pl.Callback):
+    """What is measured after some outer updates, in a file of its own.
 
-    Needs training tasks of kind "one_task"; the classes stay in its own order, whatever labels training gives them.
-    The matrices are part of the checkpoint, so this callback comes before the one that writes it, Record: what a
-    checkpoint holds is already in cosine_similarity.json, and a run that goes on writes the same file.
+    It is part of the checkpoint, so this callback comes before the one that writes that, Record: what a checkpoint
+    holds is already in the file, and a run that goes on writes the same file.
     """
 
-    def __init__(self, *, every: int) -> None:
-        self.every = every
-        self.content: dict[str, list] = {"updates": [], "query_support": [], "query_query": []}
+    file: str
+
+    def __init__(self, every: int, content: dict[str, list]) -> None:
+        self.every, self.content = every, content
 
     def state_dict(self) -> dict[str, Any]:
         return self.content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.content = state_dict
+
+    def _add(self, trainer: pl.Trainer, measured: dict[str, list]) -> None:
+        for name, value in {"updates": trainer.global_step, **measured}.items():
+            self.content[name].append(value)
+        if trainer.is_global_zero:
+            write_file(Path(trainer.default_root_dir) / self.file, json.dumps(self.content))
+
+
+class CosineSimilarity(Measurement):
+    """How alike the classes of the one task are to the unadapted encoder, after outer updates 1, 1 + every, ...
+
+    Needs training tasks of kind "one_task"; the classes stay in its own order, whatever labels training gives them.
+    """
+
+    file = "cosine_similarity.json"
+
+    def __init__(self, *, every: int) -> None:
+        super().__init__(every, {"updates": [], "query_support": [], "query_query": []})
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: "MetaLearner", *args: Any) -> None:
         if (trainer.global_step - 1) % self.every:
@@ -180,30 +198,21 @@ class CosineSimilarity(pl.Callback):
         with precision.forward_context():
             task = precision.convert_input(trainer.datamodule.samplers["train"].one_task())
             matrices = class_similarities(module.network, task)
-        self.content["updates"].append(trainer.global_step)
-        for name, matrix in matrices.items():
-            self.content[name].append(matrix)
-        if trainer.is_global_zero:
-            write_file(Path(trainer.default_root_dir) / "cosine_similarity.json", json.dumps(self.content))
+        self._add(trainer, matrices)
 
 
-class InnerProducts(pl.Callback):
+class InnerProducts(Measurement):
     """How the inner products eta phi(q).phi(s) of validation tasks are distributed, after 0, every, 2 every .. updates.
 
     From a zero head, by the squared error and in one step, they are the logits (docs/method.md 2.1), which the outer
-    loss wants to be 1 within a class and 0 across. Recorded like CosineSimilarity, in inner_products.json.
+    loss wants to be 1 within a class and 0 across.
     """
 
+    file = "inner_products.json"
+
     def __init__(self, *, every: int) -> None:
-        self.every = every
         # What lies beyond is counted at the edge.
-        self.content: dict[str, list] = {"between": [-1.0, 2.0], "updates": [], "same_class": [], "other_class": []}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.content
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.content = state_dict
+        super().__init__(every, {"between": [-1.0, 2.0], "updates": [], "same_class": [], "other_class": []})
 
     def on_train_start(self, trainer: pl.Trainer, module: "MetaLearner") -> None:
         if not self.content["updates"]:
@@ -223,11 +232,8 @@ class InnerProducts(pl.Callback):
             for row, which in enumerate((features.same_class(), ~features.same_class())):
                 inside = products[which].float().cpu().clamp(*self.content["between"])
                 counts[row] += torch.histc(inside, BINS, *self.content["between"])
-        self.content["updates"].append(trainer.global_step)
-        for name, row in zip(("same_class", "other_class"), counts, strict=True):
-            self.content[name].append(row.int().tolist())
-        if trainer.is_global_zero:
-            write_file(Path(trainer.default_root_dir) / "inner_products.json", json.dumps(self.content))
+        same_class, other_class = counts.int().tolist()
+        self._add(trainer, {"same_class": same_class, "other_class": other_class})
 
 
 class Progress(pl.Callback):
