@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from fewshot.across.settings import Setting
 from fewshot.batched import engine as batched
 from fewshot.config.tree import MODES
-from fewshot.data.meta_batches import EVALUATION_SEED, MetaBatches, images_device, manifest
+from fewshot.data.meta_batches import MetaBatches, fixed_tasks, images_device, manifest, splits_of
 from fewshot.data.sampler import TaskSampler
-from fewshot.data.task import SPLITS, Split
+from fewshot.data.task import Split
 from fewshot.errors import UserError
 from fewshot.files import EXPORTED
 from fewshot.inner_loop import InnerLoop
@@ -108,10 +106,7 @@ class Tester:
             return str(error)
 
     def _read_images(self, source: str) -> dict[str, Split]:
-        try:
-            splits = instantiate(OmegaConf.create(source))
-        except InstantiationException as error:  # Hydra wraps what the source raises
-            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        splits = splits_of(OmegaConf.create(source))
         channels = self.model.preprocess.channels
         return {  # grey to colour without a copy; colour to grey is the source's
             name: replace(split, images=split.images.expand(-1, channels, -1, -1)) for name, split in splits.items()
@@ -128,12 +123,8 @@ class Tester:
         modes, why = heads(self.model.learner.loop, self.model.config["ways"], self._zero, cfg.ways)
         if isinstance(splits, str) or not modes:
             return replace(row, left_out=splits if isinstance(splits, str) else why)
-        kind = "fixed_blocks" if data.tasks == "fixed_blocks" else "mutually_exclusive"
-        shape = {knob: cfg[knob] for knob in ("ways", "shots", "queries")}
-        shape |= {knob: tuple(data[knob]) for knob in ("mean", "std")}
         try:
-            drawn = {"seed": EVALUATION_SEED, "stream": SPLITS.index("test"), "kind": kind}
-            sampler = TaskSampler(splits["test"], **drawn, **shape)
+            sampler = fixed_tasks(cfg, splits["test"], "test")
         except ValueError as error:
             return replace(row, left_out=str(error))
         row = replace(row, left_out=why, tested=self._accuracies(cfg, sampler, modes))

@@ -45,6 +45,36 @@ class MetaBatches:
             yield self.draw(first, min(self.size, self.stop - first))
 
 
+def splits_of(source: Any) -> dict[str, Split]:
+    """The splits that `dataset.source` makes.
+
+    Raises:
+        UserError: whatever the source says of its files.
+    """
+    try:
+        return instantiate(source)
+    except InstantiationException as error:  # Hydra wraps what the source raises
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+
+
+def fixed_tasks(cfg: DictConfig, split: Split, name: str) -> TaskSampler:
+    """Draws the tasks of validation or test, "val" or "test", which are the same for every seed of a run.
+
+    They are mutually exclusive, unless training has fixed blocks of classes: then they are blocks too, as in the
+    paper's released code.
+
+    Raises:
+        ValueError: as TaskSampler does.
+    """
+    kind = "fixed_blocks" if cfg.dataset.tasks == "fixed_blocks" else "mutually_exclusive"
+    return TaskSampler(split, seed=EVALUATION_SEED, stream=SPLITS.index(name), kind=kind, **_shape(cfg))
+
+
+def _shape(cfg: DictConfig) -> dict[str, Any]:
+    shape = {knob: cfg[knob] for knob in ("ways", "shots", "queries")}
+    return shape | {knob: tuple(cfg.dataset[knob]) for knob in ("mean", "std")}
+
+
 def manifest(splits: dict[str, Split]) -> dict[str, Any]:
     """What a run was given: the class names of every split, and a SHA-256 over names, numbers of images and pixels.
 
@@ -109,9 +139,6 @@ def augmentation(transforms: list[Callable[[Tensor], Tensor]], pixels: Tensor) -
 class TaskDataModule(pl.LightningDataModule):
     """Turns the splits of a dataset into meta-batches on the compute device.
 
-    Validation and test tasks are the same for every seed. They are mutually exclusive, unless training has fixed
-    blocks of classes: then they are blocks too, as in the paper's released code.
-
     splits: train, val and test images, (M, C, H, W) uint8; cfg: the composed configuration.
     """
 
@@ -124,31 +151,18 @@ class TaskDataModule(pl.LightningDataModule):
         self.tasks = {"val": cfg.val_tasks, "test": cfg.test_tasks}
         transforms = list(instantiate(cfg.augment).values()) if cfg.augment else []
         trained_on = splits["test" if cfg.dataset.tasks == "one_task" else "train"]
-        training = {
-            "split": trained_on,
-            "seed": cfg.seed,
-            "kind": cfg.dataset.tasks,
-            "augment": augmentation(transforms, trained_on.images) if transforms else None,
-        }
-        shape = {knob: cfg[knob] for knob in ("ways", "shots", "queries")}
-        shape |= {knob: tuple(cfg.dataset[knob]) for knob in ("mean", "std")}
-        blocks = cfg.dataset.tasks == "fixed_blocks"
-        evaluated = {"seed": EVALUATION_SEED, "kind": "fixed_blocks" if blocks else "mutually_exclusive"}
-        self.samplers = {}
-        for stream, name in enumerate(SPLITS):
-            knobs = training if name == "train" else {"split": splits[name], **evaluated}
-            try:
-                self.samplers[name] = TaskSampler(**knobs, stream=stream, **shape)
-            except ValueError as error:
-                raise UserError(str(error)) from None
+        augment = augmentation(transforms, trained_on.images) if transforms else None
+        try:
+            training = TaskSampler(trained_on, seed=cfg.seed, kind=cfg.dataset.tasks, augment=augment, **_shape(cfg))
+            self.samplers = {"train": training}
+            self.samplers |= {name: fixed_tasks(cfg, splits[name], name) for name in ("val", "test")}
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "TaskDataModule":
         """The tasks of a composed configuration; reads the images."""
-        try:
-            return cls(instantiate(cfg.dataset.source), cfg)
-        except InstantiationException as error:  # Hydra wraps what the source raises
-            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        return cls(splits_of(cfg.dataset.source), cfg)
 
     def setup(self, stage: str) -> None:
         """Puts the images where tasks are gathered from them by index, once for training and test."""
