@@ -128,7 +128,7 @@ def _plain(network: "Network", tasks: "Task", loop: InnerLoop) -> dict[Any, Any]
     """The outer gradient by name, and by number the query losses and what the algorithm measures, by plain autograd."""
     import torch
 
-    of_tasks = [_plain_task(network, type(tasks)(*fields), loop) for fields in zip(*tasks, strict=True)]
+    of_tasks = [_plain_task(network, task, loop) for task in tasks.one_by_one()]
     gradients = {name: sum(gradient[name] for gradient, _ in of_tasks) / len(of_tasks) for name in of_tasks[0][0]}
     return gradients | dict(enumerate(map(torch.stack, zip(*(numbers for _, numbers in of_tasks), strict=True))))
 
@@ -187,7 +187,7 @@ def _plain_task(network: "Network", task: "Task", loop: InnerLoop) -> tuple[Tens
     return dict(zip(theta, outer, strict=True)), [loss.detach(), *(measured[name].detach() for name in loop.measures)]
 
 
-def _apart(expected: dict[Any, Any], found: dict[Any, Any], loop: InnerLoop) -> dict[str, float]:
+def _apart(expected: dict[Any, Any], measured: dict[Any, Any], loop: InnerLoop) -> dict[str, float]:
     """By name: how far two gradients, losses or measures are apart, relative to their size."""
     names: dict[Any, str] = {0: "the query loss"} | dict(enumerate(loop.measures, 1))
     apart = {}
@@ -196,7 +196,7 @@ def _apart(expected: dict[Any, Any], found: dict[Any, Any], loop: InnerLoop) -> 
         if isinstance(name, str) and name.startswith("head.") and (loop.zeroing or loop.makes_head):
             continue  # nothing reads it
         whole = size if isinstance(name, str) else float(value.norm())
-        apart[names.get(name, name)] = float((found[name] - value).norm()) / (whole or 1.0)
+        apart[names.get(name, name)] = float((measured[name] - value).norm()) / (whole or 1.0)
     return apart
 
 

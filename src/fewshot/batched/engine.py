@@ -74,8 +74,8 @@ def step_accuracies(
 
     statistics: what the queries are normalised by, see norms.py; of several, all evaluations by the first come first.
     """
-    how = {"tasks_at_once": tasks_at_once, "execute": execute}
-    logits = step_logits(network, tasks, evaluations, eta, statistics, **how)
+    chunks = {"tasks_at_once": tasks_at_once, "execute": execute}
+    logits = step_logits(network, tasks, evaluations, eta, statistics, **chunks)
     return query_accuracy(logits, tasks.query_labels[:, None])
 
 
@@ -89,7 +89,7 @@ def step_logits(
     tasks_at_once: int | None = None,
     execute: Execute | None = None,
 ) -> Tensor:
-    """The logits of the queries after every inner step, (evaluations, B, T + 1, Q, K); else step_accuracies."""
+    """The logits of the queries after every inner step, (evaluations, B, T + 1, Q, K); see step_accuracies."""
     evaluations, statistics = tuple(evaluations), tuple(statistics)
     function = partial(_step_logits, evaluations=evaluations, eta=tuple(eta), statistics=statistics)
     chunks = _run(function, network, tasks, tasks_at_once, execute)

@@ -47,6 +47,10 @@ class Task(NamedTuple):
     query: Tensor
     query_labels: Tensor
 
+    def one_by_one(self) -> list["Task"]:
+        """The tasks of a batch, each without the leading B."""
+        return [Task(*fields) for fields in zip(*self, strict=True)]
+
 
 def squared_errors(logits: Tensor, labels: Tensor) -> Tensor:
     """1/2 sum over a task's images and ways of (logits - one-hot labels)^2: (..., I, K), (..., I) -> (...)."""

@@ -26,7 +26,7 @@ def meta_gradient(
     """
     head, losses, logits = network.head, [], []
     terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}
-    for task in (Task(*fields) for fields in zip(*tasks, strict=True)):
+    for task in tasks.one_by_one():
         phi_S, phi_Q = (phi.to(head.weight.dtype) for phi in encode_one(network, task))
         features = Features(phi_S, task.support_labels, phi_Q, task.query_labels, head.weight, head.bias)
         with torch.autocast(phi_Q.device.type, enabled=False):  # the closed forms are of the head's own precision

@@ -120,7 +120,7 @@ def meta_gradient(
     Returns the query loss and the query accuracy after the last inner step, and what loop.measures names, (B,) each.
     """
     losses, logits, measured, differentiated = [], [], [], not loop.overrides("outer_gradient")
-    for task in _one_by_one(tasks):
+    for task in tasks.one_by_one():
         outer: Any = 0.0
         for n, (theta_n, query_logits) in enumerate(adapt(network, task, hooks.inner(loop), eta)):
             if n == 0 and not differentiated:
@@ -178,7 +178,7 @@ def step_logits(
 ) -> Tensor:
     """The queries' logits after inner steps first .. T, (evaluations, B, T + 1 - first, Q, K); else step_accuracies."""
     logits = []
-    for task in _one_by_one(tasks):
+    for task in tasks.one_by_one():
         encode = cache(torch.no_grad()(network.encoder))
         for loop in evaluations:
             for _, query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
@@ -199,7 +199,3 @@ def _with(parameters: Sequence[Tensor], network: Network) -> Network:
     """The network with these parameters, of which there may be more than it has, in place of its own."""
     places = (parameter.data_ptr for parameter in network.parameters())  # learn2learn knows them by the bound method
     return clone(network, memo=dict(zip(places, parameters, strict=False)))
-
-
-def _one_by_one(tasks: Task) -> list[Task]:
-    return [Task(*fields) for fields in zip(*tasks, strict=True)]

@@ -74,7 +74,7 @@ class Features(NamedTuple):
 
 def encode(network: Network, tasks: Task) -> tuple[Tensor, Tensor]:
     """Features of support (B, S, d) and queries (B, Q, d); task by task, since BatchNorm sees a task at a time."""
-    supports, queries = zip(*(encode_one(network, Task(*fields)) for fields in zip(*tasks, strict=True)), strict=True)
+    supports, queries = zip(*(encode_one(network, task) for task in tasks.one_by_one()), strict=True)
     return torch.stack(supports), torch.stack(queries)
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot.data.task import Task
 from fewshot.evidence import page
 from fewshot.evidence.adapting_all import split_adapting_all
 from fewshot.evidence.model import GRADIENT, Equation, Model, equation, largest, measured, relative
@@ -178,7 +177,7 @@ def somaml_split_with_this_head(own: Model) -> float:
 @split(GRADIENT, "relative difference of the whole gradient, where the program’s inner loop adapts all parameters")
 def fomaml_split_adapting_all(own: Model) -> float:
     """FOMAML’s is that sum too if everything adapts, with the support features of every step’s own encoder (§2.9)."""
-    for task in (Task(*fields) for fields in zip(*own.tasks, strict=True)):
+    for task in own.tasks.one_by_one():
         terms = split_adapting_all(own, task, own.loop.inner_steps)
         surrogate = ((terms.interference + terms.contrastive) * terms.query).sum()  # pulled back at theta_N
         gradients = (*torch.autograd.grad(surrogate, terms.encoder), *terms.head_gradient)
