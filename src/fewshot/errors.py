@@ -56,7 +56,7 @@ def first_line(error: BaseException | None) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why Hydra could not make something, in a line: what stands behind its own words."""
+    """Why Hydra could not make something, in a line: the error behind the one that Hydra raises."""
     inside = error.__cause__ or error
     if str(inside).startswith("Error loading "):  # a name that cannot be imported
         inside = inside.__cause__ or inside
@@ -64,7 +64,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of others as a terminal, a file in UTF-8 and a figure can take it: a letter without a glyph is escaped."""
+    """Text of others, made safe for a terminal, a file in UTF-8 and a figure: a letter without a glyph is escaped."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
     )

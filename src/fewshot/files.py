@@ -23,12 +23,12 @@ from fewshot.errors import RunLocked, UserError
 
 log = logging.getLogger(__name__)
 
-# What a run writes into by these names. In a folder of somebody else's each could be a link to a file of the user.
+# The names that a run writes to. In somebody else's folder each of them could be a link to a file of the user.
 OWN = (".hydra", "train.log", "checkpoints", "figures", "evidence", "wandb", "error.txt")
 OWN += (".lock", ".lock-ranks", ".requeued")
 # In the folder of an exported model: its weights, its settings and its card.
 EXPORTED, EXPORTED_CONFIG, CARD = "model.safetensors", "config.yaml", "README.md"
-TRAINED = "trained"  # its settings' key of what it was: the outer update, and the SHA-256 of its classes and images
+TRAINED = "trained"  # a key of its settings: the outer update of the model, and the SHA-256 of its classes and images
 ADAPTED = "adapted.safetensors"  # beside these where the model has adapted: the support images and their classes
 SCHEME = "hf://"  # of the Hugging Face hub: hf://ORG/NAME or hf://ORG/NAME@REVISION
 REPOSITORY, REVISION = r"[\w-][\w.-]*/[\w-][\w.-]*", r"[\w-][\w.-]*"
@@ -276,7 +276,7 @@ def at_home(words: list[str]) -> list[str]:
 
 
 def _at_home(match: re.Match[str]) -> str:
-    """One path. It is quoted unless it is plain, or a comma, $ or \\ is to mean what it means behind a plain home."""
+    """One path, its home folder written out, in quotes if Hydra needs them; a comma, $ or \\ keeps its meaning."""
     path = os.path.expanduser(match[0])
     home = path.removesuffix(match["rest"])
     to_be_plain = home if {*match.string} & {*",$\\"} else path
@@ -285,7 +285,7 @@ def _at_home(match: re.Match[str]) -> str:
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder RUN of the run of a checkpoint that is named as RUN, RUN/checkpoints or a file in that."""
+    """The run's folder RUN, for a checkpoint that is named as RUN, RUN/checkpoints or a file in RUN/checkpoints."""
     path = Path(os.path.abspath(checkpoint))
     if not os.path.isdir(path):
         return path.parent.parent
@@ -293,7 +293,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def checkpoint_file(value: Any, name: str, knob: str = "checkpoint") -> Path:
-    """The file that the knob names, of a run's folder RUN it is RUN/checkpoints/NAME.ckpt; none is a UserError."""
+    """The checkpoint that a knob names; if that is a run's folder, RUN/checkpoints/NAME.ckpt. None is a UserError."""
     path = user_path(knob, value)
     if os.path.isdir(path):
         path = run_folder(path) / "checkpoints" / f"{name}.ckpt"
@@ -307,7 +307,7 @@ def checkpoint_file(value: Any, name: str, knob: str = "checkpoint") -> Path:
 
 
 def model_path(value: Any, knob: str = "model") -> Path:
-    """What checkpoint_file says of the best model; but the folder of an exported model is returned as it is."""
+    """The best checkpoint, as checkpoint_file finds it; the folder of an exported model is returned as it is."""
     path = user_path(knob, value)
     if os.path.isfile(path / EXPORTED):
         return path

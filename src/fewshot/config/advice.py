@@ -94,9 +94,9 @@ def _nearest_knobs(key: str, cfg: DictConfig) -> tuple[list[str], str]:
 
 
 def _did_you_mean(candidates: list[str], call: str, overrides: list[str], composed: Composed) -> str | None:
-    """The first of the candidates that would not be refused in its turn; if all would be, the first of them and why.
+    """Advises the first candidate that would not be refused in its turn; if all would be, the first of them, and why.
 
-    Of a key to be added that would say nothing, so it is None.
+    None: the first of them is a key to be added, and why it would be refused is of no help.
     """
 
     def refusal(words: list[str]) -> str | None:  # None: it would not be refused

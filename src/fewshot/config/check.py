@@ -21,7 +21,7 @@ from fewshot.processes import ranks
 
 NEEDS_LEARN2LEARN = "needs learn2learn, which is not installed here; docs/install.md says how it is"
 REMEDY = ", or begin a run with engine=batched"
-# What gets its arguments from knobs of the same name, and the parts where those stand; an empty part is the top level.
+# What is made with arguments that are knobs of the same names, and the parts with these knobs; "" is the top level.
 MADE_OF = {"model.network": ("model", "dataset", ""), "dataset.source": ("dataset", ""), "callbacks.record": ("",)}
 
 # Parts that take more knobs than their YAML files have: arguments of a class of others, callbacks of one's own.
@@ -129,7 +129,7 @@ def check_learn2learn(what: str, remedy: str = "") -> None:
 def check_knobs(cfg: DictConfig, named: Iterable[str] | None = None) -> None:
     """Raises UserError for the first knob that schema.py refuses, each looked at by itself.
 
-    named: dotted keys; only mistakes in them, or in what is in them, are told. None: all are.
+    named: dotted keys; only mistakes in these knobs, or below them, are reported. None: all are.
     """
     from fewshot.config.kinds import IS_TEXT
     from fewshot.config.schema import mistakes

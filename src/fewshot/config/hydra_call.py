@@ -82,7 +82,7 @@ def hydra_command(
 
 
 def _of_launcher(word: str) -> str:
-    """Hydra adds no keys to a knob unless it is told so, and this one is for keys that nobody has listed."""
+    """Puts ++ before a knob that is there for keys of the user's own; without it Hydra adds no keys to a knob."""
     return f"++{word}" if word.startswith("hydra.launcher.additional_parameters") else word
 
 
@@ -225,9 +225,9 @@ class Call:
 
 
 def carry_out(cfg: DictConfig, run: Callable[[DictConfig, Call], float]) -> float:
-    """A run: what ends it is said in one line, its folder is locked, its call is checked and written down.
+    """Carries out a run: says in one line what ends it, locks its folder, checks its call and writes that down.
 
-    Returns what `run` does, or 0.0 for a job of a sweep that failed or was refused: to a search, the worst there is.
+    Returns what `run` returns; for a job of a sweep that failed or was refused 0.0, the worst there is for a search.
     """
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), given_overrides(HydraConfig.get())
     lenient(folder)

@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from fewshot.errors import nearest, shown
 
-# Of a text that would be valid as what it says: a number, true or a list.
+# Said of a text that would be valid without its quotes: a number, true or a list.
 IS_TEXT = "is a text; leave the quotes out, or write ${oc.decode:${oc.env:NAME}} for a variable of the environment"
 LARGEST = 3.4e38  # of 32-bit floating-point numbers
 
@@ -20,7 +20,10 @@ LARGEST = 3.4e38  # of 32-bit floating-point numbers
 def must_be(
     words: str, kind: Any, limit: tuple[float, str] | None = None, refused: Callable[[Any], bool] = lambda value: False
 ) -> Any:
-    """`kind`, less what is `refused`. The words say what a value must be; limit: (a number, words for that or more)."""
+    """The type `kind` without the values that are `refused`; the words say what a value must be.
+
+    limit: (a number, the words for a value that is as large or larger).
+    """
 
     def check(value: Any, validate: Callable[[Any], Any]) -> Any:
         with suppress(ValidationError):
@@ -137,7 +140,7 @@ class Made(Part, extra="allow"):
 
 
 def part(ours: type[Part], own: type[Part] = Made, maker: str | None = None) -> Any:
-    """`ours`; but `own` where `_target_` (that of the knob `maker`) names something that is not this program's."""
+    """The type `ours`; or `own` if `_target_`, of the knob `maker` where one is named, is not this program's."""
 
     def check(values: Any, validate: Callable[[Any], Any]) -> Part:
         made = values.get(maker) if maker and isinstance(values, dict) else values

@@ -44,7 +44,7 @@ TARGETS = {  # what a `_target_` named at commit a43819a or later, and what it i
     "fewshot.logger.wandb_logger": "fewshot.training.wandb_run.wandb_logger",
 }
 
-# Knobs that there were not, and what was so without them: of a model, and of a run besides
+# Knobs that older configurations lack, and the values that held then: NEWER of a model, OUTER of a run
 NEWER = {"loss": "cross_entropy"}
 OUTER = {"optimizer": {"_target_": "torch.optim.Adam"}, "schedule": "none", "milestones": [], "clip_norm": None}
 OUTER |= {"select": "zeroing_off", "evaluation": {"statistics": "task"}, "calibration": False}
@@ -70,7 +70,7 @@ def to_today(stored: Any) -> Any:
 
 
 def compared(key: str, value: Any) -> bool:
-    """Whether two configurations can differ in this leaf: what this program calls its own says nothing of a run."""
+    """Whether two configurations can differ in this leaf; how this program names its classes makes no difference."""
     own = key.rsplit(".", 1)[-1] == "_target_" and isinstance(value, str) and value.startswith("fewshot.")
     own = own and key != "algo._target_"  # by which alone two algorithms may differ
     return not own and key not in ("dataset.needs_root", "callbacks.record.select")  # which older runs lack
@@ -86,12 +86,12 @@ def form(kinds: dict[str, Any]) -> Any:
 
 
 def many(kind: Any) -> Any:
-    """A list; the first member of another kind is told of, however many there are."""
+    """A list of this kind; a mistake is reported for its first wrong member alone, however many there are."""
     return Annotated[list[kind], Field(fail_fast=True)]
 
 
 def as_knobs(part: type[Part], names: str) -> dict[str, Any]:
-    """Keys of a form whose values are those that schema.py lets some knobs have."""
+    """Keys of a form whose values are as schema.py has them for the knobs of the same names."""
     kinds = get_type_hints(part, include_extras=True)
     return {name: kinds[name.rstrip("?")] for name in names.split()}
 
@@ -119,7 +119,7 @@ CONFIG = form(
     }
 )
 MODEL = form({"algo": form(dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), Any))})  # new keys
-# The forms of ${...} in this program's own YAML files; ${oc.env:...}, and all that reads more than values, is none.
+# The forms of ${...} in this program's own YAML files; none of them reads more than values, as ${oc.env:...} would.
 PLACE = r"[\w-]+(?:\.[\w-]+)*"
 SIMPLE = rf"\$\{{{PLACE}\}}"
 NESTED = rf"\$\{{{PLACE}\.{SIMPLE}(?:\.{PLACE})?\}}"
@@ -188,7 +188,7 @@ def is_simple(value: str) -> bool:
 def check_interpolations(where: str, config: dict[str, Any]) -> None:
     """Raises UserError where a ${...} has a form that this program's YAML lacks, or would make much of little.
 
-    Nothing is resolved here: the values that would be read are counted, and their hundreds of letters.
+    Nothing is resolved here. The values that would be read are counted, a long text once for every hundred letters.
     """
     sizes: dict[str | int, float] = {}
 

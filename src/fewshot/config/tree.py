@@ -19,12 +19,12 @@ GROUPS = ("algo", "model", "dataset", "augment", "optimizer", "trainer", "logger
 # names of its metrics add.
 MODES = {"zeroing_off": "", "zeroing_on": "_zeroed"}
 
-# By what BatchNorm normalises the queries of an evaluation and of a prediction; norms.py says how.
+# Whose statistics BatchNorm takes for the queries of an evaluation and of a prediction; norms.py says how.
 STATISTICS = ("task", "support", "each")
 
 
 def statistics(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of evaluation.statistics; by the first best.ckpt is chosen. A model that is shared says none."""
+    """The values of evaluation.statistics, of which the first chooses best.ckpt. A shared model has the default."""
     asked = config.get("evaluation", {}).get("statistics", STATISTICS[0])
     return (asked,) if isinstance(asked, str) else tuple(asked)
 
@@ -59,12 +59,12 @@ NOT_THE_MODEL = (
     "calibration",
     *(f"dataset.{key}" for key in ("root", "mini_root", "labels", "cache", "archive", "source", "device", "trust")),
 )
-# Callbacks of one's own see the training; a test has them where its call names them too.
+# A user's own callbacks are made for training; a test has them only where its own call names them.
 OF_TRAINING = ("+callbacks.", "++callbacks.")
 
 
 def portable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What of a run's settings belongs to its model, and may be shown to others."""
+    """The part of a run's settings that belongs to its model and may be shown to others."""
     return {
         key: portable(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in config.items()
