@@ -36,10 +36,10 @@ def as_rows(rows: Sequence[Row], model: dict[str, Any]) -> list[list[Any]]:
     for row in rows:
         start = [row.dataset, row.images, row.ways, row.shots]
         for mode, scores in row.scores.items():
-            of = [row.config["queries"], mode.removeprefix("zeroing_")]
+            asked = [row.config["queries"], mode.removeprefix("zeroing_")]
             for step, (accuracy, ci95) in enumerate(zip(scores.accuracy, scores.ci95, strict=True)):
                 end = [f"{accuracy:.6f}", f"{ci95:.6f}", scores.tasks, model["inner_steps"], ""]
-                table.append([*start, *of, step, *end])
+                table.append([*start, *asked, step, *end])
         if row.left_out:
             table.append([*start, *[""] * (len(HEADS) - 5), row.left_out])
     return table
@@ -50,8 +50,8 @@ def trained(model: dict[str, Any]) -> str:
 
 
 def heading(model: dict[str, Any], of_test: dict[str, Any]) -> str:
-    tasks, of = of_test["test_tasks"], of_test["evaluation"]["statistics"]
-    normalised = f", queries normalised by evaluation.statistics={of}" * (of != STATISTICS[0])
+    tasks, statistics = of_test["test_tasks"], of_test["evaluation"]["statistics"]
+    normalised = f", queries normalised by evaluation.statistics={statistics}" * (statistics != STATISTICS[0])
     data = model["dataset"]
     kind = {1: "grey, from colour by luminance", 3: "in colour, from grey by repetition"}[data["channels"]]
     return (

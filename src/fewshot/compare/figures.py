@@ -19,7 +19,7 @@ CAPTIONS = {
 }
 
 
-def differences(rows: list[Row], of: str) -> Figure:
+def differences(rows: list[Row], heading: str) -> Figure:
     """Every setting's difference to the first, with its intervals."""
     others = [row for row in rows if row.difference]
     labels = list(dict.fromkeys(row.setting.label() for row in others))
@@ -42,14 +42,14 @@ def differences(rows: list[Row], of: str) -> Figure:
     axes.axvline(0, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(labels)), [fill(label, 36) for label in labels], fontsize=9, parse_math=False)
     axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="difference in points")
-    title = fill(f"{of}: beside {rows[0].setting.label()}", 90)
+    title = fill(f"{heading}: beside {rows[0].setting.label()}", 90)
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=10, parse_math=False)
     plain(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def curves(settings: list[Setting], of: str) -> Figure:
+def curves(settings: list[Setting], heading: str) -> Figure:
     """The curves of all settings on one pair of axes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -72,6 +72,6 @@ def curves(settings: list[Setting], of: str) -> Figure:
         if not np.isnan(half).any():
             axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="outer update", ylabel="query accuracy after inner_steps")
-    axes.set_title(of, fontsize=10, loc="left", parse_math=False)
+    axes.set_title(heading, fontsize=10, loc="left", parse_math=False)
     plain(axes)
     return with_legend(figure, axes)

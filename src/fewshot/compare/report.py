@@ -102,18 +102,18 @@ def write(folder: Path, rows: list[Row], settings: list[Setting], left_out: list
     from fewshot.compare import figures  # matplotlib takes seconds to import
     from fewshot.results.figures import pdf, png
 
-    of = title(rows[0].setting.config, algorithm=False)
-    pictures = {"differences": figures.differences(rows, of)}
+    heading = title(rows[0].setting.config, algorithm=False)
+    pictures = {"differences": figures.differences(rows, heading)}
     if all(any(job.curves for job in setting.jobs) for setting in settings):
-        pictures["curves"] = figures.curves(settings, of)
-    files: dict[str, Any] = {"compare.tex": latex(rows, of)}
+        pictures["curves"] = figures.curves(settings, heading)
+    files: dict[str, Any] = {"compare.tex": latex(rows, heading)}
     for name, figure in pictures.items():
         files |= {f"{name}.png": png(figure), f"{name}.pdf": pdf(figure)}
     files["compare.html"] = (
         pages(Path(__file__).parent)
         .get_template("compare.html.jinja")
         .render(
-            of=of,
+            heading=heading,
             heads=HEADS,
             rows=[(cells(row), row.larger_than_noise) for row in rows],
             notes=NOTES,

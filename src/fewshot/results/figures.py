@@ -133,7 +133,7 @@ def reliability(results: dict[str, Any], config: dict[str, Any]) -> Figure:
 
 
 def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Figure:
-    """A row for each class that the images are of, a column for each that they were taken for."""
+    """How many images of each labelled class (a row) were taken for each class (a column)."""
     place = {name: number for number, name in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, ([place[name] for name in labels], [place[name] for name in predicted]), 1)

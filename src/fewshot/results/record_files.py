@@ -89,7 +89,7 @@ class Scores(NamedTuple):
 def diverged(results: dict[str, Scores], inner_steps: int, start: str) -> str | None:
     """After which inner step the logits of some task were not finite, and what would help; None: after none.
 
-    start: what would help if they were not even before the first inner step.
+    start: what would help if they were not finite even before the first inner step.
     """
     bad = [step for scores in results.values() for step, accuracy in enumerate(scores.accuracy) if math.isnan(accuracy)]
     if not bad:
@@ -111,12 +111,12 @@ def title(config: dict[str, Any], algorithm: bool = True) -> str:
 
 
 def tested_on(config: dict[str, Any]) -> str:
-    """What the tasks of a run's final test are, in words: a run on one task has that task from the same classes."""
+    """The tasks of a run's final test, in words; a run on one task is tested on tasks of the same split."""
     return "tasks of the split of its one task" if config["dataset"].get("tasks") == "one_task" else "test tasks"
 
 
 def steps_that_matter(config: dict[str, Any], last: int) -> list[int]:
-    """Of the steps 0 .. last those that a table shows: all if they are few."""
+    """The steps among 0 .. last that a table shows; all of them if they are few."""
     return [*range(last + 1)] if last < 5 else sorted({0, 1, config["inner_steps"], last})
 
 
@@ -137,7 +137,7 @@ def announce(folder: Path, cfg: DictConfig) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Names of files stand there in the very bytes that they have."""
+    """Writes rows as CSV; names of files keep their bytes, also those that are no UTF-8."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
@@ -176,7 +176,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes, as far as they are installed."""
+    """The versions of Python and of the installed packages that decide what a run computes."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # wandb under logger=none, for example
@@ -207,7 +207,7 @@ def read(folder: Path, of_run: bool = True) -> dict[str, Any]:
 
 
 def over(results: dict[str, Any]) -> bool:
-    """Whether a run went to its last iteration or to its accuracy; not if trainer.max_time ended it before."""
+    """Whether a run reached its last iteration or stop_at_accuracy; False if trainer.max_time ended it before."""
     config = results["config"]
     if not config.get("fit", True):
         return True
@@ -227,7 +227,7 @@ def content(
 ) -> dict[str, Any]:
     """What results.json holds: accuracies as fractions in [0, 1], ci95 as half widths over tasks.
 
-    results: by statistics, split and mode; where there are several statistics, those of all are written besides.
+    results: by statistics, split and mode; the first statistics lead, and of several all are written besides.
     iterations: the outer updates that were done.
     """
     return {
@@ -262,7 +262,7 @@ def _as_json(value: Any, indent: str = "") -> str:
 
 
 def validation_accuracy(results: dict[str, Any]) -> float:
-    """Of the best model, after inner_steps, in the mode by which it was chosen; by what a search goes."""
+    """That of the best model after inner_steps, in the mode by which it was chosen; a search looks for the highest."""
     return results["val"][results["config"].get("select", "zeroing_off")]["accuracy"][results["config"]["inner_steps"]]
 
 
@@ -306,9 +306,11 @@ def show(results: dict[str, Any], folder: Path) -> None:
     shown = steps_that_matter(config, last)
     for step in shown:
         mark = "*" * (step == config["inner_steps"])
-        for words, of in (several or {"": test}).items():
-            cells = (percent(of[mode]["accuracy"][step], of[mode]["ci95"][step]) for mode in MODES)
-            errors = " ".join(f"{of[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
+        for words, scores in (several or {"": test}).items():
+            cells = (percent(scores[mode]["accuracy"][step], scores[mode]["ci95"][step]) for mode in MODES)
+            errors = (
+                " ".join(f"{scores[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
+            )
             table.add_row(f"{step}{mark}", *[words] * bool(several), *cells, *[errors] * calibrated)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:

@@ -99,21 +99,21 @@ def rows(
     Raises:
         UserError: there is one setting alone, or none that has a seed of the first one.
     """
-    of = {id(job): accuracies for job, accuracies in runs}
+    accuracies = {id(job): by_mode for job, by_mode in runs}
     settings = group([job for job, _ in runs])
     settings.sort(key=lambda setting: not any(job is runs[0][0] for job in setting.jobs))  # a stable sort
     table: list[Row] = []
     left_out: list[str] = []
     for mode in modes:
-        without = [setting for setting in settings if not all(mode in of[id(job)] for job in setting.jobs)]
+        without = [setting for setting in settings if not all(mode in accuracies[id(job)] for job in setting.jobs)]
         left_out += [f"{one.label()}: was not tested with test {mode.replace('_', ' ')}" for one in without]
         if settings[0] in without:
             continue
         first, *others = [setting for setting in settings if setting not in without]
-        seeds, values = _values(first, of, mode, step)
+        seeds, values = _values(first, accuracies, mode, step)
         table.append(Row(first, mode, _step(first, step), float(values.mean()), None, None))
         for other in others:
-            own_seeds, own = _values(other, of, mode, step)
+            own_seeds, own = _values(other, accuracies, mode, step)
             shared = [seed for seed in own_seeds if seed in seeds]
             if not shared:
                 left_out.append(f"{other.label()}: has seeds {own_seeds}, none of which {first.label()} has ({seeds})")
@@ -138,11 +138,11 @@ def _step(setting: Setting, step: int | None) -> int:
 
 
 def _values(
-    setting: Setting, of: dict[int, dict[str, np.ndarray]], mode: str, step: int | None
+    setting: Setting, accuracies: dict[int, dict[str, np.ndarray]], mode: str, step: int | None
 ) -> tuple[list[int], np.ndarray]:
     """The seeds of a setting, and the accuracies (S, T) of its runs."""
     after = _step(setting, step)
-    arrays = [of[id(job)][mode] for job in setting.jobs]
+    arrays = [accuracies[id(job)][mode] for job in setting.jobs]
     if short := [array for array in arrays if array.shape[1] <= after]:
         raise UserError(f"step={after}: {setting.label()} was tested after inner steps 0 to {short[0].shape[1] - 1}")
     return [job.config["seed"] for job in setting.jobs], np.stack([array[:, after] for array in arrays])

@@ -52,7 +52,7 @@ class Job(NamedTuple):
 
 
 def read_jobs(folders: list[Path]) -> list[Job]:
-    """The runs in the folders of sweeps or of single runs; of one that is there twice, the first that has finished.
+    """The runs in the folders of sweeps or of single runs; of two with one setting and seed, the first that finished.
 
     Raises:
         UserError: there is no such folder, or no run in it.
@@ -116,7 +116,7 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """All that makes a run one of its setting, as text: two runs that differ in their seed alone have the same."""
+    """What makes runs one setting, as text: two runs that differ in their seed alone have the same fingerprint."""
     left_out = [*ELSEWHERE]
     if config.get("fit", True) or "trained" in config:
         left_out.append("checkpoint")  # from which it went on; a test says by `trained` what was tested
@@ -237,7 +237,7 @@ def _knobs_as_words(knobs: dict[str, Any]) -> list[str]:
     return [*parts, *(f"{knob}={shown(value)}" for knob, value in others.items())]
 
 
-# A setting is named by none of these where its other knobs tell it, except for the names of its data and its network.
+# Knobs that name a setting only where its other knobs do not tell it from the others; those in TELLING always may.
 FOLLOWING = ("test_steps", "dataset", "model", "trained")
 TELLING = ("dataset.name", "model.name", "trained.dataset.name", "trained.file")
 
