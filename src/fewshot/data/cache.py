@@ -150,7 +150,7 @@ def _checked(content: bytes, key: str, array: Callable[[str], np.ndarray]) -> "d
 
 
 def _save(path: Path, key: str, shape: tuple[int, int, int], build: Callable[[], Splits]) -> bool:
-    """Whether the files could be written."""
+    """Writes the cache files; returns whether that was possible."""
     try:
         remove_leftovers(path.parent, ".*x*x*-v*.part")  # of whichever images
         with ExitStack() as files:  # which take their places in reverse order, the arrays first

@@ -112,7 +112,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _add(files: dict[str, str], raw: str, where: str, kind: str) -> str | None:
-    """The canonical name of a path, which is noted in `files`; None where the system put it there.
+    """Adds a path to `files` by its canonical name and returns that; None for what the system put there.
 
     Raises UserError where it leads out of the folder or zip, or another path has the same name.
     """

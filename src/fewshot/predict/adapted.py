@@ -48,7 +48,7 @@ class Adapted:
     support: Tensor
     shots: tuple[int, ...]
     statistics: str = "task"
-    _weights: frozenset[str] = field(init=False, repr=False, compare=False)  # less what is made again from the support
+    _weights: frozenset[str] = field(init=False, repr=False, compare=False)  # names of those that save writes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_weights", frozenset(self.model.learner.state_dict()))
@@ -63,7 +63,7 @@ class Adapted:
 
     @property
     def preprocess(self) -> Preprocess:
-        """What makes of a picture what the network takes, but for its leading dimension."""
+        """Turns a picture into what the network takes, without the leading dimension."""
         return self.model.preprocess
 
     @property

@@ -12,7 +12,7 @@ MODELS = next((path for path in PLACES if path.is_dir()), PLACES[0])
 
 
 def names() -> list[str]:
-    """Of the models that come with this program."""
+    """The names of the models that come with this program."""
     return sorted(path.parent.name for path in MODELS.glob(f"*/{EXPORTED}"))
 
 

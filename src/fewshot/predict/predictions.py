@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Label = str | int | float | bool
 
-OLDER = {"queries": "task"}  # words of adapted models that were written before evaluation had its own
+OLDER = {"queries": "task"}  # what adapted models say that were written before STATISTICS had these names
 
 
 def check_statistics(knob: str, value: str) -> str:

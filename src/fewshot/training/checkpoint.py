@@ -80,7 +80,7 @@ def _odd(state: Any) -> str:
 
 
 def _dense(value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
-    """Not sparse, not on a device that does not exist, not a few numbers that are repeated."""
+    """Whether it is a tensor on the CPU, of one of these types, that is not sparse and stores every number."""
     return (
         type(value) is Tensor
         and value.layout == torch.strided

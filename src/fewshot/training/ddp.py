@@ -60,7 +60,7 @@ def mean_over_ranks(values: Sequence[Any]) -> None:
     """Replaces each tensor by its mean over the ranks, in place, all in one message.
 
     Raises:
-        RankGone: another rank is.
+        RankGone: another rank has ended.
     """
     if not dist.is_initialized():
         return

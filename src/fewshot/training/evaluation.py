@@ -44,10 +44,10 @@ class Evaluation:
     def measure(
         self, engine: Engine, network: Network, loop: InnerLoop, etas: Any, tasks: Task, *, final: bool
     ) -> Measured:
-        """Changes nothing in the network. final: by all statistics, as the final test."""
+        """Tests the network on the tasks and leaves it as it is. final: by all statistics, as the final test does."""
         # One computation for both modes where the head is zero already, or none begins the loop.
-        given = loop.makes_head or loop.overrides("start")  # a head that the network does not show
-        zero = not given and not any(parameter.any() for parameter in network.head.parameters())
+        elsewhere = loop.makes_head or loop.overrides("start")  # the loop begins from another head than the network's
+        zero = not elsewhere and not any(parameter.any() for parameter in network.head.parameters())
         evaluations = [loop.evaluation(self.steps, z) for z in ((True,) if zero or loop.distance else (False, True))]
         asked = self.statistics if final else self.statistics[:1]
         with engine.one_line_out_of_memory(tasks):
@@ -63,11 +63,11 @@ class Evaluation:
         return measured
 
     def scores(self, chunks: Sequence[Measured]) -> dict[str, Scores]:
-        """Of all tasks, by the first statistics."""
+        """The scores over all tasks, by the first statistics."""
         return {mode: Scores.of(accuracies) for mode, accuracies in self._joined(chunks, self.statistics[0]).items()}
 
     def keep(self, split: str, chunks: Sequence[Measured], inner_steps: int) -> None:
-        """What the final test has measured on the tasks of a split.
+        """Keeps what the final test has measured on the tasks of a split.
 
         Raises:
             UserError: some logits were not finite.

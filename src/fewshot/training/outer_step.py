@@ -50,12 +50,12 @@ class OuterStep:
         return self.lr * 0.1 ** sum(done >= milestone for milestone in self.milestones)
 
     def set_rate(self, optimizer: Optimizer, done: int) -> None:
-        """rho of the next update, a function of the count alone, so that a run goes on exactly."""
+        """Sets rho for the next update, by the number of updates alone, so that a run goes on exactly."""
         for group in optimizer.param_groups:
             group["lr"] = self.rate(done)
 
     def clip(self, optimizer: Optimizer, network: Network, zeroing: bool) -> dict[str, Tensor]:
-        """Scales a gradient down that is longer than clip_norm; returns what its norm was as "gradient_norm".
+        """Scales a gradient down that is longer than clip_norm; returns the norm that it had as "gradient_norm".
 
         With zeroing the head's gradient is left as it is and does not count, since the update of the head is undone.
         """

@@ -57,7 +57,7 @@ REFERRING = 4  # knobs of a checkpoint's call that may refer to another knob, wh
 
 @dataclass(frozen=True)
 class Start:
-    """From where a call goes on.
+    """Where a call begins: anew, or from a checkpoint.
 
     cfg: the configuration that holds; overrides: the call that composes it; folder: where the call writes.
     path, content: the checkpoint, if there is one.
@@ -82,7 +82,7 @@ class Start:
 
     @property
     def trained(self) -> bool:
-        """Nothing is left to train: killed after the last update, or at the accuracy where this call would stop."""
+        """Whether nothing is left to train: all updates are done, or the accuracy where this call stops is reached."""
         if self.content is None:
             return False
         target, reached = self.cfg.stop_at_accuracy, self.recorded["best_accuracy"]
@@ -90,7 +90,7 @@ class Start:
 
     @property
     def continues(self) -> bool:
-        """Whether a run goes on, in place of a new one or a test."""
+        """Whether this call goes on with a run; a new run and a test do not."""
         return self.cfg.fit and self.content is not None
 
     @property
@@ -100,12 +100,12 @@ class Start:
 
     @cached_property
     def run_id(self) -> str:
-        """Of the logger: a continued run keeps it."""
+        """The run's id for the logger, which a continued run keeps."""
         return self.content["fewshot"]["run_id"] if self.continues and self.content else uuid.uuid4().hex[:8]
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """Of metrics.csv, so far."""
+        """The rows of metrics.csv so far."""
         return self.recorded["rows"] if self.continues else []
 
     def describe(self, splits: dict[str, Any]) -> Describe:
@@ -206,12 +206,12 @@ def _keep_old_defaults(cfg: DictConfig, calls: list[str], trained: dict[str, Any
 
 
 def _is_of(keys: Iterable[str], key: str) -> bool:
-    """Whether it is one of the keys, or lies in one of them."""
+    """Whether the key is one of the keys, or below one of them."""
     return any(f"{key}.".startswith(f"{part}.") for part in keys)
 
 
 def _composed(overrides: list[str], path: Path) -> DictConfig:
-    """The configuration of a call, a part of which is stored at path. It is resolved, so what is checked is called."""
+    """The configuration of a call, in part the checkpoint's; resolved, so that what is checked is what is used."""
     try:
         cfg = compose("config", overrides)
         OmegaConf.resolve(cfg)

@@ -35,7 +35,7 @@ from fewshot.training.zero_head import ZeroHead
 
 log = logging.getLogger(__name__)
 
-NOT_HERE = {  # callbacks of Lightning's that could not do here what they say, and what does it
+NOT_HERE = {  # callbacks of Lightning's that could not do here what they say, and what does it instead
     lightning.EarlyStopping: "no metric is given to it; stop_at_accuracy and +trainer.max_time end a training",
     lightning.ModelCheckpoint: "checkpoints/ has best.ckpt and last.ckpt without it; save_minutes says how often",
     lightning.WeightAveraging: "validation, which chooses best.ckpt, would be of other weights than are written there",
@@ -45,7 +45,7 @@ NOT_HERE = {  # callbacks of Lightning's that could not do here what they say, a
     lightning.LearningRateFinder: "outer_lr is a knob, and a sweep or experiment=search tries its values",
 }
 TO_A_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, lightning.ThroughputMonitor)
-LATER = ("recompute_steps", "save_minutes", "figures", "trained")  # what older results lack, and that change none
+LATER = ("recompute_steps", "save_minutes", "figures", "trained")  # older results lack these, which change no number
 
 
 @dataclass
@@ -170,9 +170,9 @@ def in_order(callbacks: Iterable[pl.Callback]) -> list[pl.Callback]:
 
 
 def finished(start: Start) -> dict[str, Any] | None:
-    """The results of this very configuration that the folder holds, shown again; None where there are none.
+    """Shows the results of this very configuration again if the folder holds them; None if it does not.
 
-    Those of a run that a limit ended before its last iteration are none either: it goes on.
+    None also for a run that a limit ended before its last iteration: it goes on.
 
     Raises:
         UserError: they are of another configuration.

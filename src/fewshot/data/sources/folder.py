@@ -32,7 +32,7 @@ SPELLINGS = {  # other names of the splits' folders, for a hint
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-DEEPEST = 4  # so many folders within each other are searched for them
+DEEPEST = 4  # how many folders within each other are searched for them
 Files = list[tuple[Source, str]]
 Classes = dict[str, dict[str, Files]]  # the files of every class of every split
 Deal = Callable[[Mapping[str, Files]], Classes]

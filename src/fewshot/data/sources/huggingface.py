@@ -156,7 +156,7 @@ def _classes(source: Source, split: str, table: Any, column: str, where: str) ->
 
 
 def _own_splits(classes: Mapping[str, dict[str, Files]]) -> dict[str, dict[str, Files]] | None:
-    """Those that are called train, validation and test, where each has classes and shares none; else None."""
+    """The dataset's own train, validation and test, if each has classes and they share none; else None."""
     own = {}
     for split, known in SPELLINGS.items():
         called = [name for name in classes if name.casefold() in known and classes[name]]
