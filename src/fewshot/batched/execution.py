@@ -32,7 +32,7 @@ def one_by_one(function: Function, network: Network, chunks: list[Task]) -> list
 def on_threads(
     function: Function, network: Network, chunks: list[Task], workers: int | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """On a CPU: each thread takes chunks of its own, since a task alone is too small to be shared out inside.
+    """Computes chunks on threads of a CPU, each thread whole chunks, since one task is too small to be shared out.
 
     workers: how many chunks at a time; None: torch.get_num_threads(). Fewer than there are threads get several each.
     """
@@ -132,9 +132,10 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(aside)
 
     def _record(self, function: Function, network: Network, inputs: Task) -> tuple[Any, Task, tuple[Tensor, ...]]:
-        """
+        """Records the kernels of a function.
+
         Raises:
-            CaptureFailed: but out of memory is raised as such.
+            CaptureFailed: recording failed; out of memory is raised as such.
         """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

@@ -25,7 +25,7 @@ from fewshot.predict.pretrained import read_folder
 log = logging.getLogger(__name__)
 
 TRAINED = stored.form({"iteration?": integer(0), "splits?": text("64 hexadecimal digits", "[0-9a-f]{64}")})
-TOLD_OF = ("dataset.name", "dataset.origin", "model.name")  # they follow from the YAML files and from dataset.root
+FOLLOWING = ("dataset.name", "dataset.origin", "model.name")  # from the YAML files and from dataset.root
 
 
 def content(path: Path, asked: list[str]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _differences(config: dict[str, Any], base: dict[str, Any], prefix: str = "")
     """The knobs that have another value in config than in base, where it follows from no other knob."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if name in TOLD_OF:
+        if name in FOLLOWING:
             continue
         if key not in base:
             if prefix == "algo.":

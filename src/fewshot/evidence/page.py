@@ -64,7 +64,7 @@ class Section(NamedTuple):
 
 
 def head_is_zero(evidence: Evidence) -> bool:
-    """Or the same for every class, which has no effect either."""
+    """Whether the head is zero, or the same for every class, which has no effect either."""
     return all(evidence["same_for_all"].values())
 
 
@@ -99,7 +99,7 @@ def verdict_on(check: Evidence) -> Verdict:
 
 
 def updates(evidence: Evidence) -> str:
-    """Of the model. An exported one may not say how many they were."""
+    """The model's outer updates in words; an exported model may not say how many they were."""
     number = evidence["model"]["iteration"]
     return "an unknown number of outer updates" if number is None else counted(number, "outer update")
 
@@ -179,7 +179,7 @@ class Shown(NamedTuple):
 
 
 def size_of(panels: int) -> tuple[float, float]:
-    """Of so many heat maps side by side, each as high as wide with its images, two lines above and a bar below."""
+    """Width and height of a figure of heat maps side by side, with their images, two lines above and a bar below."""
     wide = {1: 4.5, 2: 8.0, 3: 9.5}[panels]
     return wide, wide / panels + 1.35
 

@@ -10,7 +10,7 @@ from fewshot.results.record_files import Scores
 
 
 def measure(model: Model) -> page.Evidence:
-    """Of each mode, and of what zeroing gains: on the same tasks, so paired."""
+    """Accuracies in each mode, and what zeroing gains, which is paired, for the tasks are the same."""
     tested = {**model.tested, "gain": model.tested["zeroing_on"] - model.tested["zeroing_off"]}
     scores = {name: Scores.of(accuracies) for name, accuracies in tested.items()}
     columns = {name: {"accuracy": score.accuracy, "ci95": score.ci95} for name, score in scores.items()}

@@ -11,7 +11,7 @@ ORDERS = {"fomaml": True, "somaml": False}
 
 
 def measure(model: Model) -> page.Evidence:
-    """Of N inner steps, what it changes that the inner loop adapts everything and not the head alone.
+    """What it changes after N inner steps that the inner loop adapts all parameters and not the head alone.
 
     fomaml, somaml: relative difference of the encoder's outer gradients; agree: share of the queries that get the same
     class.

@@ -110,7 +110,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """Of a zeroed head it is a theorem; of this head, whether it depends on the order."""
+    """Whether accuracy depends on the order with this head; with a zeroed one it is a theorem that it does not."""
     this = evidence["label_orders"]["this_head"]
     words = f"best and worst order are {page.percent(this['spread'])} of the queries apart, in a mean over tasks"
     judged = page.either(this["largest_spread"] > 0, words)

@@ -59,7 +59,7 @@ def _of(own: Model, first_order: bool) -> page.Evidence:
 
 @torch.no_grad()
 def _motion(alone: Model, first_order: bool) -> tuple[Tensor, Tensor]:
-    """Of queries and support of the one task, (1, Q, d) and (1, S, d): their derivative along the step."""
+    """How queries and support of the one task move, (1, Q, d) and (1, S, d): their derivative along the step."""
     knobs = {"inner_steps": alone.loop.inner_steps, "adapted": alone.loop.adapted, "first_order": first_order}
     with torch.enable_grad():
         gradient = alone.encoder_gradient(**knobs)
@@ -122,7 +122,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """Of both orders with this head: whether the support stands still, and whether pairs move the right way."""
+    """Whether the support stands still, and whether pairs move the right way, in both orders with this head."""
     motion, verdicts = evidence["motion"]["this_head"], {}
     about = "FOMAML leaves support features where they are."
     if motion["fomaml"]["query"]:

@@ -12,8 +12,9 @@ from fewshot.theory.closed_forms import contrastive_coefficients
 def measure(model: Model) -> page.Evidence:
     """C of the first task, (Q, S), where its sign is wrong, [q, s], and the share of wrong signs in all tasks.
 
-    Of all pairs and of those of different classes, for within a class no sign is wrong. Of one step from this head and
-    from a zeroed one, and the sum over more steps, at least two, from a zeroed one.
+    The share is that of all pairs, and of pairs of different classes, for within a class no sign is wrong. The
+    coefficients are those of one step from this head and from a zeroed one, and the sum over more steps, at least two,
+    from a zeroed one.
     """
     steps, other = max(2, model.loop.inner_steps), ~model.features.same_class()
     measured: page.Evidence = {"inner_steps": steps}
@@ -93,7 +94,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """Of this head in one step, and of a zeroed one in more: how many pairs of different classes draw together."""
+    """How many pairs of different classes draw together: by this head in one step, by a zeroed one in more."""
     c = evidence["coefficients"]
     this, later = (c[case]["wrong_among_other"] for case in ("this_head", "more_steps"))
     together = "of the pairs of different classes are drawn together"

@@ -55,7 +55,7 @@ def measure(model: Model) -> page.Evidence:
 
 
 def plane_of(features: Features) -> tuple[Tensor, Tensor, float]:
-    """Of the first task: the middle (d,) and the two directions (d, 2) of most spread, and the share of it in them."""
+    """The first task's middle (d,), its two directions of most spread (d, 2), and their share of the spread."""
     phi = torch.cat([features.support[0], features.query[0]])
     _, spread, axes = torch.linalg.svd(phi - phi.mean(0), full_matrices=False)
     plane = axes[:2] * torch.where(axes[:2].sum(1) < 0, -1.0, 1.0)[:, None]  # one picture, whatever signs svd chose
@@ -165,7 +165,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """Of FOMAML and of SOMAML, with this head: whether pairs of query and support move the right way."""
+    """Whether pairs of query and support move the right way, under FOMAML and SOMAML with this head."""
     verdicts = {}
     for order in ORDERS:
         of_order = evidence["outer_step"]["this_head"][order]

@@ -74,7 +74,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """From a zeroed head after more than the one step of the theorem, and from this head after one."""
+    """Whether predictions agree: from a zeroed head beyond the one step of the theorem, from this head after one."""
     this, zeroed = (evidence["prototypes"][name] for name in page.HEADS)
     agree = f"from a zeroed head {page.percent(zeroed[-1])} of the predictions agree after {len(zeroed)} steps"
     one_step = page.Verdict("untested", "not tested: one inner step is measured, add test_steps=2")
