@@ -12,7 +12,7 @@ import sys
 import hydra
 import numpy as np
 import pytest
-import scipy.special
+import scipy.stats
 from conftest import HANG, SMALL, composed, halt_when, outcome
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -200,9 +200,12 @@ def test_a_setting_that_was_tested_with_zeroing_alone_has_its_row(config, tmp_pa
     assert len(figures.sweep(settings_).axes) == 4
 
 
-def test_students_t_is_that_of_scipy():
-    for degrees in (*range(1, 40), 99, 1000):
-        assert grouped.student_t(degrees) == pytest.approx(scipy.special.stdtrit(degrees, 0.975), rel=1e-12)
+def test_the_interval_over_seeds_is_that_of_a_t_test():
+    for seeds in (2, 3, 10, 100):
+        values = np.random.default_rng(seeds).uniform(size=(seeds, 4))
+        interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        mean, half = grouped.mean_and_ci95(values)
+        assert np.allclose([mean - half, mean + half], interval, rtol=1e-12)
 
 
 def test_a_name_is_no_formula(config, tmp_path):

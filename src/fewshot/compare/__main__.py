@@ -3,18 +3,12 @@
 import logging
 from pathlib import Path
 
-from fewshot.config.command import Command, Parameter, integer, one_line_errors, read
+from fewshot.config.command import Command, Parameter, integer, one_line_errors, one_of, read
 from fewshot.config.tree import MODES
 from fewshot.errors import UserError, printable
 from fewshot.files import check_place, user_path
 
 log = logging.getLogger(__name__)
-
-
-def _mode(key: str, text: str) -> str:
-    if text not in MODES:
-        raise UserError(f"{key}={text}: must be one of {', '.join(MODES)}")
-    return text
 
 
 def _say(left_out: list[str]) -> None:
@@ -34,7 +28,9 @@ COMMAND = Command(
             "The inner step after which accuracies are compared; left out: each setting's inner_steps.",
             lambda key, text: integer(key, text, 0),
         ),
-        "mode=MODE": Parameter("zeroing_off or zeroing_on, whether the test zeroes the head; left out: both.", _mode),
+        "mode=MODE": Parameter(
+            "zeroing_off or zeroing_on, whether the test zeroes the head; left out: both.", one_of(*MODES)
+        ),
     },
 )
 

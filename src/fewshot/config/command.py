@@ -141,6 +141,17 @@ def integer(knob: str, value: str, smallest: int) -> int:
     return int(value)
 
 
+def one_of(*names: str) -> Callable[[str, str], str]:
+    """Reads a word that must be one of these names."""
+
+    def read_name(knob: str, value: str) -> str:
+        if value not in names:
+            raise UserError(f"{knob}={value}: must be one of {', '.join(names)}")
+        return value
+
+    return read_name
+
+
 @contextmanager
 def one_line_errors(job: Path | None = None, hint: Callable[[], str] = str) -> Iterator[None]:
     """A UserError ends the program with its line and status 1, a signal with status 128 + its number.

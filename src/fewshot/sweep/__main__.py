@@ -4,17 +4,9 @@ import logging
 from pathlib import Path
 
 from fewshot.config import stored
-from fewshot.config.command import Command, Parameter, one_line_errors, read
-from fewshot.errors import UserError
+from fewshot.config.command import Command, Parameter, one_line_errors, one_of, read
 from fewshot.files import user_path
 from fewshot.sweep.tables import summarise
-
-
-def _kind(key: str, text: str) -> str:
-    if text not in ("png", "pdf"):
-        raise UserError(f"{key}={text}: must be one of png, pdf")
-    return text
-
 
 COMMAND = Command(
     "sweep",
@@ -28,7 +20,9 @@ COMMAND = Command(
             "Knobs, with commas between them; panels.png has axes of their own for each of their values.",
             lambda key, text: text.split(","),
         ),
-        "figures.format=KIND": Parameter("png, or pdf: each figure also as a PDF of vectors; left out: png.", _kind),
+        "figures.format=KIND": Parameter(
+            "png, or pdf: each figure also as a PDF of vectors; left out: png.", one_of("png", "pdf")
+        ),
     },
 )
 

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,23 +282,6 @@ def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(values)
     if n < 2:
         return values.mean(axis=0), np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), student_t(n - 1) * values.std(axis=0, ddof=1) / n**0.5
+    from scipy.special import stdtrit  # scipy takes its time to import
 
-
-@cache
-def student_t(degrees: int) -> float:
-    """The 97.5% quantile of Student's t distribution, found by bisection; SciPy takes too long to import.
-
-    With t = sqrt(degrees) tan(angle) the probability of (-t, t) is a finite sum: Abramowitz and Stegun, 26.7.3 and 4.
-    """
-    odd, low, high = degrees % 2, 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
-        for k in range(2 + odd, degrees + 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-        inside = math.sin(angle) * total
-        inside = (angle + inside) * 2 / math.pi if odd else inside
-        low, high = (angle, high) if inside < 0.95 else (low, angle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
+    return values.mean(axis=0), stdtrit(n - 1, 0.975) * values.std(axis=0, ddof=1) / n**0.5
