@@ -9,15 +9,9 @@ from fewshot.errors import nearest
 from fewshot.processes.surroundings import CALLED, settle
 
 COMMANDS = {  # a line each: (the module whose main() it is, what it does)
-    "train": (
-        "fewshot.train",
-        "Trains, validates, tests and reports; with -m and several values it is a sweep.",
-    ),
+    "train": ("fewshot.train", "Trains, validates, tests and reports; with -m and several values it is a sweep."),
     "test": ("fewshot.test", "Tests a trained model in a new folder."),
-    "predict": (
-        "fewshot.predict.__main__",
-        "Adapts a model to a few images of your classes and classifies others.",
-    ),
+    "predict": ("fewshot.predict.__main__", "Adapts a model to a few images of your classes and classifies others."),
     "adapt": ("fewshot.adapt", "Adapts a model once, for predict to classify with again and again."),
     "evidence": ("fewshot.evidence.__main__", "Writes a page that says whether the theory holds on a trained model."),
     "export": ("fewshot.export", "Writes a model to share, without pickle."),

@@ -157,12 +157,7 @@ def _outer_gradient(
 
 
 def _step_logits(
-    network: Network,
-    tasks: Task,
-    *,
-    evaluations: Sequence[InnerLoop],
-    eta: Sequence[Tensor],
-    statistics: Sequence[str],
+    network: Network, tasks: Task, *, evaluations: Sequence[InnerLoop], eta: Sequence[Tensor], statistics: Sequence[str]
 ) -> tuple[Tensor, ...]:
     """The query logits of one evaluation after every inner step, by all statistics, then of the next."""
     theta, logits = _copies(network, len(tasks.support)), []

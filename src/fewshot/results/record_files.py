@@ -29,17 +29,8 @@ from fewshot.processes import ranks
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "fewshot",
-    "torch",
-    "pytorch-lightning",
-    "learn2learn",
-    "hydra-core",
-    "wandb",
-    "torchmetrics",
-    "kornia",
-    "numpy",
-)
+PACKAGES = ("fewshot", "torch", "pytorch-lightning", "learn2learn", "hydra-core", "wandb", "torchmetrics")
+PACKAGES += ("kornia", "numpy")
 CURVE = many(NUMBER)
 COUNTED = dict.fromkeys(("confidence", "accuracy"), many(many(optional(NUMBER))))
 CALIBRATION = form({"error": CURVE, "confidence": CURVE, "bins": form({"queries": many(many(integer(0)))} | COUNTED)})

@@ -19,15 +19,7 @@ from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import in_shell, write_file
 from fewshot.results.record_files import percent, steps_that_matter, tested_on, title, write_csv
-from fewshot.sweep.settings import (
-    OVER_SEEDS,
-    Job,
-    Setting,
-    group,
-    mean_and_ci95,
-    read_job,
-    read_jobs,
-)
+from fewshot.sweep.settings import OVER_SEEDS, Job, Setting, group, mean_and_ci95, read_job, read_jobs
 
 log = logging.getLogger(__name__)
 

@@ -30,20 +30,8 @@ OF_THIS_CALL = (
     *("dataset.trust", "dataset.other_split"),
 )
 # May differ between a run and its continuation: where things lie and are reported to, when it stops, its memory.
-PLACES = (
-    "name",
-    "root",
-    "mini_root",
-    "cache",
-    "archive",
-    "labels",
-    "largest_image",
-    "source",
-    "device",
-    "origin",
-    "other_split",
-    "trust",
-)
+PLACES = ("name", "root", "mini_root", "cache", "archive", "labels", "largest_image", "source", "device", "origin")
+PLACES += ("other_split", "trust")
 FREE = (
     *("checkpoint", "fit", "logger", "figures", "recompute_steps", "iterations", "save_minutes", "calibration"),
     *("stop_at_accuracy", "callbacks.record.stop_at_accuracy"),

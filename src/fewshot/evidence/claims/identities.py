@@ -58,10 +58,7 @@ def _coefficients(zero: Model) -> Tensor:
 L_Q = {"adapted": "head", "noise": False, "interference": False}  # the explicit loss l(q)
 
 
-@identity(
-    GRADIENT,
-    "relative difference of the encoder’s gradients, by differentiating MAML and differentiating l(q)",
-)
+@identity(GRADIENT, "relative difference of the encoder’s gradients, by differentiating MAML and differentiating l(q)")
 def fomaml_is_the_explicit_loss(zero: Model) -> float:
     """The gradient that FOMAML gives the encoder is that of the explicit contrastive loss l(q)."""
     return relative(zero.encoder_gradient(**L_Q), zero.encoder_gradient())
