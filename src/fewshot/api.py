@@ -95,8 +95,7 @@ def train(*, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Ru
     """
     from fewshot.train import main
 
-    place = [] if folder is None else [override("hydra.run.dir", os.fspath(folder))]
-    return Run(_call(main, [*words_of(knobs), *place]))
+    return Run(_call(main, words_of(knobs), folder))
 
 
 def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Run:
@@ -113,9 +112,7 @@ def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str]
         return _test_across(run, folder, **knobs)
     from fewshot.train import main
 
-    place = [] if folder is None else [override("hydra.run.dir", os.fspath(folder))]
-    words = words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs), *place])
-    return Run(_call(main, words))
+    return Run(_call(main, words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs)]), folder))
 
 
 def _test_across(
@@ -141,8 +138,9 @@ def _listed(numbers: Any) -> Any:
     return [numbers] if isinstance(numbers, int | float | str) else numbers
 
 
-def _call(command: Any, words: list[str], log: bool = True) -> Path:
-    """What a command of hydra_command's does, in this process. log: whether it writes train.log."""
+def _call(command: Any, words: list[str], folder: "str | os.PathLike[str] | None" = None, log: bool = True) -> Path:
+    """Does in this process what a command of hydra_command's does. log: whether it writes train.log."""
+    words = words if folder is None else [*words, override("hydra.run.dir", os.fspath(folder))]
     return call_hydra(partial(_leaving_torch_as_it_was, command.__wrapped__), words, log)
 
 

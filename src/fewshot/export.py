@@ -63,43 +63,10 @@ def model_card(
     run: dict[str, Any], weights: dict[str, Any], iteration: int, results: dict[str, Any] | None, why_not: str
 ) -> str:
     """The text of README.md, with the front matter that model hubs read. run: what a checkpoint says of its run."""
-    from fewshot.data.sources import LICENCES
-    from fewshot.data.task import SPLITS
-
-    config, splits = run["config"], run.get("splits")
-    loop = InnerLoop.of(config)
-    data, algo, ways, shots = config["dataset"], config["algo"], config["ways"], config["shots"]
+    config, loop = run["config"], InnerLoop.of(run["config"])
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
-    colour = "grey" if data["channels"] == 1 else "colour"
-    tasks = f"{'one task of ' * _of_one_task(config)}{data['name']}, {ways}-way {shots}-shot"
-    known = {} if "fractions" in data else LICENCES  # images of one's own are named after the user's folder
-    licence = known.get(data["name"], "not known to this program")
-    names = {"test": "its one task's"} if _of_one_task(config) else {}
-    facts = {
-        "trained on": f"{tasks}, {data['size']} x {data['size']} pixels, {colour}",
-        "splits": ", ".join(f"{len(splits[split])} {names.get(split, split)} classes" for split in SPLITS)
-        + f"; SHA-256 of their names and images {splits['sha256']}"
-        if splits
-        else "not recorded",
-        "licence of the images": licence,
-        "network": f"{config['model']['name']}, {numbers:,} parameters",
-        "algorithm": f"{loop.name}: "
-        + ", ".join(
-            f"{knob}={shown(value)}"
-            for knob, value in {**algo, "init_scale": config.get("init_scale", 1)}.items()
-            if knob != "_target_" or value
-        ),
-        "inner loop": f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
-        + ", where the learned ones began" * bool(algo.get("learned_inner_lr")),
-        "outer loop": f"outer update {iteration} of {config['iterations']}, "
-        f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}"
-        + "".join(f" {knob}={shown(config[knob])}" for knob in OUTER if knob in config and config[knob] != OUTER[knob]),
-        "seed": str(config["seed"]),
-        "versions": ", ".join(
-            f"{name} {number}" for name, number in (results or {}).get("versions", versions()).items()
-        ),
-    }
-    title = f"{config['model']['name']} on {data['name']}, {ways}-way {shots}-shot"
+    facts = _facts(config, run.get("splits"), numbers, iteration, (results or {}).get("versions", versions()))
+    title = f"{config['model']['name']} on {config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot"
     return CARD_TEXT.format(
         metadata=yaml.safe_dump(_metadata(title, config, results), sort_keys=False),
         title=plain_markdown(title),
@@ -107,9 +74,42 @@ def model_card(
         numbers=_table(results) if results else f"None: {why_not}.",
         command=_command(run["overrides"]),
         algorithm=plain_markdown(loop.named("MAML", order=False)),
-        ways=loop.ways(ways),
+        ways=loop.ways(config["ways"]),
         together=_together(config["model"]),
     )
+
+
+def _facts(
+    config: dict[str, Any], splits: dict[str, Any] | None, numbers: int, iteration: int, packages: dict[str, str]
+) -> dict[str, str]:
+    """The rows of the card's first table; numbers: how many the weights of the network have."""
+    from fewshot.data.sources import LICENCES
+    from fewshot.data.task import SPLITS
+
+    data, algo, split = config["dataset"], config["algo"], "not recorded"
+    if splits:
+        names = {"test": "its one task's"} if _of_one_task(config) else {}
+        split = ", ".join(f"{len(splits[name])} {names.get(name, name)} classes" for name in SPLITS)
+        split += f"; SHA-256 of their names and images {splits['sha256']}"
+    licences = {} if "fractions" in data else LICENCES  # images of one's own are named after the user's folder
+    tasks = f"{'one task of ' * _of_one_task(config)}{data['name']}, {config['ways']}-way {config['shots']}-shot"
+    pixels = f"{data['size']} x {data['size']} pixels, {'grey' if data['channels'] == 1 else 'colour'}"
+    knobs = {**algo, "init_scale": config.get("init_scale", 1)}
+    settings = ", ".join(f"{knob}={shown(value)}" for knob, value in knobs.items() if knob != "_target_" or value)
+    inner = f"inner_steps={config['inner_steps']} inner_lr={config['inner_lr']}"
+    outer = f"meta_batch_size={config['meta_batch_size']} outer_lr={config['outer_lr']}"
+    outer += "".join(f" {knob}={shown(config[knob])}" for knob in OUTER if config.get(knob, OUTER[knob]) != OUTER[knob])
+    return {
+        "trained on": f"{tasks}, {pixels}",
+        "splits": split,
+        "licence of the images": licences.get(data["name"], "not known to this program"),
+        "network": f"{config['model']['name']}, {numbers:,} parameters",
+        "algorithm": f"{InnerLoop.of(config).name}: {settings}",
+        "inner loop": inner + ", where the learned ones began" * bool(algo.get("learned_inner_lr")),
+        "outer loop": f"outer update {iteration} of {config['iterations']}, {outer}",
+        "seed": str(config["seed"]),
+        "versions": ", ".join(f"{name} {number}" for name, number in packages.items()),
+    }
 
 
 def _together(model: dict[str, Any]) -> str:
