@@ -80,21 +80,17 @@ def refuse_links_of_jobs(sweep: Path) -> None:
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
     """A descriptor of a regular file; no link is followed and no pipe waited for, which are a UserError."""
-    descriptor = None
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
             raise
-        regular = False
-    if not regular:
-        if descriptor is not None:
-            os.close(descriptor)
-        what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"
-        raise UserError(f"{path}: is {what}; remove it")
-    assert descriptor is not None
-    return descriptor
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    what = f"a link to {os.readlink(path)}" if path.is_symlink() else "no regular file"
+    raise UserError(f"{path}: is {what}; remove it")
 
 
 # Writing
