@@ -36,7 +36,7 @@ class Run(os.PathLike[str]):
         return f"Run({str(self.folder)!r})"
 
     def _repr_png_(self) -> bytes | None:
-        """In a notebook: accuracy over inner steps."""
+        """The picture that a notebook shows: accuracy over inner steps."""
         path = self.figures.get("accuracy_over_steps") or self.figures.get("across")
         return path.read_bytes() if path else None
 

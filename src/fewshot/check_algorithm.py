@@ -188,7 +188,7 @@ def _plain_task(network: "Network", task: "Task", loop: InnerLoop) -> tuple[Tens
 
 
 def _apart(expected: dict[Any, Any], measured: dict[Any, Any], loop: InnerLoop) -> dict[str, float]:
-    """By name: how far two gradients, losses or measures are apart, relative to their size."""
+    """How far two gradients, losses or measures are apart relative to their size, by their names."""
     names: dict[Any, str] = {0: "the query loss"} | dict(enumerate(loop.measures, 1))
     apart = {}
     size = sum(float(value.norm()) ** 2 for name, value in expected.items() if isinstance(name, str)) ** 0.5

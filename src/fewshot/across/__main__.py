@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def numbers(knob: str, text: str, smallest: int) -> list[int]:
-    """Of "5,20", each once."""
+    """The numbers in a text as "5,20", each of them once."""
     return list(dict.fromkeys(integer(knob, word, smallest) for word in text.split(",")))
 
 

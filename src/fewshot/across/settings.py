@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 def places(text: str) -> list[Place]:
-    """Of "omniglot,cifarfs:PATH,folder:PATH"; a comma in a path is none before the name of a dataset.
+    """The datasets in "omniglot,cifarfs:PATH,folder:PATH"; a path may have commas, but not before such a name.
 
     Raises:
         UserError: there is no dataset of a name.
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
 
 def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[int], shots: list[int]) -> list[Setting]:
-    """What tests of a model on this dataset are called with: the dataset's YAML, brought to the network's images.
+    """The settings of a model's tests on this dataset: the dataset's YAML, adjusted to the network's images.
 
     model: the configuration that it was trained with.
 

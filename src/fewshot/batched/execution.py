@@ -72,15 +72,15 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has no
 
 
 class CaptureFailed(Exception):
-    """Its cause says why."""
+    """A function could not be recorded; the cause of this error says why."""
 
 
 class CudaGraphs:
-    """On a GPU: the kernels of a function are recorded once, and from then on launched all at once.
+    """Computes chunks on a GPU: the kernels of a function are recorded once, and from then on launched all at once.
 
-    Once for every function with its knobs, shape of chunk and place of the parameters in memory. To be made anew after
-    a Trainer has ended: it frees workspaces that recorded kernels use. If recording fails one line says so, and kernels
-    are launched one by one, in this process for good.
+    They are recorded for every function with its knobs, shape of chunk and place of the parameters in memory. After a
+    Trainer has ended a new object is needed, because the Trainer frees workspaces that recorded kernels use. If
+    recording fails, one line says so, and from then on this process launches kernels one by one.
     """
 
     possible = True  # in this process

@@ -23,7 +23,7 @@ FEW_PIXELS = 32 * 32  # of a map: above, oneDNN's convolution needs no columns o
 
 
 def in_a_row(tasks: int) -> SideBySide:
-    """As SideBySide, but on (B*I, C, H, W)."""
+    """Like SideBySide, but the tasks lie one after the other in the images, (B*I, C, H, W)."""
     return SideBySide(tasks, OWN)
 
 

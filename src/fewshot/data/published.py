@@ -183,7 +183,7 @@ def unpickle(file: IO[bytes]) -> Any:
 
 @contextmanager
 def as_published(root: Path, name: str, publisher: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a UserError: what is called `name` is not as its publisher has it."""
+    """Turns whatever goes wrong inside into a UserError: what is called `name` is not as its publisher has it."""
     try:
         yield
     except UserError:

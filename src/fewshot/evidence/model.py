@@ -37,7 +37,7 @@ class Model:
 
     @cached_property
     def features(self) -> Features:
-        """Those of the unadapted encoder, and the head."""
+        """The features of the unadapted encoder, and the head."""
         with torch.no_grad():
             features = Features.of(self.network, self.tasks)
         detached: Any = [field if field is None else field.detach() for field in features]
@@ -138,7 +138,7 @@ def equation(among: list[Equation], bound: float, number: str, *why_not_and_part
 
 
 def measured(equations: list[Equation], model: Model) -> dict[str, dict[str, Any]]:
-    """As in evidence.json; nan is above every bound."""
+    """The equations as evidence.json has them; a nan is above every bound."""
     numbers = {equation: equation.apart(model) for equation in equations}
     return {
         equation.name: {"value": apart, "bound": equation.bound, "pass": apart <= equation.bound}

@@ -116,7 +116,7 @@ class Adapted:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, trust: bool = False) -> "Adapted":
-        """What save wrote; trust: as in fewshot.load.
+        """Reads what save wrote; trust: as in fewshot.load.
 
         Raises:
             UserError: it cannot be read, or is not of this form.

@@ -29,7 +29,7 @@ RANKS_LOCK = ".lock-ranks"
 
 
 def launcher() -> str | None:
-    """What started this process as one of several; None: nothing did, so it is the only one so far."""
+    """What started this process as one of several, torchrun or srun; None: this process is the only one so far."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None

@@ -74,7 +74,7 @@ PROBES = (  # one panel each: title and (name, label)
 
 
 def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -> Figure:
-    """What probes=true recorded, over outer iterations."""
+    """The probes that probes=true recorded, over outer iterations."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(3, 2).flat, PROBES, strict=True):
         for (name, meaning), colour, style in zip(names, (ON, OFF), ("-", "--"), strict=False):
@@ -88,7 +88,7 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
 
 
 def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
-    """What inner_products.json holds, at up to four moments of the training."""
+    """How inner_products.json says that they are distributed, at up to four moments of the training."""
     shots = config["shots"]  # the loss wants the sum over a class's support to be 1
     chosen = sorted({round(place) for place in np.linspace(0, len(content["updates"]) - 1, 4)})
     figure = Figure(figsize=(7, 0.8 + 1.5 * len(chosen)), layout="constrained")

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _panels_of(folder: Path) -> list[str]:
-    """Those that the sweep in the folder was asked for."""
+    """The panels that the sweep in the folder was asked for."""
     path = folder / "multirun.yaml"
     if not path.exists():
         return []

@@ -45,7 +45,7 @@ def folders(words: Iterable[str]) -> list[Path]:
 
 
 def test_tasks(job: Job) -> dict[str, Any]:
-    """What decides which tasks a run was tested on, by the knob or file that says it."""
+    """All that decides which tasks a run was tested on: {the knob or file that says it: its value}."""
     values: dict[str, Any] = {}
     for knob in SAME:
         value: Any = job.config

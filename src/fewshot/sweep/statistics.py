@@ -28,12 +28,12 @@ class Difference(NamedTuple):
 
     @property
     def half_width(self) -> float:
-        """Of the interval to be believed: over both, or over tasks where there is one seed."""
+        """That of the interval to be believed: over both, or over tasks where there is one seed."""
         return self.over_tasks if np.isnan(self.over_both) else self.over_both
 
 
 def paired(differences: np.ndarray) -> Difference:
-    """Of differences (S, T), each of one seed on one task."""
+    """The mean of differences (S, T), each of one seed on one task, with its intervals."""
     seeds, tasks = differences.shape
     mean, of_task, of_seed = differences.mean(), differences.mean(axis=0), differences.mean(axis=1)
     # Mean squares: of tasks, of seeds, and of what neither explains.

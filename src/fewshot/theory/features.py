@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
     @classmethod
     def of(cls, network: Network, tasks: Task) -> "Features":
-        """Those of the unadapted encoder, (B, ...), through which their gradient reaches its parameters."""
+        """The features of the unadapted encoder, (B, ...); their gradient reaches its parameters."""
         w, b = network.head.weight, network.head.bias
         phi_S, phi_Q = (phi.to(w.dtype) for phi in encode(network, tasks))
         return cls(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, w, b)
@@ -79,7 +79,7 @@ def encode(network: Network, tasks: Task) -> tuple[Tensor, Tensor]:
 
 
 def encode_one(network: Network, task: Task) -> tuple[Tensor, Tensor]:
-    """Those of one task, (S, d) and (Q, d)."""
+    """The features of one task, (S, d) and (Q, d)."""
     phi = network.encoder
     return phi(task.support), of_queries(phi, task, partial(inside, phi))
 

@@ -245,5 +245,5 @@ def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any
 
 
 def _kind(tensor: Tensor) -> str:
-    """Its shape, and where it has no fractions its type; float32 and float64 are of one kind."""
+    """A tensor's shape, and its type if that has no fractions; float32 and float64 are of one kind."""
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"

@@ -134,7 +134,7 @@ def _meet(host: str, port: int, seconds: float) -> None:
 
 
 def cluster() -> ClusterEnvironment:
-    """Where Lightning finds its rank; left to choose it would, under Slurm, put jobs back into the queue on its own."""
+    """Tells Lightning where to find its rank; by its own choice it would put jobs of Slurm back into the queue."""
     if ranks.launcher() == "srun":
         if "SLURM_NTASKS_PER_NODE" not in os.environ and os.environ.get("SLURM_JOB_NUM_NODES") != "1":
             raise UserError("srun: give --ntasks-per-node, as many as trainer.devices")

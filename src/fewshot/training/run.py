@@ -157,9 +157,10 @@ def _callback(name: str, config: DictConfig, logger: DictConfig | None) -> pl.Ca
 
 
 def in_order(callbacks: Iterable[pl.Callback]) -> list[pl.Callback]:
-    """Whatever the order of the YAML files: first the head is zeroed, last the model is recorded and the bar moved on.
+    """Puts callbacks in order: the one that zeroes the head first, last those that record the model and move the bar.
 
-    So nothing sees a head that is still to be zeroed, and a checkpoint holds what every callback has done by then.
+    The order of the YAML files does not matter. So nothing sees a head that is still to be zeroed, and a checkpoint
+    holds what every callback has done by then.
     """
 
     def place(callback: pl.Callback) -> int:

@@ -78,7 +78,7 @@ class _Without:
 
 @contextmanager
 def torch_kept() -> Iterator[None]:
-    """What `prepare` and Lightning set for the whole process is afterwards as it was.
+    """Afterwards all that `prepare` and Lightning set for the whole process is as it was before.
 
     That is random states, CPU threads, TF32, and what +trainer.deterministic and +trainer.benchmark say.
     """

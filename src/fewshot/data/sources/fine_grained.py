@@ -135,7 +135,7 @@ def _wanted(name: str) -> str:
 
 
 def _open(name: str, root: str, top: str) -> tuple[Source, str]:
-    """What lies in `top`, in the root or in the folder in it that HOLDS names; and how a line about it begins."""
+    """The files in `top`, which lies in the root or in HOLDS' folder there; and how a line about it begins."""
     place, inside = user_path("dataset.root", root), HOLDS[name][1]
     source = open_source(place / inside if (place / inside).is_dir() else place, [top])
     if not any(is_image(file) for file in source.names):
