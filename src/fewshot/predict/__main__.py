@@ -62,7 +62,6 @@ def run(
     from fewshot.data.sheet import contact_sheet
     from fewshot.predict.adapted import Adapted, adapt
     from fewshot.predict.pretrained import load
-    from fewshot.results.figures import confusion, png
 
     skipped: list[tuple[str, str, str]] = []
     if examples is None:
@@ -75,26 +74,31 @@ def run(
         raise UserError(f"query={query}: none of its {len(asked)} images can be read")
     classes = tuple(map(str, adapted.classes))  # labels of an estimator may be numbers
     predictions = Predictions(classes, adapted.predict(list(queries.values())).probabilities)
-    rows = list(zip(queries, predictions.labels, predictions.probabilities, strict=True))
+    labels = _labels(f"query={query}", query_source, list(queries), classes)
     folder = folder or claimed(Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
     if skipped:
         write_csv(folder / "skipped.csv", [("set", "file", "reason"), *skipped])
-    header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
-    table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
-    labels = _labels(f"query={query}", query_source, list(queries), classes)
-    if labels:
-        header = [*header, "labelled"]
-        table = [[*row, label] for row, label in zip(table, labels, strict=True)]
-        write_file(folder / "confusion.png", png(confusion(labels, list(map(str, predictions.labels)), classes)))
-    write_csv(folder / "predictions.csv", [header, *table])
-    sheet = contact_sheet(
-        _sheet_rows(dict(zip(classes, adapted.examples, strict=True)), list(queries.items()), predictions), side=140
-    )
-    write_atomically(folder / "contact_sheet.png", partial(sheet.save, format="PNG"))
+    _write_predictions(folder, list(queries), predictions, labels)
+    rows = _sheet_rows(dict(zip(classes, adapted.examples, strict=True)), list(queries.items()), predictions)
+    write_atomically(folder / "contact_sheet.png", partial(contact_sheet(rows, side=140).save, format="PNG"))
     but = f", {len(skipped)} skipped" if skipped else ""
     right = sum(label == said for label, said in zip(labels, predictions.labels, strict=True)) if labels else 0
-    accuracy = f", accuracy {right / len(rows):.1%} ({right} of {len(rows)})" if labels else ""
-    print(f"{len(rows)} images, {len(predictions.classes)} classes{accuracy}{but}: written to {folder}")
+    accuracy = f", accuracy {right / len(queries):.1%} ({right} of {len(queries)})" if labels else ""
+    print(f"{len(queries)} images, {len(classes)} classes{accuracy}{but}: written to {folder}")
+
+
+def _write_predictions(folder: Path, files: list[str], predictions: Predictions, labels: list[str]) -> None:
+    """predictions.csv, and confusion.png if the queries are labelled."""
+    from fewshot.results.figures import confusion, png
+
+    header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
+    rows = zip(files, predictions.labels, predictions.probabilities, strict=True)
+    table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
+    if labels:
+        header, table = [*header, "labelled"], [[*row, label] for row, label in zip(table, labels, strict=True)]
+        picture = confusion(labels, list(map(str, predictions.labels)), list(map(str, predictions.classes)))
+        write_file(folder / "confusion.png", png(picture))
+    write_csv(folder / "predictions.csv", [header, *table])
 
 
 def _labels(where: str, source: "Source", files: list[str], classes: tuple[str, ...]) -> list[str]:
