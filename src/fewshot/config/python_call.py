@@ -30,7 +30,7 @@ from fewshot.errors import UserError, shown
 from fewshot.files import at_home, escaped
 
 LIGHTNING = ("pytorch_lightning", "lightning_fabric")
-HYDRA = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # of each of these Hydra has one for the whole process
+HYDRA = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra has one of each for the whole process
 
 
 def words_of(knobs: dict[str, Any]) -> list[str]:
@@ -120,7 +120,7 @@ def process_kept() -> Iterator[None]:
             del os.environ[name]  # Lightning would take from it what our configuration does not say
     levels = {name: logging.getLogger(name).level for name in ("fewshot", "matplotlib", *LIGHTNING)}
     raises = logging.raiseExceptions
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # which tells at its first start that it looks for fonts
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at its first start it would say that it looks for fonts
     setbase("1.3")
     try:
         with warnings.catch_warnings():

@@ -153,7 +153,7 @@ def _save(path: Path, key: str, shape: tuple[int, int, int], build: Callable[[],
     """Writes the cache files; returns whether that was possible."""
     try:
         remove_leftovers(path.parent, ".*x*x*-v*.part")  # of whichever images
-        with ExitStack() as files:  # which take their places in reverse order, the arrays first
+        with ExitStack() as files:  # they take their places in reverse order, the arrays first
             description = files.enter_context(replacing(path))
 
             def new_array(split: str, shape: tuple[int, ...]) -> BinaryIO:

@@ -38,7 +38,7 @@ HEIC = (".heic", ".heif", ".hif")
 NOT_EVERYWHERE = (*HEIC, ".avif")  # whether these are images depends on what is installed
 # What makes the pixels.
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
-JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments; of the APPn those that are not JFIF, EXIF, XMP or Adobe
+JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments, and each APPn that is not JFIF, EXIF, XMP or Adobe
 TIFF_TAGS = {*range(254, 260), 262, 266, *range(273, 275), *range(277, 280), 284, 292, 293, 317, 320}
 TIFF_TAGS |= {*range(322, 326), 332, 338, 339, 347, *range(512, 522), *range(529, 533)}
 

@@ -117,9 +117,9 @@ def fingerprint(config: dict[str, Any]) -> str:
     """What makes runs one setting, as text: two runs that differ in their seed alone have the same fingerprint."""
     left_out = [*ELSEWHERE]
     if config.get("fit", True) or "trained" in config:
-        left_out.append("checkpoint")  # from which it went on; a test says by `trained` what was tested
+        left_out.append("checkpoint")  # the file from which a run went on; a test says by `trained` what was tested
     if "fractions" not in config["dataset"]:
-        left_out.append("dataset.root")  # where a known dataset lies; any other is what lies there
+        left_out.append("dataset.root")  # only the place of a known dataset; any other dataset is what lies there
     kept = {}
     for key, value in leaves(config):
         repeats = key.startswith("callbacks.") and key.split(".")[-1] in config  # a top-level knob

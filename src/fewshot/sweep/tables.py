@@ -27,7 +27,7 @@ PAIRED = (
     "Paired by test task and seed; ± is the 95% confidence interval over tasks and seeds, with one seed over tasks.\n"
     "Bold: larger than noise (p < .05 after Holm's correction over this table). `fewshot compare` says more.\n"
 )
-TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies, of which the outer updates to get there are counted
+TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)  # accuracies; the outer updates that each takes are counted
 
 
 class Summary(Callback):

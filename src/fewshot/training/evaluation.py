@@ -19,7 +19,7 @@ from fewshot.models.network import Network
 from fewshot.results.record_files import Scores, diverged
 from fewshot.training.choose_engine import Engine
 
-Measured = dict[tuple[str, str], Tensor]  # by statistics and mode: (B, T + 1), or what _rated has of it
+Measured = dict[tuple[str, str], Tensor]  # by statistics and mode: accuracies (B, T + 1), or what _rated returns
 BINS = 15
 
 

@@ -206,7 +206,7 @@ def _finish(run: Any, exit_code: int) -> None:
             f"wandb sync --no-skip-online {folder}"
         )
     with suppress(OSError):
-        if linked.is_symlink():  # to a log in the home folder, of which a container leaves nothing
+        if linked.is_symlink():  # to a log in the home folder, which a container does not keep
             linked.unlink()
     if offline:
         log.info(f"W&B run kept offline; to upload it: wandb sync {folder}")

@@ -23,7 +23,7 @@ from fewshot.files import REPOSITORY, REVISION, SCHEME, user_path
 
 log = logging.getLogger(__name__)
 
-LABELS = ("label", "class")  # what a column of classes is called that does not say by its type that it is one
+LABELS = ("label", "class")  # names of a column of classes, where none says by its type that it is one
 
 
 def load(

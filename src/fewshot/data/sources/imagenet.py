@@ -29,7 +29,7 @@ MD5S = {
     "069993a77e65a83bbf8f8de4c9dcca68",  # its train, val and test: tata1661/FSL-Mate, PaddleFSL/paddlefsl/datasets
     "f87ddf9b5211920dd73520274371eb6a",
     "12158d649fd08945294de4ad38cda81d",
-    "e07e811b9f29362d159a9edd0d838c62",  # tiered-imagenet.tar: pytorch-meta; of what is in it none was found
+    "e07e811b9f29362d159a9edd0d838c62",  # tiered-imagenet.tar: pytorch-meta; no MD5 of the files in it was found
 }
 MINI_FILES = {  # as learn2learn and Ren et al. call them
     "train": ("mini-imagenet-cache-train.pkl",),
