@@ -160,7 +160,7 @@ def test_a_run_leaves_every_tasks_accuracy_and_results_json_is_their_mean(finish
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no gzip", "truncated", "split,position\n", "nan", "minus", "gap", "bomb"],
+    [b"", b"no gzip", "truncated", "split,position\n", "nan", "minus", "gap", "bomb", "modes"],
 )
 def test_a_damaged_file_of_tasks_is_one_line(tmp_path, content):
     import gzip
@@ -171,6 +171,7 @@ def test_a_damaged_file_of_tasks_is_one_line(tmp_path, content):
         "nan": f"{head}test,0,zeroing_off,0,nan\n",
         "minus": f"{head}test,-1,zeroing_off,0,0.5\ntest,-1,zeroing_on,0,0.5\n",
         "gap": f"{head}test,0,zeroing_off,0,0.5\ntest,2,zeroing_off,0,0.5\n",
+        "modes": f"{head}test,0,zeroing_off,0,0.5\ntest,1,zeroing_off,0,0.5\ntest,0,zeroing_on,0,0.5\n",
         "bomb": head + "x" * (2**27),
         "truncated": f"{head}test,0,zeroing_off,0,0.5\n" * 9,
     }

@@ -124,6 +124,9 @@ def test_clones_searches_and_what_is_no_fit():
         ({}, np.zeros((2, 8, 8)), "ab", r"images\[0\]: a ndarray of float64, shape \(8, 8\); give a PIL image.*"),
         ({}, "whole.png", "ab", "images: a str; give a list of images"),
         ({}, Image.new("L", (9, 9)), "ab", "images: a Image; give a list of images"),
+        ({}, iter(images(2, 0)), "ab", "images: a list_iterator; give a list of images"),
+        ({}, {"a": images(2, 0)}, "ab", "images: a dict; give a list of images"),
+        ({}, np.array(3), "ab", "images: a ndarray; give a list of images"),
         ({}, images(2, 0), ["a", None], "labels: cannot be sorted .*; give labels of one kind"),
         ({"model": None}, images(2, 0), "ab", "model=None: a NoneType; give a path, or a name as omniglot-5w1s-zero"),
         ({"zeroing": "no"}, images(2, 0), "ab", "test_zeroing=no: must be true or false"),
@@ -158,6 +161,14 @@ def test_what_was_saved_predicts_the_same(statistics, tmp_path):
     assert repr(again.adapted_) == f"Adapted(conv4_strided, 2 classes, 4 images, statistics={statistics!r})"
     with pytest.raises(fewshot.UserError, match=r"holds a model\.safetensors; name another folder$"):
         fitted.save(tmp_path / "adapted")
+
+
+def test_columns_of_a_model_whose_classes_are_in_another_order_are_those_of_its_sorted_labels(tmp_path):
+    shown, asked = {name: images(2, seed) for seed, name in enumerate("bca")}, images(4, 9)
+    adapt(MODEL, shown).save(tmp_path / "adapted")
+    again, expected = FewShotClassifier.load(tmp_path / "adapted"), adapt(MODEL, shown).predict(asked)
+    assert again.classes_.tolist() == ["a", "b", "c"] and again.predict(asked).tolist() == expected.labels
+    assert np.array_equal(again.predict_proba(asked), expected.probabilities[:, [2, 0, 1]])
 
 
 def test_support_statistics_are_what_the_adapted_network_sees_of_the_support():

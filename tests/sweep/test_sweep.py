@@ -245,6 +245,12 @@ def test_what_a_terminal_obeys_and_what_ends_a_cell_are_escaped_wherever_a_run_i
     assert rows and all(r"\x07\|\u202e" in row for row in rows)
 
 
+def test_what_others_call_their_settings_is_text_in_a_summary():
+    wild = "<img src=x> ![a](http://b) `c` [0.9, 0.99] | d"
+    assert tables.as_text(wild) == r"\<img src=x> ![a]\(http://b) \`c\` [0.9, 0.99] \| d"
+    assert wild not in tables._table(wild, ["setting"], [[wild]])
+
+
 def test_a_band_ends_where_accuracies_do(config, tmp_path):
     for seed, accuracy in enumerate((0.1, 0.9)):
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])

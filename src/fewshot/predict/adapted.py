@@ -126,7 +126,7 @@ class Adapted:
             with safe_open(path, "pt") as file:
                 about, support = file.metadata() or {}, file.get_tensor("support")
             classes, shots, statistics = (json.loads(about[name]) for name in ("classes", "shots", "statistics"))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
             raise UserError(f"model={path}: cannot be read ({error}); give a folder that fewshot adapt wrote") from None
         preprocess, rows = model.preprocess, model.config["ways"]
         shape = (preprocess.channels, preprocess.size, preprocess.size)

@@ -84,7 +84,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         pixels = stacked("images", self.adapted_.preprocess, images)
         predictions: Predictions = self.adapted_.predict(list(pixels))
-        return predictions.probabilities
+        rows = np.array(self.adapted_.classes)  # of the head; what adapt wrote may have them in any order
+        return predictions.probabilities[:, rows.argsort(kind="stable")]
 
     def predict(self, images: Sequence[Picture]) -> np.ndarray:
         """(Q,), the most probable label of each image."""
@@ -101,7 +102,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """A fitted classifier, from the folder that save or `python -m fewshot.adapt` wrote."""
         adapted = Adapted.load(folder, trust=trust)
         classifier = cls(folder, statistics=adapted.statistics, trust=trust)
-        classifier.adapted_, classifier.classes_ = adapted, np.array(adapted.classes)
+        classifier.adapted_, classifier.classes_ = adapted, np.sort(np.array(adapted.classes))
         return classifier
 
     def __sklearn_tags__(self) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewshot.config.tree import STATISTICS
-from fewshot.errors import UserError
+from fewshot.errors import UserError, one_line, shown
 
 if TYPE_CHECKING:
     from fewshot.predict.pretrained import Picture, Pretrained
@@ -20,9 +20,9 @@ OLDER = {"queries": "task"}  # what adapted models say that were written before 
 
 def check_statistics(knob: str, value: str) -> str:
     """The value, if it is one of STATISTICS, in today's word."""
-    value = OLDER.get(value, value)
+    value = OLDER.get(value, value) if isinstance(value, str) else value
     if value not in STATISTICS:
-        raise UserError(f"{knob}={value}: must be one of {', '.join(STATISTICS)}")
+        raise UserError(f"{knob}={one_line(shown(value))}: must be one of {', '.join(STATISTICS)}")
     return value
 
 

@@ -5,7 +5,7 @@ Shapes: B images of C channels, H x W pixels.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def stacked(where: str, preprocess: Preprocess, pictures: Sequence[Picture]) -> 
 
     where: what the pictures are called, before a number, in the line that says which of them is none.
     """
-    if isinstance(pictures, str | bytes | os.PathLike | Image.Image):
+    none = isinstance(pictures, str | bytes | os.PathLike | Image.Image | Mapping)
+    if none or not hasattr(pictures, "__len__") or getattr(pictures, "ndim", 1) == 0:
         raise UserError(f"{where}: a {type(pictures).__name__}; give a list of images")
     if not len(pictures):
         raise UserError(f"{where}: has no images; give at least one")

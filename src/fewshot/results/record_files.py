@@ -18,7 +18,7 @@ import rich.table
 from omegaconf import DictConfig
 
 from fewshot.config import stored
-from fewshot.config.kinds import Flag, integer, only, optional
+from fewshot.config.kinds import Flag, from_zero, integer, must_be, only, optional
 from fewshot.config.schema import Config
 from fewshot.config.stored import KEY, NAME, NUMBER, as_knobs, check, check_config, form, many, read_json, read_text
 from fewshot.config.tree import MODES, STATISTICS, settings, statistics
@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("fewshot", "torch", "pytorch-lightning", "learn2learn", "hydra-core", "wandb", "torchmetrics")
 PACKAGES += ("kornia", "numpy")
-CURVE = many(NUMBER)
+SHARE = must_be("a number from 0 to 1", NUMBER, refused=lambda value: not 0 <= value <= 1)
+CURVE = many(SHARE)
 COUNTED = dict.fromkeys(("confidence", "accuracy"), many(many(optional(NUMBER))))
 CALIBRATION = form({"error": CURVE, "confidence": CURVE, "bins": form({"queries": many(many(integer(0)))} | COUNTED)})
-MODE = form({"accuracy": CURVE, "ci95": CURVE, "calibration?": CALIBRATION})
+MODE = form({"accuracy": CURVE, "ci95": many(from_zero()), "calibration?": CALIBRATION})
 BY_MODE = dict.fromkeys(MODES, MODE)
 BY_STATISTICS = form({f"{words}?": form(BY_MODE) for words in STATISTICS})
-SCORES = form({"tasks": integer(1), **BY_MODE, "statistics?": BY_STATISTICS})
+SCORES = form({"tasks": integer(2), **BY_MODE, "statistics?": BY_STATISTICS})
 RESULTS = form(
     {
         "test": SCORES,
@@ -51,7 +52,7 @@ RESULTS = form(
 # A setting of a test on many datasets has no more; with other ways than in training it may be in one mode alone.
 TESTED = form(
     {
-        "test": form({"tasks": integer(1), "zeroing_off?": MODE, "zeroing_on": MODE}),
+        "test": form({"tasks": integer(2), "zeroing_off?": MODE, "zeroing_on": MODE}),
         "config": form({"fit": only(False, "as without val")}),
         "versions?": dict[KEY, NAME],
     }
@@ -158,9 +159,13 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
             if "iteration" not in row or None in row:
                 raise ValueError("a row of another length than the first, or no column of that name")
             iteration = int(row.pop("iteration") or "")
-            for name, value in row.items():
-                if value:
-                    curves.setdefault(name, []).append((iteration, float(value)))
+            if not 0 <= iteration <= 10**9:
+                raise ValueError("an iteration that no run has")
+            for name, text in row.items():
+                if text:
+                    curves.setdefault(name, []).append((iteration, value := float(text)))
+                    if "/query_accuracy" in name and abs(value - 0.5) > 0.51:  # 1 may be rounded; NaN is none
+                        raise ValueError(f"an accuracy of {text[:20]}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     return curves

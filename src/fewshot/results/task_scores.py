@@ -77,6 +77,8 @@ def read_tasks(folder: Path, split: str = "test", statistics: str | None = None)
             if len(values) != tasks * steps or min(min(place) for place in values) < 0:
                 raise ValueError(f"tasks or steps are missing of {split} {mode}")
             arrays[mode] = np.array([[values[task, step] for step in range(steps)] for task in range(tasks)])
+        if len({array.shape for array in arrays.values()}) > 1:
+            raise ValueError(f"its modes differ in tasks or steps of {split}")
     except (OSError, EOFError, ValueError, KeyError, csv.Error, zlib.error) as error:
         raise UserError(f"{path}: is not as a run writes it ({str(error)[:100]})") from None
     return arrays

@@ -4,6 +4,7 @@ Runs that differ in their seed alone are one setting; what is said of a setting 
 """
 
 import logging
+import re
 import traceback
 from itertools import product
 from pathlib import Path
@@ -167,7 +168,7 @@ def _differences(settings: list[Setting]) -> list[str]:
     if not table:
         return []
     heading = f"Differences to {rows[0].setting.label()} after inner_steps, in points"
-    notes = [f"Left out: {printable(first_few([*left_out, *without]))}\n"] * bool(left_out or without)
+    notes = [f"Left out: {as_text(first_few([*left_out, *without]))}\n"] * bool(left_out or without)
     return [_table(heading, ["setting", "test zeroing", "step", "difference", "seeds"], table), PAIRED, *notes]
 
 
@@ -197,15 +198,20 @@ def updates_to(setting: Setting) -> list[str]:
 
 
 def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
-    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[as_text(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
     return "\n".join(
-        [f"{heading}\n", line(columns), line(["-" * max(3, width) for width in widths]), *map(line, rows), ""]
+        [f"{as_text(heading)}\n", line(columns), line(["-" * max(3, width) for width in widths]), *map(line, rows), ""]
     )
+
+
+def as_text(text: str) -> str:
+    """What others wrote, in Markdown: no tag, link, picture, code or cell begins in it."""
+    return re.sub(r"[|<`]|(?<=\])\(", r"\\\g<0>", printable(text))
 
 
 def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
