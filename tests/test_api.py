@@ -129,6 +129,15 @@ def test_keywords_are_read_back_as_what_they_are(config):
         assert node == (list(expected) if isinstance(expected, tuple) else expected), keyword
 
 
+def test_ways_and_shots_may_be_numpys_and_each_is_tested_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fewshot.across.__main__.run", lambda *words: calls.append(words) or tmp_path)
+    fewshot.test("omniglot-5w1s-zero", datasets="glyphs", ways=np.int64(7), shots=np.array([1, 5, 5]))
+    fewshot.test("omniglot-5w1s-zero", datasets=["glyphs", "omniglot"], ways=range(5, 7))
+    assert [call[1:4] for call in calls] == [("glyphs", [7], [1, 5]), ("glyphs,omniglot", [5, 6], None)]
+    assert all(type(number) is int for number in (*calls[0][2], *calls[0][3]))
+
+
 def test_evidence_is_the_commands_page(finished, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(evidence, "run", lambda cfg, overrides, folder: asked.append((cfg.test_tasks, folder)))

@@ -135,7 +135,11 @@ def _test_across(
 
 
 def _listed(numbers: Any) -> Any:
-    return [numbers] if isinstance(numbers, int | float | str) else numbers
+    """Each once, as plain numbers; None: as in training."""
+    if numbers is None:
+        return None
+    numbers = [numbers] if isinstance(numbers, int | float | str | np.generic) else numbers
+    return list(dict.fromkeys(n.item() if isinstance(n, np.generic) else n for n in numbers))
 
 
 def _call(command: Any, words: list[str], folder: "str | os.PathLike[str] | None" = None, log: bool = True) -> Path:

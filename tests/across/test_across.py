@@ -187,6 +187,7 @@ def test_places_are_split_at_the_names_of_datasets(monkeypatch):
             r"datasets=glyphs: nothing could be measured; shots\+queries=23: .*",
         ),
         (["datasets=glyphs", "test_steps=1"], r"test_steps=1: must be at least inner_steps=2"),
+        (["datasets=glyphs", "trainer.precision=64-true"], r"trainer.precision=64-true: with datasets= a model .*"),
         (["datasets=glyphs", "trainer=ddp", "trainer.devices=2"], r"trainer.devices=2: one process tests .*"),
     ],
 )

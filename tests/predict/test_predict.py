@@ -30,7 +30,7 @@ from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
 from fewshot.models.head import share_rows
 from fewshot.predict import Predictions, predict
-from fewshot.predict.__main__ import SHEET_CLASSES, _labels, _sheet_rows, main, open_folder, run
+from fewshot.predict.__main__ import SHEET_CLASSES, Support, _labels, _sheet_rows, main, open_folder, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
 from fewshot.training.meta_learner import MetaLearner
 
@@ -336,6 +336,13 @@ def test_folders_of_queries_that_differ_from_a_class_in_case_alone_are_named(tmp
     assert not caplog.records
     assert labelled("named", "cats", "dogs") == []
     assert "query=named: 'Cats', 'Dogs' are no classes of the support; no accuracy" in caplog.text
+
+
+def test_classes_are_in_the_order_of_their_names_and_not_of_their_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "support.zip", "w") as file:
+        for name in ("cat/1.png", "cat-2/1.png", "ant/1.png"):  # - comes before / among letters
+            file.writestr(name, b"")
+    assert list(Support(str(tmp_path / "support.zip")).classes) == ["ant", "cat", "cat-2"]
 
 
 def test_a_contact_sheet_of_many_classes_shows_the_first_and_says_so():

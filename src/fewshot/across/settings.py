@@ -87,6 +87,9 @@ def settings(place: Place, model: dict[str, Any], knobs: list[str], ways: list[i
     check_files(cfg)
     if processes(cfg) > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: one process tests many datasets; leave it out")
+    if (precision := cfg.trainer.precision) != "32-true":
+        words = "with datasets= a model computes in the precision of its weights; leave it out"
+        raise UserError(f"trainer.precision={precision}: {words}")
     if cfg.evaluation.statistics not in STATISTICS:
         words = f"with datasets= it must be one of {', '.join(STATISTICS)}"
         raise UserError(f"evaluation.statistics={shown(cfg.evaluation.statistics)}: {words}")

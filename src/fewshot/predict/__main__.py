@@ -166,7 +166,7 @@ def _classes(where: str, source: "Source") -> dict[str, list[str]]:
         raise UserError(f"{where}: no images in {empty[0]!r}; add images or remove the class")
     if len(classes) < 2:
         raise UserError(f"{where}: {len(classes)} folders with images in it; give one for each of two classes or more")
-    return classes
+    return dict(sorted(classes.items()))
 
 
 def _read(

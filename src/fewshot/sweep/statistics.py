@@ -16,7 +16,7 @@ class Difference(NamedTuple):
 
     over_tasks: were other tasks drawn and these very models tested; over_seeds: were other seeds trained and tested on
     these very tasks; over_both: the one to be believed where there are several seeds. p: of "there is no difference",
-    by the widest of these that is known.
+    by over_both, or by over_tasks where there is one seed.
     """
 
     mean: float
