@@ -50,9 +50,9 @@ class Run(os.PathLike[str]):
         """metrics.csv by its columns, one number for each logged iteration; NaN: that one was not logged then."""
         if not (path := self.folder / "metrics.csv").exists():
             return {}  # of a test
-        curves = record_files.read_metrics(path)
-        iterations = sorted({iteration for curve in curves.values() for iteration, _ in curve})
-        columns = {name: [dict(curve).get(n, np.nan) for n in iterations] for name, curve in curves.items()}
+        curves = {name: dict(curve) for name, curve in record_files.read_metrics(path).items()}
+        iterations = sorted({iteration for curve in curves.values() for iteration in curve})
+        columns = {name: [curve.get(n, np.nan) for n in iterations] for name, curve in curves.items()}
         return {name: np.array(column) for name, column in ({"iteration": iterations} | columns).items()}
 
     @property
@@ -138,8 +138,9 @@ def _listed(numbers: Any) -> Any:
     """Each once, as plain numbers; None: as in training."""
     if numbers is None:
         return None
-    numbers = [numbers] if isinstance(numbers, int | float | str | np.generic) else numbers
-    return list(dict.fromkeys(n.item() if isinstance(n, np.generic) else n for n in numbers))
+    listed: list[Any] = [numbers] if isinstance(numbers, int | float | str | np.generic) else list(numbers)
+    plain: list[Any] = [number.item() if isinstance(number, np.generic) else number for number in listed]
+    return list(dict.fromkeys(plain))
 
 
 def _call(command: Any, words: list[str], folder: "str | os.PathLike[str] | None" = None, log: bool = True) -> Path:

@@ -251,6 +251,15 @@ def test_what_others_call_their_settings_is_text_in_a_summary():
     assert wild not in tables._table(wild, ["setting"], [[wild]])
 
 
+@pytest.mark.parametrize(("matrices", "size"), [(1, 5), (2, 4)])
+def test_similarities_that_no_run_writes_are_left_out(matrices, size, config, tmp_path, caplog):
+    make_run(tmp_path / "run", config("ways=5"), accuracy=[0.2, 0.5])
+    content = {"updates": [1, 11]} | dict.fromkeys(("query_support", "query_query"), [[[0.5] * size] * size] * matrices)
+    (tmp_path / "run" / "cosine_similarity.json").write_text(json.dumps(content))
+    assert tables._similarities(grouped.group(grouped.read_jobs([tmp_path]))) == {}
+    assert "must have a matrix of ways x ways for each of its updates; left out" in caplog.text
+
+
 def test_a_band_ends_where_accuracies_do(config, tmp_path):
     for seed, accuracy in enumerate((0.1, 0.9)):
         make_run(tmp_path / f"{seed}", config(f"seed={seed}"), accuracy=[0.2, accuracy])

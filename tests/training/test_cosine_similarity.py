@@ -102,3 +102,15 @@ def test_the_figure_shows_every_setting(seeds, updates):
     over = {1: "1 seed", 3: "mean and 95% confidence interval over 3 seeds (Student t)"}[seeds]
     title = f"a title: one task, unadapted encoder; {over}"
     assert {"random", "zeroing", "same class", "other class", title} <= text
+
+
+def test_the_figure_compares_settings_at_the_updates_at_which_all_were_measured():
+    def measured(updates):
+        matrices = [[[update, 0.0], [0.0, update]] for update in updates]
+        return {"updates": updates, **{pairs: matrices for pairs, _ in figures.PAIRS}}
+
+    runs = {"often": [measured([1, 6, 11, 16])], "seldom": [measured([1, 11, 21])]}
+    figure = figures.cosine_similarity(runs, "a title")
+    lines = figure.findobj(lambda artist: hasattr(artist, "get_xydata"))
+    drawn = [(line.get_label(), line.get_xydata().tolist()) for line in lines if line.axes and line.get_label() in runs]
+    assert drawn == [(name, [[1, 1], [11, 11]]) for name in (*runs, *runs)]

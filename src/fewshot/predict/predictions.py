@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ Label = str | int | float | bool
 OLDER = {"queries": "task"}  # what adapted models say that were written before STATISTICS had these names
 
 
-def check_statistics(knob: str, value: str) -> str:
+def check_statistics(knob: str, value: Any) -> str:
     """The value, if it is one of STATISTICS, in today's word."""
     value = OLDER.get(value, value) if isinstance(value, str) else value
     if value not in STATISTICS:

@@ -113,13 +113,12 @@ PAIRS = (("query_support", "query and support"), ("query_query", "two queries"))
 def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     """How alike the classes of one task become while it is trained on: {setting: cosine_similarity.json of its runs}.
 
-    Above, same class and other class over outer updates, as far as all runs went; below, class by class. Means over the
-    runs of a setting, the bands are 95% confidence intervals (Student t).
+    Above, same class and other class over the outer updates at which all runs were measured, of which there is at least
+    one; below, class by class. Means over the runs of a setting, the bands are 95% confidence intervals (Student t).
     """
-    reached = min(len(run["updates"]) for group in runs.values() for run in group)
-    updates = next(iter(runs.values()))[0]["updates"][:reached]
+    updates = shared_updates(runs)
     matrices = {  # (runs, updates, K, K)
-        pairs: {label: np.array([run[pairs][:reached] for run in group]) for label, group in runs.items()}
+        pairs: {label: np.array([_at(updates, run, pairs) for run in group]) for label, group in runs.items()}
         for pairs, _ in PAIRS
     }
     heights = (3.3, 0.4 + len(runs))
@@ -132,7 +131,7 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     for axes, (pairs, name) in zip(above.subplots(1, 2, sharey=True), PAIRS, strict=True):
         for number, (label, values) in enumerate(matrices[pairs].items()):
             itself = np.eye(values.shape[-1], dtype=bool)
-            marks = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "markevery": max(1, reached // 10)}
+            marks = {"marker": MARKS[number % len(MARKS)], "markersize": 4, "markevery": max(1, len(updates) // 10)}
             _mean_and_interval(axes, number, "-", updates, values[..., itself].mean(axis=-1), label=label, **marks)
             _mean_and_interval(axes, number, "--", updates, values[..., ~itself].mean(axis=-1), **marks)
         axes.set(xlabel="outer update", ylabel="mean cosine similarity")
@@ -145,6 +144,16 @@ def cosine_similarity(runs: dict[str, list[dict[str, Any]]], title: str) -> Figu
     _as_text(above.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center"))
     _class_matrices(below, updates, matrices)
     return figure
+
+
+def shared_updates(runs: dict[str, list[dict[str, Any]]]) -> list[int]:
+    """The outer updates at which all of these runs were measured."""
+    return sorted(set.intersection(*({*run["updates"]} for group in runs.values() for run in group)))
+
+
+def _at(updates: list[int], run: dict[str, Any], pairs: str) -> list[Any]:
+    measured = dict(zip(run["updates"], run[pairs], strict=True))
+    return [measured[update] for update in updates]
 
 
 def _mean_and_interval(

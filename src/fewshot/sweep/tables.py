@@ -104,7 +104,7 @@ def summarise(folders: list[Path], into: Path, panels: list[str], kind: str = "p
     if panels:
         write_picture(into / "panels", figures.panels(settings, panels), kind)
         print(f"Written to {into}/panels.png")
-    if recorded := _similarities(settings):
+    if (recorded := _similarities(settings)) and figures.shared_updates(recorded):
         of = title(settings[0].config, algorithm=False)
         write_picture(into / "cosine_similarity", figures.cosine_similarity(recorded, of), kind)
         print(f"Written to {into}/cosine_similarity.png")
@@ -223,6 +223,10 @@ def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
             if job.results and path.exists():
                 try:
                     stored.check(str(path), content := stored.read_json(path), stored.SIMILARITIES)
+                    matrices = [content[pairs] for pairs in ("query_support", "query_query")]
+                    sizes = {len(matrix) for each in matrices for matrix in each}
+                    if {*map(len, matrices)} != {len(content["updates"])} or sizes != {setting.config["ways"]}:
+                        raise UserError(f"{path}: must have a matrix of ways x ways for each of its updates")
                     recorded.setdefault(setting.label(), []).append(content)
                 except UserError as problem:
                     log.warning(f"{problem}; left out")
