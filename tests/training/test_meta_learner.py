@@ -212,7 +212,7 @@ def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engin
     monkeypatch.setattr(engine, "step_accuracies", evaluated)
     # The later model counts as the better.
     monkeypatch.setattr(
-        meta_learner.Scores, "of", lambda accuracies: meta_learner.Scores(2, [0.2] * 3 + [len(calls)], [0.0] * 4)
+        meta_learner.Scores, "of", lambda accuracies: meta_learner.Scores(2, [0.2] * 3 + [len(calls) / 8], [0.0] * 4)
     )
     name = engine.__name__.rsplit(".")[-1].replace("engine", "batched")
     knobs = (f"engine={name}", "iterations=1", "val_every=1", "val_tasks=2", "test_tasks=2", "inner_steps=3")
