@@ -243,6 +243,17 @@ class Misshapen(InnerLoop):
         return {name: g[0] for name, g in gradients.items()}, None
 
 
+@dataclass(frozen=True)
+class Picky(Shaken):
+    def __post_init__(self):
+        if self.by < 0:
+            raise ValueError("by must not be negative")
+
+
+class Needy(InnerLoop):
+    needs = {"firstorder": True}  # noqa: RUF012
+
+
 HERE = "test_algorithms"
 
 
@@ -252,6 +263,52 @@ def test_check_algorithm_says_that_all_ways_are_the_same(named, capsys):
     lines = capsys.readouterr().out.splitlines()
     compared = [line for line in lines if "both engines and plain autograd are the same to" in line]
     assert len(lines) == 2 and len(compared) == (1 if named in ("algo=reptile", "algo=imaml") else 2)
+
+
+@dataclass(frozen=True)
+class OneForTwo(InnerLoop):
+    """One tensor is where two parameters begin, as if for a modulation that several layers share."""
+
+    def start(self, theta, encode, support, labels):
+        bias = torch.tanh(theta["head.bias"])
+        return {"encoder.2.bias": bias, "head.bias": bias}
+
+
+@dataclass(frozen=True)
+class Apart(OneForTwo):
+    def start(self, theta, encode, support, labels):
+        return {name: bias.clone() for name, bias in super().start(theta, encode, support, labels).items()}
+
+
+@each_order
+def test_two_parameters_that_begin_at_one_tensor_go_their_own_ways(first_order):
+    network, tasks = check_algorithm._network(zeroing=False), check_algorithm._tasks()
+    expected, _ = outer_gradient(sequential, network, tasks, Apart(STEPS, ETA, first_order))
+    for engine in (sequential, all_at_once):
+        found, _ = outer_gradient(engine, network, tasks, OneForTwo(STEPS, ETA, first_order))
+        assert_same(found, expected, 1e-12)
+
+
+class Held:
+    def __init__(self, last):
+        self.last = last
+
+
+class Holding(InnerLoop):
+    """Its state is an object of its own."""
+
+    def update(self, theta, gradients, state):
+        last = state.last if state else dict.fromkeys(gradients, 0)
+        moves = {name: 0.5 * last[name] + g for name, g in gradients.items()}
+        return {name: -self.inner_lr * move for name, move in moves.items()}, Held(moves)
+
+
+@pytest.mark.parametrize("engine", [sequential, all_at_once])
+def test_a_state_in_which_tensors_cannot_be_found_is_refused_where_they_are_looked_for(engine):
+    loop, tasks = Holding(STEPS, ETA, False), draw()
+    outer_gradient(engine, tiny(), tasks, loop)
+    with pytest.raises(UserError, match=r"recompute_steps=true: the state of .*Holding\.update has a Held, in which"):
+        outer_gradient(engine, tiny(), tasks, changed(loop, recompute_steps=True))
 
 
 def test_check_algorithm_says_what_is_not_the_same(capsys):
@@ -272,6 +329,8 @@ def test_check_algorithm_says_what_is_not_the_same(capsys):
         ([f"{HERE}.WithoutState"], "WithoutState.update: gives a dict; it must be two things, the second a state or"),
         ([f"{HERE}.Shaken", "+algo.by=much"], "algo.by=much: must be of Shaken's type for it, float"),
         ([f"{HERE}.Shaken", "+algo.bye=1"], "algo.bye=1: Shaken has no such field; did you mean by?"),
+        ([f"{HERE}.Picky", "+algo.by=-1"], "Picky: cannot be made (by must not be negative)"),
+        ([f"{HERE}.Needy"], "Needy: cannot be made ('Needy' object has no attribute 'firstorder')"),
     ],
 )
 def test_check_algorithm_refuses_in_one_line(words, said, capsys):
@@ -300,6 +359,10 @@ def test_what_an_algorithm_does_not_go_with_is_refused():
         ({"length": 1.0}, (), r"measures \['length'\]; its class says \(\)"),
         ({"loss": 1.0}, ("loss",), "measures loss, which every run records under that name; name it otherwise"),
         ({"top-5": 1.0}, ("top-5",), "measures 'top-5'; give it a name of letters, digits and _, for metrics.csv"),
+        (None, (), r"measures NoneType; its class says \(\)"),
+        ({"length": 1}, ("length",), r"its length is a torch.int64 of \(\); it must be floats of \(2,\), one for each"),
+        ({"length": 1.0}, ("length",), r"its length is a torch.float32 of \(\); it must be floats of \(2,\)"),
+        ({"length": "1"}, ("length",), r"its length is a str; it must be floats of \(2,\), one for each task"),
     ],
 )
 def test_what_an_outer_gradient_measures_is_declared_and_has_a_name_of_its_own(returned, declared, said):
@@ -307,10 +370,13 @@ def test_what_an_outer_gradient_measures_is_declared_and_has_a_name_of_its_own(r
         measures = declared
 
         def outer_gradient(self, theta, theta_N, support_loss, query_loss):
-            return theta_N, {name: torch.tensor(value) for name, value in returned.items()}
+            number = {
+                name: value if type(value) is str else torch.tensor(value) for name, value in (returned or {}).items()
+            }
+            return theta_N, number if returned is not None else None
 
     with pytest.raises(UserError, match=f"Measuring.outer_gradient: {said}"):
-        sequential.meta_gradient(tiny(), draw(tasks=1, shots=1), Measuring(1, ETA, True))
+        all_at_once.meta_gradient(tiny(), draw(shots=1), Measuring(1, ETA, True))
 
 
 @pytest.mark.parametrize("name", ["reptile", "imaml"])

@@ -68,6 +68,28 @@ def test_both_engines_take_it_and_with_one_shot_it_is_protomaml(engine, first_or
             assert_same(found, means, 1e-2)
 
 
+@dataclass(frozen=True)
+class Chained(InnerLoop):
+    """As ProtoMAML, but the bias is made of the weight itself."""
+
+    def initial_head(self, features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
+        members = F.one_hot(labels, ways).to(features).mT
+        weight = 2 * members @ features / members.sum(-1, keepdim=True)
+        return {"weight": weight, "bias": -(weight / 2).square().sum(-1)}
+
+
+@each_way
+@each_order
+def test_an_inner_gradient_does_not_go_from_one_part_of_the_head_to_another(engine, first_order):
+    build = NETWORKS["conv4_strided"]
+    tasks = images_for(build, tasks=2, shots=2)
+    network = convolutional(build, tasks)
+    knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
+    found = outer_gradient(engine, network, tasks, Chained(head="own", target=NAME, **knobs))
+    expected, _ = meta_gradient(sequential, network, tasks, head="prototypes", **knobs)
+    assert_same(found, {name: expected[name] for name in found})
+
+
 def test_the_file_in_the_docs_is_whole_and_says_the_same():
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     (file,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MedianHead" in code]

@@ -3,8 +3,9 @@
 Parameters are by name: those of one task, or of B tasks with a leading B. Shapes: S support and Q query images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Number
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fewshot.inner_loop import InnerLoop, Tensors
 
 LossOf = Callable[[Tensors, bool], Tensor]  # parameters, and whether of the support or the queries, to (), or (B,)
 RECORDED = {"loss", "query_accuracy", "gradient_norm"}  # in metrics.csv, of every algorithm
+PLAIN = (Tensor, Number, str, type(None))  # what a state is made of, beside lists, tuples and dictionaries
 _MADE = object()
 Step = Callable[[Sequence[Tensor], Any], tuple[list[Tensor], Any]]  # theta_n and the state to the next ones
 
@@ -26,7 +28,8 @@ def start(
 ) -> list[Tensor]:
     """Where a task begins, in the order of theta."""
     begun = fitting(loop, "start", loop.start(theta, encode, support, labels), theta, all_of_them=False)
-    return [w if w.requires_grad else w.requires_grad_() for w in (theta | begun).values()]
+    # A view: where one tensor is given to two parameters, each goes its own way.
+    return [w.view_as(w) if w.requires_grad else w.view_as(w).requires_grad_() for w in (theta | begun).values()]
 
 
 def update(loop: InnerLoop, theta: Tensors, loss: Tensor, state: Any) -> tuple[Tensors, Any]:
@@ -41,12 +44,19 @@ def update(loop: InnerLoop, theta: Tensors, loss: Tensor, state: Any) -> tuple[T
     return fitting(loop, "update", updates, theta), state
 
 
-def recomputed(again: Callable[..., Any], step: Step, theta_n: Sequence[Tensor], state: Any) -> tuple[list, Any]:
+def recomputed(
+    loop: InnerLoop, again: Callable[..., Any], step: Step, theta_n: Sequence[Tensor], state: Any
+) -> tuple[list, Any]:
     """step(theta_n, state) by recompute.py, which keeps no more than its inputs: they include the state's tensors.
 
     again: its `recomputed`. What a step hands on as it was, such as learned rates, is no output of it.
     """
     leaves, form = pytree.tree_flatten(state)
+    if odd := [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]:
+        raise UserError(
+            f"recompute_steps=true: the state of {method(loop, 'update')} has a {type(odd[0]).__name__}, in which "
+            "tensors would not be found; use tensors, numbers, and lists or dictionaries of them"
+        )
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     after: list[Any] = []  # the state after the step, in parts, with _MADE for its tensors, whose graph is not kept
 
@@ -82,13 +92,19 @@ def outer(loop: InnerLoop, theta: Tensors, theta_N: Tensors, loss_of: LossOf, ta
     gradients, measured = two(loop, "outer_gradient", made)
     gradients = fitting(loop, "outer_gradient", gradients, theta)
     by = method(loop, "outer_gradient")
-    if {*measured} != {*loop.measures}:
-        raise UserError(f"{by}: measures {sorted(measured)}; its class says {loop.measures}")
+    if not isinstance(measured, Mapping) or {*measured} != {*loop.measures}:
+        said = sorted(measured) if isinstance(measured, Mapping) else type(measured).__name__
+        raise UserError(f"{by}: measures {said}; its class says {loop.measures}")
     if taken := {*measured} & RECORDED:
         raise UserError(f"{by}: measures {min(taken)}, which every run records under that name; name it otherwise")
     if odd := [name for name in loop.measures if not (name.isascii() and name.isidentifier())]:
         raise UserError(f"{by}: measures {odd[0]!r}; give it a name of letters, digits and _, for metrics.csv")
-    tasks = task.support_labels.dim() - 1
+    shape = task.support_labels.shape[:-1]
+    for name, value in measured.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape):
+            kind = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{by}: its {name} is a {kind}; it must be floats of {tuple(shape)}, one for each task")
+    tasks = len(shape)
     products = (theta[name] * gradients[name].detach() for name in theta)
     total: Any = sum(product.reshape(*product.shape[:tasks], -1).sum(-1) for product in products)
     return total, [measured[name].detach() for name in loop.measures]

@@ -246,7 +246,7 @@ def _adapt(
         recompute = loop.recompute_steps and not loop.first_order and not head_alone  # the head's graph is small
         if loop.overrides("update"):
             own = partial(own_step, outputs, names)
-            parameters, state = hooks.recomputed(again, own, inputs, state) if recompute else own(inputs, state)
+            parameters, state = hooks.recomputed(loop, again, own, inputs, state) if recompute else own(inputs, state)
             theta = dict(zip(theta, parameters, strict=True))  # theta_n <- theta_n + update
         else:
             moves = again(move, inputs) if recompute else move(inputs)

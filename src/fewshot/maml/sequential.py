@@ -97,7 +97,7 @@ def adapt(
         zero_head = loop.zeroing and loop.adapted == "all" and n == 1 and not loop.overrides("update")
         head_alone = loop.adapted == "head" or zero_head  # (P - T) w = 0
         if loop.recompute_steps and not loop.first_order and not head_alone:  # the graph of the head alone is small
-            parameters, state = hooks.recomputed(again, next_theta, list(theta_n.parameters()), state)
+            parameters, state = hooks.recomputed(loop, again, next_theta, list(theta_n.parameters()), state)
             theta_n = _with(parameters, theta_n)
             before_the_last: Any = partial(again, logits_from, list(theta_n.parameters()))
             yield theta_n, before_the_last if n < loop.inner_steps else queries_of(theta_n)

@@ -31,7 +31,7 @@ def initial_head(
         return {}
     make = loop.initial_head if loop.head == "own" else partial(prototype_head, loop)
     made = fitting(loop, "initial_head", make(encode(support), labels, head["weight"].shape[-2]), head)
-    return {name: w.requires_grad_() for name, w in made.items()}
+    return {name: w.view_as(w).requires_grad_() for name, w in made.items()}  # of which none is made of another
 
 
 def zero_head(head: nn.Linear) -> None:

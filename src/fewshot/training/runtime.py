@@ -159,8 +159,10 @@ def inner_loop(cfg: DictConfig) -> InnerLoop:
             raise UserError(f"algo.{field.name}={shown(value)}: must be of {own.__name__}'s type for it, {name}")
     try:
         loop = own.of(cfg)
-    except TypeError as error:  # a field that has no default and no knob
-        raise UserError(one_line(f"algo._target_={target}: cannot be made ({error})")) from error
+    except UserError:
+        raise
+    except Exception as error:  # a field that has no default and no knob, or whatever its own checks raise
+        raise UserError(one_line(f"algo._target_={target}: cannot be made ({reason_of(error)})")) from error
     if cfg.get("probes") and loop.beyond_theory:
         raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
     return loop
