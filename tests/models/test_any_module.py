@@ -316,3 +316,111 @@ def test_a_network_with_whole_numbers_and_a_mask_in_it_is_tested_and_goes_on(run
     torch.save(content, tmp_path / "nan.ckpt")
     with pytest.raises(UserError, match="weights that are not finite numbers"):
         run(tmp_path / "test", *call, f"checkpoint={tmp_path / 'nan.ckpt'}", "fit=false")
+
+
+class Shares(nn.Module):
+    """One layer by two names, and one weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(2, 6, 3), nn.Linear(6, 6)
+        self.again, self.tied, self.fc = self.inner, nn.Linear(6, 6), nn.Linear(6, 4)
+        self.tied.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).mean((2, 3))
+        for layer in (self.inner, self.again, self.tied):
+            x = torch.tanh(layer(x))
+        return self.fc(x)
+
+
+@each_order
+def test_a_layer_by_two_names_and_a_weight_in_two_layers_are_each_one(first_order):
+    torch.manual_seed(0)
+    network = prepared(network_from_module(Shares(), channels=2, size=9, ways=3), False)
+    tasks, weight = draw(shape=(2, 9, 9)), network.encoder.inner.weight
+    expected, _ = meta_gradient(sequential, network, tasks, first_order=first_order, **KNOBS)
+    for together in (2, 1):
+        found, _ = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=together, **KNOBS)
+        assert_same(found, expected)
+    assert network.encoder.inner.weight is weight and isinstance(weight, nn.Parameter)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).mT[:, :6, :].repeat(1, 1, 2)
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_attention_has_a_derivative_in_the_batched_engine_too():
+    torch.manual_seed(0)
+    network, tasks = prepared(network_from_module(Attends(), channels=2, size=5, ways=3), False), draw(shape=(2, 5, 5))
+    expected, _ = meta_gradient(sequential, network, tasks, first_order=True, **KNOBS)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        found, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    assert_same(found, expected)
+
+
+class Keeps(nn.Module):
+    """Keeps its features for whoever looks at them later, and a weight that is made anew in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc = nn.utils.weight_norm(nn.Conv2d(2, 6, 3)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.first(x).relu().mean((2, 3))
+        return self.fc(self.features)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_network_that_keeps_what_it_computes_is_shared_out_over_threads():
+    torch.manual_seed(0)
+    network, tasks = prepared(network_from_module(Keeps(), channels=2, size=9, ways=3), False), draw(shape=(2, 9, 9))
+    expected, _ = meta_gradient(sequential, network, tasks, first_order=True, **KNOBS)
+    torch.set_num_threads(2)  # the next test sets it back
+    found, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+    assert_same(found, expected)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.fc = nn.GRU(28, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rows(x[:, 0])[0][:, -1])
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(28, 2, batch_first=True), nn.Linear(28, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0]
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_a_network_that_only_one_engine_can_run_is_run_by_that_one(run, tmp_path, caplog):
+    call = ("model=module", "model.module={_target_: test_any_module.Recurrent}", "iterations=1", "val_every=1")
+    with pytest.raises(
+        UserError, match=r"^engine=batched: cannot run this network \(.*gru.*\); use engine=sequential$"
+    ):
+        run(tmp_path / "batched", *call, "engine=batched")
+    with caplog.at_level(logging.INFO):
+        run(tmp_path / "auto", *call, "engine=auto", "threads=2")
+    assert any("engine=auto: sequential, since batched cannot run this network" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_a_network_with_attention_trains_in_second_order(run, tmp_path, engine):
+    call = ("model=module", "model.module={_target_: test_any_module.Patches}", "iterations=1", "val_every=1")
+    run(tmp_path / "run", *call, "algo=somaml", "inner_steps=2", f"engine={engine}")

@@ -3,7 +3,6 @@
 Shapes: K ways, T inner steps of the test, M images of C channels.
 """
 
-import copy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fewshot.across.settings import Setting
 from fewshot.batched import engine as batched
+from fewshot.batched.execution import copied
 from fewshot.config.tree import MODES
 from fewshot.data.meta_batches import MetaBatches, fixed_tasks, images_device, manifest, splits_of
 from fewshot.data.sampler import TaskSampler
@@ -142,7 +142,7 @@ class Tester:
     def _accuracies(self, cfg: DictConfig, sampler: TaskSampler, modes: tuple[str, ...]) -> dict[str, Tensor]:
         """{mode: (tasks, T + 1)}, as training/meta_learner.py evaluates; by the batched engine on any device."""
         one = self._zero or len(modes) == 1 or self.model.learner.loop.distance is not None  # both modes are the same
-        learner = copy.deepcopy(with_ways(self.model.learner, cfg.ways, zeroing=one))
+        learner = copied(with_ways(self.model.learner, cfg.ways, zeroing=one))
         zeroed = (True,) if one else (False, True)
         evaluations = [learner.loop.evaluation(cfg.test_steps, zeroing) for zeroing in zeroed]
         device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")

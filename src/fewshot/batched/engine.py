@@ -291,8 +291,18 @@ def _outputs(module: nn.Module, theta: Parameters, x: Tensor, context: Context =
     mode, images = (in_a_row, x.flatten(0, 1)) if in_rows else (SideBySide, x.transpose(0, 1).flatten(1, 2))
     try:
         with mode(len(x)), context:
-            y = functional_call(module, theta, images)
+            y = _called(module, theta, images)
     except NotSideBySide:  # slower, for whatever vmap takes; right as long as all differentiation stays outside of it
+        torch.backends.mha.set_fastpath_enabled(False)  # it has no derivative, and vmap hides that one is needed
         with context:
-            return vmap(partial(functional_call, module))(theta, x)
+            return vmap(partial(_called, module))(theta, x)
     return y.unflatten(0, (len(x), -1)) if in_rows else y.unflatten(1, (len(x), -1)).transpose(0, 1)
+
+
+def _called(module: nn.Module, theta: Parameters, x: Tensor) -> Tensor:
+    """Its forward with these parameters, each put once into every layer that has it, by however many names."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    layers = [(f"{place}." if place else "", layer) for place, layer in module.named_modules()]
+    own = {place + key: names.get(id(p)) for place, layer in layers for key, p in layer._parameters.items()}
+    of_places = {place: theta[name] for place, name in own.items() if name in theta}
+    return functional_call(module, of_places, x, tie_weights=False)

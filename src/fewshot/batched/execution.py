@@ -7,13 +7,13 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewshot.data.task import Task
 from fewshot.errors import first_line
@@ -21,6 +21,7 @@ from fewshot.models.network import Network
 
 log = logging.getLogger(__name__)
 
+Module = TypeVar("Module", bound=nn.Module)
 Function = Callable[[Network, Task], tuple[Tensor, ...]]
 Execute = Callable[[Function, Network, list[Task]], list[tuple[Tensor, ...]]]
 
@@ -48,7 +49,7 @@ def on_threads(
         if torch.get_num_threads() != threads // workers:  # of this thread; setting it empties caches
             torch.set_num_threads(threads // workers)
         # functional_call puts other parameters into the modules, so each thread has modules of its own
-        own = copy.deepcopy(network, {id(p): p for p in network.parameters()})
+        own = copied(network, network.parameters())
         with torch.autocast("cpu", **autocast):
             for place in range(first, len(chunks), workers):
                 results[place] = function(own, chunks[place])
@@ -61,6 +62,12 @@ def on_threads(
     for future in futures:
         future.result()  # raises what was raised there
     return results
+
+
+def copied(module: Module, shared: Iterable[Tensor] = ()) -> Module:
+    """A copy, which shares these parameters, and what its layers keep of a forward: that cannot be copied."""
+    kept = [kept for layer in module.modules() for kept in vars(layer).values() if isinstance(kept, Tensor)]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*shared, *kept)})
 
 
 @cache

@@ -1,7 +1,6 @@
 """The theory put to a trained model: python -m fewshot.evidence checkpoint=RUN, or an exported model in RUN's place."""
 
 import argparse
-import copy
 import logging
 import os
 import sys
@@ -103,6 +102,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     from fewshot.training.choose_engine import sequential_engine
 
     sequential_engine("evidence")  # it can be imported
+    from fewshot.batched.execution import copied
     from fewshot.evidence import exported, report
     from fewshot.evidence.model import Model
     from fewshot.evidence.page import Shown
@@ -126,7 +126,7 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     assert start.path is not None and start.content is not None  # _settle has asked for a checkpoint
     _refuse_beyond_theory(loop, start.path)
     measured = Run.build(start)
-    initial, network = (copy.deepcopy(measured.learner.network).double() for _ in range(2))
+    initial, network = (copied(measured.learner.network).double() for _ in range(2))
     weights = start.content["state_dict"]
     network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items()})
     measured.learner.load_state_dict(weights)

@@ -5,7 +5,6 @@ apart, by the program itself (its inner loop, automatic differentiation) and by 
 Shapes: B tasks, S support and Q query images per task, d features, K ways, N inner steps, T steps of the evaluation.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewshot.batched.execution import copied
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss, sequential
@@ -64,7 +64,7 @@ class Model:
     @cached_property
     def zeroed(self) -> "Model":
         """The same model with a zero head."""
-        network = copy.deepcopy(self.network)
+        network = copied(self.network)
         zero_head(network.head)
         return replace(self, network=network)
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from learn2learn import clone_module, update_module
 from learn2learn.algorithms import MAML, MetaSGD
 from torch import Tensor
-from torch.func import functional_call
 
 from fewshot.algorithms import hooks
 from fewshot.data.task import Task, query_accuracy, squared_errors
@@ -189,7 +188,7 @@ def step_logits(
 
 
 def _loss(network: Network, loop: InnerLoop, task: Task, theta: Tensors, of_support: bool) -> Tensor:
-    outputs = partial(functional_call, network, theta)
+    outputs = _with([theta.get(name, p) for name, p in network.named_parameters()], network)
     if of_support:
         return LOSSES[loop.loss](outputs(task.support), task.support_labels)
     return LOSSES[loop.loss](of_queries(network, task, partial(inside, outputs)), task.query_labels)

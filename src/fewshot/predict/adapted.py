@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fewshot.batched.execution import copied
 from fewshot.config.command import integer
 from fewshot.config.tree import portable
 from fewshot.data.task import Task
@@ -181,7 +182,7 @@ def adapt(
         theta = engine.adapted(learner.network, task, loop, learner.etas)
     if not all(weights.isfinite().all() for weights in theta.values()):
         raise UserError(f"steps={steps}: the adapted model's logits are not finite numbers; adapt it in fewer steps")
-    learner = copy.deepcopy(learner).requires_grad_(False)
+    learner = copied(learner).requires_grad_(False)
     for name, weights in theta.items():
         learner.network.get_parameter(name).copy_(weights)
     config: dict[str, Any] = copy.deepcopy(model.config) | {"ways": len(classes)}
@@ -232,7 +233,7 @@ def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
             f"test_zeroing=false: support has {ways} classes, the head {rows} rows, each learned for a label of the "
             f"training tasks, and none for label {rows}; give at most {rows} classes{remedy}"
         )
-    learner = copy.deepcopy(learner)
+    learner = copied(learner)
     head = learner.network.head
     for name, parameter in list(head.named_parameters()):
         # Where all rows are one vector, one more is the same; elsewhere what is added will be written over.

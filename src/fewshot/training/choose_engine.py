@@ -1,15 +1,19 @@
 """Which engine computes a run, and what is said when its memory runs out."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import CudaGraphs, one_by_one
@@ -45,6 +49,9 @@ class Engine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
+            if re.search(r"derivative for \S+ is not implemented", str(error)):
+                second = "the second order needs a second derivative of the network, which torch has not"
+                raise UserError(f"algo.first_order=false: {second} ({first_line(error)}); use true") from error
             wants_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not wants_memory and "can't allocate memory" not in str(error):
                 raise
@@ -113,23 +120,56 @@ def choose_engine(
             step_logits=partial(engine.step_logits, **knobs),
             tasks_at_once=partial(batched.default_tasks_at_once, network, tasks_at_once),
         )
-    return replace(engine, meta_gradient=explicit_loss.meta_gradient) if loop.explicit else engine
+        if reason := _refused(engine, network, loop, trainer):
+            if asked == "auto" and engine_to_predict().name == "sequential":
+                log.info(f"engine=auto: sequential, since batched cannot run this network ({reason})")
+                return choose_engine("sequential", network, loop, tasks_at_once, trainer)
+            raise UserError(f"engine=batched: cannot run this network ({reason}); use engine=sequential")
+    gradient = explicit_loss.meta_gradient if loop.explicit else engine.meta_gradient
+    return replace(engine, meta_gradient=gradient if loop.first_order else _with_plain_attention(gradient))
+
+
+def _with_plain_attention(gradient: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Inside, scaled_dot_product_attention is computed by what has a second derivative."""
+
+    def meta_gradient(*args: Any) -> tuple[Tensor, ...]:
+        with sdpa_kernel(SDPBackend.MATH):
+            return gradient(*args)
+
+    return meta_gradient
+
+
+def _refused(engine: Engine, network: Network, loop: InnerLoop, trainer: pl.Trainer) -> str:
+    """Why the engine cannot compute an inner step of a network of the user's own; empty: it can."""
+    if all(type(layer).__module__.startswith(("fewshot.", "torch.nn.modules.")) for layer in network.modules()):
+        return ""
+    precision, draw = trainer.precision_plugin, trainer.datamodule.samplers["train"]  # pyright: ignore[reportAttributeAccessIssue]
+    tasks = Task(*(field.to(next(network.parameters()).device) for field in precision.convert_input(draw(0, 2))))
+    try:
+        with torch.enable_grad(), precision.forward_context():
+            engine.step_accuracies(network, tasks, [loop.evaluation(1, False)])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        return first_line(error)
+    return ""
 
 
 def _engine_on_a_cpu(network: Network, tasks_at_once: int | None, trainer: pl.Trainer) -> tuple[str, str]:
     """Which, and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
     data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     precision, numbers = trainer.precision_plugin, [0]
+
+    def count(layer: nn.Module, inputs: Any, output: Any) -> None:  # attention and recurrent layers have several
+        numbers.extend(part.numel() for part in tree_leaves(output) if isinstance(part, Tensor))
+
     if data.meta_batch_size == 1:
         return "sequential", "one task"
     tasks = data.samplers["train"](0, 1)
     if torch.get_num_threads() == 1:
         several = batched.tasks_of_a_pass(network, tasks) > 1 and tasks_at_once != 1
         return ("batched", "several tasks in a pass") if several else ("sequential", "one thread")
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, output: numbers.append(output.numel()))
-        for layer in network.modules()
-    ]
+    hooks = [layer.register_forward_hook(count) for layer in network.modules()]
     with torch.no_grad(), precision.forward_context():
         network(precision.convert_input(tasks).query[0])
     for hook in hooks:

@@ -80,14 +80,15 @@ class _Without:
 def torch_kept() -> Iterator[None]:
     """Afterwards all that `prepare` and Lightning set for the whole process is as it was before.
 
-    That is random states, CPU threads, TF32, and what +trainer.deterministic and +trainer.benchmark say.
+    That is random states, CPU threads, TF32, and what +trainer.deterministic and +trainer.benchmark say; and whether
+    attention takes the path that has no derivative, which the batched engine turns off.
     """
     threads, gpus = torch.get_num_threads(), range(torch.cuda.device_count())
     cudnn: Any = torch.backends.cudnn
     matmul, workspace = torch.backends.cuda.matmul, os.environ.get(WORKSPACE)
     flags = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    states = random.getstate(), np.random.get_state()
+    states, fast = (random.getstate(), np.random.get_state()), torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(gpus):
             yield
@@ -95,6 +96,7 @@ def torch_kept() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_num_threads(threads)
+        torch.backends.mha.set_fastpath_enabled(fast)
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = flags
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         os.environ.pop(WORKSPACE, None)
