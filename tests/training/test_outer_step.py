@@ -68,6 +68,38 @@ OPTIMIZERS = {
 }
 
 
+class Slower(torch.optim.SGD):
+    """The last two parameters, those of the head, at a tenth of the rate."""
+
+    def __init__(self, params, lr):
+        *encoder, weight, bias = params
+        super().__init__([{"params": encoder}, {"params": [weight, bias], "lr": lr / 10}], lr=lr)
+
+
+class Odd(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        self.state[self.param_groups[0]["params"][0]]["seen"] = {1, 2}
+
+
+def test_groups_of_parameters_keep_their_own_rates_and_the_run_goes_on_exactly(run, tmp_path):
+    knobs = ("optimizer._target_=test_outer_step.Slower", "schedule=multistep", "milestones=[1]", "val_every=1")
+    knobs += ("iterations=3", "outer_lr=0.1", "engine=sequential")
+    whole = run(tmp_path / "whole", *knobs)
+    content = read(whole / LAST)
+    rates = [group["lr"] for group in content["optimizer_states"][0]["param_groups"]]
+    assert rates == pytest.approx([0.01, 0.001])
+    half = run(tmp_path / "half", *knobs, "iterations=2")
+    run(half, *knobs)
+    assert outcome(half)["state"] == outcome(whole)["state"]
+
+
+def test_a_state_of_an_optimiser_that_could_not_be_read_again_ends_the_run_before_it_is_written(run, tmp_path):
+    with pytest.raises(UserError, match=r"ckpt: the state of the optimizer has a set, which could not be read"):
+        run(tmp_path / "run", "optimizer._target_=test_outer_step.Odd", "iterations=2", "val_every=2")
+    assert read(tmp_path / "run" / LAST)["global_step"] == 0
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_with_zeroing_nothing_that_an_optimiser_does_to_the_head_outlives_the_update(
     run, tmp_path, monkeypatch, optimizer

@@ -44,6 +44,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     f"{path}: the state of the callback {name} has a {odd}, which could not be read again; "
                     "use numbers, text, tensors, lists and dictionaries"
                 )
+        if odd := _odd(checkpoint["optimizer_states"]):
+            raise UserError(
+                f"{path}: the state of the optimizer has a {odd}, which could not be read again; "
+                "use numbers, text, tensors of float32 or float64, lists and dictionaries"
+            )
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
         if checkpoint["global_step"] == 0:
             read(path)  # what it refuses is said before the training
@@ -196,10 +201,13 @@ def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: "Me
     stored.check(where, content, form({"epoch": integer(0), "loops": _form_of(loops)}))
     own = state_after_a_step(module.outer, module)
     match content.get("optimizer_states"), content.get("lr_schedulers"):
-        case [{"state": dict(states), "param_groups": [dict(group)]}], []:
-            stored.check_plain(where, group)
-            as_now = own["param_groups"][0] | {"lr": module.outer.rate(content["global_step"])}
-            sound = all(key in as_now and as_now[key] == value for key, value in group.items())
+        case [{"state": dict(states), "param_groups": [dict(), *_] as groups}], []:
+            stored.check_plain(where, groups)
+            rates = zip(own["param_groups"], module.outer.rates(content["global_step"]), strict=True)
+            as_now = [group | {"lr": rate} for group, rate in rates]
+            pairs = list(zip(groups, as_now, strict=False))
+            alike = all(isinstance(group, dict) and group.items() <= now.items() for group, now in pairs)
+            sound = alike and len(groups) == len(as_now)
             if sound and all(_alike(state, own["state"].get(number)) for number, state in states.items()):
                 return
     name = type(module.configure_optimizers()).__name__

@@ -31,6 +31,7 @@ class OuterStep:
     iterations: int = 1
     milestones: list[int] = field(default_factory=list)
     clip_norm: float | None = None
+    _began: list[float] = field(default_factory=list, init=False)  # rho of each group of the optimiser's parameters
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "OuterStep":
@@ -41,7 +42,9 @@ class OuterStep:
         return cls(cfg.outer_lr, optimizer, cfg.schedule, cfg.iterations, milestones, cfg.clip_norm)
 
     def of(self, parameters: Iterable[Tensor]) -> Optimizer:
-        return self.optimizer(parameters, lr=self.lr)
+        optimizer = self.optimizer(parameters, lr=self.lr)
+        self._began[:] = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
 
     def rate(self, done: int) -> float:
         """rho after so many outer updates."""
@@ -51,8 +54,12 @@ class OuterStep:
 
     def set_rate(self, optimizer: Optimizer, done: int) -> None:
         """Sets rho for the next update, by the number of updates alone, so that a run goes on exactly."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(done)
+        for group, rate in zip(optimizer.param_groups, self.rates(done), strict=True):
+            group["lr"] = rate
+
+    def rates(self, done: int) -> list[float]:
+        """rho of each group of the optimizer that was made last."""
+        return [began / self.lr * self.rate(done) for began in self._began]
 
     def clip(self, optimizer: Optimizer, network: Network, zeroing: bool) -> dict[str, Tensor]:
         """Scales a gradient down that is longer than clip_norm; returns the norm that it had as "gradient_norm".
