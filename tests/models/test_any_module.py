@@ -236,6 +236,19 @@ def tied() -> nn.Module:
     return flat(line, nn.ReLU(), line)
 
 
+class Cosine(nn.Linear):
+    """The inner loop would adapt a plain linear layer in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight), self.bias)
+
+
+def hooked() -> nn.Module:
+    module = flat(nn.Linear(12, 4))
+    module[2].register_forward_hook(lambda layer, inputs, output: output.mul_(2))
+    return module
+
+
 REFUSED = {  # what makes it, model.head, how the line begins, what it says
     "no linear layer": (NoLinear, None, "model.module: NoLinear has no torch.nn.Linear", "give one that ends in it"),
     "no such name": (resnet18, "classifier", "model.head=classifier: ", "it has fc"),
@@ -254,7 +267,14 @@ REFUSED = {  # what makes it, model.head, how the line begins, what it says
     "frozen": (frozen, None, "model.module: conv1.weight of ResNet gets no gradient", "must be trained"),
     "no gradient": (Overwrites, None, "model.module: Overwrites cannot be differentiated (one of", "in place"),
     "a buffer that changes": (Counts, None, "model.module: Counts changes its buffer calls", "no trace"),
-    "dropout always": (Drops, None, "model.module: Drops gives the same images other outputs", "not be random"),
+    "dropout always": (Drops, None, "model.module: the output of Drops is not fc.weight times", "nothing be random"),
+    "a head of cosines": (
+        lambda: flat(Cosine(12, 4)),
+        None,
+        "model.module: the output of Sequential is not 2.",
+        "plain",
+    ),
+    "a hook on the head": (hooked, None, "model.module: the output of Sequential is not 2.weight times", "plain"),
     "writes into its images": (
         lambda: nn.Sequential(nn.Hardtanh(0.2, 0.3, inplace=True), flat(nn.Linear(12, 3))),
         None,

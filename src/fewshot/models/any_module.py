@@ -53,8 +53,9 @@ def network_from_module(
     kind = type(module).__name__
     if not isinstance(features, Tensor) or features.shape != (2, last.in_features):
         raise UserError(f"model.module: {kind} gives {name} no features of (images, {last.in_features}); flatten them")
-    if not torch.allclose(last(features), logits, rtol=1e-4, atol=1e-5):
-        raise UserError(f"model.module: {kind} gives the same images other outputs each time; it must not be random")
+    if not torch.allclose(nn.functional.linear(features, last.weight, last.bias), logits, rtol=1e-4, atol=1e-5):
+        made = f"{name}.weight times features plus bias; {name} must be a plain torch.nn.Linear and nothing be random"
+        raise UserError(f"model.module: the output of {kind} is not {made}")
     if not torch.equal(images, before):
         raise UserError(f"model.module: {kind} writes into its images; let its first layer not work in place")
     for buffer, value in module.named_buffers():
