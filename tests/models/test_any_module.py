@@ -444,3 +444,17 @@ def test_a_network_that_only_one_engine_can_run_is_run_by_that_one(run, tmp_path
 def test_a_network_with_attention_trains_in_second_order(run, tmp_path, engine):
     call = ("model=module", "model.module={_target_: test_any_module.Patches}", "iterations=1", "val_every=1")
     run(tmp_path / "run", *call, "algo=somaml", "inner_steps=2", f"engine={engine}")
+
+
+def compiled() -> nn.Module:
+    return torch.compile(flat(nn.Linear(4, 4)), backend="eager")
+
+
+def partly_compiled() -> nn.Module:
+    return nn.Sequential(compiled(), nn.ReLU(), nn.Linear(4, 5))
+
+
+@pytest.mark.parametrize("makes", ["compiled", "partly_compiled"])
+def test_a_compiled_module_is_refused_in_one_line(run, tmp_path, makes):
+    with pytest.raises(UserError, match=r"^model: torch\.compile's modules cannot be adapted; give the module itself$"):
+        run(tmp_path / "run", "model=module", f"model.module={{_target_: test_any_module.{makes}}}")

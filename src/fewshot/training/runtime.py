@@ -178,6 +178,8 @@ def check_network(network: Any, cfg: DictConfig) -> None:
     encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
     if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
         raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
+    if any(hasattr(layer, "_orig_mod") for layer in network.modules()):
+        raise UserError("model: torch.compile's modules cannot be adapted; give the module itself")
     images = torch.linspace(-1, 1, 4 * cfg.dataset.channels * cfg.dataset.size**2).sin()
     images = images.view(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
     if "support" in statistics(cfg):  # two images of a support, and one query or two
