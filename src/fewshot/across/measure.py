@@ -16,8 +16,9 @@ from fewshot.across.settings import Setting
 from fewshot.batched import engine as batched
 from fewshot.batched.execution import copied
 from fewshot.config.tree import MODES
-from fewshot.data.meta_batches import MetaBatches, fixed_tasks, images_device, manifest, splits_of
+from fewshot.data.meta_batches import MetaBatches, fixed_tasks, images_device, manifest
 from fewshot.data.sampler import TaskSampler
+from fewshot.data.splits import splits_of
 from fewshot.data.task import Split
 from fewshot.errors import UserError
 from fewshot.files import EXPORTED

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from fewshot.config.advice import configuration
@@ -34,9 +33,12 @@ def checked(overrides: list[str]) -> DictConfig:
 
 def read_images(cfg: DictConfig) -> dict[str, Any]:
     """The splits, which are downloaded, decoded and put into the cache where they are not yet."""
-    splits = instantiate(cfg.dataset.source)
+    from fewshot.data.splits import splits_of  # imports torch
+
+    data = cfg.dataset
+    splits = splits_of(data.source, (data.channels, data.size, data.size))
     for name, split in splits.items():
-        print(f"{cfg.dataset.name} {name}: {len(split.names)} classes, {len(split.images)} images")
+        print(f"{data.name} {name}: {len(split.names)} classes, {len(split.images)} images")
     return splits
 
 

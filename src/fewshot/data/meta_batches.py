@@ -12,12 +12,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
 from fewshot.data.sampler import TaskSampler
+from fewshot.data.splits import splits_of
 from fewshot.data.task import SPLITS, Split, Task
 from fewshot.errors import UserError, first_line
 
@@ -43,18 +43,6 @@ class MetaBatches:
     def __iter__(self) -> Iterator[Task]:
         for first in range(self.start(), self.stop, self.stride):
             yield self.draw(first, min(self.size, self.stop - first))
-
-
-def splits_of(source: Any) -> dict[str, Split]:
-    """The splits that `dataset.source` makes.
-
-    Raises:
-        UserError: whatever the source says of its files.
-    """
-    try:
-        return instantiate(source)
-    except InstantiationException as error:  # Hydra wraps what the source raises
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
 
 
 def fixed_tasks(cfg: DictConfig, split: Split, name: str) -> TaskSampler:
@@ -162,7 +150,8 @@ class TaskDataModule(pl.LightningDataModule):
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "TaskDataModule":
         """The tasks of a composed configuration; reads the images."""
-        return cls(splits_of(cfg.dataset.source), cfg)
+        data = cfg.dataset
+        return cls(splits_of(data.source, (data.channels, data.size, data.size)), cfg)
 
     def setup(self, stage: str) -> None:
         """Puts the images where tasks are gathered from them by index, once for training and test."""
