@@ -138,6 +138,38 @@ def test_ways_and_shots_may_be_numpys_and_each_is_tested_once(tmp_path, monkeypa
     assert all(type(number) is int for number in (*calls[0][2], *calls[0][3]))
 
 
+def test_a_run_with_a_yaml_file_of_ones_own_goes_on_and_is_tested_with_its_folder(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    own = tmp_path / "own, a=b" / "dataset" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [glyphs]\ndataset: {name: mine}\n")
+    at = {"config_dir": own.parent.parent}
+    run = fewshot.train(folder=tmp_path / "run", dataset="mine", dataset__cache=cache, **KNOBS, **at)
+    assert run.results["config"]["dataset"]["name"] == "mine"
+    again = fewshot.train(checkpoint=run, **at)  # it is finished, and is shown again
+    assert again == run
+    for call in (lambda: fewshot.train(checkpoint=run), lambda: fewshot.test(run, folder=tmp_path / "test")):
+        with pytest.raises(fewshot.UserError) as error:
+            call()
+        assert re.fullmatch(
+            r"dataset=mine: no such choice; .+; a file of your own .+, --config-dir=.+", str(error.value)
+        )
+    tested = fewshot.test(run, folder=tmp_path / "test", test_tasks=2, **at)
+    assert tested.results["splits"] == run.results["splits"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ({}, "config_dir=nowhere: no such folder"),
+        ({"datasets": "glyphs"}, "config_dir=nowhere: datasets= takes those that come with this program; leave it out"),
+    ],
+)
+def test_a_folder_of_ones_own_that_cannot_be_used_is_one_line(knobs, line):
+    with pytest.raises(fewshot.UserError, match=f"^{re.escape(line)}$"):
+        fewshot.test("run", config_dir="nowhere", **knobs)
+
+
 def test_evidence_is_the_commands_page(finished, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(evidence, "run", lambda cfg, overrides, folder: asked.append((cfg.test_tasks, folder)))

@@ -10,6 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from fewshot.config.python_call import as_error, call_hydra, logging_to, process_kept, words_of
+from fewshot.errors import UserError
 from fewshot.files import override
 from fewshot.results import record_files
 from fewshot.test import words_of_train
@@ -66,18 +67,23 @@ class Run(os.PathLike[str]):
 
         return load(self.folder)
 
-    def evidence(self, **knobs: Any) -> Path:
+    def evidence(self, *, config_dir: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Path:
         """Measures whether the theory holds on the best model. Returns the page, RUN/evidence/report.html.
 
-        knobs: test_tasks and others of `python -m fewshot.evidence`, written as in fewshot.train.
+        config_dir, knobs: as in fewshot.train; the knobs are those of `python -m fewshot.evidence`, as test_tasks.
         """
         from fewshot.evidence.__main__ import main
 
-        _call(main, [override("checkpoint", self.folder), *words_of(knobs)], log=False)
+        _call(main, [override("checkpoint", self.folder), *words_of(knobs)], log=False, config_dir=config_dir)
         return self.folder / "evidence" / "report.html"
 
 
-def train(*, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Run:
+def train(
+    *,
+    folder: "str | os.PathLike[str] | None" = None,
+    config_dir: "str | os.PathLike[str] | None" = None,
+    **knobs: Any,
+) -> Run:
     """Trains, validates and tests, as `python train.py` does: fewshot.train(algo="zero", dataset="omniglot", seed=1)
 
     It runs in this process and prints what the command prints. Random states, threads, logging, signal handlers and
@@ -86,6 +92,7 @@ def train(*, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Ru
 
     Args:
         folder: what is hydra.run.dir to the command; None: a new one in outputs/, named after the time.
+        config_dir: what is --config-dir to the command: a folder with YAML files of your own.
         knobs: those of train.py with their names and values (`python train.py --help`). A dot in a name is written as
             two underscores, dataset__root="photos"; None is null, and a list or dict is one value. zeroing=True is
             +zeroing=true; another knob that needs a plus is written with it, **{"+trainer.max_time": "00:01:00:00"}.
@@ -95,24 +102,33 @@ def train(*, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Ru
     """
     from fewshot.train import main
 
-    return Run(_call(main, words_of(knobs), folder))
+    return Run(_call(main, words_of(knobs), folder, config_dir=config_dir))
 
 
-def test(run: "Run | str | os.PathLike[str]", *, folder: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Run:
+def test(
+    run: "Run | str | os.PathLike[str]",
+    *,
+    folder: "str | os.PathLike[str] | None" = None,
+    config_dir: "str | os.PathLike[str] | None" = None,
+    **knobs: Any,
+) -> Run:
     """Tests a trained model in a new folder, as `fewshot test` does: fewshot.test(run, test_tasks=2000)
 
     Args:
         run: what train returned, the folder of a run, or one checkpoint, RUN/checkpoints/last.ckpt.
-        folder, knobs: as in train. Left out, a knob is as in training. With datasets=["omniglot", "folder:birds"] it is
-            tested on all of these, and ways and shots may be lists. Then run may also be an exported model, or the name
-            of one that comes with this program, and what is returned holds a folder for each setting, named as
-            "omniglot-5w1s"; across.csv has them all. trust is then as in fewshot.load.
+        folder, config_dir, knobs: as in train. Left out, a knob is as in training. With datasets=["omniglot",
+            "folder:birds"] it is tested on all of these, and ways and shots may be lists. Then run may also be an
+            exported model, or the name of one that comes with this program, and what is returned holds a folder for
+            each setting, named as "omniglot-5w1s"; across.csv has them all. trust is then as in fewshot.load.
     """
     if "datasets" in knobs:
+        if config_dir is not None:
+            raise UserError(f"config_dir={config_dir}: datasets= takes those that come with this program; leave it out")
         return _test_across(run, folder, **knobs)
     from fewshot.train import main
 
-    return Run(_call(main, words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs)]), folder))
+    words = words_of_train([override("checkpoint", os.fspath(run)), *words_of(knobs)])
+    return Run(_call(main, words, folder, config_dir=config_dir))
 
 
 def _test_across(
@@ -143,10 +159,16 @@ def _listed(numbers: Any) -> Any:
     return list(dict.fromkeys(plain))
 
 
-def _call(command: Any, words: list[str], folder: "str | os.PathLike[str] | None" = None, log: bool = True) -> Path:
+def _call(
+    command: Any,
+    words: list[str],
+    folder: "str | os.PathLike[str] | None" = None,
+    log: bool = True,
+    config_dir: "str | os.PathLike[str] | None" = None,
+) -> Path:
     """Does in this process what a command of hydra_command's does. log: whether it writes train.log."""
     words = words if folder is None else [*words, override("hydra.run.dir", os.fspath(folder))]
-    return call_hydra(partial(_leaving_torch_as_it_was, command.__wrapped__), words, log)
+    return call_hydra(partial(_leaving_torch_as_it_was, command.__wrapped__), words, log, config_dir)
 
 
 def _leaving_torch_as_it_was(task: Any, cfg: DictConfig) -> Any:

@@ -90,6 +90,7 @@ CALLS = {  # the line in which it ends
     "data list dataset=omniglot,cifarfs": "dataset=omniglot,cifarfs: give one value, list takes dataset=A dataset=B",
     "data prepare dataset=omniglott": "dataset=omniglott: no such choice; did you mean omniglot?",
     "data prepare dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
+    "data list --config-dir=nowhere": "--config-dir=nowhere: no such folder",
     "data list inner_lrr=3": "inner_lrr=3: no such knob; did you mean inner_lr?",
     "predict checkpoint=model.ckpt support=empty query=empty": "support=empty: 0 folders with images in it; give",
 }

@@ -91,6 +91,17 @@ def test_show_draws_classes_of_every_split_with_their_names(cache, tmp_path, cap
             main(["show", "dataset=glyphs", *wrong])
 
 
+def test_a_dataset_of_ones_own_is_listed_and_shown(cache, tmp_path, capsys):
+    own = tmp_path / "own, a=b" / "dataset" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [glyphs]\ndataset: {name: mine}\n")
+    mine = ["dataset=mine", f"dataset.cache={cache}", f"--config-dir={own.parent.parent}"]
+    main(["list", *mine])
+    assert "\nmine  " in capsys.readouterr().out
+    main(["show", *mine, f"out={tmp_path / 'sheet.png'}"])
+    assert "mine val: 30 classes, 600 images" in capsys.readouterr().out and (tmp_path / "sheet.png").exists()
+
+
 def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
     main(["prepare", "dataset=glyphs", f"dataset.cache={cache}"])
     capsys.readouterr()

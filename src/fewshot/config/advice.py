@@ -46,7 +46,9 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         choices = {choice for choice in error.options if not choice.startswith("shared/")}
-        return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}")
+        of_run = any(key_of(word) == "checkpoint" for word in overrides)  # whose call may have named one's own files
+        again = "; a file of your own needs its folder in this call too, --config-dir=FOLDER" * of_run
+        return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}{again}")
     if unknown := re.match(r"Could not override '(.+)'", text):
         call = next((override for override in overrides if key_of(override) == unknown[1]), unknown[1])
         key = getattr(error.__cause__, "full_key", None) or unknown[1]

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fewshot.errors import RankGone, RunLocked, Stopped, Unreachable, UserError, nearest, one_line
-from fewshot.files import at_home, in_shell, write_file
+from fewshot.files import at_home, in_shell, override, user_path, write_file
 from fewshot.processes import ranks
 from fewshot.processes.surroundings import as_called
 
@@ -97,6 +97,10 @@ def read(command: Command, arguments: list[str] | None = None) -> Words:
             texts[key] = text
         elif word in plain or ("FOLDER..." in plain and not word.startswith("-") and (not equals or "/" in key)):
             call.plain.append(word)
+        elif command.knobs and key == "--config-dir" and equals:
+            if not os.path.isdir(folder := os.path.abspath(user_path(key, text))):
+                raise UserError(f"{word}: no such folder")
+            call.knobs.append(f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]")
         elif command.knobs and equals:
             call.knobs.append(word)
         else:

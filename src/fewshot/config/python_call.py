@@ -27,7 +27,7 @@ from fewshot.config.check import check_overrides
 from fewshot.config.hydra_call import composing
 from fewshot.config.tree import CONF, key_of
 from fewshot.errors import UserError, shown
-from fewshot.files import at_home, escaped
+from fewshot.files import at_home, escaped, user_path
 
 LIGHTNING = ("pytorch_lightning", "lightning_fabric")
 HYDRA = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)  # Hydra has one of each for the whole process
@@ -73,10 +73,16 @@ class OneRun(Hydra):
         return cfg
 
 
-def call_hydra(task: Callable[[DictConfig], Any], words: list[str], log: bool = True) -> Path:
+def call_hydra(
+    task: Callable[[DictConfig], Any],
+    words: list[str],
+    log: bool = True,
+    config_dir: "str | os.PathLike[str] | None" = None,
+) -> Path:
     """`task` with the configuration that the words compose, as a command has it. Returns the folder of the call.
 
     log: whether train.log is written there.
+    config_dir: a folder with YAML files of one's own, as --config-dir names one.
 
     Raises:
         UserError: what a command says in one line.
@@ -91,7 +97,13 @@ def call_hydra(task: Callable[[DictConfig], Any], words: list[str], log: bool = 
         words = at_home(words)
         check_overrides(words)
         with composing():
-            hydra = OneRun.create_main_hydra2("train", create_config_search_path(str(CONF)))
+            places = create_config_search_path(str(CONF))
+            if config_dir is not None:
+                folder = os.path.abspath(user_path("config_dir", config_dir))
+                if not os.path.isdir(folder):
+                    raise UserError(f"config_dir={config_dir}: no such folder")
+                places.prepend("command-line", f"file://{folder}", anchor="schema")
+            hydra = OneRun.create_main_hydra2("train", places)
             done = hydra.run("config", logged, words, with_log_configuration=False)
         assert done.hydra_cfg is not None
         return Path(done.hydra_cfg.hydra.runtime.output_dir)
