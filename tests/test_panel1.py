@@ -35,9 +35,12 @@ def folder(tmp_path: Path) -> Path:
 def made_up_run(folder: Path, name: str, accuracy: float) -> Path:
     run = folder / name
     (run / ".hydra").mkdir(parents=True)
-    (run / ".hydra" / "overrides.yaml").write_text("[algo=zero, dataset.root=/home/somebody/omniglot, seed=1]")
+    (run / ".hydra" / "overrides.yaml").write_text(
+        "[algo=zero, dataset.root=/home/somebody/omniglot, seed=1, iterations=1000]"
+    )
     scores = {"accuracy": [0.2, accuracy, accuracy + 0.01, accuracy + 0.02], "ci95": [0.003] * 4}
     config = {"dataset": {"root": "/home/somebody/omniglot", "cache": "~/cache", "size": 28}, "checkpoint": None}
+    config |= {"iterations": 3000}  # of a later call, with which the run went on
     config |= {"seed": int(name[-1:]), "threads": 1, "callbacks": {"record": {"test_curve_tasks": 300}}}
     results = {
         "test": {"tasks": 992, "zeroing_off": scores, "zeroing_on": scores},
@@ -66,7 +69,7 @@ def test_a_run_is_kept_without_paths_and_once(tmp_path: Path) -> None:
     assert (tmp_path / "panel1.csv.gz").read_bytes() == before
     (kept,) = collect.facts("panel1", tmp_path).values()
     assert kept["config"]["dataset"] == {"size": 28} and "/home" not in json.dumps(kept)
-    assert kept["command"] == "python train.py algo=zero seed=1"
+    assert kept["command"] == "python train.py algo=zero seed=1 iterations=3000"
     assert kept["seconds"] == {"train": 5.0, "processor": 102.0} and kept["peak_mb"] == 2.0
     assert re.fullmatch(r"\w+ \w+, .+, \d+ cores", kept["kept"]["machine"])
 
@@ -138,7 +141,7 @@ def test_kept_runs_are_settings_as_a_sweep_reads_them() -> None:
 
 
 def test_panel_2_has_every_number_of_steps_with_and_without_zeroing() -> None:
-    runs = {(run.config["inner_steps"], run.config["algo"]["zeroing"]): run for run in curves.panel2()}
+    runs = {(run.config["inner_steps"], run.config["algo"]["zeroing"]): run for run in curves.settings("panel2")}
     assert set(runs) == {(steps, zeroing) for steps in (1, 3, 7) for zeroing in (False, True)}
     (row,) = (row for row in collect.rows("panel2", setting="fomaml-7steps", mode="zeroing_on", step=7) if row.ci95)
     assert runs[7, False].accuracies("zeroing_on")[0, 7] == row.accuracy

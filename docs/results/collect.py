@@ -106,6 +106,8 @@ def _about(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     overrides = run / ".hydra" / "overrides.yaml"
     words = yaml.safe_load(overrides.read_text(encoding="utf-8")) if overrides.exists() else None
     words = words and [word for word in words if not re.search("=(/|~)", word)]
+    longer = f"iterations={results['config']['iterations']}"  # a later call may have asked for more
+    words = words and [longer if word.startswith("iterations=") else word for word in words]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "command": None if words is None else " ".join(["python train.py", *words]),

@@ -47,12 +47,6 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
     return Job(Path(run), to_today(config), {"test": test}, curves, None)
 
 
-def panel2() -> list[Setting]:
-    """The one step with zeroing is kept among the prototypical networks, which it is compared with as well."""
-    runs = [*settings("prototypical", "zero-eta0.4"), *settings("panel2")]
-    return group([job for setting in runs for job in setting.jobs])
-
-
 def final_tests(runs: list[Setting], knob: str) -> str:
     """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks.
 
@@ -187,7 +181,7 @@ if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
         "memorization": panels(settings("memorization"), ["dataset.tasks"]),
-        "panel2_omniglot": panels(panel2(), ["algo.zeroing"]),
+        "panel2_omniglot": panels(settings("panel2"), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), shown=(0.75, 0.95)),
