@@ -58,8 +58,8 @@ def test_what_a_source_of_ones_own_does_wrong_is_one_line(made, why):
 
 
 def test_a_source_that_cannot_be_imported_is_one_line():
-    with pytest.raises(UserError, match=r"^dataset\.source\._target_=mine\.load: fails \(No module named 'mine'\)$"):
-        splits_of(OmegaConf.create({"_target_": "mine.load"}))
+    with pytest.raises(UserError, match=r"^dataset\.source\._target_=gone\.load: fails \(No module named 'gone'\)$"):
+        splits_of(OmegaConf.create({"_target_": "gone.load"}))
 
 
 def test_splits_that_are_not_from_the_cache_have_the_sum_of_their_pixels():
