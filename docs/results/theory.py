@@ -58,7 +58,8 @@ def _about_evidence(path: Path) -> tuple[str, dict[str, Any]]:
     model = f"{file.parent.name} dataset.root=FOLDER" if file.name == EXPORTED else "RUN"
     tasks = f"test_tasks={config['test_tasks']} threads={config['threads']}"
     command = f"python -m fewshot.evidence checkpoint={model} {tasks}"
-    return model_name(evidence["model"]["trained_with"]), {"command": command}
+    trained = evidence["model"]["trained_with"]
+    return model_name(trained) + (f"-seed{trained['seed']}" if trained["seed"] else ""), {"command": command}
 
 
 def _about_run(path: Path) -> tuple[str, dict[str, Any]]:
@@ -69,10 +70,11 @@ def _about_run(path: Path) -> tuple[str, dict[str, Any]]:
     return f"{config['dataset']['name']}-{loop}-seed{config['seed']}", about
 
 
-def evidence() -> dict[str, Any]:
-    """{model: its evidence.json}, the models that are kept, without what their names share."""
+def evidence(seed: int = 0) -> dict[str, Any]:
+    """{model: its evidence.json}, the models of this seed that are kept, without what their names share."""
     of = {name.removeprefix("omniglot-5w1s-"): content for name, content in kept("evidence").items()}
-    return {name: of[name] for name in MODELS if name in of}
+    ending = f"-seed{seed}" if seed else ""
+    return {name: of[name + ending] for name in MODELS if name + ending in of}
 
 
 def _own_head(model: dict[str, Any]) -> bool:
@@ -230,6 +232,56 @@ def cosine_similarity(dataset: str = "omniglot") -> str:
     first, last = (next(iter(of.values()))["updates"][place] for place in (0, -1))
     heads = [f"update {first}: same class", "other", f"update {last}: same class", "other"]
     return markdown(["", *heads], rows)
+
+
+def both_seeds() -> str:
+    """What training makes of a model, of seed 0 and of seed 1; nothing where only one is kept."""
+    seeds, rows = [evidence(0), evidence(1)], []
+    names = [name for name in seeds[0] if name in seeds[1]]
+    for words, (needs_head, value) in _BY_SEED.items():
+        models = {name: [seed[name] for seed in seeds] for name in names}
+        cells = [", ".join(map(value, of)) if _own_head(of[0]) or not needs_head else "" for of in models.values()]
+        rows.append([words, *cells])
+    return markdown(["seed 0, seed 1", *(f"`{name}`" for name in names)], rows)
+
+
+_BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's own head, and what is shown
+    "accuracy after `inner_steps`, own head, %": (True, lambda m: _tested(m, "zeroing_off")),
+    "accuracy after `inner_steps`, head zeroed, %": (False, lambda m: _tested(m, "zeroing_on")),
+    "wrong signs of c among pairs of different classes, own head, %": (
+        True,
+        lambda m: _percent(m["coefficients"]["this_head"]["wrong_among_other"]),
+    ),
+    "norm of the interference over that of the contrastive term": (
+        True,
+        lambda m: f"{m['probes']['interference_norm'] / m['probes']['contrastive_norm']:.2f}",
+    ),
+    "cosine of query and support, same class": (False, lambda m: _fraction(m["similarity"]["same_class"])),
+    "the same, other class": (False, lambda m: _fraction(m["similarity"]["other_class"])),
+    "gradient's difference from that with a frozen encoder, 2 steps, first order, own head": (
+        True,
+        lambda m: _fraction(m["frozen_encoder"]["this_head"]["2"]["fomaml"]),
+    ),
+    "the same, head zeroed": (False, lambda m: _fraction(m["frozen_encoder"]["zeroed_head"]["2"]["fomaml"])),
+    "best less worst order of the labels, own head, mean, points": (
+        True,
+        lambda m: _percent(m["label_orders"]["this_head"]["spread"]),
+    ),
+    "support's motion over the queries', head zeroed, first order": (
+        False,
+        lambda m: f"{(of := m['motion']['zeroed_head']['fomaml'])['support'] / of['query']:.2f}",
+    ),
+    "the same, second order": (
+        False,
+        lambda m: f"{(of := m['motion']['zeroed_head']['somaml'])['support'] / of['query']:.2f}",
+    ),
+    "what the head's step on a task gives there, points": (False, lambda m: f"{100 * m['cross_task']['own_task']['gain']:+.1f}"),
+    "what it gives on another task, points": (False, lambda m: f"{100 * m['cross_task']['next_task']['gain']:+.1f}"),
+}
+
+
+def _tested(model: dict[str, Any], mode: str) -> str:
+    return _percent(model["test"][mode]["accuracy"][model["coefficients"]["inner_steps"]])
 
 
 def motivating_example() -> str:
