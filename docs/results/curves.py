@@ -2,12 +2,14 @@
 
 docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png and
 docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`,
-docs/test_time_zeroing.png of FOMAML's runs of panel 1.
+docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1. The pictures of cosine
+similarities are of what `theory.py` keeps.
 """
 
 from pathlib import Path
 
 import collect
+import theory
 from matplotlib.figure import Figure
 from tables import markdown
 
@@ -15,7 +17,8 @@ from fewshot.config.stored import to_today
 from fewshot.config.tree import MODES
 from fewshot.files import write_file
 from fewshot.results.figures import DRAWN, MARKS, plain, png
-from fewshot.sweep.figures import COLOURS, panels
+from fewshot.results.record_files import title
+from fewshot.sweep.figures import COLOURS, cosine_similarity, panels, sweep
 from fewshot.sweep.settings import Job, Setting, group
 
 LINES = {"zeroing_off": "--", "zeroing_on": "-"}
@@ -87,6 +90,16 @@ def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plain(axes)
     return figure
+
+
+def cosines(dataset: str) -> Figure:
+    """What a sweep of experiment=cosine_similarity draws at its end."""
+    kept = theory.kept("cosine_similarity")
+    runs = {
+        start: [run for name, run in kept.items() if name.startswith(f"{dataset}-{loop}-seed")]
+        for loop, start in theory.STARTS.items()
+    }
+    return cosine_similarity(runs, title(next(iter(runs.values()))[0]["config"], algorithm=False))
 
 
 def prototypes(runs: list[Setting]) -> Figure:
@@ -188,5 +201,7 @@ if __name__ == "__main__":
         "init_scale": test_time_zeroing(settings("init_scale"), shown=(0.6, 0.95)),
         "five_shot": test_time_zeroing(settings("five_shot"), shown=(0.8, 0.99)),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
+        "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
+        "cosine_similarity_omniglot": cosines("omniglot"),
     }.items():
         write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))

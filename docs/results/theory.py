@@ -275,7 +275,10 @@ _BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's 
         False,
         lambda m: f"{(of := m['motion']['zeroed_head']['somaml'])['support'] / of['query']:.2f}",
     ),
-    "what the head's step on a task gives there, points": (False, lambda m: f"{100 * m['cross_task']['own_task']['gain']:+.1f}"),
+    "what the head's step on a task gives there, points": (
+        False,
+        lambda m: f"{100 * m['cross_task']['own_task']['gain']:+.1f}",
+    ),
     "what it gives on another task, points": (False, lambda m: f"{100 * m['cross_task']['next_task']['gain']:+.1f}"),
 }
 
