@@ -2,8 +2,8 @@
 
 docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png and
 docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`,
-docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1. The pictures of cosine
-similarities are of what `theory.py` keeps.
+docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1. The pictures of
+cosine similarities are of what `theory.py` keeps.
 """
 
 from pathlib import Path
