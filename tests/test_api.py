@@ -57,8 +57,10 @@ def test_train_is_what_the_command_does_and_leaves_the_process_as_it_was(finishe
     assert "\n" in (run.folder / "train.log").read_text()
 
     exact = {"+trainer.deterministic": True}
-    tested = fewshot.test(run, folder=tmp_path / "test", test_tasks=2, dataset__cache=cache, logger="none", **exact)
-    assert of_the_process() == before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = of_the_process()
+    tested = fewshot.test(run, folder="~/test", test_tasks=2, dataset__cache=cache, logger="none", **exact)
+    assert of_the_process() == before and tested.folder == tmp_path / "test"
     assert tested.results["test"]["tasks"] == 2 and tested.metrics == {}
     model = fewshot.load(run)
     assert model.config == run.model().config == fewshot.load(tested.results["config"]["checkpoint"]).config

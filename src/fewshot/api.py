@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from fewshot.config.python_call import as_error, call_hydra, logging_to, process_kept, words_of
 from fewshot.errors import UserError
-from fewshot.files import override
+from fewshot.files import override, user_path
 from fewshot.results import record_files
 from fewshot.test import words_of_train
 
@@ -145,7 +145,7 @@ def _test_across(
 
     names = datasets if isinstance(datasets, str) else ",".join(map(str, datasets))
     with process_kept(), as_error(), logging_to(None), torch_kept():
-        place = None if folder is None else Path(folder)
+        place = None if folder is None else user_path("folder", os.fspath(folder))
         model = os.fspath(run)
         return Run(across(model, names, _listed(ways), _listed(shots), words_of(knobs), place, trust))
 
@@ -167,7 +167,8 @@ def _call(
     config_dir: "str | os.PathLike[str] | None" = None,
 ) -> Path:
     """Does in this process what a command of hydra_command's does. log: whether it writes train.log."""
-    words = words if folder is None else [*words, override("hydra.run.dir", os.fspath(folder))]
+    if folder is not None:
+        words = [*words, override("hydra.run.dir", str(user_path("folder", os.fspath(folder))))]
     return call_hydra(partial(_leaving_torch_as_it_was, command.__wrapped__), words, log, config_dir)
 
 
