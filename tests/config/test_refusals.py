@@ -55,6 +55,7 @@ CALLS = {  # the line in which it ends
     "train algo=[zero,anil]": "algo=[zero,anil]: takes one of its files, and a list would merge them; give one",
     "train inner_lrr=0.1": "inner_lrr=0.1: no such knob; did you mean inner_lr?",
     "train model=resnet12 model.norm=group": "model.norm=group: a knob of model=conv4_64, conv4_pooled, conv4_strided",
+    "test RUN dataset.mini_root=x": "dataset.mini_root=x: a knob of dataset=minicub; name the model's dataset= in ",
     "train width=8": "width=8: no such knob; did you mean model.width?",
     "train zeroing=true": "zeroing=true: takes a plus, +zeroing=true",
     "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean trainer.max_epochs? (",

@@ -43,10 +43,10 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
     composed: composes a configuration of some of the overrides.
     """
     text = str(error)
+    of_run = any(key_of(word) == "checkpoint" for word in overrides)  # whose call is read later
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         choices = {choice for choice in error.options if not choice.startswith("shared/")}
-        of_run = any(key_of(word) == "checkpoint" for word in overrides)  # whose call may have named one's own files
         again = "; a file of your own needs its folder in this call too, --config-dir=FOLDER" * of_run
         return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}{again}")
     if unknown := re.match(r"Could not override '(.+)'", text):
@@ -59,7 +59,8 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
         having = [name for name, file in known.items() if key in file.values]
         of_another_class = f"{group}._target_" in map(key_of, overrides)
         if having and call.startswith(f"{key}=") and not of_another_class:
-            return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))}")
+            again = f"; name the model's {group}= in this call too" * (of_run and group not in map(key_of, overrides))
+            return UserError(f"{call}: a knob of {group}={', '.join(sorted(having))}{again}")
         inside = "" if unknown[1].startswith(key) else f" {key} in it"
         with suppress(Exception):  # chosen groups whose files are there
             groups = rf"({'|'.join(GROUPS)}|experiment|\w+/\w+)="
