@@ -4,10 +4,7 @@ import copy
 import importlib
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
@@ -28,7 +25,7 @@ from by_hand import (
     np_theta,
     softmax,
 )
-from conftest import HANG, SMALL
+from conftest import SMALL
 from examples import NETWORKS, convolutional, draw, images_for, meta_gradient, tiny, vector
 from hydra import compose, initialize_config_dir
 from matplotlib.collections import PathCollection
@@ -41,6 +38,7 @@ from fewshot.data.task import Task
 from fewshot.errors import UserError
 from fewshot.evidence import claims, page, report
 from fewshot.evidence import model as measured
+from fewshot.evidence.__main__ import main as evidence_main
 from fewshot.evidence.__main__ import run
 from fewshot.evidence.claims import (
     accuracy,
@@ -838,11 +836,16 @@ def trained(cache, tmp_path_factory):
 
 
 @pytest.fixture
-def evidence(config, monkeypatch):
-    """evidence(checkpoint, folder, *overrides): the program, in this process, in rough pictures and on fewer tasks."""
+def rough(monkeypatch):
+    """Rough pictures, and what takes long on fewer tasks."""
     monkeypatch.setattr(report, "png", partial(png, dpi=20))
     monkeypatch.setattr(label_orders, "TASKS", 1)
     monkeypatch.setattr(frozen_encoder, "STEPS", (1, 2))
+
+
+@pytest.fixture
+def evidence(config, rough):
+    """evidence(checkpoint, folder, *overrides): what the program does, once Hydra has read its words."""
 
     def evidence(checkpoint, folder, *overrides):
         overrides = [f"checkpoint={checkpoint}", *overrides, "fit=false"]
@@ -852,10 +855,11 @@ def evidence(config, monkeypatch):
     return evidence
 
 
-def program(*overrides, cwd):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRA")}
-    command = [sys.executable, "-m", "fewshot.evidence", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=cwd, env=environment)
+@pytest.fixture
+def program(main, monkeypatch, tmp_path):
+    """program(*words): the program in tmp_path, in this process; test_notebooks.py has it in a new one."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: main(*words, command=evidence_main)
 
 
 class Page(HTMLParser):
@@ -915,11 +919,11 @@ def assert_self_contained(html, pictures):
     return text
 
 
-def test_the_program_writes_its_folder_and_nothing_else(trained, tmp_path):
+def test_the_program_writes_its_folder_and_nothing_else(trained, program, rough, tmp_path, capsys):
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    process = program(f"checkpoint={trained}/checkpoints/best.ckpt", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "20 of 20 identities hold" in process.stdout and "report.html" in process.stdout
+    assert program(f"checkpoint={trained}/checkpoints/best.ckpt") == 0
+    said = capsys.readouterr().out
+    assert "20 of 20 identities hold" in said and "report.html" in said
     after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     new = {path.relative_to(trained).as_posix() for path in after.keys() - before.keys()}
     names = tuple(PICTURES)
@@ -1032,17 +1036,17 @@ def test_a_page_says_so_where_something_fails(trained, evidence, tmp_path, monke
     ],
     ids=["no checkpoint", "no checkpoint in it", "no such file", "fit", "unknown"],
 )
-def test_a_mistake_is_one_line(tmp_path, overrides, said):
+def test_a_mistake_is_one_line(program, tmp_path, overrides, said, capsys):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (file := tmp_path / "run" / "checkpoints" / "a.ckpt").write_text("no checkpoint")
-    process = program(*(override.replace("FILE", str(file)) for override in overrides), cwd=tmp_path)
-    assert process.returncode == 1 and re.fullmatch(f"{said}\n", process.stderr), process.stderr
+    line = program(*(override.replace("FILE", str(file)) for override in overrides))
+    assert re.fullmatch(said, line) and capsys.readouterr() == ("", "")
     assert not (tmp_path / "run" / "evidence").exists()
 
 
-def test_an_unknown_knob_has_hydras_words(tmp_path, trained):
-    process = program(f"checkpoint={trained}/checkpoints/best.ckpt", "zerong=true", cwd=tmp_path)
-    assert process.returncode == 1 and "zerong" in process.stderr and "Traceback" not in process.stderr
+def test_an_unknown_knob_has_hydras_words(program, trained, capsys):
+    line = program(f"checkpoint={trained}/checkpoints/best.ckpt", "zerong=true")
+    assert isinstance(line, str) and "zerong" in line and "Traceback" not in line + capsys.readouterr().err
 
 
 def test_a_mistake_that_the_checkpoint_shows_is_one_line(trained, evidence, tmp_path):
