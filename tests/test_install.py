@@ -19,7 +19,8 @@ class Finder(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
-# As on a system that has none of these: imports all modules but the sequential engine, loads and predicts; then trains.
+# As on a system that has none of these: imports all modules but the sequential engine, loads and predicts; then trains,
+# and `fewshot test` tests.
 PROGRAM = """
 import importlib, json, pkgutil, signal, sys, warnings
 OF_WINDOWS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
@@ -29,6 +30,7 @@ sys.modules["fcntl"] = sys.modules["resource"] = None
 warnings.filterwarnings("ignore", "only soft file lock")  # of filelock, which locks by other means on Windows
 
 import fewshot
+from fewshot.__main__ import main as fewshot_command
 from fewshot.evidence.__main__ import main as evidence
 from fewshot.train import main as train
 run, *words = json.loads(sys.argv[1])
@@ -56,7 +58,8 @@ from fewshot.predict import predict
 images = list(np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8))
 print(predict(fewshot.load(run), {"a": images[:1], "b": images[1:3]}, images[3:]).probabilities.shape)
 vars(signal).update(removed)  # Lightning uses them wherever sys.platform is not Windows
-print(ended(train, *words, "meta_batch_size=1"))
+print(ended(train, *words, "meta_batch_size=1", "hydra.run.dir=run"))
+print(ended(fewshot_command, "test", run, *words[-2:], "test_tasks=2", "hydra.run.dir=new", "trainer=cpu"))
 """
 NEEDS = "needs learn2learn, which is not installed here; docs/install.md says how it is"
 
@@ -65,7 +68,7 @@ def test_without_learn2learn_all_but_its_engine_works_and_neither_fcntl_nor_posi
     finished, cache, tmp_path
 ):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_LEARN2LEARN)
-    words = [f"{finished}", *SMALL, f"dataset.cache={cache}", "logger=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    words = [f"{finished}", *SMALL, f"dataset.cache={cache}", "logger=none"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(words)],
         **{"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}},
@@ -80,5 +83,8 @@ def test_without_learn2learn_all_but_its_engine_works_and_neither_fcntl_nor_posi
     assert {module.split(".")[1] for module, _ in unimported} == {"maml", "evidence"}
     assert next(lines) == "(2, 2)"
     said = list(lines)
-    assert said[-1] == "None" and "engine=auto: batched (learn2learn is not installed)" in said, done.stderr
+    assert said.count("None") == 2 and said[-1] == "None", done.stderr
+    assert "engine=auto: batched (learn2learn is not installed)" in said[: said.index("None")]
     assert (tmp_path / "run" / "results.json").exists()
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results["test"]["tasks"] == 2 and results["config"]["fit"] is False
