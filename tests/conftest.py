@@ -194,7 +194,7 @@ def own_yaml(config: Callable[..., DictConfig], tmp_path: Path) -> Callable[[str
     return own_yaml
 
 
-def _runner(cache: Path) -> Callable[..., Path]:
+def runner(cache: Path) -> Callable[..., Path]:
     def run(folder: Path, *overrides: str, pictures: bool = False) -> Path:
         base = () if any(override.startswith("checkpoint=") for override in overrides) else SMALL
         if "model=module" in overrides:  # which has no width
@@ -218,20 +218,21 @@ def run(config: Callable[..., DictConfig], cache: Path) -> Callable[..., Path]:
 
     pictures: whether its figures are drawn into their files too, which takes a quarter of a small run's time.
     """
-    return _runner(cache)
+    return runner(cache)
 
 
 @pytest.fixture(scope="session")
 def finished(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run, to be read or copied; nothing may be written to it."""
-    return _runner(cache)(tmp_path_factory.mktemp("finished") / "run")
+    return runner(cache)(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture
 def main(cache: Path) -> Iterator[Callable[..., str | int | None]]:
     """main(*words) is `python train.py` without a process of its own: what it ends with, a line or a status.
 
-    small: with the knobs and in the folder of `program`; command: another one that Hydra composes.
+    Its figures are not drawn. small: with the knobs and in the folder of `program`; command: another one that Hydra
+    composes.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
@@ -240,6 +241,7 @@ def main(cache: Path) -> Iterator[Callable[..., str | int | None]]:
         GlobalHydra.instance().clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", *(_words(words, cache) if small else words)])
+            patch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
             for name in [name for name in os.environ if name.startswith(("WANDB", "HYDRA"))]:
                 patch.delenv(name)
             if small:
@@ -318,7 +320,7 @@ def trained(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "shots=5",
         "inner_lr=0.1",
     )
-    return _runner(cache)(folder, *knobs)
+    return runner(cache)(folder, *knobs)
 
 
 @contextmanager
@@ -350,6 +352,15 @@ def outcome(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]
     return {"state": state, "metrics": (folder / "metrics.csv").read_text(), "results": results}
+
+
+def told(file: Path) -> str:
+    """What W&B is to be told, a record a line: `wandb leet inspect --json FILE` without what its start takes."""
+    from wandb.util import get_core_path
+
+    place = ["--run-file", file, file.parents[1]]
+    inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *place]
+    return subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=HANG).stdout
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
