@@ -5,7 +5,7 @@ import re
 import signal
 
 import pytest
-from conftest import HANG, halt_when, let_go, outcome
+from conftest import HANG, halt_when, let_go, outcome, runner
 
 from fewshot.config.command import one_line_errors
 from fewshot.errors import Stopped, UserError
@@ -15,6 +15,12 @@ from fewshot.training.meta_learner import MetaLearner
 from fewshot.training.record import Record
 
 MANY = ("iterations=9", "val_every=4", "trainer.log_every_n_steps=3")
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """What a run comes to that no signal reaches."""
+    return outcome(runner(cache)(tmp_path_factory.mktemp("whole") / "run", *MANY))
 
 
 def send(monkeypatch, signum, *, at, times=1, to=MetaLearner, when="training_step"):
@@ -34,9 +40,9 @@ def send(monkeypatch, signum, *, at, times=1, to=MetaLearner, when="training_ste
 @pytest.mark.parametrize(
     "stops", [((signal.SIGTERM, 2), (signal.SIGINT, 8)), ((signal.SIGTERM, 4),), ((signal.SIGTERM, 9),)]
 )
-def test_the_update_is_finished_and_the_run_goes_on_exactly(run, tmp_path, monkeypatch, stops):
+def test_the_update_is_finished_and_the_run_goes_on_exactly(run, whole, tmp_path, monkeypatch, stops):
     """Also one in the update after which validation is due, one in the last update, and two in one run."""
-    whole, done = outcome(run(tmp_path / "whole", *MANY)), 0
+    done = 0
     for signum, at in stops:
         before = signal.getsignal(signum)
         with monkeypatch.context() as patch:
@@ -72,9 +78,8 @@ def test_a_signal_before_or_after_training_leaves_at_once(run, tmp_path, monkeyp
     assert checkpoint.read(tmp_path / "late" / "checkpoints" / "last.ckpt")["global_step"] == 9
 
 
-def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(run, tmp_path, monkeypatch):
+def test_a_handler_that_was_there_before_decides_once_the_checkpoint_is_written(run, whole, tmp_path, monkeypatch):
     """As submitit's: it lets SIGTERM pass, and ends the run itself at SIGUSR2."""
-    whole = outcome(run(tmp_path / "whole", *MANY))
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     iterations = []
 
@@ -148,8 +153,8 @@ def test_a_job_that_gets_no_further_is_put_back_twice(monkeypatch, tmp_path, sig
 
 
 def test_the_exit_status_names_the_signal_and_a_line_says_how_to_go_on(program, tmp_path):
-    process = program("iterations=100000", "val_every=10", f"hydra.run.dir={tmp_path}", halting=True)
-    halt_when(process, lambda: checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] >= 10)
+    process = program("iterations=100000", "val_every=3", f"hydra.run.dir={tmp_path}", halting=True)
+    halt_when(process, lambda: checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["global_step"] >= 3)
     process.terminate()
     let_go(process)
     output, errors = process.communicate(timeout=HANG)
