@@ -59,7 +59,10 @@ CALLS = {  # the line in which it ends
     "train width=8": "width=8: no such knob; did you mean model.width?",
     "train zeroing=true": "zeroing=true: takes a plus, +zeroing=true",
     "train +trainer.max_epoch=3": "trainer.max_epoch=3: no such knob; did you mean trainer.max_epochs? (",
+    "train +zerong=true": "+zerong=true: only +zeroing, +trainer.KEY, +optimizer.KEY, +logger.KEY, +callbacks.KEY, "
+    "+algo.KEY may be added, nothing can be removed with ~; did you mean +zeroing?",
     "train ways=1": "ways=1: must be an integer of at least 2",
+    "train inner_steps=4 test_steps=2": "test_steps=2: must be at least inner_steps=4",
     "train trainer.accelerator=cuuda": "trainer.accelerator=cuuda: must be one of auto, cpu, gpu, cuda",
     "train dataset=omniglott": "dataset=omniglott: no such choice; did you mean omniglot?",
     "train dataset=cifarfs dataset.root=nowhere": "dataset.root=nowhere: no such file or folder; give",
@@ -74,6 +77,8 @@ CALLS = {  # the line in which it ends
     "train -m --cfg job": "-m --cfg job: ",
     "train -m ways=5,99 seed=0,1": "ways=99: dataset glyphs has 30 val classes; at most 30 ways",
     "train -m seed=0,1 inner_lrr=1,2": "inner_lrr=1: no such knob; did you mean inner_lr?",
+    "train -m seed=0,1 +zerong=true,false": "+zerong=true,false: only +zeroing, +trainer.KEY, +optimizer.KEY, "
+    "+logger.KEY, +callbacks.KEY, +algo.KEY may be added, nothing can be removed with ~; did you mean +zeroing?",
     "train -m ways=range(2,9,0)": "ways=range(2,9,0): is no sweep (",
     "evidence checkpoint=nowhere.ckpt fit=true": "fit=true: nothing is trained here",
     "evidence ways=3": "checkpoint=null: which model?",
