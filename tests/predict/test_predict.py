@@ -275,14 +275,12 @@ def read_csv(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_the_command_tells_new_letters_apart(trained, cache, tmp_path):
+def test_the_command_tells_new_letters_apart(trained, cache, tmp_path, monkeypatch, capsys, caplog):
     truth = write_letters(tmp_path, cache, letters=5)
-    knobs = [f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=written"]
-    command = [sys.executable, "-m", "fewshot.predict", *knobs]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == "40 images, 5 classes, 1 skipped: written to written\n"
-    left_out, warning = process.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    main([f"checkpoint={trained}/checkpoints/last.ckpt", "support=support", "query=query", "steps=20", "out=written"])
+    assert capsys.readouterr() == ("40 images, 5 classes, 1 skipped: written to written\n", "")
+    left_out, warning = caplog.messages
     assert left_out == "query=query: 1 file is left out, no images by their names or in no class: 1 .txt"
     assert warning.startswith("query: half0/broken.png is skipped, it cannot be read: ")
     header, skipped = read_csv(tmp_path / "written" / "skipped.csv")
