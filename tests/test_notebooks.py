@@ -16,6 +16,11 @@ from functools import partial
 knobs = {"model__width": 8, "meta_batch_size": 2, "val_tasks": 2, "test_tasks": 4, "threads": 1, "trainer": "cpu"}
 fewshot.api.train = partial(fewshot.api.train, **knobs, dataset__cache=CACHE)
 """  # what makes each training of a notebook small
+ROUGH = """
+from fewshot.evidence import report
+from fewshot.evidence.claims import frozen_encoder, label_orders
+report.png, label_orders.TASKS, frozen_encoder.STEPS = partial(report.png, dpi=20), 1, (1, 2)
+"""  # and what makes a page, here the one of the suite that a process of its own writes, quick
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -27,6 +32,9 @@ def test_a_notebook_runs(path, tmp_path, cache, monkeypatch):
     settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in SMALL.items():
         settings.source = re.sub(rf"^{name} = \d+", f"{name} = {value}", settings.source, flags=re.MULTILINE)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and ".evidence(" in cell.source:
+            cell.source = ROUGH + cell.source
     notebook.cells.insert(0, nbformat.v4.new_code_cell(QUICK.replace("CACHE", repr(str(cache)))))
     NotebookClient(notebook, timeout=HANG, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
