@@ -30,7 +30,7 @@ from fewshot.results import record_files  # noqa: E402, F401  what train.py impo
 from fewshot.train import main as train  # noqa: E402
 
 KNOBS = (
-    *("queries=3", "meta_batch_size=2", "iterations=40", "val_every=4", "val_tasks=2", "test_tasks=3", "threads=1"),
+    *("queries=3", "meta_batch_size=2", "iterations=20", "val_every=4", "val_tasks=2", "test_tasks=3", "threads=1"),
     *("model.width=8", "trainer=cpu", "logger=none"),
 )
 KINDS = {
