@@ -64,7 +64,9 @@ def test_train_py_trains_tests_and_reports(program, tmp_path):
     assert re.search(r'"glob_name":"val/\*".*"step_metric":"iteration"', said)
 
 
-@pytest.mark.parametrize("overrides", [("algo=fomaml",), ("algo=zero", "inner_steps=1", "dataset.size=32")])
+@pytest.mark.parametrize(
+    "overrides", [("algo=fomaml",), ("algo=zero", "inner_steps=1", "model=conv4_pooled", "dataset.size=16")]
+)
 def test_the_other_algorithms_report_the_same(run, tmp_path, overrides):
     logged = reported(run(tmp_path, *overrides, pictures=True), zeroing="algo=zero" in overrides)
     assert [int(row["iteration"]) for row in logged] == [0, 2, 4, 6]
