@@ -10,14 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HALTING, ROOT, SMALL, halt_when, let_go, outcome
+from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
 
 from fewshot.config.check import check
@@ -172,42 +169,25 @@ def test_ranks_and_one_process_part_without_zeroing_and_stay_together_with_it(ru
     assert parted["zero"][19] <= 1e-8 < 1e-3 < parted["fomaml"][19]
 
 
-def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(
-    runs, main, monkeypatch, capfd, tmp_path
-):
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly(runs, program, main, capfd, tmp_path):
     """Two processes for the job of a sweep; one of them gets a real SIGKILL; one folder and one W&B run come of it."""
-    sweep, halted, ended = tmp_path / "sweep", tmp_path / "halted", threading.Event()
+    sweep = tmp_path / "sweep"
     call = ("-m", *DDP, "trainer.devices=2", "seed=3", f"hydra.sweep.dir={sweep}")
-
-    def kill_one():
-        """The process numbers of both ranks."""
-        starter = SimpleNamespace(halted=halted, poll=lambda: ended.is_set() or None, communicate=lambda: None)
-        last = "*/checkpoints/last.ckpt"
-        halt_when(starter, lambda: any(read(path)["global_step"] >= 4 for path in sweep.glob(last)))
-        ask = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
-        children = subprocess.run(ask, capture_output=True, text=True)
-        ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "-m fewshot.train" in line]
-        environment = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
-        (victim,) = (pid for pid, has in zip(ranks, environment, strict=True) if b"RANK=1" in has)
-        os.kill(victim, signal.SIGKILL)
-        let_go(starter)
-        return ranks
-
-    (tmp_path / "sitecustomize.py").write_text(HALTING)
-    monkeypatch.setenv("FEWSHOT_TEST_HALTED", str(halted))
-    with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
-        patch.syspath_prepend(tmp_path)
-        killed = pool.submit(kill_one)
-        try:
-            status = main(*call, small=True)
-        finally:
-            ended.set()
-    output, errors = capfd.readouterr()
-    assert status == f"{sweep}: none of the 1 runs in it has finished" and "Traceback" not in errors, output + errors
+    process = program(*call, halting=True)
+    halt_when(process, lambda: any(read(path)["global_step"] >= 4 for path in sweep.glob("*/checkpoints/last.ckpt")))
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    ranks = [int(line.split()[0]) for line in children.stdout.splitlines() if "-m fewshot.train" in line]
+    environment = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+    (victim,) = (pid for pid, has in zip(ranks, environment, strict=True) if b"RANK=1" in has)
+    os.kill(victim, signal.SIGKILL)
+    let_go(process)
+    output, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 1 and "Traceback" not in errors, output + errors
     line = r"rank 1 of 2 was killed by SIGKILL, .*; the same call in this folder goes on from \S+last.ckpt"
     assert re.search(line, errors) and re.search(line, output)  # at once, and at the end of the sweep
-    for pid in killed.result():
+    for pid in ranks:
         assert not Path(f"/proc/{pid}").exists()
+    capfd.readouterr()
     status = main(*call, small=True)
     output, errors = capfd.readouterr()
     assert status == 0, output + errors
