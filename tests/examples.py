@@ -17,8 +17,8 @@ from fewshot.models.network import Network, conv4_pooled, conv4_strided
 KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
 
 NETWORKS = {
-    "conv4_strided": partial(conv4_strided, channels=1, size=37, width=12),
-    "conv4_pooled": partial(conv4_pooled, channels=2, size=33, width=10),
+    "conv4_strided": partial(conv4_strided, channels=1, size=33, width=8),
+    "conv4_pooled": partial(conv4_pooled, channels=2, size=17, width=10),
 }
 all_at_once, one_at_a_time = (
     SimpleNamespace(

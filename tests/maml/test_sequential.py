@@ -4,7 +4,7 @@ The arithmetic is a one-layer tanh encoder and a linear head with their gradient
 step derivative Im f(x + ih) / h of inner loop and query loss together, exact to rounding, with no differentiation.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
 
 @each_network
 @each_order
-@pytest.mark.parametrize("inner_steps", [1, 2, 5])
+@pytest.mark.parametrize("inner_steps", [1, 2, 3])
 @pytest.mark.parametrize("shots", [1, 5])
 @each_head
 def test_the_engines_give_the_same_gradient(build, first_order, inner_steps, shots, zeroed):
@@ -220,6 +220,13 @@ FAMILY = {
 each_member = pytest.mark.parametrize("member", FAMILY.values(), ids=FAMILY)
 
 
+@cache
+def of_the_arithmetic(name, first_order):
+    """np_family of a member with three inner steps, which each way of the engines is held against."""
+    network, tasks = tiny(), draw(tasks=3, shots=2, queries=4)
+    return np_family(network, tasks, **member_knobs(network, FAMILY[name]), inner_steps=3, first_order=first_order)
+
+
 def member_knobs(network, member):
     """A member's knobs for an engine, with rates of their own for what adapts."""
     knobs = dict(member)
@@ -233,11 +240,12 @@ def member_knobs(network, member):
 
 @each_way
 @each_order
-@each_member
-def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, first_order, member):
-    network, tasks = tiny(), draw(tasks=3, shots=2, queries=4)
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, first_order, name):
+    network, tasks, member = tiny(), draw(tasks=3, shots=2, queries=4), FAMILY[name]
     knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
-    expected, by_rate = np_family(network, tasks, **knobs)
+    of_all, by_rate = of_the_arithmetic(name, first_order)
+    expected = dict(of_all)
     found, _ = meta_gradient(engine, network, tasks, **knobs)
     if "head" in member:
         assert not any(found.pop(name).any() or expected.pop(name).any() for name in ("head.weight", "head.bias"))
@@ -341,7 +349,7 @@ def test_zeroing_is_the_arithmetic_from_a_zeroed_head(engine, first_order, inner
 @each_way
 @each_network
 @each_order
-@pytest.mark.parametrize("inner_steps, shots", [(1, 1), (2, 5), (5, 1)])
+@pytest.mark.parametrize("inner_steps, shots", [(1, 1), (2, 5), (3, 1)])
 @pytest.mark.slow
 def test_zeroing_leaves_out_what_is_zero(engine, build, first_order, inner_steps, shots):
     """The encoder's outer gradient is that of all of it computed; so is that of learned rates, and with all losses."""
