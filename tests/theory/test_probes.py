@@ -72,12 +72,12 @@ def test_a_head_of_one_vector_is_no_head_and_a_bias_that_differs_is_one():
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_a_run_records_and_draws_them_and_is_otherwise_the_same(run, tmp_path, precision):
-    knobs = ("iterations=4", f"trainer.precision={precision}")
-    with_probes = rows(run(tmp_path / "with", "probes=true", *knobs, pictures=True))
+    knobs, drawn = ("iterations=2", f"trainer.precision={precision}"), precision == "32-true"
+    with_probes = rows(run(tmp_path / "with", "probes=true", *knobs, pictures=drawn))
     without = rows(run(tmp_path / "without", *knobs))
     names = {f"probe/{name}" for name in NAMES}
     assert names <= set(with_probes[0]) and not names & set(without[0])
     assert [{k: v for k, v in row.items() if k not in names} for row in with_probes] == without
     assert all(row[name] for row in with_probes for name in names)  # validated at every row of these
-    assert (tmp_path / "with" / "figures" / "probes.png").stat().st_size > 10_000
+    assert (tmp_path / "with" / "figures" / "probes.png").stat().st_size > (10_000 if drawn else 0)
     assert not (tmp_path / "without" / "figures" / "probes.png").exists()
