@@ -110,10 +110,12 @@ def test_its_curve_lies_on_that_of_maml_with_zeroing_and_one_step(run, tmp_path,
             torch.testing.assert_close(weight, zero[name], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("engine", ["sequential", "batched"])
-@each_distance
+@pytest.mark.parametrize("engine, distance", [("sequential", "dot"), ("batched", "squared"), ("batched", "cosine")])
 def test_a_run_trains_tests_predicts_and_goes_on(run, tmp_path, engine, distance):
-    """Whatever inner_steps is, its accuracy is the same after every step and in both modes of test zeroing."""
+    """Whatever inner_steps is, its accuracy is the same after every step and in both modes of test zeroing.
+
+    The gradients above are of every distance in every engine; so a run of each is enough.
+    """
     knobs = ("algo=protonet", f"algo.distance={distance}", "inner_steps=2", f"engine={engine}", *KNOBS)
     whole, parts = run(tmp_path / "whole", *knobs), tmp_path / "parts"
     tested = json.loads((whole / "results.json").read_text())["test"]
