@@ -3,6 +3,7 @@
 import csv
 import functools
 import gc
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF, GROUPS
@@ -130,6 +132,40 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return path if path.endswith(TOGETHER) else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def _remember() -> None:
+    """Hydra reads and merges fifty YAML files in each call, which is a sixth of a second: here it does so once.
+
+    A text is parsed once, and the files of conf/ that a call chooses are merged once. What lies in a folder of one's
+    own is merged anew.
+    """
+    load, merge = OmegaConf.load, ConfigLoaderImpl._compose_config_from_defaults_list
+    parsed: dict[str, bytes] = {}
+    merged: dict[Any, bytes] = {}
+
+    def loaded(file: Any) -> Any:
+        if not isinstance(file, io.TextIOBase):
+            return load(file)
+        text = file.read()
+        if text not in parsed:
+            file.seek(0)
+            parsed[text] = pickle.dumps(load(file))
+        return pickle.loads(parsed[text])
+
+    def composed(loader: ConfigLoaderImpl, defaults: list, repo: Any) -> DictConfig:
+        places = {place.path for place in loader.get_search_path().get_path()}
+        if any(place and place.startswith("file:") for place in places - {f"file://{CONF}"}):
+            return merge(loader, defaults, repo)
+        key = frozenset(places), tuple(map(astuple, defaults))
+        if key not in merged:
+            merged[key] = pickle.dumps(merge(loader, defaults, repo))
+        return pickle.loads(merged[key])
+
+    OmegaConf.load, ConfigLoaderImpl._compose_config_from_defaults_list = loaded, composed
+
+
+_remember()
 
 
 @functools.cache
