@@ -26,7 +26,8 @@ GREYS = (0.299, 0.587, 0.114)  # ITU-R 601-2, what Pillow makes of red, green an
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    for kind in ("png", "pdf"):
+        monkeypatch.setattr(f"fewshot.results.figures.{kind}", lambda figure: b"no picture")
 
 
 @pytest.fixture(scope="module")
