@@ -203,5 +203,6 @@ if __name__ == "__main__":
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
         "cosine_similarity_omniglot": cosines("omniglot"),
+        "cosine_similarity_cifarfs": cosines("cifarfs"),
     }.items():
         write_file(DOCS / f"{drawn}.png", png(figure, dpi=110))
