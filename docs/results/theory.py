@@ -256,13 +256,21 @@ _BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's 
         True,
         lambda m: f"{m['probes']['interference_norm'] / m['probes']['contrastive_norm']:.2f}",
     ),
+    "wrong signs of c from a zeroed head after two steps, summed, %": (
+        False,
+        lambda m: f"{100 * m['coefficients']['more_steps']['wrong_among_other']:.2f}",
+    ),
     "cosine of query and support, same class": (False, lambda m: _fraction(m["similarity"]["same_class"])),
     "the same, other class": (False, lambda m: _fraction(m["similarity"]["other_class"])),
-    "gradient's difference from that with a frozen encoder, 2 steps, first order, own head": (
+    "gradient's difference from that with a frozen encoder, two steps, first order, own head": (
         True,
         lambda m: _fraction(m["frozen_encoder"]["this_head"]["2"]["fomaml"]),
     ),
     "the same, head zeroed": (False, lambda m: _fraction(m["frozen_encoder"]["zeroed_head"]["2"]["fomaml"])),
+    "the same, head zeroed, second order": (
+        False,
+        lambda m: _fraction(m["frozen_encoder"]["zeroed_head"]["2"]["somaml"]),
+    ),
     "best less worst order of the labels, own head, mean, points": (
         True,
         lambda m: _percent(m["label_orders"]["this_head"]["spread"]),
