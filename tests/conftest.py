@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import omegaconf
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -137,9 +138,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _remember() -> None:
     """Hydra reads and merges fifty YAML files in each call, which is a sixth of a second: here it does so once.
 
-    A text is parsed once, and the files of conf/ that a call chooses are merged once. What lies in a folder of one's
-    own is merged anew.
+    A text is parsed once, an interpolation too, and the files of conf/ that a call chooses are merged once. What lies
+    in a folder of one's own is merged anew.
     """
+    omegaconf.base.parse = omegaconf._utils.parse = functools.cache(omegaconf.grammar_parser.parse)
     load, merge = OmegaConf.load, ConfigLoaderImpl._compose_config_from_defaults_list
     parsed: dict[str, bytes] = {}
     merged: dict[Any, bytes] = {}
