@@ -963,7 +963,8 @@ def test_the_program_writes_its_folder_and_nothing_else(trained, program, rough,
 
 
 def test_without_a_bias_with_shots_and_another_folder(evidence, run_of, tmp_path):
-    folder = run_of("model.head_bias=false", "shots=2", "ways=3", "algo=zero", "inner_steps=1", "dataset.size=32")
+    other = "model=conv4_pooled", "model.head_bias=false", "dataset.size=16"
+    folder = run_of(*other, "shots=2", "ways=3", "algo=zero", "inner_steps=1")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     numbers, html = evidence(checkpoint, tmp_path / "elsewhere" / "evidence", "test_steps=4", pictures=True)
     assert not (folder / "evidence").exists()
