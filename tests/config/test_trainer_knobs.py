@@ -41,8 +41,8 @@ def test_what_would_not_work_is_refused_in_one_line_that_says_what_does(config, 
     assert "\n" not in str(error.value)
 
 
-def test_what_works_does_so_and_a_time_limit_is_no_end_for_ever(run, tmp_path, caplog, monkeypatch):
-    whole = outcome(run(tmp_path / "whole"))
+def test_what_works_does_so_and_a_time_limit_is_no_end_for_ever(run, finished, tmp_path, caplog, monkeypatch):
+    whole = outcome(finished)
     caplog.set_level("INFO")
     clock = iter([0.0] * 14)  # asked some times for a checkpoint, and once after every update
     monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage=None: next(clock, 3600.0))
@@ -75,8 +75,8 @@ def test_a_run_that_had_reached_its_accuracy_and_goes_on_obeys_a_time_limit(run,
     assert "trainer.max_time is over" in caplog.text
 
 
-def test_the_accuracy_to_stop_at_may_be_another_one_when_a_run_goes_on(run, tmp_path):
-    whole = outcome(run(tmp_path / "whole"))
+def test_the_accuracy_to_stop_at_may_be_another_one_when_a_run_goes_on(run, finished, tmp_path):
+    whole = outcome(finished)
     folder = run(tmp_path / "run", "stop_at_accuracy=0.01")
     assert json.loads((folder / "results.json").read_text())["iterations"] < 6
     written = (folder / "results.json").stat().st_mtime_ns

@@ -102,6 +102,7 @@ def test_the_file_in_the_docs_is_whole_and_says_the_same():
 def test_a_run_trains_with_it_by_both_engines(run, own_yaml, tmp_path):
     own_yaml("algo/median", ALGO)
     knobs = ("algo=median", "iterations=2", "val_every=1", "shots=3", "trainer.precision=64-true", "inner_lr=0.1")
+    knobs += ("test_steps=2", "test_tasks=2")
     folders = [run(tmp_path / engine, *knobs, f"engine={engine}") for engine in ("sequential", "batched")]
     states = [read(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in folders]
     for name, weight in states[0].items():

@@ -144,7 +144,7 @@ def peak_bytes(function) -> int:
 @each_engine
 @pytest.mark.parametrize("member", ["maml", "msl", "metasgd"])
 def test_memory_does_not_grow_with_the_inner_steps(engine, member):
-    network, tasks = conv4_strided(channels=1, size=28, ways=3, width=4), draw(28, shots=8, queries=8, tasks=1)
+    network, tasks = conv4_strided(channels=1, size=28, ways=3, width=4), draw(28, shots=4, queries=4, tasks=1)
 
     def peak(steps: int, recompute_steps: bool) -> int:
         knobs = FAMILY[member] | {"inner_steps": steps, "recompute_steps": recompute_steps}
@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_inner_steps(engine, member):
 
 
 def test_a_run_that_goes_on_may_take_it_up_and_is_the_run_that_never_stopped(run, tmp_path):
-    knobs = ("algo=somaml", "val_every=1", "val_tasks=2", "test_tasks=2")
+    knobs = ("algo=somaml", "val_every=1", "test_tasks=2", "test_steps=2")
     whole = outcome(run(tmp_path / "whole", "iterations=3", *knobs))
     short = run(tmp_path / "short", "iterations=1", *knobs)
     run(short, f"checkpoint={short}", "iterations=2", "recompute_steps=true")
