@@ -24,7 +24,8 @@ from fewshot.training.checkpoint import read
 from fewshot.training.runtime import inner_loop
 
 SHIPPED = ("inner_momentum", "inner_adam", "reptile", "imaml")
-KNOBS = ("val_every=1", "shots=2", "trainer.precision=64-true", "inner_lr=0.02", "inner_steps=2", "test_steps=3")
+KNOBS = ("val_every=1", "shots=2", "trainer.precision=64-true", "inner_lr=0.02", "inner_steps=2", "test_steps=2")
+KNOBS += ("test_tasks=2",)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fewshot.training.checkpoint import read
 
 RATES = "+callbacks.rates._target_=pytorch_lightning.callbacks.LearningRateMonitor"
-KNOBS = ("schedule=multistep", "milestones=[1]", "val_every=2", "trainer.log_every_n_steps=1", RATES)
+KNOBS = ("schedule=multistep", "milestones=[1]", "val_every=2", "test_tasks=2", "trainer.log_every_n_steps=1", RATES)
 
 
 def logged(folder, version):
