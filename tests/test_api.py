@@ -225,7 +225,8 @@ def test_the_calls_in_the_docs_run_as_they_stand(cache, tmp_path, monkeypatch):
 def test_the_loop_of_ones_own_in_the_docs_runs_without_lightning_and_hydra():
     text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "meta_gradient(" in code]
-    assert len(example.splitlines()) <= 20
+    assert len(example.splitlines()) <= 20 and "16 * iteration, 16" in example
+    example = example.replace("16 * iteration, 16", "4 * iteration, 4")
     program = f"{example}\nimport sys; print({{'pytorch_lightning', 'hydra', 'omegaconf', 'wandb'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
