@@ -87,7 +87,7 @@ def test_a_run_shows_what_its_folder_holds(finished):
         ({"dataset": "folder", "dataset__root": "nowhere"}, "dataset.root=nowhere: no such file or folder"),
         ({"seed": {1, 2}}, "seed={1, 2}: a set is no value of a knob"),
         ({"checkpoint": "nowhere"}, "checkpoint=nowhere: no such file"),
-        ({"folder": ""}, "hydra.run.dir=: must be a folder"),
+        ({"folder": ""}, "folder=: is empty; give a path"),
         ({"experiment": "poster_panel1"}, "experiment=poster_panel1: is a sweep, which needs the command line; with"),
         ({"experiment": "poster_panel1", "hydra__mode": "RUN", "ways": 0}, "ways=0: must be an integer of at least 2"),
     ],

@@ -107,8 +107,7 @@ def test_with_zeroing_nothing_that_an_optimiser_does_to_the_head_outlives_the_up
     """The encoder is what it is where the optimiser never hears of the head."""
     knobs = ("algo=zero", "iterations=3", "val_every=3", "test_steps=2", "test_tasks=2", *OPTIMIZERS[optimizer])
     run(tmp_path / "both", *knobs)
-    if optimizer == "rmsprop":  # a test makes none, so it need not be named again
-        run(tmp_path / "test", f"checkpoint={tmp_path / 'both'}", "fit=false")
+    run(tmp_path / "test", f"checkpoint={tmp_path / 'both'}", "fit=false")  # makes none, so it need not be named again
     state = read(tmp_path / "both" / LAST)["state_dict"]
     assert not state["network.head.weight"].any() and not state["network.head.bias"].any()
     of = OuterStep.of
