@@ -1,9 +1,9 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
-docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png and
-docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of those of `panel2`,
-docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1. The pictures of
-cosine similarities are of what `theory.py` keeps.
+docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png,
+docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of
+those of `panel2`, docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1.
+The pictures of cosine similarities are of what `theory.py` keeps.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from tables import markdown
 
 from fewshot.config.stored import to_today
 from fewshot.config.tree import MODES
+from fewshot.errors import shown
 from fewshot.files import write_file
 from fewshot.results.figures import DRAWN, MARKS, plain, png
 from fewshot.results.record_files import title
@@ -61,7 +62,8 @@ def final_tests(runs: list[Setting], knob: str) -> str:
             step, tests = setting.config["inner_steps"], job.results["test"] if job.results else {}
             scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
             cells = [f"{100 * accuracy:.1f} ± {100 * ci95:.1f}" for accuracy, ci95 in scores]
-            rows.append([f"`{setting.value(knob)}`", setting.label(without=[knob]), str(job.config["seed"]), *cells])
+            value, label = shown(setting.value(knob)), setting.label(without=[knob])
+            rows.append([f"`{value}`", label, str(job.config["seed"]), *cells])
     values = [row[0] for row in rows]
     rows.sort(key=lambda row: values.index(row[0]))
     heads = [f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"]
@@ -200,6 +202,7 @@ if __name__ == "__main__":
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), shown=(0.75, 0.95)),
         "init_scale": test_time_zeroing(settings("init_scale"), shown=(0.6, 0.95)),
         "five_shot": test_time_zeroing(settings("five_shot"), shown=(0.8, 0.99)),
+        "panel1_cifarfs": panels(settings("panel1_cifarfs"), ["algo.first_order"]),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
         "cosine_similarity_omniglot": cosines("omniglot"),
