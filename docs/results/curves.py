@@ -1,9 +1,9 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
 docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png,
-docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png of
-those of `panel2`, docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png of FOMAML's runs of panel 1.
-The pictures of cosine similarities are of what `theory.py` keeps.
+docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png and
+docs/head_family_omniglot.png of `panel2` and `head_family`. docs/test_time_zeroing.png and, with seed 0,
+docs/tutorial_summary.png are of FOMAML's runs of panel 1, the cosine similarities of what `theory.py` keeps.
 """
 
 from pathlib import Path
@@ -51,10 +51,10 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
     return Job(Path(run), to_today(config), {"test": test}, curves, None)
 
 
-def final_tests(runs: list[Setting], knob: str) -> str:
+def final_tests(runs: list[Setting], knob: str = "") -> str:
     """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks.
 
-    knob: its values are a column of their own.
+    knob: its values are a column of their own, if it is given.
     """
     rows = []
     for setting in runs:
@@ -67,7 +67,9 @@ def final_tests(runs: list[Setting], knob: str) -> str:
     values = [row[0] for row in rows]
     rows.sort(key=lambda row: values.index(row[0]))
     heads = [f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"]
-    if len({row[1] for row in rows}) == 1:  # the knob is all in which they differ
+    if not knob:
+        heads, *rows = (row[1:] for row in [heads, *rows])
+    elif len({row[1] for row in rows}) == 1:  # the knob is all in which they differ
         heads, *rows = ([first, *rest] for first, _, *rest in [heads, *rows])
     return markdown(heads, rows)
 
@@ -202,6 +204,7 @@ if __name__ == "__main__":
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), shown=(0.75, 0.95)),
         "init_scale": test_time_zeroing(settings("init_scale"), shown=(0.6, 0.95)),
         "five_shot": test_time_zeroing(settings("five_shot"), shown=(0.8, 0.99)),
+        "head_family_omniglot": sweep(settings("head_family")),
         "panel1_cifarfs": panels(settings("panel1_cifarfs"), ["algo.first_order"]),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
