@@ -204,6 +204,7 @@ if __name__ == "__main__":
         "test_time_zeroing": test_time_zeroing(settings("panel1", "-first"), shown=(0.75, 0.95)),
         "init_scale": test_time_zeroing(settings("init_scale"), shown=(0.6, 0.95)),
         "five_shot": test_time_zeroing(settings("five_shot"), shown=(0.8, 0.99)),
+        "exact_reformulation_omniglot": panels(settings("exact_reformulation"), ["algo.first_order", "algo.zeroing"]),
         "head_family_omniglot": sweep(settings("head_family")),
         "panel1_cifarfs": panels(settings("panel1_cifarfs"), ["algo.first_order"]),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
