@@ -110,11 +110,19 @@ def _both_heads(model: dict[str, Any], claim: str, cell: Any, key: str = "{}") -
     return " / ".join(cell(model[claim][key.format(head)]) for head in heads)
 
 
+def _wrong_after_two_steps(model: dict[str, Any]) -> str:
+    return f"{100 * model['coefficients']['more_steps']['wrong_among_other']:.2f}"
+
+
+def _tested(model: dict[str, Any], mode: str) -> str:
+    return _percent(model["test"][mode]["accuracy"][model["coefficients"]["inner_steps"]])
+
+
 def _accuracy(model: dict[str, Any]) -> str:
     step = model["coefficients"]["inner_steps"]
     modes = ("zeroing_off", "zeroing_on") if _own_head(model) else ("zeroing_on",)
     test = model["test"]
-    return " / ".join(f"{_percent(test[m]['accuracy'][step])} ± {_percent(test[m]['ci95'][step])}" for m in modes)
+    return " / ".join(f"{_tested(model, m)} ± {_percent(test[m]['ci95'][step])}" for m in modes)
 
 
 def _gain(model: dict[str, Any]) -> str:
@@ -127,9 +135,7 @@ _SUMMARY: dict[str, Any] = {
     "wrong signs of c among pairs of different classes, one step, %: own head / zeroed": lambda m: _both_heads(
         m, "coefficients", lambda c: _percent(c["wrong_among_other"])
     ),
-    "the same from a zeroed head after two steps, summed, %": lambda m: (
-        f"{100 * m['coefficients']['more_steps']['wrong_among_other']:.2f}"
-    ),
+    "the same from a zeroed head after two steps, summed, %": _wrong_after_two_steps,
     "norm of the interference / of the contrastive term": lambda m: " / ".join(
         _fraction(m["probes"][name], 3) for name in ("interference_norm", "contrastive_norm")
     ),
@@ -235,7 +241,7 @@ def cosine_similarity(dataset: str = "omniglot") -> str:
 
 
 def both_seeds() -> str:
-    """What training makes of a model, of seed 0 and of seed 1; nothing where only one is kept."""
+    """What training makes of a model, of seed 0 and of seed 1: the models of which both are kept."""
     seeds, rows = [evidence(0), evidence(1)], []
     names = [name for name in seeds[0] if name in seeds[1]]
     for words, (needs_head, value) in _BY_SEED.items():
@@ -256,10 +262,7 @@ _BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's 
         True,
         lambda m: f"{m['probes']['interference_norm'] / m['probes']['contrastive_norm']:.2f}",
     ),
-    "wrong signs of c from a zeroed head after two steps, summed, %": (
-        False,
-        lambda m: f"{100 * m['coefficients']['more_steps']['wrong_among_other']:.2f}",
-    ),
+    "wrong signs of c from a zeroed head after two steps, summed, %": (False, _wrong_after_two_steps),
     "cosine of query and support, same class": (False, lambda m: _fraction(m["similarity"]["same_class"])),
     "the same, other class": (False, lambda m: _fraction(m["similarity"]["other_class"])),
     "gradient's difference from that with a frozen encoder, two steps, first order, own head": (
@@ -289,10 +292,6 @@ _BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's 
     ),
     "what it gives on another task, points": (False, lambda m: f"{100 * m['cross_task']['next_task']['gain']:+.1f}"),
 }
-
-
-def _tested(model: dict[str, Any], mode: str) -> str:
-    return _percent(model["test"][mode]["accuracy"][model["coefficients"]["inner_steps"]])
 
 
 def motivating_example() -> str:
