@@ -271,7 +271,7 @@ def test_zero_weights_with_a_bias_are_no_zero_head():
 @each_head
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_papers_support_gradient_is_its_first_part_alone(head, bias):
-    """-eta/(N_s N_q) C^T Phi_Q: exact where W_0 = 0, whatever the bias, and only there (2.5)."""
+    """-eta/(N_s N_q) C^T Phi_Q: exact where W_0 = 0, whatever the bias, but not from a random head (2.5)."""
     inputs = draw(tasks=(3,), counts=(2,) * 5, head=head)._replace(bias=torch.arange(5.0).double() if bias else None)
     knobs = {"inner_lr": 0.4, "inner_steps": 1}
     closed = closed_form_gradients(inputs, first_order=False, **knobs).support_features

@@ -21,8 +21,8 @@ def meta_gradient(
     """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
 
     With noise and interference that is head-only MAML's outer gradient in first order (method.md 2.4); in second order
-    for one inner step from a zero head only. InnerLoop refuses eta and step_weights here. Returns the query loss and
-    accuracy after the last inner step, (B,) each.
+    for one inner step from a head of equal rows only. InnerLoop refuses eta and step_weights here. Returns the query
+    loss and accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []
     terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}

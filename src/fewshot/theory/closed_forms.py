@@ -68,7 +68,7 @@ def contrastive_coefficients(
     """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step moves phi(q) toward phi(s) (2.3).
 
     c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u], t and u the labels of s and q; 1[t=u] - q_t without noise.
-    Within a class it is never negative, with noise or without: (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
+    Within a class it is never negative, with noise or without (2.12): (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.
     For "mse" it is the inner product of the residuals, (W_1 phi(q) - u).(W_0 phi(s) - t): 1[t=u] - eta phi(q).m_t if
     W_0 = 0 (2.1). They are the same in both orders. Arguments and errors are those of `closed_form_gradients`.
     """
@@ -144,8 +144,8 @@ class AdaptedHead(NamedTuple):
 
         L1 = mean_{q,s} eta [-sum_p c^(p)_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order;
         without noise c^(p)_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is
-        added. Second order is exact for a zero head only (2.5); of several steps it is a ValueError. Returns (...), to
-        be differentiated with respect to the features.
+        added. Second order is exact for a head of equal rows only (2.5); of several steps it is a ValueError. Returns
+        (...), to be differentiated with respect to the features.
         """
         if len(self.P) > 1 and not first_order:
             raise ValueError(f"inner_steps={len(self.P)}: in second order the explicit loss is that of one inner step")

@@ -49,7 +49,7 @@ class Features(NamedTuple):
         return self.same_class().to(Q.dtype) - Q.gather(-1, labels)
 
     def wrong_signs(self, c: Tensor) -> Tensor:
-        """Which coefficients c (..., Q, S) draw a query to another class, bool; none draws it away from its own (2.3).
+        """Which coefficients c (..., Q, S) draw a query to another class, bool; none pushes it from its own (2.12).
 
         A prediction as sure as can be has c = 0 but for rounding, whose sign says nothing.
         """
@@ -87,7 +87,7 @@ def encode_one(network: Network, task: Task) -> tuple[Tensor, Tensor]:
 def centred(rows: Tensor) -> Tensor:
     """What the loss can see of a head's K rows (..., K, d), or of its bias as (K, 1): the rows less their mean.
 
-    Rows of Q - T_Q and of P - T_S sum to 0, so what all classes share interferes with nothing and stays as it is (2.4).
+    Rows of Q - T_Q and of P - T_S sum to 0: what all classes share interferes with nothing and stays as it is (2.12).
     """
     rows = rows - rows[..., :1, :]  # equal rows become 0 exactly; less their rounded mean alone, they need not
     return rows - rows.mean(-2, keepdim=True)

@@ -21,7 +21,7 @@ def probes(network: Network, batches: Iterable[Task], *, inner_lr: float, inner_
 
     interference_norm, contrastive_norm: of the two terms of the queries' gradient (2.4).
     wrong_sign: share of the coefficients sum_p c^(p)_qs that draw a query to another class; none draws it away from its
-    own (2.3).
+    own (2.12).
     cosine_same, cosine_other: mean cosine similarity of query and support features of the same class and of others;
     cosine_same_queries, cosine_other_queries: of two queries.
     head_norm: of the initial head w0, weights and bias, less what all classes share, which has no effect.

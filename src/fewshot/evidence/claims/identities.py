@@ -112,7 +112,7 @@ def inner_step_leaves_the_encoder(zero: Model) -> float:
 
 @identity(ROUNDING, "relative difference from the step that differentiation gives")
 def head_after_one_step(zero: Model) -> float:
-    """The head after the step is W_{1} = (η/K)(μ_{k} − mean μ)."""
+    """The head after the step has the weights (η/K)(μ_{k} − mean μ) for class k."""
     eta, mu = zero.loop.inner_lr, zero.features.support_means()
     expected = eta / mu.shape[1] * (mu - mu.mean(1, keepdim=True))
     pairs = zip(_inner_gradients(zero), expected, strict=True)
