@@ -256,6 +256,19 @@ def test_what_all_classes_share_of_the_head_changes_nothing(first_order, inner_s
     assert not centred(inputs.weight[:1].expand(3, -1)).any()
 
 
+@each_order
+def test_labels_have_no_order_where_rows_and_biases_are_equal(first_order):
+    """Where the biases differ they have one, though the rows are equal (2.10)."""
+    inputs, order = draw(counts=(2,) * 5), torch.tensor([2, 0, 4, 1, 3])
+    knobs = {"inner_lr": 0.4, "inner_steps": 2, "first_order": first_order}
+    for bias, no_order in ((inputs.bias[:1].expand(5), True), (inputs.bias, False)):
+        first = inputs._replace(weight=inputs.weight[:1].expand(5, -1), bias=bias)
+        renamed = first._replace(support_labels=order[first.support_labels], query_labels=order[first.query_labels])
+        expected, got = (closed_form_gradients(one, **knobs) for one in (first, renamed))
+        assert (relative(got.query_features, expected.query_features) < 1e-10) == no_order
+        assert (relative(got.weight[order], expected.weight) < 1e-10) == no_order
+
+
 def test_zero_weights_with_a_bias_are_no_zero_head():
     """P = softmax(b) is not uniform: there is noise, and the share of c > 0 is not 1/K (2.6)."""
     inputs = draw(tasks=(20,), head="zero")._replace(bias=torch.linspace(-2, 2, 5, dtype=torch.float64))

@@ -138,7 +138,7 @@ def section(evidence: page.Evidence) -> page.Section:
         overline="The contrastive perspective",
         claim="FOMAML moves the queries, SOMAML moves queries and support",
         lead="Seen from the features, the outer step moves a query toward the support features of its class and away "
-        "from the others (§2.4), and under SOMAML the support features too (§2.5). As everywhere in the theory, the "
+        "from the others (§2.4), and under SOMAML the support features too (§2.5). As in most of the theory, the "
         "inner loop is that of the head alone.",
         theorem="FOMAML moves queries only: it takes what the inner loop made of the support features for constants, "
         "so their gradient is 0. SOMAML’s gradient goes back through the inner loop, which is made of them.",
