@@ -131,7 +131,7 @@ def _gain(model: dict[str, Any]) -> str:
 
 
 _SUMMARY: dict[str, Any] = {
-    "identities that hold (2.4 to 2.6, 2.8 to 2.10), largest difference": _identities,
+    "identities that hold (2.4 to 2.6, 2.8 to 2.10, 2.12), largest difference": _identities,
     "wrong signs of c among pairs of different classes, one step, %: own head / zeroed": lambda m: _both_heads(
         m, "coefficients", lambda c: _percent(c["wrong_among_other"])
     ),
@@ -145,7 +145,7 @@ _SUMMARY: dict[str, Any] = {
     "the same before training": lambda m: " / ".join(
         _fraction(m["similarity"][f"initially_{name}"]) for name in ("same_class", "other_class")
     ),
-    "columns of w nearest to their class's mean after one step, %: own head / zeroed": lambda m: _both_heads(
+    "rows of the head nearest to their class's mean after one step, %: own head / zeroed": lambda m: _both_heads(
         m, "memory", lambda c: _percent(c["nearest_is_own"]), key="{}_after"
     ),
     "agreement with the prototype classifier after 1, 2, 3 steps, %, own head": lambda m: (
