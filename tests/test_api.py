@@ -74,7 +74,7 @@ def test_a_run_shows_what_its_folder_holds(finished):
     assert {*run.figures} == {"accuracy_over_iterations", "accuracy_over_steps"}
     assert run._repr_png_() == run.figures["accuracy_over_steps"].read_bytes()
     assert fewshot.Run("nowhere")._repr_png_() is None
-    assert repr(run.model()) == "Pretrained(conv4_strided, FOMAML, glyphs 5-way 1-shot)"
+    assert repr(run.model(trust=True)) == "Pretrained(conv4_strided, FOMAML, glyphs 5-way 1-shot)"
 
 
 @pytest.mark.parametrize(

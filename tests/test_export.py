@@ -202,6 +202,10 @@ def test_a_card_says_what_is_true_of_its_model_alone(config):
     assert "A model trained with ANIL: it" in card_of(config, "algo=anil", "model=resnet12", "dataset=cifarfs")
     own = card_of(config, "model=module", "model.module={_target_: torchvision.models.resnet18}")
     assert f"BatchNorm, if the network has it, {together}" in own
+    trusted = ("query=DIR trust=true ", '.load("THIS_FOLDER", trust=True)', "calls code that is not `fewshot`'s own")
+    algorithm = card_of(config, "+algo._target_=mine.Mine")
+    assert all(words in card for words in trusted for card in (own, algorithm))
+    assert not any(words in card for words in ("trust", trusted[2]) for card in (maml, card_of(config, "algo=reptile")))
 
 
 def test_the_command_of_a_card_has_the_precision_and_callbacks_of_ones_own(config):
@@ -295,6 +299,12 @@ def test_a_checkpoint_is_judged_as_a_folder_is(trained, tmp_path):
 def test_a_network_that_cannot_be_made_is_one_line(exported, tmp_path):
     with pytest.raises(UserError, match=r"^model=.*: its model\.network cannot be made \(.*_recursive_ flag must be"):
         fewshot.load(altered(exported, tmp_path / "altered", {"model.network._recursive_": 3}))
+
+
+def test_weights_that_only_their_owner_may_read_are_one_line(exported, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(UserError, match=r"^model=.*model\.safetensors: cannot be read \(Permission denied\)$"):
+        fewshot.load(exported)
 
 
 def test_a_damaged_folder_is_one_line(exported, tmp_path):

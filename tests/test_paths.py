@@ -71,6 +71,12 @@ def test_of_many_at_once_each_gets_a_folder_of_its_own(tmp_path):
     assert {folder.name for folder in folders} == {"10-00-00", *(f"10-00-00-{number}" for number in range(1, 6))}
 
 
+def test_where_no_folder_can_be_made_is_one_line(tmp_path):
+    (tmp_path / "outputs").touch()
+    with pytest.raises(UserError, match=r"2026-01-01/10-00-00: cannot be made \(Not a directory\); name another"):
+        claimed(tmp_path / "outputs" / "2026-01-01" / "10-00-00")
+
+
 @pytest.mark.parametrize("kind", ["run", "sweep"])
 @pytest.mark.slow
 def test_a_folder_named_after_the_clock_is_ones_own_and_any_other_is_as_given(kind, tmp_path, monkeypatch):

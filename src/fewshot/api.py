@@ -61,11 +61,11 @@ class Run(os.PathLike[str]):
         """The pictures in figures/ by their names without .png."""
         return {path.stem: path for path in sorted((self.folder / "figures").glob("*.png"))}
 
-    def model(self) -> "Pretrained":
+    def model(self, *, trust: bool = False) -> "Pretrained":
         """The best model of the run, as fewshot.load gives it."""
         from fewshot.predict.pretrained import load
 
-        return load(self.folder)
+        return load(self.folder, trust=trust)
 
     def evidence(self, *, config_dir: "str | os.PathLike[str] | None" = None, **knobs: Any) -> Path:
         """Measures whether the theory holds on the best model. Returns the page, RUN/evidence/report.html.

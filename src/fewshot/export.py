@@ -67,6 +67,7 @@ def model_card(
     numbers = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("network."))
     facts = _facts(config, run.get("splits"), numbers, iteration, (results or {}).get("versions", versions()))
     title = f"{config['model']['name']} on {config['dataset']['name']}, {config['ways']}-way {config['shots']}-shot"
+    ours = _ours(config)
     return CARD_TEXT.format(
         metadata=yaml.safe_dump(_metadata(title, config, results), sort_keys=False),
         title=plain_markdown(title),
@@ -76,6 +77,9 @@ def model_card(
         algorithm=plain_markdown(loop.named("MAML", order=False)),
         ways=loop.ways(config["ways"]),
         together=_together(config["model"]),
+        foreign=FOREIGN * (not ours),
+        word=" trust=true" * (not ours),
+        argument=", trust=True" * (not ours),
     )
 
 
@@ -112,11 +116,20 @@ def _facts(
     }
 
 
+def _ours(config: dict[str, Any]) -> bool:
+    """Whether this program's own code makes the network and adapts it, for which nobody has to be trusted."""
+    algorithm = config["algo"].get("_target_") or "fewshot.algorithms."
+    return _our_network(config["model"]) and algorithm.startswith("fewshot.algorithms.")
+
+
+def _our_network(model: dict[str, Any]) -> bool:
+    target = model["network"]["_target_"]
+    return target.startswith("fewshot.models.") and "any_module" not in target
+
+
 def _together(model: dict[str, Any]) -> str:
     """Whether the prediction for an image depends on the other queries of a call, as far as this is known."""
-    target = model["network"]["_target_"]
-    ours = target.startswith("fewshot.models.") and "any_module" not in target
-    if ours and model.get("norm", "batch") != "batch":
+    if (ours := _our_network(model)) and model.get("norm", "batch") != "batch":
         return ""
     layer = "BatchNorm" if ours else "BatchNorm, if the network has it,"
     return f"\n{layer} normalises all queries of a call together, so the prediction for one depends on the others."
@@ -194,6 +207,8 @@ def _command(overrides: list[str]) -> str:
     return " ".join(["python train.py", *words])
 
 
+FOREIGN = """
+Loading the model calls code that is not `fewshot`'s own; each `_target_` in `config.yaml` names what is called."""
 CARD_TEXT = """---
 {metadata}---
 
@@ -219,18 +234,18 @@ apart. By `fewshot`, after *MAML is a Noisy Contrastive Learner in Classificatio
 ## Use
 
 ```bash
-python -m fewshot.predict model=THIS_FOLDER support=DIR query=DIR   # support: one folder of images per class
+python -m fewshot.predict model=THIS_FOLDER support=DIR query=DIR{word}   # support: one folder of images per class
 ```
 
 ```python
 import fewshot
 from fewshot.predict import predict
 
-model = fewshot.load("THIS_FOLDER")  # model.encoder, model.head, model.preprocess
+model = fewshot.load("THIS_FOLDER"{argument})  # model.encoder, model.head, model.preprocess
 predict(model, {{"cat": [image, ...], "dog": [image, ...]}}, [image, ...]).labels  # PIL images or uint8 arrays
 ```
 
-On the Hugging Face hub `hf://ORG/NAME` stands for the folder. The model adapts to {ways}.{together}
+On the Hugging Face hub `hf://ORG/NAME` stands for the folder. The model adapts to {ways}.{together}{foreign}
 
 `model.safetensors` holds the weights, `config.yaml` the settings of the training that belong to the model.
 """

@@ -54,6 +54,8 @@ def is_regular(knob: str, path: Path) -> None:
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError | NotADirectoryError) else error.strerror
         raise UserError(f"{knob}={path}: {reason}") from None
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{knob}={path}: cannot be read (Permission denied)")
     if not stat.S_ISREG(mode):
         raise UserError(f"{knob}={path}: is a {'folder' if stat.S_ISDIR(mode) else 'device or pipe'}, not a file")
 
@@ -314,12 +316,15 @@ def model_path(value: Any, knob: str = "model") -> Path:
 
 def claimed(folder: Path) -> Path:
     """Makes the folder or, if it is there already, FOLDER-1, FOLDER-2, ...: no other process gets the same one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in count():
-        new = folder.with_name(f"{folder.name}-{number}") if number else folder
-        with suppress(FileExistsError):
-            new.mkdir()
-            return new
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            new = folder.with_name(f"{folder.name}-{number}") if number else folder
+            with suppress(FileExistsError):
+                new.mkdir()
+                return new
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
     raise AssertionError
 
 

@@ -9,7 +9,7 @@ from fewshot.config.command import Command, Parameter, flag, one_line_errors, re
 from fewshot.errors import UserError
 from fewshot.files import in_shell
 from fewshot.predict import hub
-from fewshot.predict.find import find
+from fewshot.predict.find import find, refuse_adapted
 from fewshot.processes.surroundings import as_called
 
 COMMAND = Command(
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"model={values['model']}: is a run's, with what only training needs; {as_called('export')} "
                 f"{in_shell('checkpoint', values['model'])} out=FOLDER writes the folder to give here"
             )
+        refuse_adapted(folder)
         address = hub.upload(folder, values["repo"], values.get("private"))
         print(f"Written to the hub; fewshot.load({address!r}) reads it")
 

@@ -397,6 +397,7 @@ def test_a_list_without_splits_is_dealt_out_as_folders_are(tmp_path, load):
         (b"file,label\na/1.png,a\n./a/1.png,b\n", "it has ./a/1.png twice"),
         (b"file,label\na/9.png,a\n../x.png,b\n", "lacks a/9.png, ../x.png; name files as they lie in it"),
         (b"file,label\na/1.png,caf\xe9\n", "is not UTF-8"),
+        (b"file;label\na/1.png;a\n", "names no columns file and label; give a CSV with columns file and label, and "),
         (b"file,label\n" + b"a" * 200000 + b",a\n", "field larger than field limit"),
         (b"file,label,split\na/1.png,a,training\n", "differs from train, val, test in 'test', 'train', 'training'"),
         (b"file,label\na/1.png,a\n", "1 classes (a); to be split"),

@@ -13,7 +13,7 @@ from sklearn.base import clone
 from test_predict import images
 
 import fewshot
-from fewshot import models
+from fewshot import models, push
 from fewshot.adapt import main as adapt_main
 from fewshot.norms import norm
 from fewshot.predict import Adapted, adapt
@@ -143,6 +143,8 @@ def test_what_has_adapted_does_not_adapt_again(folders):
     with pytest.raises(SystemExit, match=line):
         adapt_main([f"model={folders}/model", f"support={folders}/support", f"out={folders}/new"])
     assert not (folders / "new").exists()
+    with pytest.raises(SystemExit, match=line):  # the hub would get it without its support and its classes
+        push.main([f"model={folders}/model", "repo=lab/model"])
 
 
 @pytest.fixture(params=["batch", "task"])

@@ -78,17 +78,18 @@ def test_fit_and_predict_are_predict_with_labels_of_any_kind():
             assert fitted.score(asked, [kind(label) for label in expected.labels]) == 1
 
 
-def test_pictures_of_every_kind_are_one(tmp_path):
+def test_pictures_of_every_kind_are_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (array,) = images(1, 3)
     file = io.BytesIO()
     Image.fromarray(array).save(file, "png")
     (tmp_path / "a.png").write_bytes(file.getvalue())
     kinds = [array, Image.fromarray(array), file.getvalue(), torch.tensor(array[None])]
-    kinds += [str(tmp_path / "a.png"), tmp_path / "a.png"]
+    kinds += [str(tmp_path / "a.png"), tmp_path / "a.png", "~/a.png"]
     other = images(6, 4)
-    fitted = FewShotClassifier(MODEL, steps=1, statistics="support").fit([*kinds, *other], [0] * 6 + [1] * 6)
+    fitted = FewShotClassifier(MODEL, steps=1, statistics="support").fit([*kinds, *other], [0] * 7 + [1] * 6)
     probabilities = fitted.predict_proba(kinds)
-    assert np.array_equal(probabilities, np.tile(probabilities[:1], (6, 1)))
+    assert np.array_equal(probabilities, np.tile(probabilities[:1], (7, 1)))
     with pytest.raises(fewshot.UserError, match=r"^image=.*b\.png: cannot be read \(No such file or directory\)$"):
         fitted.predict([tmp_path / "b.png"])
     os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it

@@ -32,6 +32,8 @@ from fewshot.models.head import share_rows
 from fewshot.predict import Predictions, predict
 from fewshot.predict.__main__ import SHEET_CLASSES, Support, _labels, _sheet_rows, main, open_folder, run
 from fewshot.predict.pretrained import Preprocess, Pretrained
+from fewshot.results.figures import confusion
+from fewshot.results.figures import png as drawn
 from fewshot.training.meta_learner import MetaLearner
 
 WAYS = 3
@@ -332,8 +334,18 @@ def test_folders_of_queries_that_differ_from_a_class_in_case_alone_are_named(tmp
     assert labelled("named", "Cats", "Dogs") == ["Cats", "Dogs"] and labelled("plain", "cats", "dogs") == []
     assert labelled("named", "birds", "fish") == []
     assert not caplog.records
+    Image.new("L", (28, 28)).save(tmp_path / "named" / "loose.png")
+    assert labelled("named", "Cats", "Dogs") == []
+    assert caplog.messages == ["query=named: some images lie in no folder; no accuracy"]
+    (tmp_path / "named" / "loose.png").unlink()
     assert labelled("named", "cats", "dogs") == []
     assert "query=named: 'Cats', 'Dogs' are no classes of the support; no accuracy" in caplog.text
+
+
+def test_classes_in_letters_that_the_font_lacks_are_told_apart_by_their_numbers(recwarn):
+    picture = confusion(["猫", "犬"], ["猫", "猫"], ["犬", "猫"])
+    assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == ["1 犬", "2 猫"]
+    assert drawn(picture, dpi=20) and not recwarn.list
 
 
 def test_classes_are_in_the_order_of_their_names_and_not_of_their_files(tmp_path):
@@ -411,11 +423,16 @@ def test_zips_other_ways_and_the_function_say_the_same(trained, cache, tmp_path,
         ("checkpoint=c support=x query=y steps=two", "steps=two: must be an integer of at least 1"),
         ("model=c support=x query=y", "model=c: no such file or folder"),
         ("model=none/c support=x query=y", "model=none/c: no such file or folder"),
+        (f"model={'c' * 300} support=x query=y", f"model={'c' * 300}: no such file or folder, and no model"),
         ("checkpoint=a.txt support=none query=q", "support=none: no such file or folder"),
         ("checkpoint=a.txt support=loose query=q", "support=loose: 1.png lies in no class"),
         ("checkpoint=a.txt support=empty query=q", "support=empty: no images in 'b'; add images or remove the class"),
         ("checkpoint=a.txt support=one query=q", "support=one: 1 folders with images in it"),
         ("checkpoint=a.txt support=a.txt query=q", "support=a.txt: not a whole zip file"),
+        (
+            "checkpoint=a.txt support=two query=q/1.png",
+            "query=q/1.png: not a whole zip file (File is not a zip file); give a folder of images, or a zip of it",
+        ),
         ("checkpoint=a.txt support=unsafe.zip query=q", "support=unsafe.zip: unsafe path '../a/1.png'"),
         ("checkpoint=a.txt support=two query=none", "query=none: no such file or folder"),
         ("checkpoint=a.txt support=two query=noimages", "query=noimages: no images in it"),

@@ -279,7 +279,7 @@ def _settle_folder(config: DictConfig, kind: str, new: bool) -> None:
         raise UserError(f"{knob}={shown(name)}: must be a folder")
     folder = Path(os.path.abspath(user_path(knob, name)))
     fresh, missing = new or not folder.exists(), [place for place in folder.parents if not place.exists()]
-    with suppress(OSError):  # check_writable says why
+    with suppress(UserError):  # check_writable says why
         folder = claimed(folder) if new else folder
     OutputFolder.made = [folder] * fresh + missing
     (files.refuse_links if kind == "run" else files.refuse_links_of_jobs)(folder)

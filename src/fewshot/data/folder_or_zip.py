@@ -187,9 +187,9 @@ def _open_zip(root: Path, tops: frozenset[str], where: str) -> Source:
     except OSError:
         raise
     except Exception as error:  # a damaged directory makes zipfile raise nearly any kind
-        raise UserError(
-            f"{where}: not a whole zip file ({error}); copy or download it again, or give a folder"
-        ) from error
+        meant = root.suffix.lower() == ".zip"
+        remedy = "copy or download it again, or give a folder" if meant else "give a folder of images, or a zip of it"
+        raise UserError(f"{where}: not a whole zip file ({error}); {remedy}") from error
     status = root.stat()
     files: dict[str, str] = {}
     members = {}

@@ -109,7 +109,9 @@ def _labels(where: str, source: "Source", files: list[str], classes: tuple[str, 
     labels = [label_of[file] for file in files]
     meant = {label.casefold() for label in labels} & {name.casefold() for name in classes}
     if (others := {*labels} - {*classes}) and meant:
-        log.warning("%s: %s are no classes of the support; no accuracy", where, first_few(sorted(map(repr, others))))
+        named = first_few(sorted(repr(label) for label in others if label))
+        reason = f"{named} are no classes of the support" if named else "some images lie in no folder"
+        log.warning("%s: %s; no accuracy", where, reason)
     return [] if others else labels
 
 

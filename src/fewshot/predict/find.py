@@ -1,5 +1,6 @@
 """The model that a knob or fewshot.load names: a path, the name of one that comes with this program, or hf://ORG/NAME."""
 
+import os
 from pathlib import Path
 
 from fewshot.errors import UserError, nearest
@@ -29,7 +30,7 @@ def find(model: str | Path, knob: str = "model") -> Path:
     text = str(model)
     if text.startswith(hub.SCHEME):
         return hub.download(text, knob)
-    if user_path(knob, model).exists():
+    if os.path.exists(user_path(knob, model)):
         return model_path(model, knob)
     known = names()
     if text in known:

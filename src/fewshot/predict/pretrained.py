@@ -73,7 +73,7 @@ class Preprocess:
         shape = {"size": self.size, "channels": self.channels, "resample": self.resample}
         if isinstance(picture, str | os.PathLike):
             try:
-                return torch.tensor(decode(read_file(Path(picture)), **shape))
+                return torch.tensor(decode(read_file(os.path.expanduser(picture)), **shape))
             except Exception as error:  # of the file, or of Pillow's decoders
                 raise UserError(f"image={picture}: cannot be read ({unreadable(error)})") from None
         if isinstance(picture, bytes):

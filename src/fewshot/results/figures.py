@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,10 @@ def reliability(results: dict[str, Any], config: dict[str, Any]) -> Figure:
 
 
 def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence[str]) -> Figure:
-    """How many images of each labelled class (a row) were taken for each class (a column)."""
+    """How many images of each labelled class (a row) were taken for each class (a column).
+
+    The classes are numbered as on the contact sheet: the font may lack the letters of their names.
+    """
     place = {name: number for number, name in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)), int)
     np.add.at(counts, ([place[name] for name in labels], [place[name] for name in predicted]), 1)
@@ -149,6 +153,7 @@ def confusion(labels: Sequence[str], predicted: Sequence[str], classes: Sequence
             axes.text(column, row, str(counts[row, column]), color=colour, fontsize=8, ha="center", va="center")
     if len(classes) <= 2 * CELLS:
         names = [name if len(name) <= 24 else f"{name[:23]}\u2026" for name in map(printable, classes)]
+        names = [f"{number} {name}" for number, name in enumerate(names, start=1)]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="labelled")
@@ -185,7 +190,9 @@ def write_picture(place: Path, figure: Figure, kind: str) -> None:
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the names of others have any letters
+        figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
 
 

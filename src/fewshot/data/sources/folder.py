@@ -148,7 +148,8 @@ def _listed(path: Path, labels: str, deal: Deal | None) -> tuple[Source, Classes
         splits, absent = read_classes(table, find)
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UserError(f"{where}: {reason}; give a CSV with columns file and label, and split if you like") from None
+        wanted = "a CSV with columns file and label, and split if you like, in UTF-8 and with commas"
+        raise UserError(f"{where}: {reason}; give {wanted}") from None
     if absent:
         raise UserError(f"{where}: {path} lacks {first_few(absent)}; name files as they lie in it")
     source = replace(source, names=tuple(name for name in source.names if name != inside))
