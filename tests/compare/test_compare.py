@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fewshot.compare import __main__ as compare
-from fewshot.compare import report
+from fewshot.compare import figures, report
 from fewshot.errors import UserError
 from fewshot.results.task_scores import read_tasks, write_tasks
 from fewshot.sweep import pairs, tables
@@ -103,6 +103,14 @@ def test_a_difference_that_is_larger_than_noise_is_told_from_one_that_is_not(mad
     for name in ("differences", "curves"):
         assert Image.open(tmp_path / "out" / f"{name}.png").width > 300
         assert (tmp_path / "out" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_band_of_a_curve_ends_where_accuracies_do(made):
+    settings = group(read_jobs([made("first", 0.6), made("again", 0.6, 1)]))
+    for job, low in zip(settings[0].jobs, (0.1, 0.9), strict=True):
+        job.curves["val/query_accuracy/step_2"] = [(0, low), (2, low)]
+    (band,) = figures.curves(settings, "glyphs").axes[0].collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0, 1]
 
 
 def test_what_cannot_be_compared_is_named_with_its_reason(made, tmp_path, caplog):

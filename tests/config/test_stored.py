@@ -188,6 +188,7 @@ def test_what_a_sweep_cannot_read_is_a_line_of_its_table(tmp_path):
             b"iteration,a\n-1,1\n",
             b"iteration,a\n" + b"9" * 400 + b",1\n",
             b"iteration,val/query_accuracy/step_2\n1,1e308\n",
+            b"iteration,val/query_accuracy/step_2\n1,nan\n",
         ],
         "error.txt": [b"\xff", b"\x1b[2J"],
     }

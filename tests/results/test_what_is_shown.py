@@ -15,6 +15,7 @@ def results(finished):
     for mode in ("zeroing_off", "zeroing_on"):
         content["test"][mode] = {"accuracy": [step / 20 for step in range(11)], "ci95": [0.01] * 11}
     content["config"] |= {"inner_steps": 5, "test_steps": 10}
+    content["best_iteration"] = 6
     return content
 
 
@@ -38,6 +39,14 @@ def test_a_table_of_eleven_steps_is_folded_and_marks_inner_steps(results, caplog
     results["config"] |= {"inner_steps": 2}
     text = shown(results, caplog, tmp_path)
     assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "2*", "3"] and "results.json" not in text
+
+
+def test_only_a_model_that_validation_chose_is_said_to_be_chosen(results, caplog, tmp_path):
+    assert "model of iteration 6, chosen by validation with test zeroing off\n" in shown(results, caplog, tmp_path)
+    results["config"] |= {"select": "zeroing_on", "trained": {"file": "best.ckpt", "select": "zeroing_off"}}
+    assert "model of iteration 6, chosen by validation with test zeroing off\n" in shown(results, caplog, tmp_path)
+    results["config"]["trained"] = {"file": "last.ckpt"}
+    assert "model of iteration 6\n" in shown(results, caplog, tmp_path)
 
 
 def test_a_run_on_one_task_does_not_call_its_classes_test(results, caplog, tmp_path):

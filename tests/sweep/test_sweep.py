@@ -350,6 +350,20 @@ def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, lin
         grouped.read_jobs([tmp_path / "nowhere"])
 
 
+def test_results_of_other_lengths_than_their_settings_are_one_line(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fewshot.results.figures.png", lambda figure: b"no picture")
+    for seed, steps in enumerate((3, 2)):
+        make_run(tmp_path / "lengths" / f"{seed}", config(f"seed={seed}"), accuracy=[0.2] * (steps + 1))
+    with pytest.raises(SystemExit, match=r"1: are of one setting, but their results\.json have 3 or 4 test accuracies"):
+        sweep_main([str(tmp_path / "lengths")])
+    knobs = "select=zeroing_on", "stop_at_accuracy=0.9"
+    make_run(tmp_path / "chosen" / "short", config(*knobs), accuracy=[0.2])
+    make_run(tmp_path / "chosen" / "whole", config(*knobs, "seed=1"), accuracy=[0.2] * 3)
+    sweep_main([str(tmp_path / "chosen")])
+    said = capsys.readouterr().out
+    assert re.search(r"short +\| failed +\| cannot be read .*val has no accuracy after inner_steps=2", said)
+
+
 def jobs_of(experiment):
     """The overrides of every job of an experiment's own sweep."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -81,3 +81,11 @@ def test_a_run_records_and_draws_them_and_is_otherwise_the_same(run, tmp_path, p
     assert all(row[name] for row in with_probes for name in names)  # validated at every row of these
     assert (tmp_path / "with" / "figures" / "probes.png").stat().st_size > (10_000 if drawn else 0)
     assert not (tmp_path / "without" / "figures" / "probes.png").exists()
+
+
+def test_of_one_query_for_each_class_no_other_one_is_alike(run, tmp_path):
+    """And what has no value has no column, in place of one of NaN."""
+    folder = run(tmp_path / "run", "probes=true", "queries=1", "iterations=1")
+    recorded = {name.removeprefix("probe/") for name in rows(folder)[0] if name.startswith("probe/")}
+    assert recorded == NAMES - {"cosine_same_queries"}
+    assert "nan" not in (folder / "metrics.csv").read_text() and (folder / "figures" / "probes.png").exists()

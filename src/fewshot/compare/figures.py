@@ -70,7 +70,8 @@ def curves(settings: list[Setting], heading: str) -> Figure:
             label=f"{setting.label()} ({'test' if split == 'test' else 'validation'})".replace("$", r"\$"),
         )
         if not np.isnan(half).any():
-            axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            low, high = (mean - half).clip(min=0), (mean + half).clip(max=1)
+            axes.fill_between(updates, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="outer update", ylabel="query accuracy after inner_steps")
     axes.set_title(heading, fontsize=10, loc="left", parse_math=False)
     plain(axes)

@@ -79,7 +79,8 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
     figure = Figure(figsize=(11, 8), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(3, 2).flat, PROBES, strict=True):
         for (name, meaning), colour, style in zip(names, (ON, OFF), ("-", "--"), strict=False):
-            axes.plot(*zip(*curves[f"probe/{name}"], strict=True), style, color=colour, label=meaning)
+            if curve := curves.get(f"probe/{name}"):
+                axes.plot(*zip(*curve, strict=True), style, color=colour, label=meaning)
         axes.set(xlabel="outer iteration")
         axes.set_title(label, fontsize=9, loc="left")
         plain(axes)

@@ -164,7 +164,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
             for name, text in row.items():
                 if text:
                     curves.setdefault(name, []).append((iteration, value := float(text)))
-                    if "/query_accuracy" in name and abs(value - 0.5) > 0.51:  # 1 may be rounded; NaN is none
+                    if "/query_accuracy" in name and not abs(value - 0.5) <= 0.51:  # 1 may be rounded; NaN is none
                         raise ValueError(f"an accuracy of {text[:20]}")
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -197,7 +197,7 @@ def read(folder: Path, of_run: bool = True) -> dict[str, Any]:
     if len(lengths) > 1 or 0 in lengths:
         raise UserError(f"{path}: test must have as many accuracies as intervals in both modes, one for each step")
     steps = results["config"]["inner_steps"]
-    if not tested and len(results["val"]["zeroing_off"]["accuracy"]) <= steps:
+    if not tested and len(results["val"][results["config"].get("select", "zeroing_off")]["accuracy"]) <= steps:
         raise UserError(f"{path}: val has no accuracy after inner_steps={steps}")
     return results
 
@@ -283,9 +283,11 @@ def show(results: dict[str, Any], folder: Path) -> None:
     test, config = results["test"], results["config"]
     heading = (
         f"{title(config, algorithm=False)}: query accuracy in % on {test['tasks']} {tested_on(config)}, "
-        f"model of iteration {results['best_iteration']}, chosen by validation with test "
-        f"{config.get('select', 'zeroing_off').replace('_', ' ')}"
+        f"model of iteration {results['best_iteration']}"
     )
+    of_training = config | config.get("trained", {"file": "best.ckpt"})  # a test may name last.ckpt
+    if of_training["file"] == "best.ckpt":
+        heading += f", chosen by validation with test {of_training.get('select', 'zeroing_off').replace('_', ' ')}"
     if (first := statistics(results["config"])[0]) != STATISTICS[0]:
         heading += f", queries normalised by evaluation.statistics={first}"
     several = test.get("statistics", {})

@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def folders(words: Iterable[str]) -> list[Path]:
-    """The folders that the words name, a pattern such as multirun/2026-* among them."""
+    """The folders that the words name, a pattern such as multirun/2026-11-*/* among them."""
     places = []
     for word in words:
         path = user_path("RUN", word)

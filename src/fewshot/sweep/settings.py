@@ -188,9 +188,17 @@ class Setting(NamedTuple):
         return self.jobs[0].config
 
     def accuracies(self, mode: str) -> np.ndarray:
-        """Accuracies of the final test, (finished jobs that were tested in this mode, test_steps + 1)."""
+        """Accuracies of the final test, (finished jobs that were tested in this mode, test_steps + 1).
+
+        Raises:
+            UserError: their results.json have not as many each.
+        """
         tests = [job.results["test"] for job in self.jobs if job.results]
-        return np.array([test[mode]["accuracy"] for test in tests if mode in test])
+        curves = [test[mode]["accuracy"] for test in tests if mode in test]
+        if len(lengths := {*map(len, curves)}) > 1:
+            places, numbers = ", ".join(str(job.folder) for job in self.jobs), " or ".join(map(str, sorted(lengths)))
+            raise UserError(f"{places}: are of one setting, but their results.json have {numbers} test accuracies")
+        return np.array(curves)
 
     def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
         """Accuracy after inner_steps over outer updates: the name of its split, (I,) updates, (jobs, I) accuracies.

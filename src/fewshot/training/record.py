@@ -107,7 +107,8 @@ class Record(pl.Callback):
         if validate:
             row |= self._evaluated("val", trainer, module, self.val_tasks)
             if self.probes:
-                row |= {f"probe/{name}": value for name, value in self._probed(trainer, module).items()}
+                probed = self._probed(trainer, module).items()  # of one query in a class, no other one is alike: NaN
+                row |= {f"probe/{name}": value for name, value in probed if not math.isnan(value)}
         self.rows.append(row)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=int(row["iteration"]))
