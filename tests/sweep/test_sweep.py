@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from fewshot.compare.__main__ import main as compare_main
 from fewshot.config.check import check
 from fewshot.config.tree import CONF, job_folder, settings
 from fewshot.errors import UserError
@@ -348,6 +349,9 @@ def test_a_folder_without_a_finished_run_is_one_line(config, tmp_path, make, lin
     assert "\n" not in str(error.value)
     with pytest.raises(UserError):
         grouped.read_jobs([tmp_path / "nowhere"])
+    for command in (sweep_main, compare_main):  # as with what belongs to somebody else
+        with pytest.raises(SystemExit, match=r"a: cannot be read \(File name too long\)$"):
+            command(["a" * 300])
 
 
 def test_results_of_other_lengths_than_their_settings_are_one_line(config, tmp_path, capsys, monkeypatch):
@@ -596,7 +600,8 @@ def test_a_summary_pairs_its_settings_by_task_and_seed_and_folds_its_steps(confi
     text = (tmp_path / "summary.md").read_text()
     assert re.search(r"\| setting +\| 0 +\| 1 +\| 3 +\| 8 +\| seeds \|", text)
     assert re.search(r"\| 53\.00 ± 0\.00\* \|", text)
-    assert "Differences to no zeroing after inner_steps" in text and "Paired by test task and seed" in text
+    assert "Differences to no zeroing after inner_steps on glyphs 5-way 1-shot, in points\n" in text
+    assert "Paired by test task and seed" in text
     assert re.search(r"zeroing +\| off +\| 3 +\| \*\*\+(9\.[5-9]|10\.[0-5])\d ± 0\.\d\d\*\* +\| 3 ", text)
     assert re.search(r"Left out: .*other.*tasks\.csv\.gz: is not there", text)
     assert (tmp_path / "summary.pdf").read_bytes().startswith(b"%PDF")

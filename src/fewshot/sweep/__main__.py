@@ -1,6 +1,7 @@
 """Many runs -> one table and one figure: python -m fewshot.sweep FOLDER..."""
 
 import logging
+import os
 from pathlib import Path
 
 from fewshot.config import stored
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _panels_of(folder: Path) -> list[str]:
     """The panels that the sweep in the folder was asked for."""
     path = folder / "multirun.yaml"
-    if not path.exists():
+    if not os.path.exists(path):  # nor one that may not be read, of which the runs' reader tells
         return []
     asked = stored.read_yaml(path)
     for key in ("hydra", "callbacks", "summary", "panels"):

@@ -1,6 +1,7 @@
 """Which runs can be compared, and the differences of their settings to the first, task by task."""
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +36,12 @@ class Row(NamedTuple):
 
 
 def folders(words: Iterable[str]) -> list[Path]:
-    """The folders that the words name, a pattern such as multirun/2026-11-*/* among them."""
+    """The folders that the words name; of a pattern such as multirun/2026-11-*/* those that match, and no files."""
     places = []
     for word in words:
         path = user_path("RUN", word)
-        matches = [] if path.exists() else sorted(glob.glob(str(path)))
-        places += [Path(match) for match in matches] or [path]
+        matches = [] if os.path.exists(path) else map(Path, sorted(glob.glob(str(path))))
+        places += [match for match in matches if match.is_dir()] or [path]
     return places
 
 

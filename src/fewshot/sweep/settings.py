@@ -53,12 +53,15 @@ def read_jobs(folders: list[Path]) -> list[Job]:
     """The runs in the folders of sweeps or of single runs; of two with one setting and seed, the first that finished.
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: there is no such folder, it cannot be read, or there is no run in it.
     """
     jobs: dict[tuple[str, str], Job] = {}
     for folder in folders:
-        inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
-        runs = [job for path in inside if (job := read_job(path))]
+        try:
+            inside = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
+            runs = [job for path in inside if (job := read_job(path))]
+        except OSError as error:  # a folder of somebody else, for example
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
         if not runs:
             raise UserError(f"{folder}: no run in it; give the folder of a sweep (hydra.sweep.dir) or of a run")
         for job in runs:

@@ -167,7 +167,8 @@ def _differences(settings: list[Setting]) -> list[str]:
             table.append([row.setting.label(), row.mode.removeprefix("zeroing_"), str(row.step), text, str(d.seeds)])
     if not table:
         return []
-    heading = f"Differences to {rows[0].setting.label()} after inner_steps, in points"
+    of = title(rows[0].setting.config, algorithm=False)  # settings of other tasks are left out
+    heading = f"Differences to {rows[0].setting.label()} after inner_steps on {of}, in points"
     notes = [f"Left out: {as_text(first_few([*left_out, *without]))}\n"] * bool(left_out or without)
     return [_table(heading, ["setting", "test zeroing", "step", "difference", "seeds"], table), PAIRED, *notes]
 
