@@ -129,6 +129,26 @@ def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
     assert sum("dataset.name=cifarfs" in label for label in labels) == 1 and len(set(labels)) == 3
 
 
+def test_what_an_exported_model_does_not_say_of_its_training_is_not_named(config, tmp_path):
+    for algo in ("fomaml", "zero"):
+        make_run(tmp_path / algo, config(f"algo={algo}"), accuracy=[0.2])
+    results = json.loads((tmp_path / "zero" / "results.json").read_text())
+    for part in ("trainer", "callbacks", "optimizer", "schedule", "milestones", "select"):
+        del results["config"][part]
+    (tmp_path / "zero" / "results.json").write_text(json.dumps(results))
+    labels = [setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))]
+    assert labels == ["no zeroing", "zeroing"]
+
+
+def test_a_long_name_of_a_setting_leaves_room_for_the_axes(config, tmp_path):
+    for number in range(2):
+        root = f"/{'folder' * 30}{number}"
+        make_run(tmp_path / f"{number}", config("dataset=folder", f"dataset.root={root}"), accuracy=[0.2, 0.5])
+    figure = figures.sweep(grouped.group(grouped.read_jobs([tmp_path])))
+    figure.draw_without_rendering()
+    assert figure.axes[1].get_window_extent().x1 < figure.legends[0].get_window_extent().x0
+
+
 def test_a_head_that_begins_elsewhere_is_not_called_random(config, tmp_path):
     for algo in ("fomaml", "zero", "unicorn", "protomaml"):
         for scale in (0, 1):

@@ -1,6 +1,7 @@
 """The figures of a sweep."""
 
 from collections.abc import Iterable
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,8 @@ def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
     for panel in np.ravel(axes):
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    _as_text(figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=9, loc="outside right upper"))
+    labels = [fill(label, 48) for label in handles]  # or a long one leaves the axes no room
+    _as_text(figure.legend(handles.values(), labels, frameon=False, fontsize=9, loc="outside right upper"))
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
     seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
     figure.suptitle(f"{of}: {seeds}", fontsize=10, parse_math=False)

@@ -262,9 +262,11 @@ def group(jobs: list[Job]) -> list[Setting]:
         return len({tuple(shown(config.get(knob)) for knob in knobs) for config in configs})
 
     varied = [knob for knob in sorted(set().union(*configs)) if different([knob]) > 1]
+    exported = [config for config in configs if "trainer.precision" not in config]  # which lack much of the training
     for knob in [*varied]:
         others = [other for other in varied if other != knob]
-        follows = knob.split(".")[0] in FOLLOWING and knob not in TELLING
+        follows = knob.split(".")[0] in FOLLOWING or any(knob not in config for config in exported)
+        follows = follows and knob not in TELLING
         if follows and different(others) == len(configs):
             varied = others
     settings = [
