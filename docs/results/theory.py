@@ -93,9 +93,19 @@ def _percent(number: float) -> str:
 
 def summary() -> str:
     """What the page of a model says first, a column for each model."""
-    models = evidence()
-    rows = [[words, *(cell(model) for model in models.values())] for words, cell in _SUMMARY.items()]
-    return markdown(["", *(f"`{name}`" for name in models)], rows)
+    return _by_model(evidence(), _SUMMARY)
+
+
+def photos() -> str:
+    """The same of a model of photos beside one of pen drawings, both with zeroing, and what its other sections say."""
+    of = kept("evidence")
+    models = {name: of[name] for name in ("omniglot-5w1s-zero", "cifarfs-5w1s-zero")}
+    return _by_model(models, _SUMMARY | _OTHERS)
+
+
+def _by_model(models: dict[str, Any], about: dict[str, Any]) -> str:
+    rows = [[words, *(cell(model) for model in models.values())] for words, cell in about.items()]
+    return markdown(["", *(f"`{name}`" for name in models)], [row for row in rows if any(row[1:])])
 
 
 def _identities(model: dict[str, Any]) -> str:
@@ -151,10 +161,33 @@ _SUMMARY: dict[str, Any] = {
     "agreement with the prototype classifier after 1, 2, 3 steps, %, own head": lambda m: (
         ", ".join(map(_percent, m["prototypes"]["this_head"])) if _own_head(m) else ""
     ),
-    "the same from a zeroed head": lambda m: ", ".join(map(_percent, m["prototypes"]["zeroed_head"])),
+    "agreement with the prototype classifier after 1, 2, 3 steps, %, head zeroed": lambda m: ", ".join(
+        map(_percent, m["prototypes"]["zeroed_head"])
+    ),
     "the prototype classifier's accuracy, %": lambda m: _percent(m["prototypes"]["accuracy"]),
     "accuracy after `inner_steps`, %: head not zeroed for the test / zeroed": _accuracy,
     "what zeroing for the test changes on the same tasks, points": _gain,
+}
+
+
+def _difference_from_frozen(model: dict[str, Any]) -> str:
+    by_steps = {steps: of for steps, of in model["frozen_encoder"]["zeroed_head"].items() if steps != "1"}
+    return " / ".join(", ".join(_fraction(of[order]) for of in by_steps.values()) for order in ("fomaml", "somaml"))
+
+
+def _help_and_harm(model: dict[str, Any]) -> str:
+    of = [model["cross_task"][place] for place in ("own_task", "next_task")]
+    return " / ".join(f"{100 * place['gain']:+.1f} ± {_percent(place['gain_ci95'])}" for place in of)
+
+
+_OTHERS: dict[str, Any] = {
+    "encoder's gradient after 2, 3, 5 steps, difference from that with a frozen encoder: first order / second": (
+        _difference_from_frozen
+    ),
+    "support's motion over the queries': first order / second": lambda m: " / ".join(
+        f"{of['support'] / of['query']:.2f}" for of in m["motion"]["zeroed_head"].values()
+    ),
+    "what the head's own outer step on a task changes there / on another task, points": _help_and_harm,
 }
 
 
