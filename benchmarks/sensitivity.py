@@ -35,7 +35,7 @@ from fewshot.files import write_file
 from fewshot.inner_loop import InnerLoop
 from fewshot.models.head import zero_head
 from fewshot.processes.surroundings import keep_memory
-from fewshot.results.figures import png
+from fewshot.results.figures import plain, png
 from fewshot.sweep.figures import COLOURS
 
 SHOWN = (1, 2, 5, 10, 20, 50, 100, 150, 200)  # outer updates
@@ -144,27 +144,30 @@ def sharpness(network: nn.Module, tasks: Task, loop: InnerLoop, count: int = 2, 
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """A panel for each data set, number of shots, inner_lr and precision; a line for each of its six settings."""
+    """A panel for each data set, number of shots, inner_lr, inner_steps and precision; a line for each setting."""
     panels = sorted({tuple(row[name] for name in SETTING[:5]) for row in rows})
-    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    columns = min(3, len(panels))
+    down = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.8 + 2.8 * down), layout="constrained")
+    grid = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
+    lines = {}
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        dataset, shots, inner_lr, steps, precision = panel
         for row in rows:
             if tuple(row[name] for name in SETTING[:5]) == panel:
-                axes.plot(
+                label = f"{ORDERS[row['order']]}, {STARTS[row['start']]}"
+                (lines[label],) = axes.plot(
                     [int(update) for update in row["difference"]],
                     list(row["difference"].values()),
                     color=COLOURS[list(STARTS).index(row["start"])],
                     linestyle="-" if row["order"] == "first" else "--",
-                    label=f"{ORDERS[row['order']]}, {STARTS[row['start']]}",
                 )
-        dataset, shots, inner_lr, steps, precision = panel
-        axes.set(yscale="log", xlabel="outer updates")
-        axes.set_title(
-            f"{dataset}, {shots}-shot, inner_lr {inner_lr:g},\n{steps} steps, {precision}", fontsize="medium"
-        )
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("relative difference of the weights")
-    figure.axes[0].legend(fontsize="x-small")
+        axes.set(yscale="log", xlabel="outer updates", ylabel="relative difference")
+        axes.label_outer()
+        words = f"{dataset} {shots}-shot, inner_lr {inner_lr:g},\n{steps} inner step{'s' * (steps > 1)}, {precision}"
+        axes.set_title(words, fontsize=9, loc="left")
+        plain(axes)
+    figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=columns, loc="outside lower center")
     return figure
 
 

@@ -256,11 +256,14 @@ def prototypical() -> str:
 
 
 def sensitivity() -> str:
-    """How far two trainings are apart that began 1e-12 apart in one weight, and the curvature before they began."""
+    """How far two trainings are apart that began 1e-12 apart in one weight, and the first inner step's curvature."""
     starts = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
-    updates, rows = ("1", "2", "5", "10"), []
+    usual = {"shots": 1, "inner_lr": 0.4, "inner_steps": 2, "precision": "float64"}
+    updates, rows = ("1", "10", "20", "50", "100", "200"), []
     for row in measured("sensitivity"):
         apart = [f"{row['difference'][number]:.1e}".replace("e-0", "e-") for number in updates]
         name = {"first": "FOMAML", "second": "SOMAML"}[row["order"]]
-        rows.append([f"{name}, {starts[row['start']]}", *apart, f"{row['sharpness']['0'][0]:,.0f}"])
-    return markdown(["updates", *updates, "eta times the largest curvature, before the first"], rows)
+        others = "".join(f", `{knob}={row[knob]}`" for knob, value in usual.items() if row[knob] != value)
+        curved = " / ".join(f"{row['sharpness'][number][0]:,.0f}" for number in ("0", "200"))
+        rows.append([f"{name}, {starts[row['start']]}{others.replace('precision=', '')}", *apart, curved])
+    return markdown(["updates", *updates, "eta times the largest curvature: before the first, after the last"], rows)
