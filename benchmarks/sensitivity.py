@@ -1,7 +1,7 @@
 """Measures how fast a small change of one weight grows in training: does the same program end in the same place twice?
 
     python benchmarks/sensitivity.py --json FILE [--updates 200] [overrides, such as shots=5 inner_lr=0.1]
-    python benchmarks/sensitivity.py --draw FILE
+    python benchmarks/sensitivity.py --draw FILE PNG
 
 Of six settings, FOMAML and SOMAML from a random head, from a zero start and with zeroing, each is trained twice on the
 same tasks; the first weight of the second training starts 1e-12 beside that of the first (in float32 by its smallest
@@ -50,13 +50,14 @@ FLOATS = {"float32": torch.float32, "float64": torch.float64}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--draw", type=Path, nargs=2, metavar=("FILE", "PNG"))
     parser.add_argument("--updates", type=int, default=SHOWN[-1])
     parser.add_argument("--precision", choices=FLOATS, default="float64")
     parser.add_argument("--settings", default=",".join(f"{order}:{start}" for order in ORDERS for start in STARTS))
     args, overrides = parser.parse_known_args()
     if args.draw:
-        write_file(args.draw.with_suffix(".png"), png(picture(json.loads(args.draw.read_text()))))
+        file, place = args.draw
+        write_file(place, png(picture(json.loads(file.read_text())), dpi=110))
         return
     keep_memory()
     torch.set_num_threads(1)
@@ -145,11 +146,11 @@ def sharpness(network: nn.Module, tasks: Task, loop: InnerLoop, count: int = 2, 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
     """A panel for each data set, number of shots, inner_lr, inner_steps and precision; a line for each setting."""
-    panels = sorted({tuple(row[name] for name in SETTING[:5]) for row in rows})
+    panels = list(dict.fromkeys(tuple(row[name] for name in SETTING[:5]) for row in rows))
     columns = min(3, len(panels))
     down = -(-len(panels) // columns)
     figure = Figure(figsize=(3.4 * columns, 0.8 + 2.8 * down), layout="constrained")
-    grid = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(down, columns, sharey=True, squeeze=False)
     lines = {}
     for axes, panel in zip(grid.flat, panels, strict=False):
         dataset, shots, inner_lr, steps, precision = panel
@@ -162,11 +163,14 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
                     color=COLOURS[list(STARTS).index(row["start"])],
                     linestyle="-" if row["order"] == "first" else "--",
                 )
-        axes.set(yscale="log", xlabel="outer updates", ylabel="relative difference")
-        axes.label_outer()
+        axes.set(yscale="log", xlabel="outer updates")
         words = f"{dataset} {shots}-shot, inner_lr {inner_lr:g},\n{steps} inner step{'s' * (steps > 1)}, {precision}"
         axes.set_title(words, fontsize=9, loc="left")
         plain(axes)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("relative difference")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
     figure.legend(lines.values(), lines.keys(), frameon=False, fontsize=9, ncols=columns, loc="outside lower center")
     return figure
 
