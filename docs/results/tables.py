@@ -13,6 +13,7 @@ import collect
 
 ROOT = Path(__file__).parents[2]
 AS_IS = "learn2learn as it is"
+STARTS = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
 CALLED = {  # the contestants of memory.json, in the order of the table
     "sequential+recompute": "`recompute_steps=true`",
     "sequential": "`recompute_steps=false`",
@@ -257,7 +258,6 @@ def prototypical() -> str:
 
 def sensitivity() -> str:
     """How far two trainings are apart that began 1e-12 apart in one weight, and the first inner step's curvature."""
-    starts = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
     usual = {"shots": 1, "inner_lr": 0.4, "inner_steps": 2, "precision": "float64"}
     updates, rows = ("1", "10", "20", "50", "100", "200"), []
     for row in measured("sensitivity"):
@@ -265,5 +265,5 @@ def sensitivity() -> str:
         name = {"first": "FOMAML", "second": "SOMAML"}[row["order"]]
         others = "".join(f", `{knob}={row[knob]}`" for knob, value in usual.items() if row[knob] != value)
         curved = " / ".join(f"{row['sharpness'][number][0]:,.0f}" for number in ("0", "200"))
-        rows.append([f"{name}, {starts[row['start']]}{others.replace('precision=', '')}", *apart, curved])
+        rows.append([f"{name}, {STARTS[row['start']]}{others.replace('precision=', '')}", *apart, curved])
     return markdown(["updates", *updates, "eta times the largest curvature: before the first, after the last"], rows)

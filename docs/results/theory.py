@@ -12,7 +12,7 @@ from typing import Any
 
 import collect
 import numpy as np
-from tables import markdown
+from tables import STARTS, markdown
 
 from fewshot.files import EXPORTED, write_file
 from fewshot.sweep.settings import mean_and_ci95
@@ -20,7 +20,6 @@ from models import model_name
 
 HERE = Path(__file__).parent
 KINDS = ("evidence", "cosine_similarity", "inner_products")
-STARTS = {"fomaml": "random head", "zero_init": "zero at the start", "zero": "zeroed every update"}
 PAIRS = {"query_support": "query and support", "query_query": "two queries"}
 HEADS = {"this_head": "its own head", "zeroed_head": "head zeroed"}
 MODELS = ("fomaml", "zero-init", "zero", "somaml", "somaml-zero")  # in the order of the tables
