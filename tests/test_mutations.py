@@ -34,7 +34,7 @@ from fewshot.results import record_files
 from fewshot.sweep import settings as grouped
 from fewshot.sweep import tables
 from fewshot.training import checkpoint
-from fewshot.training.checkpoint import refuse_unresumable
+from fewshot.training.checkpoint_io import refuse_unresumable
 from fewshot.training.meta_learner import MetaLearner
 from fewshot.training.resume import find_start
 

@@ -47,7 +47,7 @@ def check(overrides: list[str]) -> bool:
     """Prints a line for each order, and returns whether all that was compared is the same."""
     cfg = configuration(overrides)
     from fewshot.config.check import check_knobs
-    from fewshot.training.runtime import inner_loop
+    from fewshot.training.learner import inner_loop
 
     check_knobs(cfg)
     loops, refused = {}, {}

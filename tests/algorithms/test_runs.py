@@ -21,7 +21,7 @@ from fewshot.inner_loop import InnerLoop
 from fewshot.predict import predict
 from fewshot.sweep.settings import Job, group
 from fewshot.training.checkpoint import read
-from fewshot.training.runtime import inner_loop
+from fewshot.training.learner import inner_loop
 
 SHIPPED = ("inner_momentum", "inner_adam", "reptile", "imaml")
 KNOBS = ("val_every=1", "shots=2", "trainer.precision=64-true", "inner_lr=0.02", "inner_steps=2", "test_steps=2")

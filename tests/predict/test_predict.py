@@ -34,7 +34,8 @@ from fewshot.predict.__main__ import SHEET_CLASSES, Support, _labels, _sheet_row
 from fewshot.predict.pretrained import Preprocess, Pretrained
 from fewshot.results.figures import confusion
 from fewshot.results.figures import png as drawn
-from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.choose_engine import engine_to_predict, sequential_engine
+from fewshot.training.learner import Learner
 
 WAYS = 3
 
@@ -45,7 +46,7 @@ def untrained(*overrides: str) -> Pretrained:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides)
     torch.manual_seed(1)
-    learner = MetaLearner.from_config(cfg, "sequential").double()
+    learner = Learner.from_config(cfg).double()
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -481,8 +482,11 @@ def test_a_class_of_which_nothing_can_be_read_is_named(trained, tmp_path):
         run(f"{trained}/checkpoints/last.ckpt", *[str(tmp_path / "support")] * 2, tmp_path / "out")
 
 
-def test_torch_is_imported_only_when_it_is_needed():
-    """A mistake on the command line does not wait for it, nor does `import fewshot`."""
+def test_only_what_is_needed_is_imported(tmp_path):
+    """A mistake on the command line does not wait for torch, nor a prediction for what only training needs."""
+    for number, name in enumerate(("support/a/0.png", "support/b/0.png", "query/0.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images(1, number)[0]).save(tmp_path / name)
     code = """
 import sys
 import fewshot, fewshot.adapt, fewshot.export, fewshot.predict.__main__, fewshot.push
@@ -492,14 +496,21 @@ for module in (fewshot.predict.__main__, fewshot.adapt, fewshot.export, fewshot.
     except SystemExit as stop:
         print(stop.code)
 print("torch" in sys.modules, "load" in vars(fewshot))
+fewshot.predict.__main__.main(["model=omniglot-5w1s-zero", "support=support", "query=query", "out=out"])
+slow = {"learn2learn", "matplotlib.axes", "pytorch_lightning", "scipy", "torch._dynamo", "torchmetrics", "torchvision"}
+print(slow & set(sys.modules))
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=True
+    )
     assert process.stdout.splitlines() == [
         "suport=none: no such knob; did you mean support?",
         "checkpoint=none: no such knob; known are model, out, statistics, steps, support, test_zeroing, trust",
         "suport=none: no such knob; known are checkpoint, out",
         "checkpoint=none: no such knob; known are model, private, repo",
         "False False",
+        "1 images, 2 classes: written to out",
+        "set()",
     ]
 
 
@@ -532,10 +543,24 @@ def test_places_that_cannot_be_are_one_line_at_once(trained, tmp_path):
 @pytest.mark.parametrize(
     "overrides", [("algo=zero",), ("algo=fomaml", "algo.learned_inner_lr=true"), ("algo=protomaml",)]
 )
-def test_without_learn2learn_the_batched_engine_predicts_the_same(overrides, monkeypatch):
+def test_both_engines_predict_the_same(overrides, monkeypatch):
     model, support = untrained(*overrides), {"a": images(1, 0), "b": images(3, 1), "c": images(2, 2)}
-    with_it = predict(model, support, images(4, 3)).probabilities
+    batched = predict(model, support, images(4, 3)).probabilities
+    monkeypatch.setattr("fewshot.predict.adapted.engine_to_predict", lambda network: sequential_engine())
+    sequential = predict(model, support, images(4, 3)).probabilities
+    assert not np.array_equal(batched, sequential)  # two programs
+    np.testing.assert_allclose(batched, sequential, rtol=1e-10)
 
+
+class OwnLayer(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_learn2learn_predicts_where_a_layer_may_be_beyond_the_batched_engine(monkeypatch):
+    network = untrained().learner.network
+    assert engine_to_predict(network).name == "batched"
+    network.encoder.append(OwnLayer())
+    assert engine_to_predict(network).name == "sequential"
     monkeypatch.setitem(sys.modules, "learn2learn.algorithms", None)  # installed, and cannot be imported
-    without = predict(model, support, images(4, 3)).probabilities
-    np.testing.assert_allclose(without, with_it, rtol=1e-10)
+    assert engine_to_predict(network).name == "batched"

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 SPLITS = ("train", "val", "test")
 
@@ -63,6 +62,9 @@ def query_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
     NaN where a logit of the task is not finite: otherwise the one called largest would look like a guess.
     """
+    # Not above: it imports torchvision and SciPy, which takes seconds, and nothing is measured where one predicts.
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     knobs = {"average": "micro", "multidim_average": "samplewise", "validate_args": False}
     flat, labels = logits.flatten(0, -3), labels.expand(logits.shape[:-1]).flatten(0, -2)
     shares = multiclass_accuracy(flat.mT, labels, flat.shape[2], **knobs)

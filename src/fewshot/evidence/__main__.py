@@ -108,9 +108,9 @@ def run(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
     from fewshot.evidence.page import Shown
     from fewshot.results.record_files import versions
     from fewshot.training import checkpoint
+    from fewshot.training.learner import inner_loop
     from fewshot.training.resume import find_start
     from fewshot.training.run import Run
-    from fewshot.training.runtime import inner_loop
 
     def read(path: Path) -> dict[str, Any]:
         return exported.content(path, overrides) if path.name == EXPORTED else checkpoint.read(path)

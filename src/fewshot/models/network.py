@@ -35,7 +35,7 @@ class Network(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(features, ways, bias=head_bias)
         for layer in (self.head if own_weights else self).modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not layer.weight.is_meta:  # there nothing can be drawn
                 nn.init.kaiming_normal_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

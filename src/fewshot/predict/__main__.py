@@ -89,12 +89,12 @@ def run(
 
 def _write_predictions(folder: Path, files: list[str], predictions: Predictions, labels: list[str]) -> None:
     """predictions.csv, and confusion.png if the queries are labelled."""
-    from fewshot.results.figures import confusion, png
-
     header = ["file", "class", *(f"probability of {name}" for name in predictions.classes)]
     rows = zip(files, predictions.labels, predictions.probabilities, strict=True)
     table = [[file, label, *(f"{p:.6g}" for p in probabilities)] for file, label, probabilities in rows]
     if labels:
+        from fewshot.results.figures import confusion, png  # matplotlib takes its time to import
+
         header, table = [*header, "labelled"], [[*row, label] for row, label in zip(table, labels, strict=True)]
         picture = confusion(labels, list(map(str, predictions.labels)), list(map(str, predictions.classes)))
         write_file(folder / "confusion.png", png(picture))

@@ -30,7 +30,7 @@ from fewshot.predict.find import refuse_adapted
 from fewshot.predict.predictions import Label, Predictions, check_statistics
 from fewshot.predict.pretrained import Picture, Preprocess, Pretrained, load, stacked
 from fewshot.training.choose_engine import engine_to_predict
-from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Adapted:
         # The moments of the support are part of the network; a single query has no other beside it.
         statistics = {"support": "task", "task": "task" if len(query) > 1 else "each"}.get(self.statistics, "each")
         batch = Task(*(field[None] for field in task))
-        with torch.no_grad(), engine_to_predict().one_line_out_of_memory(batch):
+        with torch.no_grad(), engine_to_predict(self.network).one_line_out_of_memory(batch):
             logits = of_queries(self.network, task, partial(inside, self.network), statistics)
         if not logits.isfinite().all():
             raise UserError("the adapted model's logits are not finite numbers; adapt it in fewer steps")
@@ -176,7 +176,7 @@ def adapt(
     pixels, shots = torch.cat(examples), [len(images) for images in examples]
     shown = model.preprocess.normalised(pixels).to(parameter)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(shots)).to(parameter.device)
-    task, engine = Task(shown, labels, shown, labels), engine_to_predict()
+    task, engine = Task(shown, labels, shown, labels), engine_to_predict(learner.network)
     loop = learner.loop.evaluation(steps, zeroing)
     with torch.enable_grad(), engine.one_line_out_of_memory(Task(*(field[None] for field in task))):
         theta = engine.adapted(learner.network, task, loop, learner.etas)
@@ -215,7 +215,7 @@ def fix_statistics(network: nn.Module, images: Tensor) -> None:
             raise UserError("statistics=support: the network mixes images in other layers than BatchNorm; use task")
 
 
-def with_ways(learner: MetaLearner, ways: int, zeroing: bool) -> MetaLearner:
+def with_ways(learner: Learner, ways: int, zeroing: bool) -> Learner:
     """The learner with a head of so many rows: the first of its own, then new ones where their values do not matter."""
     head: Any = learner.network.head
     rows = len(head.weight)

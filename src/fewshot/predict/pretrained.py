@@ -31,7 +31,7 @@ from fewshot.files import ADAPTED, EXPORTED, EXPORTED_CONFIG, TRAINED, is_regula
 from fewshot.predict.find import find
 from fewshot.results import record_files
 from fewshot.training.checkpoint import check_weights, read, refuse_misfit
-from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.learner import Learner
 
 Picture = Image.Image | np.ndarray | Tensor | bytes | str | os.PathLike[str]
 
@@ -126,7 +126,7 @@ class Pretrained:
     adapted_in: the folder of a model that has adapted already.
     """
 
-    learner: MetaLearner
+    learner: Learner
     preprocess: Preprocess
     config: dict[str, Any]
     adapted_in: Path | None = None
@@ -182,7 +182,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Pretrained:
     place = "meta" if _own(network["_target_"]) else "cpu"
     try:
         with torch.random.fork_rng(devices=[]), torch.device(place):  # the initial weights are drawn, and replaced
-            learner = MetaLearner.from_config(DictConfig(config), engine="sequential")
+            learner = Learner.from_config(DictConfig(config))
     except (InstantiationException, TypeError) as error:  # the latter of Hydra, for a key as _recursive_
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(f"{where}: its model.network cannot be made ({reason})") from None

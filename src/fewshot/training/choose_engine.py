@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +22,9 @@ from fewshot.errors import UserError, first_line
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import explicit_loss
 from fewshot.models.network import Network, drops
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +83,29 @@ def batched_engine() -> Engine:
     return Engine("batched", *functions)
 
 
-def engine_to_predict() -> Engine:
-    """learn2learn's, or the batched one where that is not there."""
+def engine_to_predict(network: Network) -> Engine:
+    """The batched one, because learn2learn takes longer to import than predicting takes.
+
+    The sequential one where learn2learn is there and a layer of the user's own may be beyond the batched one.
+    """
+    return batched_engine() if _only_torch(network) or not _has_learn2learn() else sequential_engine()
+
+
+def _has_learn2learn() -> bool:
+    """Whether it can be imported; then it is."""
     try:
-        return sequential_engine()
+        return bool(sequential_engine())
     except UserError:
-        return batched_engine()
+        return False
+
+
+def _only_torch(network: Network) -> bool:
+    """Whether it is made of this program's and torch's own layers alone, which the batched engine can run."""
+    return all(type(layer).__module__.startswith(("fewshot.", "torch.nn.modules.")) for layer in network.modules())
 
 
 def choose_engine(
-    asked: str, network: Network, loop: InnerLoop, tasks_at_once: int | None, trainer: pl.Trainer
+    asked: str, network: Network, loop: InnerLoop, tasks_at_once: int | None, trainer: "pl.Trainer"
 ) -> Engine:
     """The engine of a run.
 
@@ -102,7 +117,7 @@ def choose_engine(
     device, name = trainer.strategy.root_device.type, asked
     if asked == "auto":
         name, reason = ("batched", device) if device != "cpu" else _engine_on_a_cpu(network, tasks_at_once, trainer)
-        if name == "sequential" and engine_to_predict().name != name:
+        if name == "sequential" and not _has_learn2learn():
             lacks = "is not installed" if find_spec("learn2learn") is None else "cannot be imported"
             name, reason = "batched", f"learn2learn {lacks}"
         log.info(f"engine=auto: {name} ({reason})")
@@ -121,7 +136,7 @@ def choose_engine(
             tasks_at_once=partial(batched.default_tasks_at_once, network, tasks_at_once),
         )
         if reason := _refused(engine, network, loop, trainer):
-            if asked == "auto" and engine_to_predict().name == "sequential":
+            if asked == "auto" and _has_learn2learn():
                 log.info(f"engine=auto: sequential, since batched cannot run this network ({reason})")
                 return choose_engine("sequential", network, loop, tasks_at_once, trainer)
             raise UserError(f"engine=batched: cannot run this network ({reason}); use engine=sequential")
@@ -139,9 +154,9 @@ def _with_plain_attention(gradient: Callable[..., tuple[Tensor, ...]]) -> Callab
     return meta_gradient
 
 
-def _refused(engine: Engine, network: Network, loop: InnerLoop, trainer: pl.Trainer) -> str:
+def _refused(engine: Engine, network: Network, loop: InnerLoop, trainer: "pl.Trainer") -> str:
     """Why the engine cannot compute an inner step of a network of the user's own; empty: it can."""
-    if all(type(layer).__module__.startswith(("fewshot.", "torch.nn.modules.")) for layer in network.modules()):
+    if _only_torch(network):
         return ""
     precision, draw = trainer.precision_plugin, trainer.datamodule.samplers["train"]  # pyright: ignore[reportAttributeAccessIssue]
     tasks = Task(*(field.to(next(network.parameters()).device) for field in precision.convert_input(draw(0, 2))))
@@ -155,7 +170,7 @@ def _refused(engine: Engine, network: Network, loop: InnerLoop, trainer: pl.Trai
     return ""
 
 
-def _engine_on_a_cpu(network: Network, tasks_at_once: int | None, trainer: pl.Trainer) -> tuple[str, str]:
+def _engine_on_a_cpu(network: Network, tasks_at_once: int | None, trainer: "pl.Trainer") -> tuple[str, str]:
     """Which, and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
     data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     precision, numbers = trainer.precision_plugin, [0]

@@ -9,20 +9,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot.data.task import Task
-from fewshot.inner_loop import InnerLoop
-from fewshot.models.head import share_gradient, share_rows, unit_length
-from fewshot.models.network import Network, dropping
+from fewshot.models.head import share_gradient
+from fewshot.models.network import dropping
 from fewshot.results.record_files import Scores
 from fewshot.training.choose_engine import Engine, choose_engine
 from fewshot.training.ddp import mean_over_ranks, of_all_ranks
 from fewshot.training.evaluation import Evaluation, Measured
+from fewshot.training.learner import Learner
 from fewshot.training.outer_step import OuterStep
-from fewshot.training.runtime import check_network, inner_loop
 
 
 def step_weights(steps: int, done: float) -> list[float]:
@@ -40,8 +38,8 @@ class MetaLearner(pl.LightningModule):
     """MAML: theta <- theta - rho mean_n grad_theta L(theta_n, Q_n) (method.md section 0).
 
     Args:
-        network: has .encoder and .head, a linear layer; its forward is head(encoder(images)).
-        loop: the inner loop; with zeroing, the callback ZeroHead sees to it that the head is zero when it begins.
+        learner: its network has .encoder and .head, a linear layer, and its forward is head(encoder(images)); with
+            zeroing, the callback ZeroHead sees to it that the head is zero when the inner loop begins.
         choose: gives the engine for a network, an inner loop and a trainer when a run begins; see choose_engine.
         evaluation: what validation and test measure; it keeps what the test has measured.
         outer: what becomes of the outer gradient.
@@ -49,8 +47,7 @@ class MetaLearner(pl.LightningModule):
 
     def __init__(
         self,
-        network: Network,
-        loop: InnerLoop,
+        learner: Learner,
         *,
         choose: Callable[..., Engine],
         evaluation: Evaluation,
@@ -58,25 +55,15 @@ class MetaLearner(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the engine leaves the outer gradient in .grad
-        self.network, self.loop = network, loop
+        self.network, self.loop, self.etas = learner.network, learner.loop, learner.etas
         self.choose, self.evaluation, self.outer = choose, evaluation, outer
-        if loop.head == "shared":
-            share_rows(network.head)
-        if loop.distance == "cosine":
-            network.encoder.register_forward_hook(unit_length)
-        adapts = network if loop.adapted == "all" else getattr(network, loop.adapted)
-        etas = (torch.full_like(p, loop.inner_lr) for p in adapts.parameters() if loop.learned_inner_lr)
-        self.etas = nn.ParameterList(etas)  # the inner learning rates that are learned; none: all are loop.inner_lr
 
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
         """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
-        loop = inner_loop(cfg)
-        network = instantiate(cfg.model.network)
-        check_network(network, cfg)
         choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
         evaluation, outer = Evaluation.from_config(cfg), OuterStep.from_config(cfg)
-        return cls(network, loop, choose=choose, evaluation=evaluation, outer=outer)
+        return cls(Learner.from_config(cfg), choose=choose, evaluation=evaluation, outer=outer)
 
     def setup(self, stage: str) -> None:
         # Lightning does this only after it has loaded a checkpoint, which would round float64 weights to float32.

@@ -22,7 +22,8 @@ from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError, first_few, first_line, one_line, shown
 from fewshot.files import checkpoint_file
-from fewshot.training.checkpoint import Describe, read, refuse_misfit
+from fewshot.training.checkpoint import read, refuse_misfit
+from fewshot.training.checkpoint_io import Describe
 
 # Never taken from the checkpoint that is tested: where the test runs, in how many processes, and what may be read.
 OF_THIS_CALL = (

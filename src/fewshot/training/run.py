@@ -24,7 +24,8 @@ from fewshot.processes.signals import Signals
 from fewshot.processes.surroundings import as_called, give_memory_back
 from fewshot.results import record_files, task_scores
 from fewshot.sweep.settings import tested_model
-from fewshot.training.checkpoint import AtomicCheckpointIO, read
+from fewshot.training.checkpoint import read
+from fewshot.training.checkpoint_io import AtomicCheckpointIO
 from fewshot.training.ddp import cluster, max_over_ranks
 from fewshot.training.logger import log_results, logger_of
 from fewshot.training.meta_learner import MetaLearner

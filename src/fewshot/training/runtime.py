@@ -1,4 +1,4 @@
-"""What comes before anything is trained: imports, threads, seeds, and a look at code of the user's own."""
+"""What comes before anything is trained: imports, threads and seeds."""
 
 import logging
 import os
@@ -8,26 +8,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
-from fewshot.config.tree import statistics
-from fewshot.errors import UserError, nearest, one_line, reason_of, shown
-from fewshot.inner_loop import THEORY, TOP, InnerLoop
-from fewshot.models.network import Network
-from fewshot.norms import InSets, inside
+from fewshot.errors import UserError
 from fewshot.processes import ranks
 
 THREADS = torch.get_num_threads()  # torch's choice
-PLAIN = {"int": int, "float": (int, float), "bool": bool, "str": str}  # of a field of one's own algorithm
 # Metrics that nothing here computes need these; Lightning imports torchmetrics, and that imports them all at once.
 FOR_OTHER_METRICS = ("matplotlib", "scipy", "torchvision")
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # Lightning sets it for +trainer.deterministic
@@ -135,62 +127,3 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
         warnings.filterwarnings("ignore", module=name)
         logging.getLogger(name).setLevel(logging.WARNING)
     return "32-true" if precision == "tf32" else precision
-
-
-def inner_loop(cfg: DictConfig) -> InnerLoop:
-    """That of a composed configuration, of the class that algo._target_ names.
-
-    Raises:
-        UserError: it names no such class, or one that does not take what the configuration says.
-    """
-    if (target := cfg.algo.get("_target_")) is None:
-        return InnerLoop.of(cfg)
-    try:
-        own = get_object(target)
-    except Exception as error:  # whatever importing the user's module raises
-        raise UserError(one_line(f"algo._target_={target}: cannot be imported ({reason_of(error)})")) from error
-    if not (isinstance(own, type) and issubclass(own, InnerLoop)):
-        raise UserError(f"algo._target_={target}: must be a class that derives from fewshot.inner_loop.InnerLoop")
-    names = {field.name for field in fields(own)} - {*TOP, "target"}
-    if unknown := [key for key in cfg.algo if key not in {*names, "_target_"}]:
-        remedy = nearest(unknown[0], names)
-        raise UserError(f"algo.{unknown[0]}={shown(cfg.algo[unknown[0]])}: {own.__name__} has no such field; {remedy}")
-    for field in fields(own):
-        kinds = PLAIN.get(name := getattr(field.type, "__name__", str(field.type)))
-        if kinds and field.name in cfg.algo and not isinstance(value := cfg.algo[field.name], kinds):
-            raise UserError(f"algo.{field.name}={shown(value)}: must be of {own.__name__}'s type for it, {name}")
-    try:
-        loop = own.of(cfg)
-    except UserError:
-        raise
-    except Exception as error:  # a field that has no default and no knob, or whatever its own checks raise
-        raise UserError(one_line(f"algo._target_={target}: cannot be made ({reason_of(error)})")) from error
-    if cfg.get("probes") and loop.beyond_theory:
-        raise UserError(f"probes=true: they measure {THEORY}; leave them out with {loop.beyond_theory}")
-    return loop
-
-
-def check_network(network: Any, cfg: DictConfig) -> None:
-    """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else.
-
-    Also where evaluation.statistics=support, and it sees other queries elsewhere than in BatchNorm.
-    """
-    encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
-    if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
-        raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
-    if any(hasattr(layer, "_orig_mod") for layer in network.modules()):
-        raise UserError("model: torch.compile's modules cannot be adapted; give the module itself")
-    images = torch.linspace(-1, 1, 4 * cfg.dataset.channels * cfg.dataset.size**2).sin()
-    images = images.view(4, cfg.dataset.channels, cfg.dataset.size, cfg.dataset.size)
-    if "support" in statistics(cfg):  # two images of a support, and one query or two
-        with torch.no_grad():
-            alone, beside = (inside(network, images[:n], InSets(n, first=2))[2] for n in (3, 4))
-        if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4):
-            raise UserError("evaluation.statistics=support: the network mixes images in other layers than BatchNorm")
-    if type(network).forward is not Network.forward:
-        with torch.no_grad():
-            if not torch.allclose(network(images), head(encoder(images))):
-                raise UserError(
-                    f"model.network={cfg.model.network._target_}: its forward is not head(encoder(images)); "
-                    "put what it does besides into the encoder"
-                )
