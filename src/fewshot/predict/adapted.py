@@ -88,7 +88,7 @@ class Adapted:
         # The moments of the support are part of the network; a single query has no other beside it.
         statistics = {"support": "task", "task": "task" if len(query) > 1 else "each"}.get(self.statistics, "each")
         batch = Task(*(field[None] for field in task))
-        with torch.no_grad(), engine_to_predict(self.network).one_line_out_of_memory(batch):
+        with torch.no_grad(), engine_to_predict(self.model.learner.network).one_line_out_of_memory(batch):
             logits = of_queries(self.network, task, partial(inside, self.network), statistics)
         if not logits.isfinite().all():
             raise UserError("the adapted model's logits are not finite numbers; adapt it in fewer steps")
