@@ -1,6 +1,6 @@
 """The algorithm as a value: how one task turns theta into theta_n.
 
-Imports no torch, because checks, sweeps and model cards ask it too.
+It imports no torch, because checks, sweeps and model cards ask it too.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ ADAPTED, HEADS = ("all", "head", "encoder"), ("learned", "shared", "prototypes",
 DISTANCES = {"dot": "dot product", "squared": "squared distance", "cosine": "cosine"}
 LOSSES = ("cross_entropy", "mse")
 THEORY = "a learned, adapting head, a single inner_lr and cross entropy"
-TOP = ("inner_steps", "inner_lr", "loss", "recompute_steps")  # knobs that are none of algo's
+TOP = ("inner_steps", "inner_lr", "loss", "recompute_steps")  # fields here that are top-level knobs, not knobs of algo
 ORDERS = {True: "first order", False: "second order"}
 Tensors = dict[str, Any]  # parameters, or what goes with them, by their names
 Loss = Callable[[Tensors], Any]
@@ -48,7 +48,7 @@ class InnerLoop:
     noise: bool | None = None  # a term of the explicit loss, which takes MAML's place; None: MAML
     interference: bool | None = None  # likewise
     recompute_steps: bool = False  # second order in the memory of one inner step; the same numbers
-    target: str | None = None  # where a class of one's own lies; None: it is this one
+    target: str | None = None  # algo._target_, which names a class of one's own; None: this class
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "InnerLoop":
@@ -62,7 +62,7 @@ class InnerLoop:
         algo = config["algo"]
         stored = {name: algo[name] for field in fields(cls) if (name := field.name) in algo}
         stored |= {name: config[name] for name in TOP if name in config}
-        if stored.get("distance"):  # whatever the others of a sweep have
+        if stored.get("distance"):  # a sweep may set steps for its other algorithms
             stored["inner_steps"] = 0
         zeroing = config.get("zeroing", algo["zeroing"])  # +zeroing=true|false overrides the algorithm's
         loop = cls(**stored | {"zeroing": zeroing, "target": algo.get("_target_")})
@@ -114,15 +114,15 @@ class InnerLoop:
     # What an algorithm of one's own may override. `theta` has one task's parameters, or those of B with a leading B.
 
     def start(self, theta: Tensors, encode: Callable[..., Any], support: Any, labels: Any) -> Tensors:
-        """Where a task begins: what takes the place of parameters of theta; encode: images to their features."""
+        """What a task begins with in place of parameters of theta, by name; encode: images to their features."""
         return {}
 
     def initial_head(self, features: Any, labels: Any, ways: int) -> Tensors:
-        """Where its head begins, from features (..., S, d) and labels (..., S): weight (..., K, d), bias (..., K)."""
+        """The head of a task at first, of features (..., S, d), labels (..., S): weight (..., K, d), bias (..., K)."""
         raise NotImplementedError
 
     def update(self, theta: Tensors, gradients: Tensors, state: Any) -> tuple[Tensors, Any]:
-        """What an inner step adds to theta_n, and the state for the next step, which is None for the first."""
+        """What an inner step adds to theta_n, and the state for the next step; the first step gets None."""
         return {name: -self.inner_lr * g for name, g in gradients.items()}, state
 
     def outer_gradient(self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss) -> Any:
@@ -144,7 +144,7 @@ class InnerLoop:
 
     @property
     def beyond_theory(self) -> str:
-        """The knob by which the closed forms do not speak of it; they cover THEORY."""
+        """The first knob that the closed forms do not cover, "" if there is none; they cover THEORY."""
         beyond = {
             f"algo.head={self.head}": self.makes_head,
             f"algo.adapted={self.adapted}": self.adapted == "encoder",
@@ -155,7 +155,7 @@ class InnerLoop:
         return next((knob for knob, holds in beyond.items() if holds), "")
 
     def ways(self, rows: int) -> str:
-        """How many classes a model adapts to whose head has so many rows, in words."""
+        """In words, how many classes a model adapts to; rows: those of its head."""
         if self.learned_inner_lr:
             return f"{rows} classes"
         if self.zeroing or self.head != "learned":
@@ -188,7 +188,7 @@ class InnerLoop:
 
     @property
     def changes(self) -> dict[str, str]:
-        """What differs from MAML: the algorithm's name, if it is the only change, and words for it beside others."""
+        """What differs from MAML, as {the algorithm's name if it is the only change: the words if there are others}."""
         own = (self.target or "").rsplit(".", 1)[-1]
         scale = f", temperature {self.temperature:g}" if self.temperature else ""
         changes = {

@@ -23,7 +23,7 @@ def norm(width: int, kind: str = "batch") -> nn.Module:
 
     batch: BatchNorm by the statistics of the batch at hand, in training and test alike.
     group: GroupNorm (Wu and He 2018), which treats each image alone: groups of eight channels, or of the fewest above
-        eight that divide the width.
+        eight that divide the width; a width below eight is one group.
     task: TaskNorm.
     """
     if kind == "group":
@@ -125,7 +125,7 @@ class InSets(TorchFunctionMode):
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, size: int, first: int) -> Tensor:
-    """(I, C, ...) of one task, (C,), (C,) -> (I, C, ...): each set of `size` images by the moments of its first."""
+    """(I, C, ...) of one task, (C,), (C,) -> (I, C, ...): each set of `size` by the moments of its `first` images."""
     if has_torch_function((x,)):  # the batched engine has several tasks in x
         return handle_torch_function(batch_norm, (x,), x, weight, bias, eps, size=size, first=first)
     weight, bias = (None if parameter is None else parameter[None] for parameter in (weight, bias))

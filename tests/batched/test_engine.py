@@ -166,7 +166,7 @@ def test_any_network_has_the_gradient_of_the_loop(name, first_order, monkeypatch
     used = []
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     for rows in (False, True):  # as on a GPU, as on a CPU
-        monkeypatch.setattr(batched, "rows", lambda x, rows=rows: rows)
+        monkeypatch.setattr(batched, "tasks_in_a_row", lambda x, rows=rows: rows)
         found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
         assert bool(used) == (name in BY_VMAP)
         assert_same(found, expected)
@@ -263,7 +263,7 @@ def test_few_operations_do_the_work_of_all_tasks(build, size, tasks, share, firs
 
     The loop does the same for every task, so what a second task adds is counted.
     """
-    monkeypatch.setattr(batched, "rows", lambda x: False)
+    monkeypatch.setattr(batched, "tasks_in_a_row", lambda x: False)
     network = build(channels=1, size=size, ways=3, width=4)
     drawn = draw(tasks=tasks, shape=(1, size, size))
     drawn = drawn._replace(support=drawn.support.float(), query=drawn.query.float())

@@ -267,7 +267,7 @@ REFUSED = {  # what makes it, model.head, how the line begins, what it says
     "frozen": (frozen, None, "model.module: conv1.weight of ResNet gets no gradient", "must be trained"),
     "no gradient": (Overwrites, None, "model.module: Overwrites cannot be differentiated (one of", "in place"),
     "a buffer that changes": (Counts, None, "model.module: Counts changes its buffer calls", "no trace"),
-    "dropout always": (Drops, None, "model.module: the output of Drops is not fc.weight times", "nothing be random"),
+    "dropout always": (Drops, None, "model.module: the output of Drops is not fc.weight times", "may be random"),
     "a head of cosines": (
         lambda: flat(Cosine(12, 4)),
         None,

@@ -10,7 +10,7 @@ from fewshot.inner_loop import InnerLoop, Tensors
 def fitting(loop: InnerLoop, name: str, made: Any, parameters: Tensors, *, all_of_them: bool = True) -> Tensors:
     """What the method of this name has made, as far as it is for these parameters.
 
-    all_of_them: whether it must be for each parameter; else only for parameters.
+    all_of_them: whether it must have all of the parameters; else it may have some of them, and nothing else.
 
     Raises:
         UserError: it is not a dictionary of tensors with the parameters' names and shapes.

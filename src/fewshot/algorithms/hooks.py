@@ -26,14 +26,14 @@ Step = Callable[[Sequence[Tensor], Any], tuple[list[Tensor], Any]]  # theta_n an
 def start(
     loop: InnerLoop, theta: Tensors, encode: Callable[[Tensor], Tensor], support: Tensor, labels: Tensor
 ) -> list[Tensor]:
-    """Where a task begins, in the order of theta."""
+    """The parameters that a task begins with, in the order of theta."""
     begun = fitting(loop, "start", loop.start(theta, encode, support, labels), theta, all_of_them=False)
     # A view: where one tensor is given to two parameters, each goes its own way.
     return [w.view_as(w) if w.requires_grad else w.view_as(w).requires_grad_() for w in (theta | begun).values()]
 
 
 def update(loop: InnerLoop, theta: Tensors, loss: Tensor, state: Any) -> tuple[Tensors, Any]:
-    """What an inner step adds to theta_n, and the state after it; in first order that has no derivative.
+    """What an inner step adds to theta_n, and the state after it; in first order neither has a derivative.
 
     theta: theta_n of what moves; loss: L(theta_n, S_n), summed over the tasks.
     """
@@ -49,7 +49,7 @@ def recomputed(
 ) -> tuple[list, Any]:
     """step(theta_n, state) by recompute.py, which keeps no more than its inputs: they include the state's tensors.
 
-    again: its `recomputed`. What a step hands on as it was, such as learned rates, is no output of it.
+    again: recompute.recomputed with its `draws`. What a step hands on unchanged, such as learned rates, is no output.
     """
     leaves, form = pytree.tree_flatten(state)
     if odd := [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]:

@@ -128,7 +128,7 @@ def tasks_of_a_pass(network: Network, tasks: Task) -> int:
 
 
 def default_tasks_at_once(network: Network, asked: int | None, tasks: Task) -> int:
-    """How many tasks are in memory together: as many as are asked for."""
+    """How many tasks are in memory together. asked: tasks_at_once; None: as many as meta_gradient takes by itself."""
     on_cpu = tasks.support.device.type == "cpu"
     return asked or (tasks_of_a_pass(network, tasks) * torch.get_num_threads() if on_cpu else len(tasks.support))
 
@@ -165,7 +165,7 @@ def _step_logits(
     for loop in evaluations:
         for _, query_logits in _adapt(network, theta, tasks, loop, eta, encode):
             with torch.no_grad():
-                logits += [query_logits(words) for words in statistics]
+                logits += [query_logits(whose) for whose in statistics]
     return tuple(logits)
 
 
@@ -280,14 +280,14 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {"cross_entropy": _cross_entropies, "mse": squared_errors}
 
 
-def rows(x: Tensor) -> bool:
+def tasks_in_a_row(x: Tensor) -> bool:
     """Whether the tasks come one after the other, as suits a CPU, or side by side in the channels, as a GPU."""
     return x.device.type == "cpu"
 
 
 def _outputs(module: nn.Module, theta: Parameters, x: Tensor, context: Context = TOGETHER) -> Tensor:
     """Every task by its own parameters. Of the network: images (B, I, C, H, W) -> logits (B, I, K)."""
-    in_rows = rows(x)
+    in_rows = tasks_in_a_row(x)
     mode, images = (in_a_row, x.flatten(0, 1)) if in_rows else (SideBySide, x.transpose(0, 1).flatten(1, 2))
     try:
         with mode(len(x)), context:

@@ -35,7 +35,7 @@ def on_threads(
 ) -> list[tuple[Tensor, ...]]:
     """Computes chunks on threads of a CPU, each thread whole chunks, since one task is too small to be shared out.
 
-    workers: how many chunks at a time; None: torch.get_num_threads(). Fewer than there are threads get several each.
+    workers: how many chunks at a time; None: torch.get_num_threads(). If there are fewer, each has several threads.
     """
     threads = torch.get_num_threads()
     workers = min(workers or threads, len(chunks))
@@ -65,7 +65,7 @@ def on_threads(
 
 
 def copied(module: Module, shared: Iterable[Tensor] = ()) -> Module:
-    """A copy, which shares these parameters, and what its layers keep of a forward: that cannot be copied."""
+    """A copy that shares these parameters, and the tensors that layers keep from a forward, which cannot be copied."""
     kept = [kept for layer in module.modules() for kept in vars(layer).values() if isinstance(kept, Tensor)]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*shared, *kept)})
 

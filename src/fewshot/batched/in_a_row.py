@@ -230,7 +230,8 @@ class NormGradient(torch.autograd.Function):
     def backward(ctx: Any, ddx: Tensor, ddgamma: Tensor, ddbeta: Tensor) -> tuple:
         """With u = ddx, v = dy and means over a channel's n numbers: <u, dx> = n gamma rstd covariance, where
 
-        covariance = mean(u v) - mean(u) mean(v) - mean(u z) mean(v z). For x that is a sum of z, u and v.
+        covariance = mean(u v) - mean(u) mean(v) - mean(u z) mean(v z). Its gradient for x is a sum of multiples
+        of z, u, v and 1.
         """
         v, x, gamma, mean, rstd, dgamma, dbeta = ctx.saved_tensors
         n = x.numel() // gamma.numel()

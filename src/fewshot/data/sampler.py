@@ -92,7 +92,7 @@ class TaskSampler:
         return f"TaskSampler({classes} classes, {images} images, {kind})"
 
     def to(self, device: torch.device, images: torch.device) -> None:
-        """Moves the images to a device of their own and says where the tasks are wanted: `device`."""
+        """Moves the images to the device `images`; from now on tasks are made on `device`."""
         self.split = replace(self.split, images=self.split.images.to(images))
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 

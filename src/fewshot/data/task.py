@@ -20,7 +20,7 @@ class Split:
     images: (M, C, H, W) uint8
     offsets: (N + 1,) int64; the images of class n are images[offsets[n]:offsets[n + 1]]
     names: the N class names
-    sha256: of the pixels in the cache, where it is known
+    sha256: of the pixels, or of the cached pixels that they are made of; "" where it is not known
     """
 
     images: Tensor
@@ -38,13 +38,13 @@ class Task(NamedTuple):
     """One task, or with a leading B a batch of them.
 
     support: ([B,] S, C, H, W) float, support_labels: ([B,] S) int64 in 0..K-1; query and query_labels likewise with Q.
-    The images of a class lie together; which class is label 0 is random.
+    The images of a class lie together. TaskSampler says by its kind which class gets which label.
     """
 
-    support: Tensor
-    support_labels: Tensor
-    query: Tensor
-    query_labels: Tensor
+    support: Tensor  # S_n, images s
+    support_labels: Tensor  # t
+    query: Tensor  # Q_n, images q
+    query_labels: Tensor  # u
 
     def one_by_one(self) -> list["Task"]:
         """The tasks of a batch, each without the leading B."""
@@ -52,7 +52,7 @@ class Task(NamedTuple):
 
 
 def squared_errors(logits: Tensor, labels: Tensor) -> Tensor:
-    """1/2 sum over a task's images and ways of (logits - one-hot labels)^2: (..., I, K), (..., I) -> (...)."""
+    """1/2 sum over a task's I images and K ways of (logits - one-hot labels)^2: (..., I, K), (..., I) -> (...)."""
     one_hot = F.one_hot(labels, logits.shape[-1]).to(logits)
     return F.mse_loss(logits, one_hot, reduction="none").sum((-2, -1)) / 2
 

@@ -18,11 +18,11 @@ from fewshot.theory.features import Features, encode_one
 def meta_gradient(
     network: Network, tasks: Task, loop: InnerLoop, eta: Sequence[Tensor] = (), step_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of the explicit loss to the encoder's .grad, the head's own first-order one to the head's.
+    """Adds the explicit loss's gradient to the encoder's .grad, and the head's first-order gradient to the head's.
 
-    With noise and interference that is head-only MAML's outer gradient in first order (method.md 2.4); in second order
-    for one inner step from a head of equal rows only. InnerLoop refuses eta and step_weights here. Returns the query
-    loss and accuracy after the last inner step, (B,) each.
+    With noise and interference it is head-only MAML's outer gradient in first order (method.md 2.4); in second order
+    it is that only for one inner step from a head of equal rows. InnerLoop refuses eta and step_weights here. Returns
+    the query loss and the query accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []
     terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}

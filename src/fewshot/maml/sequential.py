@@ -1,6 +1,6 @@
 """The inner loop on learn2learn's MAML, one task after another.
 
-Shapes: B tasks, K ways, S support and Q query images per task, N inner steps, T steps of an evaluation.
+Shapes: B tasks, K ways, I images, S support and Q query images per task, N inner steps, T steps of an evaluation.
 """
 
 from collections import deque
@@ -113,8 +113,8 @@ def meta_gradient(
     With zeroing each task begins with w = 0, a constant, so the network's own head gets a gradient of zero.
 
     Args:
-        eta: as in `adapt`; to the .grad of these is added as well.
-        step_weights: v_1 .. v_N, what the query loss after each inner step counts (MAML++); None: the last one alone.
+        eta: as in `adapt`; their .grad is added to as well.
+        step_weights: v_1 .. v_N, the weight of the query loss after each inner step (MAML++); None: the last alone.
 
     Returns the query loss and the query accuracy after the last inner step, and what loop.measures names, (B,) each.
     """
@@ -175,14 +175,14 @@ def step_logits(
     *,
     first: int = 0,
 ) -> Tensor:
-    """The queries' logits after inner steps first .. T, (evaluations, B, T + 1 - first, Q, K); else step_accuracies."""
+    """The queries' logits after inner steps first .. T, (evaluations, B, T + 1 - first, Q, K); see step_accuracies."""
     logits = []
     for task in tasks.one_by_one():
         encode = cache(torch.no_grad()(network.encoder))
         for loop in evaluations:
             for _, query_logits in islice(adapt(network, task, loop, eta, encode), first, None):
                 with torch.no_grad():
-                    logits += [query_logits(words) for words in statistics]
+                    logits += [query_logits(whose) for whose in statistics]
     shape = (len(tasks.support), len(evaluations), -1, len(statistics))
     return torch.stack(logits).unflatten(0, shape).permute(3, 1, 0, 2, 4, 5).flatten(0, 1)
 
@@ -195,6 +195,6 @@ def _loss(network: Network, loop: InnerLoop, task: Task, theta: Tensors, of_supp
 
 
 def _with(parameters: Sequence[Tensor], network: Network) -> Network:
-    """The network with these parameters, of which there may be more than it has, in place of its own."""
+    """The network with these parameters in place of its own, in their order."""
     places = (parameter.data_ptr for parameter in network.parameters())  # learn2learn knows them by the bound method
-    return clone(network, memo=dict(zip(places, parameters, strict=False)))
+    return clone(network, memo=dict(zip(places, parameters, strict=True)))

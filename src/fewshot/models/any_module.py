@@ -1,6 +1,6 @@
 """A network of somebody else's, taken apart into encoder and head.
 
-Shapes: two images of C channels, H x W pixels; d features; K ways.
+Shapes: B images of C channels, H x W pixels; d features; K ways.
 """
 
 import logging
@@ -54,7 +54,7 @@ def network_from_module(
     if not isinstance(features, Tensor) or features.shape != (2, last.in_features):
         raise UserError(f"model.module: {kind} gives {name} no features of (images, {last.in_features}); flatten them")
     if not torch.allclose(nn.functional.linear(features, last.weight, last.bias), logits, rtol=1e-4, atol=1e-5):
-        made = f"{name}.weight times features plus bias; {name} must be a plain torch.nn.Linear and nothing be random"
+        made = f"{name}.weight times features plus bias; it must be a plain torch.nn.Linear, and nothing may be random"
         raise UserError(f"model.module: the output of {kind} is not {made}")
     if not torch.equal(images, before):
         raise UserError(f"model.module: {kind} writes into its images; let its first layer not work in place")
@@ -114,7 +114,7 @@ def _forward(module: nn.Module, images: Tensor) -> Any:
 
 
 def _check_adaptable(network: Network, images: Tensor, kind: str) -> None:
-    """Every parameter takes part in the output: the inner loop adapts all of them."""
+    """Raises UserError where a parameter gets no gradient from the output: the inner loop adapts all parameters."""
     parameters = dict(network.named_parameters())
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if not frozen:

@@ -31,11 +31,11 @@ def initial_head(
         return {}
     make = loop.initial_head if loop.head == "own" else partial(prototype_head, loop)
     made = fitting(loop, "initial_head", make(encode(support), labels, head["weight"].shape[-2]), head)
-    return {name: w.view_as(w).requires_grad_() for name, w in made.items()}  # of which none is made of another
+    return {name: w.view_as(w).requires_grad_() for name, w in made.items()}  # views: none is a function of another
 
 
 def zero_head(head: nn.Linear) -> None:
-    """w <- 0, b <- 0, in place. The bias too: with b != 0 the first inner step is not uniform over classes."""
+    """w <- 0, b <- 0, in place. The bias too: if its entries differ, P is not uniform over classes (method.md 2.6)."""
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
@@ -44,7 +44,7 @@ def zero_head(head: nn.Linear) -> None:
 def prototype_head(loop: InnerLoop, features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
     """The head that gives each class -|phi(x) - c_k|^2 up to what all share: w_k = 2 c_k, b_k = -|c_k|^2.
 
-    A prototypical network may have phi(x).c_k instead, or the cosine, where phi(x) has length 1; and a temperature.
+    A prototypical network (method.md 2.13) may have phi(x).c_k, or the cosine, with |phi(x)| = 1; and a temperature.
 
     Args:
         features: of the support, (..., S, d); c_k, the prototype, is the mean of class k's.
@@ -72,7 +72,7 @@ def unit_length(module: nn.Module, inputs: Any, features: Tensor) -> Tensor:
 
 
 def share_rows(head: nn.Linear) -> None:
-    """Every class begins with the first one's weights: one vector for all (UnicornMAML, Ye and Chao 2022)."""
+    """All rows begin as the first one: one vector for all classes (UnicornMAML, Ye and Chao 2022; method.md 2.8)."""
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))

@@ -18,8 +18,8 @@ from fewshot import norms
 class Network(nn.Module):
     """An encoder phi and a linear head (w, b): logits = w phi(x) + b.
 
-    All weights are drawn Kaiming-normal (fan in, gain sqrt 2) and all biases are zero, docs/method.md section 3; then
-    the head's weights are multiplied by init_scale, once. With own_weights the encoder keeps the weights it comes with.
+    Convolutions and linear layers start Kaiming-normal (fan in, gain sqrt 2), biases zero, docs/method.md section 3;
+    then the head's weights are multiplied by init_scale, once. With own_weights the encoder keeps its weights.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ def conv4_strided(
 ) -> Network:
     """Four strided convolutions, (B, channels, size, size) -> (B, K): method.md section 4; 64 features at size 28.
 
-    norm: of norms.norm; the paper has "batch".
+    norm: a kind of norms.norm; the paper has "batch".
     """
     layers: list[nn.Module] = []
     pixels = size
@@ -87,7 +87,7 @@ def conv4_pooled(
 ) -> Network:
     """Four pooled convolutions, (B, channels, size, size) -> (B, K): method.md section 5; 800 features at size 84.
 
-    norm: of norms.norm; the paper has "batch".
+    norm: a kind of norms.norm; the paper has "batch".
     norm_first: BatchNorm before ReLU, as in the Conv4 of Snell et al. 2017 and most others; the paper has it after.
     """
     layers: list[nn.Module] = []

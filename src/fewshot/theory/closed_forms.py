@@ -107,7 +107,7 @@ class AdaptedHead(NamedTuple):
     W: list[Tensor]  # W_0 .. W_N
     P: list[Tensor]  # P^(0) .. P^(N-1), (..., S, K)
     logits: Tensor  # (..., Q, K), Phi_Q W_N^T + b_N
-    Q: Tensor  # (..., Q, K)
+    Q: Tensor  # (..., Q, K), predictions of the queries after the last inner step
 
     @property
     def weight(self) -> Tensor:
@@ -140,7 +140,7 @@ class AdaptedHead(NamedTuple):
         return torch.stack([-(self.Q - self.T_Q) @ (self.T_S - P).mT for P in self.P])  # -(Q - T_Q) (T_S - P^(p))^T
 
     def explicit_loss(self, *, first_order: bool, noise: bool = True, interference: bool = True) -> Tensor:
-        """The contrastive loss that gives the features MAML's gradient after the inner steps (method.md 5).
+        """The contrastive loss that gives the features the gradient of MAML on cross entropy (method.md 5).
 
         L1 = mean_{q,s} eta [-sum_p c^(p)_qs] phi(s)^T phi(q), [..] held constant, and phi(s) too for first order;
         without noise c^(p)_qs is 1[t=u] - q_t. With interference L2 = mean_q sum_k [(q_k - 1[k=u]) w0_k]^T phi(q) is

@@ -24,8 +24,8 @@ class Features(NamedTuple):
     support_labels: Tensor  # (..., S), integers 0..K-1; classes may differ in size or be absent
     query: Tensor  # (..., Q, d), phi(q)
     query_labels: Tensor  # (..., Q)
-    weight: Tensor  # (K, d), of the head before the inner loop, the same for all tasks
-    bias: Tensor | None = None  # (K,)
+    weight: Tensor  # (K, d), W_0, the head before the inner loop, the same for all tasks
+    bias: Tensor | None = None  # (K,), b_0
 
     @classmethod
     def of(cls, network: Network, tasks: Task) -> "Features":
@@ -44,7 +44,7 @@ class Features(NamedTuple):
         return self.query_labels[..., :, None] == self.support_labels[..., None, :]
 
     def coefficients_without_noise(self, Q: Tensor) -> Tensor:
-        """1[t=u] - q_t of predictions Q (..., Q, K), (..., Q, S)."""
+        """1[t=u] - q_t, (..., Q, S), where q_t is an entry of the predictions Q, (..., Q, K)."""
         labels = self.support_labels.long().unsqueeze(-2).expand(*Q.shape[:-1], -1)
         return self.same_class().to(Q.dtype) - Q.gather(-1, labels)
 

@@ -24,7 +24,7 @@ from fewshot.training.outer_step import OuterStep
 
 
 def step_weights(steps: int, done: float) -> list[float]:
-    """v_1 .. v_N, what the query loss after each inner step counts: at first alike, at last the last one alone.
+    """v_1 .. v_N, the weight of the query loss after each inner step: equal at first, at last nearly all on the last.
 
     The annealing of MAML++ (Antoniou et al. 2019, section 4) as its code has it: straight lines, none below 0.03/N.
 
@@ -60,7 +60,7 @@ class MetaLearner(pl.LightningModule):
 
     @classmethod
     def from_config(cls, cfg: DictConfig, engine: str) -> "MetaLearner":
-        """The learner of a composed configuration; engine: cfg.engine, or what it has turned out to be."""
+        """The learner of a composed configuration; engine: cfg.engine, or the one that a continued run has."""
         choose = partial(choose_engine, asked=engine, tasks_at_once=cfg.tasks_at_once)
         evaluation, outer = Evaluation.from_config(cfg), OuterStep.from_config(cfg)
         return cls(Learner.from_config(cfg), choose=choose, evaluation=evaluation, outer=outer)
