@@ -25,7 +25,7 @@ from fewshot.predict.find import find
 log = logging.getLogger(__name__)
 
 FEATURE_TASKS = 32  # the first of the test tasks, on which features and predictions are measured, in float64
-GRADIENT_TASKS = 8  # and those of them whose second-order gradients are taken, again and again
+GRADIENT_TASKS = 8  # the first of these, on which gradients are taken, again and again
 MODEL = "checkpoint=RUN, the folder of a run, or an exported model's folder or name, as checkpoint=omniglot-5w1s-zero"
 
 COMMAND = Command(
@@ -73,7 +73,7 @@ def _settle(asked: argparse.Namespace) -> None:
 
 
 def _dataset(path: Path) -> list[str]:
-    """That of an exported model, so that its knobs, such as dataset.root, can be named in the call."""
+    """The override with an exported model's dataset, whose knobs, such as dataset.root, the call can then name."""
     from fewshot.config import stored  # pydantic takes a third of a second to import
 
     config = stored.read_yaml(path)

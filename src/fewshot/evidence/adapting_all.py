@@ -1,6 +1,6 @@
 """The split of FOMAML's gradient where the inner loop adapts everything, not the head alone (docs/method.md 2.9).
 
-By differentiation and the formula alone, apart from the program's own inner loop.
+It uses automatic differentiation and the formula, and not the program's own inner loop.
 
 Shapes: of one task, S support and Q query images, d features, K ways, N inner steps.
 """

@@ -29,7 +29,7 @@ FOLLOWING = ("dataset.name", "dataset.origin", "model.name")  # from the YAML fi
 
 
 def content(path: Path, asked: list[str]) -> dict[str, Any]:
-    """What training.checkpoint.read has of a checkpoint; its global_step is None where the folder does not tell it.
+    """What a test needs of a checkpoint, as training.checkpoint.read has it; global_step is None where it is not known.
 
     path: the model.safetensors of the folder; asked: the overrides of this call.
 
@@ -65,7 +65,7 @@ def call_of(config: dict[str, Any], asked: list[str], where: str) -> list[str]:
         _group("model", config["model"]["name"], asked, where, "model=module model.module={_target_: ...}"),
         *_algorithm(config["algo"].get("_target_")),
     ]
-    for resolved in (False, True):  # what follows from other knobs is named only where it does not follow from them
+    for resolved in (False, True):  # at last the knobs that refer to others, where that gives another value
         try:
             base: Any = OmegaConf.to_container(compose("config", call), resolve=resolved)
         except (HydraException, OmegaConfBaseException, ValueError) as error:

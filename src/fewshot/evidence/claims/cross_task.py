@@ -74,7 +74,7 @@ def section(evidence: page.Evidence) -> page.Section:
         for head, name in HEADS.items()
         if (of_head := evidence["cross_task"][head])
     ]
-    heads = ("the head a task meets", "accuracy less that from zero", "interference: cosine", "and size")
+    heads = ("the head a task meets", "accuracy less that from zero", "interference: cosine", "relative size")
     return page.Section(
         overline="Cross-task interference",
         claim="What the head keeps of one task hinders the next",
@@ -87,8 +87,9 @@ def section(evidence: page.Evidence) -> page.Section:
         "nothing.",
         tables=[page.Table(heads, rows)],
         note=f"Means over {evidence['tasks']['features']} tasks with 95% confidence intervals; the head alone adapts, "
-        "and the outer step has ρ = 1. Cosine and size of the interference term are to the contrastive term. A cosine "
-        "below zero says that the two work against each other: the inner loop has to undo what the head says.",
+        "and the outer step has ρ = 1. The cosine is that of the interference term and the contrastive term, the "
+        "relative size the norm of the former over that of the latter. A cosine below zero says that the two work "
+        "against each other: the inner loop has to undo what the head says.",
     )
 
 

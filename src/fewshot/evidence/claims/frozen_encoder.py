@@ -11,7 +11,7 @@ ORDERS = {"fomaml": True, "somaml": False}
 
 
 def measure(model: Model) -> page.Evidence:
-    """What it changes after N inner steps that the inner loop adapts all parameters and not the head alone.
+    """What changes after N inner steps if the inner loop adapts all parameters and not the head alone.
 
     fomaml, somaml: relative difference of the encoder's outer gradients; agree: share of the queries that get the same
     class.
@@ -84,7 +84,7 @@ def section(evidence: page.Evidence) -> page.Section:
 
 
 def verdict(evidence: page.Evidence) -> page.Verdicts:
-    """As many steps as the model was trained with would have one number for each model; 2 can be compared."""
+    """The verdict is on 2 steps, whatever the model was trained with, so that several models can be compared."""
     verdicts = {}
     for head, name in page.HEADS.items():
         apart = [evidence["frozen_encoder"][head]["2"][order] for order in ORDERS]

@@ -128,7 +128,7 @@ def bias_after_one_step(zero: Model) -> float | None:
 
 
 def _inner_gradients(zero: Model) -> list[dict[str, Tensor]]:
-    """Of the support loss of each task, by differentiation; by name."""
+    """The gradients of each task's support loss by the parameters' names, by automatic differentiation."""
     names, parameters = zip(*zero.network.named_parameters(), strict=True)
     supports = zip(zero.tasks.support, zero.tasks.support_labels, strict=True)
     losses = (F.cross_entropy(zero.network(images), labels) for images, labels in supports)

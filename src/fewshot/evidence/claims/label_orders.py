@@ -13,7 +13,7 @@ from fewshot.maml import sequential
 from fewshot.results import figures
 
 TASKS = 4  # the first of the tasks
-MOST = 120  # all orders of five labels; of more labels so many, drawn once
+MOST = 120  # orders: all of up to five labels; of more labels so many, always the same
 
 
 def orders(ways: int) -> torch.Tensor:
@@ -25,10 +25,10 @@ def orders(ways: int) -> torch.Tensor:
 
 
 def measure(model: Model) -> page.Evidence:
-    """Accuracy of the model on one task for every order of its labels, after the inner steps of training.
+    """Accuracy of the model on each of some tasks for every order of its labels, after the inner steps of training.
 
-    accuracies: of each of the tasks, (tasks, orders); apart: the largest difference of a prediction from the one with
-    the first order, when its classes are put back into it.
+    accuracies: (tasks, orders); spread, largest_spread: best less worst order of a task, mean and largest over tasks;
+    apart: the largest difference of a prediction from the one in the first order, its classes put back into that.
     """
     renamed = orders(len(model.features.weight))
     support, labels, query, query_labels = (field[:TASKS] for field in model.tasks)

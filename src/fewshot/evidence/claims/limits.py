@@ -104,8 +104,8 @@ def section(evidence: page.Evidence) -> page.Section:
     return page.Section(
         overline="Where it ends",
         claim="What does not hold",
-        lead="Statements that are in the paper, or easily read into it, and that its formulas do not bear out (§2.5, "
-        "§2.6), measured like the identities and on the same tasks; where it takes more than one inner step, with "
+        lead="These statements are in the paper, or easily read into it, and its formulas do not bear them out (§2.5, "
+        "§2.6). They are measured like the identities and on the same tasks; those about more than one inner step with "
         f"{evidence['coefficients']['inner_steps']}.",
         tables=[page.Table(("expected and found", "verdict"), rows, "statements")],
     )

@@ -21,7 +21,7 @@ STILL = page.Verdict("untested", "not tested: this model’s outer gradient is z
 
 
 def measure(model: Model) -> page.Evidence:
-    """The encoder takes a small SGD step on one task, for every task; how far and where its features move, by its rho.
+    """For every task the encoder takes a small SGD step; how far and where its features move, divided by rho.
 
     query, support: mean length of an image's motion; same_class, other_class: mean change of phi(q).phi(s);
     same_class_drawn, other_class_pushed: share of the pairs that it changes the right way; as_drawn: cosine of the

@@ -25,9 +25,9 @@ STEP: dict[str, Any] = {"marker": r"$\rightarrow$", "markeredgewidth": 0, "marke
 def measure(model: Model) -> page.Evidence:
     """Where an outer step moves the features of the first task, in the plane that shows most of their spread.
 
-    support, query: places (S, 2), (Q, 2). For each head and order "arrows" against the gradient, likewise; norm of the
-    support's and the query's gradient; and of all tasks the share of pairs (q, s) whose inner product the step, if
-    small, moves the right way: up within a class, down across.
+    support, query: places (S, 2), (Q, 2). For each head and order "arrows" against the gradient, likewise; and of all
+    tasks the mean norm of the support's and of the query's gradient, and the share of pairs (q, s) whose inner product
+    the step, if small, moves the right way: up within a class, down across.
     """
     features = model.features
     middle, plane, spread_shown = plane_of(features)
@@ -110,7 +110,7 @@ def panels(step: page.Evidence, rows: dict[str, page.Evidence], shown: page.Show
 
 
 def _moved(axes: Axes, places: np.ndarray, arrows: np.ndarray, labels: np.ndarray, scale: float, large: bool) -> None:
-    """Images at their places (I, 2), their class in colour and shape; arrows (I, 2) of 1/scale."""
+    """Images at their places (I, 2), their class in colour and shape; arrows (I, 2), drawn divided by scale."""
     for k in np.unique(labels):
         colour, marker = CLASSES[k % len(CLASSES)], MARKERS[(k + k // len(CLASSES)) % len(MARKERS)]
         x, y = places[labels == k].T
