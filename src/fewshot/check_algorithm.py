@@ -70,7 +70,7 @@ def _compared(order: str, loop: InnerLoop) -> bool:
     from fewshot.batched import engine as batched
     from fewshot.training.choose_engine import sequential_engine
 
-    ways = {
+    engines = {
         "engine=sequential": sequential_engine("check-algorithm").meta_gradient,
         "engine=batched": batched.meta_gradient,
         "engine=batched, one task at a time": partial(batched.meta_gradient, tasks_at_once=1),
@@ -82,11 +82,11 @@ def _compared(order: str, loop: InnerLoop) -> bool:
         for recompute in (False, True):
             one = replace(loop, zeroing=zeroing, recompute_steps=recompute)
             expected = _plain(network, tasks, one)
-            for way, meta_gradient in ways.items():
+            for engine, meta_gradient in engines.items():
                 network.zero_grad(set_to_none=True)
                 measured = meta_gradient(network, tasks, one)
                 gradients = {name: p.grad for name, p in network.named_parameters()}
-                said = way + ", zeroing" * zeroing + ", recompute_steps" * recompute
+                said = engine + ", zeroing" * zeroing + ", recompute_steps" * recompute
                 apart = _apart(expected, gradients | dict(enumerate((measured[0], *measured[2:]))), one)
                 largest = max(largest, *apart.values())
                 wrong += [f"{said}: {name} is {by:.1e} apart" for name, by in apart.items() if not by < TOLERANCE]

@@ -141,7 +141,7 @@ def plain_markdown(text: str) -> str:
 
 
 def _of_one_task(config: dict[str, Any]) -> bool:
-    """Then the split of the test is the one that it was trained on."""
+    """Whether it was trained on one task, which is of the test split."""
     return config["dataset"].get("tasks") == "one_task"
 
 

@@ -151,12 +151,12 @@ def test_grey_images_are_repeated_and_colours_become_their_luminance(photos, cac
 def test_which_models_take_other_ways():
     loop = InnerLoop(1, 0.1, first_order=True)
     both, on = ("zeroing_off", "zeroing_on"), ("zeroing_on",)
-    assert measure.heads(loop, 5, False, 5) == (both, "")
-    assert measure.heads(loop, 5, False, 4)[0] == measure.heads(loop, 5, False, 9)[0] == on
-    assert measure.heads(loop, 5, True, 9) == (both, "")
-    assert measure.heads(InnerLoop(1, 0.1, True, head="prototypes"), 5, False, 9) == (both, "")
-    assert measure.heads(InnerLoop(1, 0.1, True, adapted="encoder"), 5, False, 9)[0] == ()
-    assert measure.heads(InnerLoop(1, 0.1, True, learned_inner_lr=True), 5, True, 4)[0] == ()
+    assert measure.possible_modes(loop, 5, False, 5) == (both, "")
+    assert measure.possible_modes(loop, 5, False, 4)[0] == measure.possible_modes(loop, 5, False, 9)[0] == on
+    assert measure.possible_modes(loop, 5, True, 9) == (both, "")
+    assert measure.possible_modes(InnerLoop(1, 0.1, True, head="prototypes"), 5, False, 9) == (both, "")
+    assert measure.possible_modes(InnerLoop(1, 0.1, True, adapted="encoder"), 5, False, 9)[0] == ()
+    assert measure.possible_modes(InnerLoop(1, 0.1, True, learned_inner_lr=True), 5, True, 4)[0] == ()
 
 
 def test_places_are_split_at_the_names_of_datasets(monkeypatch):

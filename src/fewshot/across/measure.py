@@ -60,10 +60,10 @@ class Row:
         return {mode: Scores.of(accuracies) for mode, accuracies in self.tested.items()}
 
 
-def heads(loop: InnerLoop, rows: int, zero: bool, ways: int) -> tuple[tuple[str, ...], str]:
+def possible_modes(loop: InnerLoop, rows: int, zero: bool, ways: int) -> tuple[tuple[str, ...], str]:
     """The modes of the test in which a model can be tested with so many ways, and why not in the others.
 
-    rows: of its head; zero: whether they are all zero.
+    rows: how many its head has; zero: whether they are all zero.
     """
     if ways == rows:
         return tuple(MODES), ""
@@ -121,7 +121,7 @@ class Tester:
         """
         cfg, data, splits = setting.cfg, setting.cfg.dataset, self.images(setting)
         row = Row(data.name, setting.images, cfg.ways, cfg.shots)
-        modes, why = heads(self.model.learner.loop, self.model.config["ways"], self._zero, cfg.ways)
+        modes, why = possible_modes(self.model.learner.loop, self.model.config["ways"], self._zero, cfg.ways)
         if isinstance(splits, str) or not modes:
             return replace(row, left_out=splits if isinstance(splits, str) else why)
         try:

@@ -1,6 +1,6 @@
 """What a test on many datasets asks for: which datasets, and for each what a test of the model there is called with.
 
-Needs no torch.
+This file needs no torch.
 """
 
 import copy

@@ -218,7 +218,7 @@ class CosineSimilarity(Made, extra="forbid"):
 
 
 class Callbacks(Part, extra="allow"):
-    """And any of the user's own."""
+    """Those of this program, and any of the user's own."""
 
     __pydantic_extra__: dict[str, Made]
     zero_head: part(ZeroHead)

@@ -120,7 +120,7 @@ def _job_number(number: int | None) -> str:
 
 
 def _folder_name(root: Any) -> str:
-    """What a dataset in a folder or zip is called, as a name may be: after that folder or zip."""
+    """The name of a dataset in a folder or zip: that of the folder or zip, with - for what no name may have."""
     path = "" if root is None else os.path.abspath(os.path.expanduser(str(root)))
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(path).removesuffix(".zip"))[:100]
     return name.encode()[:170].decode(errors="ignore").strip("-.") or "folder"  # a file's name has 255 bytes at most

@@ -90,7 +90,7 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
 
 
 def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
-    """How inner_products.json says that they are distributed, at up to four moments of the training."""
+    """How the inner products in inner_products.json are distributed, at up to four moments of the training."""
     shots = config["shots"]  # the loss wants the sum over a class's support to be 1
     chosen = sorted({round(place) for place in np.linspace(0, len(content["updates"]) - 1, 4)})
     figure = Figure(figsize=(7, 0.8 + 1.5 * len(chosen)), layout="constrained")
@@ -116,7 +116,7 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
 
 
 def reliability(results: dict[str, Any], config: dict[str, Any]) -> Figure:
-    """How often predictions are right over how sure they are, after inner_steps; a dot for each bin, as large as it."""
+    """Accuracy over confidence of predictions after inner_steps; a dot for each bin, the larger the more queries."""
     step = min(config["inner_steps"], len(results["test"]["zeroing_off"]["accuracy"]) - 1)
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     for axes, (mode, (colour, marker, label)) in zip(figure.subplots(1, 2, sharey=True), DRAWN.items(), strict=True):

@@ -37,7 +37,7 @@ COUNTED = dict.fromkeys(("confidence", "accuracy"), many(many(optional(NUMBER)))
 CALIBRATION = form({"error": CURVE, "confidence": CURVE, "bins": form({"queries": many(many(integer(0)))} | COUNTED)})
 MODE = form({"accuracy": CURVE, "ci95": many(from_zero()), "calibration?": CALIBRATION})
 BY_MODE = dict.fromkeys(MODES, MODE)
-BY_STATISTICS = form({f"{words}?": form(BY_MODE) for words in STATISTICS})
+BY_STATISTICS = form({f"{whose}?": form(BY_MODE) for whose in STATISTICS})
 SCORES = form({"tasks": integer(2), **BY_MODE, "statistics?": BY_STATISTICS})
 RESULTS = form(
     {
@@ -227,7 +227,7 @@ def content(
     iterations: the outer updates that were done.
     """
     return {
-        **{split: _scores({words: splits[split] for words, splits in results.items()}) for split in ("test", "val")},
+        **{split: _scores({whose: splits[split] for whose, splits in results.items()}) for split in ("test", "val")},
         "iterations": iterations,
         "best_iteration": best_iteration,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -258,7 +258,7 @@ def _as_json(value: Any, indent: str = "") -> str:
 
 
 def validation_accuracy(results: dict[str, Any]) -> float:
-    """That of the best model after inner_steps, in the mode by which it was chosen; a search looks for the highest."""
+    """The best model's validation accuracy after inner_steps, in the mode that chose it; a search maximises it."""
     return results["val"][results["config"].get("select", "zeroing_off")]["accuracy"][results["config"]["inner_steps"]]
 
 
@@ -267,7 +267,7 @@ def _scores(results: dict[str, dict[str, Scores]]) -> dict[str, Any]:
         values = scores._asdict()
         return {name: value for name, value in values.items() if name != "tasks" and value is not None}
 
-    all_of_them = {words: {mode: written(s) for mode, s in modes.items()} for words, modes in results.items()}
+    all_of_them = {whose: {mode: written(s) for mode, s in modes.items()} for whose, modes in results.items()}
     first, *others = results
     tasks = next(iter(results[first].values())).tasks
     return {"tasks": tasks, **all_of_them[first], **({"statistics": all_of_them} if others else {})}
@@ -304,12 +304,12 @@ def show(results: dict[str, Any], folder: Path) -> None:
     shown = steps_that_matter(config, last)
     for step in shown:
         mark = "*" * (step == config["inner_steps"])
-        for words, scores in (several or {"": test}).items():
+        for whose, scores in (several or {"": test}).items():
             cells = (percent(scores[mode]["accuracy"][step], scores[mode]["ci95"][step]) for mode in MODES)
             errors = (
                 " ".join(f"{scores[mode]['calibration']['error'][step]:.4f}" for mode in MODES) if calibrated else ""
             )
-            table.add_row(f"{step}{mark}", *[words] * bool(several), *cells, *[errors] * calibrated)
+            table.add_row(f"{step}{mark}", *[whose] * bool(several), *cells, *[errors] * calibrated)
     console = rich.console.Console(color_system=None, width=80)
     with console.capture() as drawn:
         console.print(table)

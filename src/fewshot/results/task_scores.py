@@ -26,12 +26,12 @@ def write_tasks(folder: Path, tested: dict[str, dict[str, dict[str, Any]]]) -> N
     rows = csv.writer(text, lineterminator="\n")
     several = len(tested) > 1
     rows.writerow([*COLUMNS, *[STATISTICS] * several])
-    for words, splits in tested.items():
+    for whose, splits in tested.items():
         for split, modes in splits.items():
             for mode, accuracies in modes.items():
                 for position, steps in enumerate(accuracies.tolist()):
                     cells = ([split, position, mode, step, f"{value:.6g}"] for step, value in enumerate(steps))
-                    rows.writerows([*row, *[words] * several] for row in cells)
+                    rows.writerows([*row, *[whose] * several] for row in cells)
     write_file(folder / FILE, gzip.compress(text.getvalue().encode(), mtime=0))
 
 

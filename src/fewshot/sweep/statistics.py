@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
     @property
     def half_width(self) -> float:
-        """That of the interval to be believed: over both, or over tasks where there is one seed."""
+        """The half width of the interval to be believed: over both, or over tasks where there is one seed."""
         return self.over_tasks if np.isnan(self.over_both) else self.over_both
 
 

@@ -225,7 +225,7 @@ def _similarities(settings: list[Setting]) -> dict[str, list[dict[str, Any]]]:
                 try:
                     stored.check(str(path), content := stored.read_json(path), stored.SIMILARITIES)
                     matrices = [content[pairs] for pairs in ("query_support", "query_query")]
-                    sizes = {len(matrix) for each in matrices for matrix in each}
+                    sizes = {len(matrix) for of_pairs in matrices for matrix in of_pairs}
                     if {*map(len, matrices)} != {len(content["updates"])} or sizes != {setting.config["ways"]}:
                         raise UserError(f"{path}: must have a matrix of ways x ways for each of its updates")
                     recorded.setdefault(setting.label(), []).append(content)

@@ -44,7 +44,7 @@ def _is_row(value: Any) -> bool:
 
 
 def check_weights(where: str, weights: Any) -> None:
-    """Raises UserError where they are not {name: tensor}, all weights in the one precision of 32 or 64 bits.
+    """Raises UserError where they are not {name: tensor}, all weights of one type, float32 or float64.
 
     A network of one's own may have buffers of whole numbers.
     """
@@ -115,7 +115,7 @@ def read(path: str | Path, knob: str = "checkpoint") -> dict[str, Any]:
 
 
 def refuse_bombs(where: str, path: Path) -> None:
-    """Raises UserError where little could become much. where: how its line begins.
+    """Raises UserError where reading the file could take far more memory than its size. where: how its line begins.
 
     The file must be a zip of uncompressed entries, as torch's are, and of nothing beside them (another directory of
     entries, for example, that torch would read); its pickle may name what this program's checkpoints name.
@@ -135,9 +135,9 @@ def refuse_bombs(where: str, path: Path) -> None:
 
 
 def refuse_misfit(where: str, weights: dict[str, Tensor], trained: dict[str, Any], module: nn.Module) -> None:
-    """Raises UserError for the first tensor in which the weights are not those of the module, or NaN.
+    """Raises UserError where weights and module differ in a tensor's name or shape, or a number is not finite.
 
-    A buffer may be infinite, as the mask of an attention is.
+    A buffer may be infinite, as the mask of an attention is, but not NaN.
 
     where: how its line begins; trained: the configuration beside the weights.
     """

@@ -33,7 +33,7 @@ LARGE = 4_000_000  # numbers; on a CPU threads give so large a tensor's memory b
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to compute the numbers of maml/sequential.py, whose functions these four are called like."""
+    """One way to compute what maml/sequential.py computes; its functions are called like their namesakes there."""
 
     name: str  # sequential, or batched
     meta_gradient: Callable[..., tuple[Tensor, ...]]
@@ -44,15 +44,15 @@ class Engine:
 
     @contextmanager
     def one_line_out_of_memory(self, tasks: Task, remedy: str = "") -> Iterator[None]:
-        """Inside, an error for want of memory becomes a UserError that names the knob to lower.
+        """Inside, a lack of memory, or of a second derivative in torch, becomes a UserError that names the knob to set.
 
-        remedy: what may help besides, said first.
+        remedy: what may help against a lack of memory besides, said first.
         """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if re.search(r"derivative for \S+ is not implemented", str(error)):
-                second = "the second order needs a second derivative of the network, which torch has not"
+                second = "the second order needs a second derivative of the network, which torch lacks"
                 raise UserError(f"algo.first_order=false: {second} ({first_line(error)}); use true") from error
             wants_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not wants_memory and "can't allocate memory" not in str(error):
@@ -83,7 +83,7 @@ def batched_engine() -> Engine:
     return Engine("batched", *functions)
 
 
-def engine_to_predict(network: Network) -> Engine:
+def engine_to_predict(network: nn.Module) -> Engine:
     """The batched one, because learn2learn takes longer to import than predicting takes.
 
     The sequential one where learn2learn is there and a layer of the user's own may be beyond the batched one.
@@ -99,7 +99,7 @@ def _has_learn2learn() -> bool:
         return False
 
 
-def _only_torch(network: Network) -> bool:
+def _only_torch(network: nn.Module) -> bool:
     """Whether it is made of this program's and torch's own layers alone, which the batched engine can run."""
     return all(type(layer).__module__.startswith(("fewshot.", "torch.nn.modules.")) for layer in network.modules())
 
@@ -113,6 +113,9 @@ def choose_engine(
         asked: "sequential" (learn2learn, task after task), "batched" (all tasks at once) or "auto", by a rule that
             docs/performance.md has the measurements for; the gradients are the same.
         tasks_at_once: of the batched engine.
+
+    Raises:
+        UserError: the engine that was asked for cannot run the network, or learn2learn is not there for it.
     """
     device, name = trainer.strategy.root_device.type, asked
     if asked == "auto":
@@ -171,7 +174,7 @@ def _refused(engine: Engine, network: Network, loop: InnerLoop, trainer: "pl.Tra
 
 
 def _engine_on_a_cpu(network: Network, tasks_at_once: int | None, trainer: "pl.Trainer") -> tuple[str, str]:
-    """Which, and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
+    """The engine and why: batched, unless there is one task, or one at a time on one thread, or tensors are large."""
     data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     precision, numbers = trainer.precision_plugin, [0]
 

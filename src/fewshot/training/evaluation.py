@@ -45,7 +45,7 @@ class Evaluation:
         self, engine: Engine, network: Network, loop: InnerLoop, etas: Any, tasks: Task, *, final: bool
     ) -> Measured:
         """Tests the network on the tasks and leaves it as it is. final: by all statistics, as the final test does."""
-        # One computation for both modes where the head is zero already, or none begins the loop.
+        # One computation serves both modes where the head is zero already, or the network is prototypical.
         elsewhere = loop.makes_head or loop.overrides("start")  # the loop begins from another head than the network's
         zero = not elsewhere and not any(parameter.any() for parameter in network.head.parameters())
         evaluations = [loop.evaluation(self.steps, z) for z in ((True,) if zero or loop.distance else (False, True))]
@@ -58,8 +58,8 @@ class Evaluation:
                 values = engine.step_accuracies(network, tasks, evaluations, etas, asked).cpu()
         values = values.expand(-1, -1, self.steps + 1, *values.shape[3:])  # a prototypical network takes no step
         measured = {}
-        for words, modes in zip(asked, values.split(len(evaluations)), strict=True):
-            measured |= {(words, "zeroing_off"): modes[0], (words, "zeroing_on"): modes[-1]}
+        for whose, modes in zip(asked, values.split(len(evaluations)), strict=True):
+            measured |= {(whose, "zeroing_off"): modes[0], (whose, "zeroing_on"): modes[-1]}
         return measured
 
     def scores(self, chunks: Sequence[Measured]) -> dict[str, Scores]:
@@ -72,20 +72,20 @@ class Evaluation:
         Raises:
             UserError: some logits were not finite.
         """
-        for words in self.statistics:
-            measured = self._joined(chunks, words)
+        for whose in self.statistics:
+            measured = self._joined(chunks, whose)
             tested = {mode: values[..., 0] if self.calibration else values for mode, values in measured.items()}
             results = {mode: Scores.of(accuracies) for mode, accuracies in tested.items()}
             if what := diverged(results, inner_steps, "check dataset.mean and dataset.std"):
                 raise UserError(f"{split}_tasks={len(tested['zeroing_on'])}: {what}")
             for mode, values in measured.items() if self.calibration else ():
                 results[mode] = results[mode]._replace(calibration=calibration(values[..., 1:].unflatten(-1, (2, -1))))
-            self.tested.setdefault(words, {})[split] = tested
-            self.results.setdefault(words, {})[split] = results
+            self.tested.setdefault(whose, {})[split] = tested
+            self.results.setdefault(whose, {})[split] = results
 
     @staticmethod
-    def _joined(chunks: Sequence[Measured], words: str) -> dict[str, Tensor]:
-        return {mode: torch.cat([chunk[words, mode] for chunk in chunks]) for mode in MODES}
+    def _joined(chunks: Sequence[Measured], whose: str) -> dict[str, Tensor]:
+        return {mode: torch.cat([chunk[whose, mode] for chunk in chunks]) for mode in MODES}
 
 
 def _rated(logits: Tensor, labels: Tensor) -> Tensor:

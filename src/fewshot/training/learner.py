@@ -34,7 +34,7 @@ class Learner(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Learner":
-        """That of a composed configuration.
+        """The learner of a composed configuration.
 
         Raises:
             UserError: as inner_loop and check_network do.
@@ -46,10 +46,11 @@ class Learner(nn.Module):
 
 
 def inner_loop(cfg: DictConfig) -> InnerLoop:
-    """That of a composed configuration, of the class that algo._target_ names.
+    """The inner loop of a composed configuration, of the class that algo._target_ names.
 
     Raises:
-        UserError: it names no such class, or one that does not take what the configuration says.
+        UserError: it names no such class, or one that does not take what the configuration says; or probes=true cannot
+            measure it.
     """
     if (target := cfg.algo.get("_target_")) is None:
         return InnerLoop.of(cfg)
@@ -81,7 +82,7 @@ def inner_loop(cfg: DictConfig) -> InnerLoop:
 def check_network(network: Any, cfg: DictConfig) -> None:
     """Raises UserError where a network of the user's own is not an encoder and a head, and nothing else.
 
-    Also where evaluation.statistics=support, and it sees other queries elsewhere than in BatchNorm.
+    Also where evaluation.statistics=support, and the network mixes images in other layers than BatchNorm.
     """
     encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
     if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):

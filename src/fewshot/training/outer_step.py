@@ -58,7 +58,7 @@ class OuterStep:
             group["lr"] = rate
 
     def rates(self, done: int) -> list[float]:
-        """rho of each group of the optimizer that was made last."""
+        """rho after so many outer updates of each parameter group of the optimizer that was made last."""
         return [began / self.lr * self.rate(done) for began in self._began]
 
     def clip(self, optimizer: Optimizer, network: Network, zeroing: bool) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TASKS, BINS = 20, 120  # whose inner products are counted, and in how many
+TASKS, BINS = 20, 120  # the tasks whose inner products are counted, and the bins of the count
 
 
 class Record(pl.Callback):
@@ -107,7 +107,7 @@ class Record(pl.Callback):
         if validate:
             row |= self._evaluated("val", trainer, module, self.val_tasks)
             if self.probes:
-                probed = self._probed(trainer, module).items()  # of one query in a class, no other one is alike: NaN
+                probed = self._probed(trainer, module).items()  # NaN: one query in a class has no other of its class
                 row |= {f"probe/{name}": value for name, value in probed if not math.isnan(value)}
         self.rows.append(row)
         for logger in trainer.loggers:
@@ -229,7 +229,7 @@ class InnerProducts(Measurement):
         for tasks in trainer.datamodule.fixed("val", TASKS, shared=False):
             with precision.forward_context():
                 features = Features.of(module.network, precision.convert_input(tasks))
-            products = module.loop.inner_lr * features.query @ features.support.mT  # by the head's precision
+            products = module.loop.inner_lr * features.query @ features.support.mT  # in the head's precision
             for row, which in enumerate((features.same_class(), ~features.same_class())):
                 inside = products[which].float().cpu().clamp(*self.content["between"])
                 counts[row] += torch.histc(inside, BINS, *self.content["between"])

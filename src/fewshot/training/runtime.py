@@ -120,7 +120,8 @@ def prepare(*, seed: int, threads: int | None, accelerator: str, precision: str)
         logging.getLogger("fewshot").setLevel(logging.WARNING)
     # An earlier job of a sweep may have had another number.
     torch.set_num_threads(threads or max(1, THREADS // ranks.local_world_size()))
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # torch lets cuDNN
+    # Of these torch's default is True for cuDNN.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     pl.seed_everything(seed, workers=True, verbose=False)
     # Lightning advises on data loaders, logging intervals and srun; tasks are drawn in memory.
     for name in ("pytorch_lightning", "lightning_fabric"):
