@@ -198,9 +198,9 @@ def test_every_image_is_augmented_on_its_own_in_0_to_1_before_mean_and_std_are_a
         (augmentation.CenterCrop(8), "turns images of (3, 12, 12) into (3, 8, 8) torch.float32; use"),
         (torch.Tensor.byte, "turns images of (3, 12, 12) into (3, 12, 12) torch.uint8; use"),
         (augmentation.Normalize([0.5, 0.5], [1.0, 1.0]), "fails on images of (3, 12, 12) ("),
-        (augmentation.RandomMixUpV2(p=1.0), "turns an image into what others beside it make of it"),
-        (augmentation.RandomMixUpV2(p=0.5), "turns an image into what others beside it make of it"),
-        (lambda images: images - images.mean(), "turns an image into what others beside it make of it"),
+        (augmentation.RandomMixUpV2(p=1.0), "what becomes of an image depends on those beside it"),
+        (augmentation.RandomMixUpV2(p=0.5), "what becomes of an image depends on those beside it"),
+        (lambda images: images - images.mean(), "what becomes of an image depends on those beside it"),
     ],
     ids=["size", "type", "channels", "mixed", "seldom", "mean"],
 )

@@ -163,7 +163,7 @@ def test_boil_has_no_use_for_a_zeroed_head():
 def test_learned_rates_are_for_as_many_classes_as_they_were_learned_for():
     model = untrained("algo=metasgd")
     for ways in (2, 4):
-        line = f"^support: has {ways} classes, the model an inner_lr learned for each number of 3 rows; give 3$"
+        line = f"^support: has {ways} classes, but the model learned inner_lr for each weight of 3 rows; give 3$"
         with pytest.raises(UserError, match=line):
             predict(model, {str(way): images(1, way) for way in range(ways)}, images(1, 9))
 

@@ -36,7 +36,7 @@ REDUCED_ABOVE = 89_478_485
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 HEIC = (".heic", ".heif", ".hif")
 NOT_EVERYWHERE = (*HEIC, ".avif")  # whether these are images depends on what is installed
-# What makes the pixels.
+# The PNG chunks and the TIFF tags that make the pixels, and the JPEG segments that do not.
 PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 JPEG_LEFT_OUT = {0xFE, *range(0xE2, 0xEE), 0xEF}  # comments, and each APPn that is not JFIF, EXIF, XMP or Adobe
 TIFF_TAGS = {*range(254, 260), 262, 266, *range(273, 275), *range(277, 280), 284, 292, 293, 317, 320}
@@ -152,7 +152,7 @@ def square(image: Image.Image, *, size: int, channels: int, resample: Image.Resa
         image = _eight_bits(image, *black_and_white)
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black: show paper
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    if image.mode == "LAB":  # which Pillow makes grey of by no way of its own
+    if image.mode == "LAB":  # Pillow has no conversion from it to grey
         image = image.convert("RGB")
     image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
@@ -176,7 +176,7 @@ def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
 
 
 def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
-    """Pillow's own conversion cuts 16-bit grey off at 255 instead of scaling it."""
+    """Grey scaled to 8 bits; Pillow's own conversion would cut 16-bit grey off at 255."""
     span, numbers = abs(white - black), np.asarray(image).astype(np.int32)
     values = np.minimum(np.abs(numbers - black), span)
     grey = Image.fromarray(((values * 255 + span // 2) // span).astype(np.uint8))
@@ -186,7 +186,7 @@ def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Pillow brings the pixels of a PNG to 8 bits, but not the grey or the colour that is transparent."""
+    """Scales the transparent grey or colour of a PNG to 8 bits, to which Pillow scales only the pixels."""
     tiles: Any = getattr(image, "tile", ())
     raw, transparent = tiles[0][3] if tiles else None, image.info.get("transparency")
     if transparent is not None and raw in ("L;2", "L;4"):

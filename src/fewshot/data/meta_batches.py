@@ -28,7 +28,7 @@ EVALUATION_SEED = 0  # every run is validated and tested on the same tasks, what
 
 @dataclass(frozen=True)
 class MetaBatches:
-    """Yields `size` tasks at positions start(), start() + stride, ... below stop; fewer where stop is nearer.
+    """Yields `size` tasks from position start(), from start() + stride, ... below stop; fewer where stop is nearer.
 
     `start` is called when iteration begins, because a resumed run starts at the outer updates done, not at zero. There
     is no length: Lightning would end the epoch when the batches since the resumption reach it.
@@ -118,8 +118,8 @@ def augmentation(transforms: list[Callable[[Tensor], Tensor]], pixels: Tensor) -
             raise UserError(f"augment: turns images of {shape} into {turned}; use transforms that keep the shape")
         if not torch.equal(after[0], first):
             raise UserError(
-                "augment: turns an image into what others beside it make of it, or draws its random numbers "
-                "elsewhere than from torch; use transforms of each image alone"
+                "augment: what becomes of an image depends on those beside it, or on random numbers that torch did "
+                "not draw; use transforms of each image alone"
             )
     return augment
 
@@ -193,7 +193,7 @@ class TaskDataModule(pl.LightningDataModule):
         return [self.fixed("val", self.tasks["val"]), self.fixed("test", self.tasks["test"])]
 
     def fixed(self, split: str, tasks: int, shared: bool = True) -> MetaBatches:
-        """The first `tasks` tasks of the split's stream, the same in every run; shared: out over the ranks."""
+        """The first `tasks` tasks of the split's stream, the same in every run; shared: each rank gets a part."""
         ranks, rank = (self._attached.world_size, self._attached.global_rank) if shared else (1, 0)
         first, stop = tasks * rank // ranks, tasks * (rank + 1) // ranks
         size = self.tasks_at_once

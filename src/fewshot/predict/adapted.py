@@ -223,7 +223,7 @@ def with_ways(learner: Learner, ways: int, zeroing: bool) -> Learner:
         return learner
     if len(learner.etas):
         raise UserError(
-            f"support: has {ways} classes, the model an inner_lr learned for each number of {rows} rows; give {rows}"
+            f"support: has {ways} classes, but the model learned inner_lr for each weight of {rows} rows; give {rows}"
         )
     if ways > rows and not zeroing and learner.loop.head == "learned":
         remedy = (

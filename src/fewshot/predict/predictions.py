@@ -52,7 +52,7 @@ def predict(
 
     Args:
         model: from fewshot.load, or what it takes; adapts on the device that its learner is on.
-        support: {class: its images}, two classes or more, as many images as there are; class t has row t of the head.
+        support: {class: its images}, two classes or more, any number of images of each; class t has row t of the head.
         query: the images to classify. An image is a PIL image, a uint8 array (H, W[, 1|3|4]) or tensor (1|3|4, H, W),
             or the path or the bytes of a file.
         steps: inner steps; None: as in training.
