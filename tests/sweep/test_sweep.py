@@ -505,6 +505,28 @@ def test_a_sweep_with_a_job_that_failed_or_was_not_done_ends_so(config, tmp_path
         assert line in caplog.text
 
 
+def test_a_sweep_tells_its_own_jobs_from_those_of_an_earlier_call(main, config, tmp_path, capsys, monkeypatch):
+    """In one folder: an earlier job that failed is named, but is no failure of a call that would not run it again."""
+
+    def run(cfg, call):
+        if cfg.inner_lr == 1:
+            raise UserError("failed again")
+        make_run(call.folder / "made", cfg, accuracy=[0.2] * 4)
+        (call.folder / "made" / "results.json").rename(call.folder / "results.json")
+
+    monkeypatch.setattr(sys.modules["fewshot.train"], "run", run)
+    make_run(tmp_path / "inner_lr-1", config("inner_lr=1"), error="failed before\n")
+    place = f"hydra.sweep.dir={tmp_path}"
+    assert main("-m", "inner_lr=0.2", place) == 0
+    said = capsys.readouterr().out
+    remedy = f"their own values with {place} try them again, or remove their folders"
+    assert f"1 of other calls failed or unfinished; {remedy}:\ninner_lr-1: failed before" in said
+    assert "the same command" not in said
+    assert main("-m", "inner_lr=1", place) == 1
+    said = capsys.readouterr().out
+    assert "1 failed or unfinished; the same command" in said and "other calls" not in said
+
+
 def test_a_job_whose_folder_another_process_holds_is_one_line(main, tmp_path, capsys):
     with ranks.locked(tmp_path / "job"):
         ended = main("-m", "seed=0", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job", small=True)

@@ -35,7 +35,7 @@ from fewshot import files
 from fewshot.config.advice import not_composed
 from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import HELP, Command, how_to_go_on, one_line_errors
-from fewshot.config.tree import CONF, folder_of_run, given_overrides
+from fewshot.config.tree import CONF, folder_of_run, given_overrides, job_folder, key_of
 from fewshot.errors import UserError, first_line, one_line, shown
 from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
@@ -132,27 +132,49 @@ def _refuse(message: str) -> None:
 
 def refuse_sweep(config: DictConfig, config_name: str) -> None:
     """Raises UserError for the first job of the sweep that `refuse` refuses."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    check_overrides(arguments := [*params, *given_overrides(config.hydra)])
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    try:
-        parsed = parser.parse_overrides(arguments)
-        if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.BasicSweeper":
-            batches = BasicSweeper.split_arguments(parsed, config.hydra.sweeper.max_batch_size)
-            jobs = [job for batch in batches for job in batch]
-        else:  # a sweeper that picks values itself: each value once, beside the first of the other knobs
-            choices = [[f"{knob.get_key_element()}={value}" for value in _values(knob)] for knob in parsed]
-            jobs = [[*(first for first, *_ in choices), value] for values in choices for value in values]
-    except Exception as error:  # a range without an end, for example
-        raise UserError(one_line(f"{' '.join(arguments)}: is no sweep ({first_line(error)})")) from error
     seen: set[Any] = set()
-    for job in jobs:
+    for job in _jobs(config):
         # Composing takes time: of jobs that differ only in their seed one is tried, and one job with each seed.
         seeds = [override for override in job if override.startswith("seed=")]
         parts = {frozenset(job).difference(seeds), *seeds}
         if not parts <= seen:
             refuse(compose(config_name, job), job)
         seen |= parts
+
+
+def folders_of_jobs(config: DictConfig) -> set[str] | None:
+    """The names of the folders of a sweep's jobs; None: only the sweeper, or a subdir of one's own, knows them."""
+    written: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    if not _picks_no_values(config) or written["subdir"] != "${job_folder:${hydra.overrides.task}}":
+        return None
+    return {
+        job_folder([word for word in job if not key_of(word).startswith(("hydra.", "hydra/"))]) for job in _jobs(config)
+    }
+
+
+def _picks_no_values(config: DictConfig) -> bool:
+    """Whether the sweeper is Hydra's own, which takes every value."""
+    return config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.BasicSweeper"
+
+
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job; of a sweeper that picks values, each value once beside the first of the other knobs.
+
+    Raises:
+        UserError: the values are no sweep.
+    """
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    check_overrides(arguments := [*params, *given_overrides(config.hydra)])
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    try:
+        parsed = parser.parse_overrides(arguments)
+        if _picks_no_values(config):
+            batches = BasicSweeper.split_arguments(parsed, config.hydra.sweeper.max_batch_size)
+            return [job for batch in batches for job in batch]
+        choices = [[f"{knob.get_key_element()}={value}" for value in _values(knob)] for knob in parsed]
+        return [[*(first for first, *_ in choices), value] for values in choices for value in values]
+    except Exception as error:  # a range without an end, for example
+        raise UserError(one_line(f"{' '.join(arguments)}: is no sweep ({first_line(error)})")) from error
 
 
 def _values(override: Override) -> list[str]:

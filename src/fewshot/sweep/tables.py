@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from fewshot.config import stored
 from fewshot.config.command import one_line_errors
+from fewshot.config.hydra_call import folders_of_jobs
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import in_shell, write_file
@@ -44,32 +45,43 @@ class Summary(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         try:
             with one_line_errors():
-                conclude(Path(config.hydra.sweep.dir), self.panels, config.figures.format)
+                folder, own = Path(config.hydra.sweep.dir), folders_of_jobs(config)
+                conclude(folder, self.panels, config.figures.format, own)
         except Exception:  # Hydra would turn it into a warning and status 0
             traceback.print_exc()
             raise SystemExit(1) from None
 
 
-def conclude(folder: Path, panels: list[str], kind: str = "png") -> None:
+def conclude(folder: Path, panels: list[str], kind: str = "png", own: set[str] | None = None) -> None:
     """Summarises the sweep in `folder` and names the jobs that have no result.
 
+    own: the names of the folders of this call's jobs; None: all are.
+
     Raises:
-        SystemExit: status 1, there is such a job; or the line that says why nothing can be summarised.
+        SystemExit: status 1, such a job is one of this call; or the line that says why nothing can be summarised.
     """
     # read_jobs would leave out a failed job if another one with the same settings has finished.
     jobs = [job for path in sorted(folder.iterdir()) if path.is_dir() and (job := read_job(path))]
-    missing, complaint = [job for job in jobs if job.error or not job.results], None
+    without, complaint = [job for job in jobs if job.error or not job.results], None
+    missing = [job for job in without if own is None or job.folder.name in own]
     try:
         summarise([folder], folder, panels, kind)
     except UserError as error:
         complaint = str(error)
+    place = in_shell("hydra.sweep.dir", folder)
+    if others := [job for job in without if job not in missing]:
+        again = f"their own values with {place} try them again, or remove their folders"
+        log.warning(f"{len(others)} of other calls failed or unfinished; {again}:{_lines(others)}")
     if missing:
-        again = f"the same command with {in_shell('hydra.sweep.dir', folder)} tries them again"
-        unfinished = "unfinished; is another process at work on it?"
-        lines = "".join(f"\n{printable(f'{job.folder.name}: {job.error or unfinished}')}" for job in missing)
-        log.error(f"{len(missing)} failed or unfinished; {again}:{lines}")
+        again = f"the same command with {place} tries them again"
+        log.error(f"{len(missing)} failed or unfinished; {again}:{_lines(missing)}")
     if missing or complaint:
         raise SystemExit(complaint or 1)
+
+
+def _lines(jobs: list[Job]) -> str:
+    unfinished = "unfinished; is another process at work on it?"
+    return "".join(f"\n{printable(f'{job.folder.name}: {job.error or unfinished}')}" for job in jobs)
 
 
 def summarise(folders: list[Path], into: Path, panels: list[str], kind: str = "png") -> None:
