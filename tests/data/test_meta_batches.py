@@ -115,6 +115,7 @@ def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):
     main(["list", "dataset=glyphs", "dataset=folder", f"dataset.cache={cache}"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["dataset", "glyphs", "folder"]
     (tmp_path / "cifar100").mkdir()
+    (tmp_path / "cifar100" / "train").touch()
     main(["list", f"dataset.cache={tmp_path}"])
     ends = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()}
     assert ends["glyphs"] == "needs nothing" and ends["omniglot"] == ends["miniimagenet"] == "no"
@@ -164,9 +165,11 @@ def test_without_a_home_folder_datasets_are_listed_and_prepare_asks_for_a_cache(
         main(["prepare"])
 
 
-def test_a_download_that_failed_is_not_called_downloaded(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dataset", ["cifarfs", "miniimagenet"])
+def test_a_download_that_failed_is_not_called_downloaded(dataset, tmp_path, monkeypatch, capsys):
+    """Also where the place of its files could not be asked for, and nothing of them is there."""
     monkeypatch.setattr("fewshot.data.published.urlopen", raising(OSError("no network")))
     with pytest.raises(SystemExit, match=r"failed \(no network\)"):
-        main(["prepare", "dataset=cifarfs", f"dataset.cache={tmp_path}"])
-    main(["list", "dataset=cifarfs", f"dataset.cache={tmp_path}"])
+        main(["prepare", f"dataset={dataset}", f"dataset.cache={tmp_path}"])
+    main(["list", f"dataset={dataset}", f"dataset.cache={tmp_path}"])
     assert capsys.readouterr().out.rstrip().endswith(" no")

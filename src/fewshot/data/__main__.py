@@ -95,7 +95,9 @@ def _on_this_machine(data: DictConfig) -> str:
         if list(folder.glob(f"{stem}-*.json")):
             return f"prepared, {sum(file.stat().st_size for file in folder.glob(f'{stem}-*')) / 1e6:.0f} MB"
         archive = folder / data.get("archive", data.name)
-        if archive.is_dir() and not list(archive.glob(".*.part")):  # of a download that was interrupted
+        names = {path.name for path in archive.iterdir()} if archive.is_dir() else set()
+        interrupted = any(name.startswith(".") and name.endswith(".part") for name in names)
+        if any(not name.startswith(".") for name in names) and not interrupted:
             return "downloaded"
     return "no" if "root" in data else "needs nothing"
 
