@@ -41,6 +41,21 @@ def test_a_table_of_eleven_steps_is_folded_and_marks_inner_steps(results, caplog
     assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "2*", "3"] and "results.json" not in text
 
 
+def test_a_test_with_other_inner_steps_marks_those_of_the_training(results, caplog, tmp_path):
+    def marked():
+        axes = figures.accuracy_over_steps(results, results["config"]).axes[0]
+        return [line.get_xdata()[0] for line in axes.lines if line.get_label() == "inner_steps of training"]
+
+    results["config"]["trained"] = {"file": "best.ckpt", "inner_steps": 3}
+    text = shown(results, caplog, tmp_path)
+    assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "3*", "5", "10"] and "*: as many steps as in" in text
+    assert marked() == [3]
+    results["config"]["trained"] |= {"inner_steps": 12}  # more than the test has
+    text = shown(results, caplog, tmp_path)
+    assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "5", "10"] and "as in training" not in text
+    assert marked() == []
+
+
 def test_only_a_model_that_validation_chose_is_said_to_be_chosen(results, caplog, tmp_path):
     assert "model of iteration 6, chosen by validation with test zeroing off\n" in shown(results, caplog, tmp_path)
     results["config"] |= {"select": "zeroing_on", "trained": {"file": "best.ckpt", "select": "zeroing_off"}}

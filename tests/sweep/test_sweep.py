@@ -388,6 +388,20 @@ def test_results_of_other_lengths_than_their_settings_are_one_line(config, tmp_p
     assert re.search(r"short +\| failed +\| cannot be read .*val has no accuracy after inner_steps=2", said)
 
 
+def test_of_a_test_with_other_inner_steps_those_of_the_training_are_marked(config, tmp_path):
+    make_run(tmp_path / "run", config("inner_steps=3"), accuracy=[0.2, 0.3, 0.4, 0.5])
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["config"] |= {"fit": False, "trained": {"file": "best.ckpt", "inner_steps": 1}}
+    path.write_text(json.dumps(results))
+    settings = grouped.group(grouped.read_jobs([tmp_path]))
+    assert re.findall(r"[.\d]+\*", tables.as_markdown(settings, [])) == ["30.00*"] * 2
+    circled = [line for line in figures.sweep(settings).axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert [line.get_xdata()[0] for line in circled] == [1]
+    path.write_text(json.dumps(results | {"config": results["config"] | {"trained": {"inner_steps": "x"}}}))
+    assert "trained.inner_steps must be" in grouped.read_job(tmp_path / "run").error
+
+
 def jobs_of(experiment):
     """The overrides of every job of an experiment's own sweep."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

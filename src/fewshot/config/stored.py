@@ -116,6 +116,7 @@ CONFIG = form(
             | {"_target_?": must_be("null or a text", str | None)}
         ),
         "augment?": dict[str, Any],
+        "trained?": form(as_knobs(Config, "inner_steps?")),  # of a test: where its training was another
     }
 )
 MODEL = form({"algo": form(dict.fromkeys(("adapted", "head", "step_losses", "learned_inner_lr"), Any))})  # new keys

@@ -16,7 +16,7 @@ from fewshot.config import stored
 from fewshot.config.tree import MODES
 from fewshot.errors import printable
 from fewshot.files import write_file
-from fewshot.results.record_files import read_metrics, tested_on, title
+from fewshot.results.record_files import read_metrics, steps_of_training, tested_on, title
 
 OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
 CELLS = 40  # classes of a confusion matrix whose cells have room for numbers
@@ -51,7 +51,8 @@ def accuracy_over_steps(results: dict[str, Any], config: dict[str, Any]) -> Figu
         style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 3}
         axes.errorbar(steps, scores["accuracy"], scores["ci95"], label=label, **style)
     axes.set_xticks(steps)
-    axes.axvline(config["inner_steps"], color="grey", linewidth=0.8, linestyle=":", label="inner_steps of training")
+    if (trained := steps_of_training(config)) in steps:
+        axes.axvline(trained, color="grey", linewidth=0.8, linestyle=":", label="inner_steps of training")
     bars = f"bars: 95% confidence interval over {results['test']['tasks']} {tested_on(config)}"
     axes.set_title(f"{title(config)}\n{bars}", fontsize=10, parse_math=False)
     axes.axhline(1 / config["ways"], color="grey", linewidth=0.8, linestyle="--", label="chance")

@@ -107,9 +107,15 @@ def tested_on(config: dict[str, Any]) -> str:
     return "tasks of the split of its one task" if config["dataset"].get("tasks") == "one_task" else "test tasks"
 
 
+def steps_of_training(config: dict[str, Any]) -> int:
+    """The inner steps with which a model was trained; a test may have others as its inner_steps."""
+    return config.get("trained", {}).get("inner_steps", config["inner_steps"])
+
+
 def steps_that_matter(config: dict[str, Any], last: int) -> list[int]:
     """The steps among 0 .. last that a table shows; all of them if they are few."""
-    return [*range(last + 1)] if last < 5 else sorted({0, 1, config["inner_steps"], last})
+    matter = {0, 1, config["inner_steps"], min(steps_of_training(config), last), last}
+    return [*range(last + 1)] if last < 5 else sorted(matter)
 
 
 def announce(folder: Path, cfg: DictConfig) -> None:
@@ -301,9 +307,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     if calibrated:
         table.add_column("calibration error\noff and on", justify="right")
     last = len(test["zeroing_off"]["accuracy"]) - 1
-    shown = steps_that_matter(config, last)
+    shown, trained = steps_that_matter(config, last), steps_of_training(config)
     for step in shown:
-        mark = "*" * (step == config["inner_steps"])
+        mark = "*" * (step == trained)
         for whose, scores in (several or {"": test}).items():
             cells = (percent(scores[mode]["accuracy"][step], scores[mode]["ci95"][step]) for mode in MODES)
             errors = (
@@ -314,7 +320,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     with console.capture() as drawn:
         console.print(table)
     folded = f"; results.json has all {last + 1} steps" * (len(shown) <= last)
-    note = f"*: as many steps as in training. ±: 95% confidence interval over tasks{folded}"
+    marked = "*: as many steps as in training. " * (trained in shown)
+    note = f"{marked}±: 95% confidence interval over tasks{folded}"
     log.info("%s\n%s%s\nWritten to %s", heading, drawn.get(), note, folder)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 
 from fewshot.results.figures import DRAWN, MARKS, OFF, ON, STYLES, plain
-from fewshot.results.record_files import title
+from fewshot.results.record_files import steps_of_training, title
 from fewshot.sweep.settings import Setting, mean_and_ci95, panel_title
 
 COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
@@ -26,7 +26,7 @@ def sweep(settings: list[Setting]) -> Figure:
         for number, setting in enumerate(settings):
             values = setting.accuracies(mode)
             if len(values):
-                trained = setting.config["inner_steps"]
+                trained = steps_of_training(setting.config)
                 _accuracies(by_step, number, np.arange(values.shape[1]), values, label=setting.label())
                 if trained < values.shape[1]:
                     by_step.plot(trained, values.mean(axis=0)[trained], color=COLOURS[number % len(COLOURS)], **TRAINED)

@@ -20,7 +20,7 @@ from fewshot.config.hydra_call import folders_of_jobs
 from fewshot.config.tree import MODES, leaves
 from fewshot.errors import UserError, first_few, printable, shown
 from fewshot.files import in_shell, write_file
-from fewshot.results.record_files import percent, steps_that_matter, tested_on, title, write_csv
+from fewshot.results.record_files import percent, steps_of_training, steps_that_matter, tested_on, title, write_csv
 from fewshot.sweep.settings import OVER_SEEDS, Job, Setting, group, mean_and_ci95, read_job, read_jobs
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def as_markdown(settings: list[Setting], without: list[Job]) -> str:
         rows = []
         for setting, values in inside:
             cells = list(map(percent, *mean_and_ci95(values)))
-            if (trained := setting.config["inner_steps"]) < len(cells):
+            if (trained := steps_of_training(setting.config)) < len(cells):
                 cells[trained] += "*"
             shown = [cells[step] if step < len(cells) else "" for step in steps]
             rows.append([setting.label(), *shown, str(len(values))])
