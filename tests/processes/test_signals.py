@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 
 import pytest
 from conftest import HANG, halt_when, let_go, outcome, runner
@@ -150,6 +151,29 @@ def test_a_job_that_gets_no_further_is_put_back_twice(monkeypatch, tmp_path, sig
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("step", ["carry_out", "run"])  # before our own handler is there, and after
+def test_a_call_that_is_stopped_before_it_wrote_anything_leaves_no_folder(step, main, tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys.modules["fewshot.train"], step, stopped)
+    assert main(f"hydra.run.dir={tmp_path}/new/run", small=True) == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("signum", "files"), [(signal.SIGINT, ("metrics.csv",)), (signal.SIGUSR1, ())])
+def test_a_folder_with_results_or_of_a_job_in_the_queue_stays(signum, files, main, tmp_path, monkeypatch):
+    def stopped(cfg, call):
+        for name in files:
+            (call.folder / name).touch()
+        raise Stopped(signum)
+
+    monkeypatch.setattr(sys.modules["fewshot.train"], "run", stopped)
+    monkeypatch.setattr("fewshot.processes.signals._requeue", lambda: None)
+    assert main(f"hydra.run.dir={tmp_path}/new", small=True) == 128 + signum
+    assert (tmp_path / "new" / ".hydra" / "config.yaml").exists()
 
 
 def test_the_exit_status_names_the_signal_and_a_line_says_how_to_go_on(program, tmp_path):

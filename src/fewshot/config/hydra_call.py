@@ -36,10 +36,10 @@ from fewshot.config.advice import not_composed
 from fewshot.config.check import check_overrides, refuse
 from fewshot.config.command import HELP, Command, how_to_go_on, one_line_errors
 from fewshot.config.tree import CONF, folder_of_run, given_overrides, job_folder, key_of
-from fewshot.errors import UserError, first_line, one_line, shown
+from fewshot.errors import Stopped, UserError, first_line, one_line, shown
 from fewshot.files import at_home, claimed, escaped, override, user_path
 from fewshot.processes import ranks
-from fewshot.processes.signals import REQUEUED, Signals
+from fewshot.processes.signals import OF_SLURM, REQUEUED, Signals
 from fewshot.processes.surroundings import as_called, lenient
 
 
@@ -75,8 +75,8 @@ def hydra_command(
                 check_overrides(asked.overrides)
                 if not (asked.cfg or asked.info):
                     first(asked)
-        with composing():
-            run()
+            with composing(), nothing_left():
+                run()
 
     return main
 
@@ -262,21 +262,31 @@ def carry_out(cfg: DictConfig, run: Callable[[DictConfig, Call], float]) -> floa
 
 
 @contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    """Removes the folder that was made for this call, if it is refused before there is anything in it."""
+def nothing_left(folder: Path | None = None) -> Iterator[None]:
+    """Removes the folder that was made for this call, if it is refused or stopped before there is anything in it.
+
+    folder: of the run; None: the one that was made. A job that goes back into Slurm's queue goes on in it.
+    """
     try:
         yield
-    except (UserError, InstantiationException):
-        names = (".lock", ranks.RANKS_LOCK, REQUEUED, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
-        files = {path for path in folder.rglob("*") if not path.is_dir()}
-        if not ranks.rank() and folder in OutputFolder.made and files <= {folder / name for name in names}:
-            for path in files:
-                path.unlink()
-            folders = sorted(path for path in folder.rglob("*") if path.is_dir())
-            for place in (*reversed(folders), *OutputFolder.made):
-                with suppress(OSError):
-                    place.rmdir()
+    except (UserError, InstantiationException, Stopped, KeyboardInterrupt) as error:
+        folder = folder or next(iter(OutputFolder.made), None)
+        queued = isinstance(error, Stopped) and error.signum in OF_SLURM
+        if folder in OutputFolder.made and not (queued or ranks.rank()):
+            _remove_if_empty(folder)
         raise
+
+
+def _remove_if_empty(folder: Path) -> None:
+    names = (".lock", ranks.RANKS_LOCK, REQUEUED, "train.log", *(f".hydra/{name}.yaml" for name in RECORD))
+    files = {path for path in folder.rglob("*") if not path.is_dir()}
+    if files <= {folder / name for name in names}:
+        for path in files:
+            path.unlink()
+        folders = sorted(path for path in folder.rglob("*") if path.is_dir())
+        for place in (*reversed(folders), *OutputFolder.made):
+            with suppress(OSError):
+                place.rmdir()
 
 
 def record(folder: Path, cfg: DictConfig) -> None:
