@@ -129,6 +129,12 @@ def test_clones_searches_and_what_is_no_fit():
         ({}, {"a": images(2, 0)}, "ab", "images: a dict; give a list of images"),
         ({}, np.array(3), "ab", "images: a ndarray; give a list of images"),
         ({}, images(2, 0), ["a", None], "labels: cannot be sorted .*; give labels of one kind"),
+        (
+            {},
+            images(3, 0),
+            [1, "1", "2"],
+            "labels: texts and numbers, of which NumPy makes texts; give labels of one kind",
+        ),
         ({"model": None}, images(2, 0), "ab", "model=None: a NoneType; give a path, or a name as omniglot-5w1s-zero"),
         ({"zeroing": "no"}, images(2, 0), "ab", "test_zeroing=no: must be true or false"),
         ({"steps": 1.5}, images(2, 0), "ab", r"steps=1\.5: must be an integer of at least 1"),

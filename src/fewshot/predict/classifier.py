@@ -61,12 +61,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Adapts the model to the images of each class; what an earlier fit left is forgotten."""
         if labels is None:
             raise ValueError("requires y to be passed, but the target y is None: give a label for each image")
-        labels = column_or_1d(labels, warn=True)
+        given, labels = labels, column_or_1d(labels, warn=True)
         try:
             check_classification_targets(labels)
             classes, numbers = np.unique(labels, return_inverse=True)
         except TypeError as error:  # None beside text, for example
             raise UserError(f"labels: cannot be sorted ({error}); give labels of one kind") from None
+        each = np.array(given, dtype=object).ravel() if isinstance(given, list | tuple) else ()
+        if labels.dtype.kind == "U" and not all(isinstance(label, str) for label in each):
+            raise UserError("labels: texts and numbers, of which NumPy makes texts; give labels of one kind")
         if len(classes) < 2:
             raise ValueError(f"labels: {len(classes)} class; give images of at least 2 to choose between")
         model = self.model if isinstance(self.model, Pretrained) else load(self.model, trust=self.trust)
