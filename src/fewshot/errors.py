@@ -76,6 +76,11 @@ def first_few(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def of_extra(extra: str, package: str) -> str:
+    """A package that may not be there, and how it is installed, in a checkout and elsewhere."""
+    return f"{package}; uv sync --extra {extra}, or pip install {package}"
+
+
 def nearest(key: str, known: set[str]) -> str:
     """What to try in place of a key that is not known."""
     close = get_close_matches(key, known, n=1)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG, composed
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -309,6 +311,25 @@ VALUES = st.one_of(
     st.floats().map(str),
     st.text("az09_.,:=+-~/\\[]{}()'\"$ \u00e9\n\t", max_size=8),
 )
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "plugin", "line"),
+    [
+        (
+            "hydra/launcher=slurm",
+            "launcher",
+            "submitit_slurm",
+            "uv sync --extra cluster, or pip install hydra-submitit",
+        ),
+        ("experiment=search", "sweeper", "optuna", "uv sync --extra optuna, or pip install hydra-optuna-sweeper"),
+    ],
+)
+def test_a_plugin_of_hydra_that_is_not_installed_is_named_with_its_extra(call, kind, plugin, line, monkeypatch):
+    Plugins.instance()  # has read those that are installed
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"][kind], f"{plugin}.yaml", raising=False)
+    with pytest.raises(UserError, match=f"^hydra/{kind}={plugin}: needs hydra-.*; {line}"):
+        advice.configuration([call])
 
 
 @st.composite

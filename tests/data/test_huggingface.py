@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_said_in_one_line_without_a_word_of_the_hubs(load
         with pytest.raises(UserError, match=r"must be hf://ORG/NAME or hf://ORG/NAME@REVISION$"):
             load(address)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the library datasets; install fewshot\[datasets\], in a checkout by"):
+    with pytest.raises(UserError, match=r"needs the library datasets; uv sync --extra datasets, or pip install d"):
         load("hf://lab/birds")
 
 

@@ -288,5 +288,6 @@ def test_what_is_left_out_is_counted(root, tmp_path, caplog, monkeypatch):
     [line] = [record.getMessage() for record in caplog.records]
     assert line == (
         f"dataset.root={root}: 5 files are left out, no images by their names or in no class: "
-        "2 .heic, 1 .png, 1 without ending, 1 .txt; with pillow-heif installed (fewshot[heic]) HEIC is read"
+        "2 .heic, 1 .png, 1 without ending, 1 .txt; "
+        "HEIC needs pillow-heif; uv sync --extra heic, or pip install pillow-heif"
     )

@@ -263,7 +263,7 @@ def test_without_the_library_a_line_says_how_to_get_it(monkeypatch):
     with pytest.raises(UserError) as stop:
         fewshot.load("hf://lab/model")
     assert str(stop.value) == (
-        "model=hf://lab/model: needs huggingface_hub; install fewshot[hub], in a checkout by uv sync --extra hub"
+        "model=hf://lab/model: needs huggingface_hub; uv sync --extra hub, or pip install huggingface_hub"
     )
 
 

@@ -14,9 +14,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from fewshot.config.check import ADDED, check, check_overrides, knobs
 from fewshot.config.help import files
 from fewshot.config.tree import CONF, GROUPS, key_of
-from fewshot.errors import UserError, first_line, nearest, one_line
+from fewshot.errors import UserError, first_line, nearest, of_extra, one_line
 
 Composed = Callable[[list[str]], DictConfig]  # makes a configuration of a call's overrides
+
+PLUGINS = {  # of Hydra, that may not be installed: the extra and the package
+    "optuna": ("optuna", "hydra-optuna-sweeper"),
+    "submitit_slurm": ("cluster", "hydra-submitit-launcher"),
+}
 
 
 def configuration(overrides: list[str]) -> DictConfig:
@@ -44,8 +49,11 @@ def not_composed(error: Exception, overrides: list[str], composed: Composed) -> 
     """
     text = str(error)
     of_run = any(key_of(word) == "checkpoint" for word in overrides)  # whose call is read later
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    group, _, name = (missing or "").rpartition("/")
+    if name in PLUGINS:
+        return UserError(f"{group}={name}: needs {of_extra(*PLUGINS[name])}")
+    if isinstance(error, MissingConfigException) and missing and error.options:
         choices = {choice for choice in error.options if not choice.startswith("shared/")}
         again = "; a file of your own needs its folder in this call too, --config-dir=FOLDER" * of_run
         return UserError(f"{group}={name}: no such choice; {nearest(name, choices)}{again}")

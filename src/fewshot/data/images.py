@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from fewshot.data.cache import LazySplit
 from fewshot.data.folder_or_zip import Source
-from fewshot.errors import UserError, first_few, one_line
+from fewshot.errors import UserError, first_few, of_extra, one_line
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def tell_left_out(where: str, source: Source, used: Collection[str]) -> None:
     endings = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in rest)
     counts = [f"{number} {ending}" for ending, number in endings.most_common()]
     known = not any(ending in HEIC for ending in endings) or is_image(HEIC[0])
-    remedy = "" if known else "; with pillow-heif installed (fewshot[heic]) HEIC is read"
+    remedy = "" if known else f"; HEIC needs {of_extra('heic', 'pillow-heif')}"
     log.warning(
         "%s: %d file%s left out, no images by their names or in no class: %s%s",
         *(where, len(rest), "s are" if len(rest) > 1 else " is", first_few(counts, 5), remedy),

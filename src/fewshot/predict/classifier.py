@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fewshot.errors import UserError
+from fewshot.errors import UserError, of_extra
 from fewshot.predict.adapted import Adapted, adapt
 from fewshot.predict.predictions import Predictions
 from fewshot.predict.pretrained import Picture, Pretrained, load, stacked
@@ -16,9 +16,7 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 except ImportError:
-    raise UserError(
-        "fewshot.FewShotClassifier: needs scikit-learn; uv sync --extra sklearn, or pip install scikit-learn"
-    ) from None
+    raise UserError(f"fewshot.FewShotClassifier: needs {of_extra('sklearn', 'scikit-learn')}") from None
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -61,20 +59,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Adapts the model to the images of each class; what an earlier fit left is forgotten."""
         if labels is None:
             raise ValueError("requires y to be passed, but the target y is None: give a label for each image")
-        given, labels = labels, column_or_1d(labels, warn=True)
+        column = column_or_1d(labels, warn=True)
         try:
-            check_classification_targets(labels)
-            classes, numbers = np.unique(labels, return_inverse=True)
+            check_classification_targets(column)
+            classes, numbers = np.unique(column, return_inverse=True)
         except TypeError as error:  # None beside text, for example
             raise UserError(f"labels: cannot be sorted ({error}); give labels of one kind") from None
-        each = np.array(given, dtype=object).ravel() if isinstance(given, list | tuple) else ()
-        if labels.dtype.kind == "U" and not all(isinstance(label, str) for label in each):
+        each = np.array(labels, dtype=object).ravel() if isinstance(labels, list | tuple) else ()
+        if column.dtype.kind == "U" and not all(isinstance(label, str) for label in each):
             raise UserError("labels: texts and numbers, of which NumPy makes texts; give labels of one kind")
         if len(classes) < 2:
             raise ValueError(f"labels: {len(classes)} class; give images of at least 2 to choose between")
         model = self.model if isinstance(self.model, Pretrained) else load(self.model, trust=self.trust)
         pixels = stacked("images", model.preprocess, images)
-        check_consistent_length(pixels, labels)
+        check_consistent_length(pixels, column)
         support = {label: list(pixels[numbers == number]) for number, label in enumerate(classes.tolist())}
         self.adapted_: Adapted = adapt(
             model, support, steps=self.steps, test_zeroing=self.zeroing, statistics=self.statistics

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from fewshot.errors import UserError
+from fewshot.errors import UserError, of_extra
 from fewshot.files import CARD, EXPORTED, EXPORTED_CONFIG, REPOSITORY, REVISION, SCHEME, is_regular
 
 MEBIBYTE = 2**20
@@ -71,9 +71,7 @@ def _library(where: str) -> ModuleType:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(
-            f"{where}: needs huggingface_hub; install fewshot[hub], in a checkout by uv sync --extra hub"
-        ) from None
+        raise UserError(f"{where}: needs {of_extra('hub', 'huggingface_hub')}") from None
     return huggingface_hub
 
 

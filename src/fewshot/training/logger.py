@@ -8,7 +8,7 @@ from hydra.utils import get_class, instantiate
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from fewshot.config.tree import MODES, settings
-from fewshot.errors import UserError, reason_of
+from fewshot.errors import UserError, of_extra, reason_of
 from fewshot.training import wandb_run
 from fewshot.training.resume import Start
 
@@ -35,7 +35,8 @@ def logger_of(start: Start) -> Logger | bool:
         hasattr(logger, "experiment")  # which TensorBoard makes only now, and W&B
     except Exception as error:  # whatever the class and its arguments make of it
         reason, package = reason_of(error), config._target_.rsplit(".", 1)[-1]
-        extra = "; uv sync --extra tensorboard" if package == "TensorBoardLogger" and "tensorboard" in reason else ""
+        lacks = package == "TensorBoardLogger" and "tensorboard" in reason
+        extra = f"; it needs {of_extra('tensorboard', 'tensorboard')}" * lacks
         raise UserError(f"logger._target_={config._target_}: cannot be made ({reason}){extra}") from None
     if not isinstance(logger, Logger):
         raise UserError(f"logger._target_={config._target_}: must be a pytorch_lightning.loggers.Logger")

@@ -18,7 +18,7 @@ from fewshot.data.folder_or_zip import Source, plain_text, read_file
 from fewshot.data.images import read_splits
 from fewshot.data.sources.folder import SPELLINGS, Files, check_left, split_classes, with_enough
 from fewshot.data.task import Split
-from fewshot.errors import UserError, first_few, one_line
+from fewshot.errors import UserError, first_few, of_extra, one_line
 from fewshot.files import REPOSITORY, REVISION, SCHEME, user_path
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ def _tables(root: str, where: str, subset: str | None) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        remedy = "install fewshot[datasets], in a checkout by uv sync --extra datasets"
-        raise UserError(f"{where}: needs the library datasets; {remedy}") from None
+        raise UserError(f"{where}: needs the library {of_extra('datasets', 'datasets')}") from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     address = re.fullmatch(rf"{SCHEME}({REPOSITORY})(?:@({REVISION}))?", root, re.ASCII)
