@@ -180,6 +180,10 @@ def test_places_are_split_at_the_names_of_datasets(monkeypatch):
             ["datasets=glyphs", "inner_lr=1"],
             r"inner_lr=1: with datasets= only test_tasks, .* may be given; leave it out",
         ),
+        (
+            ["datasets=mine", "--config-dir=FOLDER"],
+            r"--config-dir=FOLDER: datasets= takes those that come with this program; .* dataset=NAME .*",
+        ),
         (["datasets=glyphs,glyphs"], r"datasets=glyphs,glyphs: two are called glyphs; .*"),
         (["datasets=glyphs", "ways=5,x"], r"ways=x: must be an integer of at least 2"),
         (["datasets=folder:nowhere"], r"dataset.root=nowhere: no such file or folder; .*"),

@@ -2,12 +2,16 @@
 
 import csv
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import outcome, rows
 from torch.utils.tensorboard import SummaryWriter
 
+from fewshot.errors import UserError
 from fewshot.training.checkpoint import read
+from fewshot.training.logger import logger_of
 
 RATES = "+callbacks.rates._target_=pytorch_lightning.callbacks.LearningRateMonitor"
 KNOBS = ("schedule=multistep", "milestones=[1]", "val_every=2", "test_tasks=2", "trainer.log_every_n_steps=1", RATES)
@@ -101,3 +105,13 @@ def test_what_cannot_be_made_is_one_line(main, tmp_path, knobs, line):
     ended = main("logger=none", *knobs, f"hydra.run.dir={tmp_path / 'run'}", small=True)
     assert isinstance(ended, str) and re.match(re.escape(line), ended) and "\n" not in ended
     assert not (tmp_path / "run").exists()
+
+
+def test_without_tensorboard_a_line_says_how_it_is_installed(config, tmp_path, monkeypatch):
+    def absent(*args, **knobs):
+        raise ModuleNotFoundError("No module named 'tensorboard'")
+
+    monkeypatch.setattr("fewshot.training.logger.instantiate", absent)
+    start: Any = SimpleNamespace(cfg=config("logger=tensorboard"), rows=[], folder=tmp_path)
+    with pytest.raises(UserError, match="; it needs tensorboard; uv sync --extra tensorboard, or pip install tensorb"):
+        logger_of(start)
