@@ -153,12 +153,12 @@ def test_a_job_that_gets_no_further_is_put_back_twice(monkeypatch, tmp_path, sig
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("step", ["carry_out", "run"])  # before our own handler is there, and after
+@pytest.mark.parametrize("step", ["escaped", "lenient", "record"])  # the folder was just made; Python's handler; ours
 def test_a_call_that_is_stopped_before_it_wrote_anything_leaves_no_folder(step, main, tmp_path, monkeypatch, capsys):
     def stopped(*args):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(sys.modules["fewshot.train"], step, stopped)
+    monkeypatch.setattr(f"fewshot.config.hydra_call.{step}", stopped)
     assert main(f"hydra.run.dir={tmp_path}/new/run", small=True) == 130
     assert "stopped by SIGINT" in capsys.readouterr().err and not (tmp_path / "new").exists()
 

@@ -198,7 +198,8 @@ class OutputFolder(Callback):
     made: ClassVar[list[Path]] = []  # folders that were not there before this call, the run's first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with one_line_errors():
+        OutputFolder.made = []
+        with one_line_errors(), nothing_left():
             if config.checkpoint is not None:
                 user_path("checkpoint", config.checkpoint)  # before a folder is named after it
             refuse(_job(config, config.hydra.run.dir), given_overrides(config.hydra))
@@ -210,7 +211,8 @@ class OutputFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
         """Every job is looked at before the first one starts."""
-        with one_line_errors():
+        OutputFolder.made = []
+        with one_line_errors(), nothing_left():
             if ranks.launcher():
                 raise UserError(
                     f"{ranks.launcher()}: a sweep starts the processes of its jobs itself; use {as_called('train')} -m "
