@@ -65,8 +65,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             classes, numbers = np.unique(column, return_inverse=True)
         except TypeError as error:  # None beside text, for example
             raise UserError(f"labels: cannot be sorted ({error}); give labels of one kind") from None
-        each = np.array(labels, dtype=object).ravel() if isinstance(labels, list | tuple) else ()
-        if column.dtype.kind == "U" and not all(isinstance(label, str) for label in each):
+        originals = np.array(labels, dtype=object).ravel() if isinstance(labels, list | tuple) else ()
+        if column.dtype.kind == "U" and not all(isinstance(label, str) for label in originals):
             raise UserError("labels: texts and numbers, of which NumPy makes texts; give labels of one kind")
         if len(classes) < 2:
             raise ValueError(f"labels: {len(classes)} class; give images of at least 2 to choose between")
