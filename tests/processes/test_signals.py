@@ -159,7 +159,11 @@ def test_a_call_that_is_stopped_before_it_wrote_anything_leaves_no_folder(step, 
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(f"fewshot.config.hydra_call.{step}", stopped)
-    assert main(f"hydra.run.dir={tmp_path}/new/run", small=True) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    try:
+        assert main(f"hydra.run.dir={tmp_path}/new/run", small=True) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped by SIGINT" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
