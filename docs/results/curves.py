@@ -77,22 +77,29 @@ def final_tests(runs: list[Setting], knob: str = "") -> str:
 def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure:
     """The test curve of each setting with the head as it is and with the head zeroed for the test alone.
 
+    First and second order stand side by side.
+
     shown: the lowest and the highest accuracy that the figure shows.
     """
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for setting, colour in zip(runs, COLOURS, strict=False):
-        for mode, line in LINES.items():
-            _, updates, curve = setting.curve(mode)
-            label = f"{setting.label()}, {DRAWN[mode][-1]}"
-            axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
-    step = runs[0].config["inner_steps"]
-    axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=shown)
+    orders = list(dict.fromkeys(setting.loop.first_order for setting in runs))
+    figure = Figure(figsize=(3.6 + 4.4 * len(orders), 4.2), layout="constrained")
+    step, shots = runs[0].config["inner_steps"], runs[0].config["shots"]
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
-    axes.set_title(f"FOMAML, Omniglot 5-way {runs[0].config['shots']}-shot, {over}", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    plain(axes)
+    panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
+    for axes, first_order in zip(panels, orders, strict=True):
+        of_order = (setting for setting in runs if setting.loop.first_order == first_order)
+        for setting, colour in zip(of_order, COLOURS, strict=False):
+            for mode, line in LINES.items():
+                _, updates, curve = setting.curve(mode)
+                label = f"{setting.label(without=['algo.first_order'])}, {DRAWN[mode][-1]}"
+                axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
+        axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=shown)
+        name = "FOMAML" if first_order else "SOMAML"
+        axes.set_title(f"{name}, Omniglot 5-way {shots}-shot, {over}", fontsize=10, loc="left")
+        axes.label_outer()
+        plain(axes)
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
