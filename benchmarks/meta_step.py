@@ -76,7 +76,7 @@ def count(setting: Setting, machine: Machine) -> tuple[int, int]:
     network, tasks = setting.start(machine.device)
     with FlopCounterMode(display=False) as flops:
         peers.sequential(network, Task(*(field[:1] for field in tasks)), **setting.knobs)
-    with Traffic() as traffic, mock.patch.object(batched, "rows", return_value=False):
+    with Traffic() as traffic, mock.patch.object(batched, "tasks_in_a_row", return_value=False):
         peers.batched(network, tasks, **setting.knobs, execute=one_by_one)
     return flops.get_total_flops() * setting.tasks, traffic.bytes
 
@@ -172,7 +172,7 @@ def enter(name: str, setting: Setting, machine: Machine) -> tuple[Callable, int,
         peak = peak or cpu_peak
         if name == "batched" and not machine.on_gpu:  # the profiler does not see its threads
             alone = partial(Torch, ENGINES[name], network, tasks, **setting.knobs, execute=one_by_one)
-            with mock.patch.object(batched, "rows", return_value=False):  # all tasks at once, as on a GPU
+            with mock.patch.object(batched, "tasks_in_a_row", return_value=False):  # all tasks at once, as on a GPU
                 kernels, _ = launches(alone(), machine)
             together = batched.tasks_of_a_pass(network, tasks)
             peak = launches(alone(tasks_at_once=together), machine)[1] * torch.get_num_threads()

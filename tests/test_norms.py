@@ -52,7 +52,7 @@ def test_every_engine_normalises_as_the_arithmetic_does(engine, monkeypatch):
     network, tasks = example()
     how = {"tasks_at_once": 1} if engine == "one at a time" else {}
     if engine == "side by side":
-        monkeypatch.setattr(batched, "rows", lambda x: False)
+        monkeypatch.setattr(batched, "tasks_in_a_row", lambda x: False)
     if engine == "vmap":
         monkeypatch.setattr(batched, "in_a_row", refused)
     modes = evaluations(inner_lr=0.1, steps=2, zeroing=(False, True))
@@ -84,7 +84,7 @@ def test_the_outer_gradient_through_a_norm_is_that_of_the_arithmetic(norm, width
     for how in ways.values():
         assert_close(meta_gradient(batched, network, tasks, **knobs, **how)[0], expected, 1e-10)
     assert_close(meta_gradient(sequential, network, tasks, **knobs, recompute_steps=True)[0], expected, 1e-10)
-    monkeypatch.setattr(batched, "rows", lambda x: False)
+    monkeypatch.setattr(batched, "tasks_in_a_row", lambda x: False)
     assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)
     monkeypatch.setattr(batched, "SideBySide", refused)
     assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)

@@ -90,7 +90,7 @@ def test_features_of_length_one_lie_side_by_side_too(build, monkeypatch):
     expected, _ = gradient(tasks_at_once=1)
     monkeypatch.setattr(batched, "vmap", None)
     for in_rows in (True, False):
-        monkeypatch.setattr(batched, "rows", lambda x, in_rows=in_rows: in_rows)
+        monkeypatch.setattr(batched, "tasks_in_a_row", lambda x, in_rows=in_rows: in_rows)
         ours, _ = gradient(tasks_at_once=3)
         assert_close(of_encoder(ours), of_encoder(expected), 1e-10)
 
