@@ -1,4 +1,4 @@
-"""An outer gradient without an inner loop: the explicit loss that the theory says MAML minimises (docs/method.md 5).
+"""An outer gradient without an inner loop: that of the explicit loss, by the theory MAML's own (docs/method.md 5).
 
 Shapes: B tasks, S support and Q query images per task, d features, K ways.
 """
@@ -20,9 +20,9 @@ def meta_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Adds the explicit loss's gradient to the encoder's .grad, and the head's first-order gradient to the head's.
 
-    With noise and interference it is head-only MAML's outer gradient in first order (method.md 2.4); in second order
-    it is that only for one inner step from a head of equal rows. InnerLoop refuses eta and step_weights here. Returns
-    the query loss and the query accuracy after the last inner step, (B,) each.
+    With noise and interference it is head-only MAML's outer gradient in first order (method.md 2.4). In second order
+    the encoder's part is, for one inner step from a head of equal rows alone (2.5). InnerLoop refuses eta and
+    step_weights here. Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []
     terms = {"noise": bool(loop.noise), "interference": bool(loop.interference)}

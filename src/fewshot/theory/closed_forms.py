@@ -65,7 +65,7 @@ def closed_form_gradients(
 def contrastive_coefficients(
     features: Features, *, inner_lr: float, inner_steps: int, loss: str = "cross_entropy"
 ) -> Tensor:
-    """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step moves phi(q) toward phi(s) (2.3).
+    """C^(p) for p = 0 .. N-1, (N, ..., Q, S): where c^(p)_qs > 0, a descent step adds some phi(s) to phi(q) (2.3).
 
     c^(p)_qs = sum_j q_j s^(p)_j - s^(p)_u - q_t + 1[t=u], t and u the labels of s and q; 1[t=u] - q_t without noise.
     Within a class it is never negative, with noise or without (2.12): (1 - q_u)(1 - s_u) + sum_{j != u} q_j s_j.

@@ -81,10 +81,10 @@ def section(evidence: page.Evidence) -> page.Section:
         lead="Where the head is not zeroed it keeps what outer steps have written into it, and the next task meets it "
         "as interference (§2.7). Does that help or hinder? So a zeroed head takes one outer step on a task. Then the "
         "same task meets it, and another one does.",
-        theorem="An outer step of SGD adds ρ E(1[k=u] − q_{k}) φ(q) to row k: the head stores query features of the "
-        "class that was called k, and takes those of the others away. In the next task k is the name of another class: "
-        "averaged over all orders of its labels, the stored part of a logit is the same for every class, and says "
-        "nothing.",
+        theorem="An outer step of SGD adds to row k ρ times the mean of (1[k=u] − q_{k}) φ(q) over the queries: the "
+        "head stores query features of the class that was called k, and takes those of the others away. In the next "
+        "task k is the name of another class: averaged over all orders of its labels, the stored part of a logit is "
+        "the same for every class, and says nothing.",
         tables=[page.Table(heads, rows)],
         note=f"Means over {evidence['tasks']['features']} tasks with 95% confidence intervals; the head alone adapts, "
         "and the outer step has ρ = 1. The cosine is that of the interference term and the contrastive term, the "

@@ -56,7 +56,7 @@ def full_is_head_only_with_this_head(own: Model) -> float:
 @limit(
     ROUNDING,
     "largest difference of a support prediction from 1/K, this model’s head",
-    "Only a head that is the same for every class, as zero is, says so; any other brings noise or interference.",
+    "A head that is the same for every class, as zero is, says so; any other brings noise or interference.",
     ("weight", "bias"),
 )
 def uniform_without_zeroing(own: Model) -> float:
