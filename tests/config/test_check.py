@@ -557,8 +557,11 @@ def test_help_names_knobs_and_choices(train, main, capsys):
         "inner_lr=0.4 The learning rate of the inner loop, eta. [a number above 0] (0.01 with photos)",
         "meta_batch_size=16 Tasks per outer update.",
         "+zeroing true: the zeroing trick",
+        "evaluation.statistics=task By whose statistics BatchNorm normalises",
+        "figures.format=png png; or pdf:",
     ):
         assert words in said
+    assert main("-h", "figures") == 0 and capsys.readouterr().out.startswith("figures.format=png ")
     assert main("-h", "dataset=omniglot", "inner_lr") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "dataset.split=vinyals omniglot: The classes of each split." in said and "inner_lr=0.4 " in said

@@ -114,15 +114,16 @@ def entry(key: str, must_be: str = "") -> tuple[str, str]:
 
 
 def page(words: list[str]) -> str:
-    """What --help prints: of everything, or of the groups and knobs that the words name.
+    """What --help prints: of the knobs in no group, or of the groups and knobs that the words name.
 
     Raises:
         UserError: a word is neither.
     """
     known, groups = dict(knobs()), (*GROUPS, "experiment")
     asked = [key_of(word) for word in words if not word.startswith("-")]
-    if unknown := [key for key in asked if key not in (*groups, *known)]:
-        raise UserError(f"--help {unknown[0]}: no such knob or group; {nearest(unknown[0], {*groups, *known})}")
+    names = {*groups, *known, *(key.split(".")[0] for key in known)}
+    if unknown := [key for key in asked if key not in names]:
+        raise UserError(f"--help {unknown[0]}: no such knob or group; {nearest(unknown[0], names)}")
     if not asked:
         lines = [TOP.format(as_called("train")), *(_line(group, ", ".join(choices(group))) for group in groups), ""]
     else:
@@ -130,8 +131,12 @@ def page(words: list[str]) -> str:
             (f"{group}={name}", text) for group in asked if group in groups for name, text in choices(group).items()
         ]
         lines = [*(_line(word, re.split(r"(?<! al)\. ", text)[0].rstrip(".") + ".") for word, text in named), ""]
-    wanted = [key for key in known if (key in asked or key.split(".")[0] in asked if asked else "." not in key)]
+    wanted = [key for key in known if ({key, key.split(".")[0]} & {*asked} if asked else _in_no_group(key))]
     return "\n".join([*lines, *(_line(*told) for key in wanted if (told := entry(key, known[key]))[1])]).strip()
+
+
+def _in_no_group(key: str) -> bool:
+    return key.split(".")[0] not in GROUPS
 
 
 def _line(word: str, text: str) -> str:
@@ -142,6 +147,6 @@ def _line(word: str, text: str) -> str:
 
 def table(wanted: Collection[str] = ()) -> str:
     """A table for the docs: of these knobs, or of all that are in no group."""
-    rows = [entry(key) for key, _ in knobs() if (key in wanted if wanted else key.split(".")[0] not in GROUPS)]
+    rows = [entry(key) for key, _ in knobs() if (key in wanted if wanted else _in_no_group(key))]
     cells = [f"| `{word.split('=')[0]}` | {word.partition('=')[2]} | {text} |\n" for word, text in rows]
     return "".join(["| knob | default | |\n", "| --- | --- | --- |\n", *cells])
