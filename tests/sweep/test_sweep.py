@@ -121,6 +121,13 @@ print([name for name in slow if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "summary.png").exists()
 
 
+def test_a_knob_is_named_by_the_number_that_the_call_gave(config, tmp_path):
+    for value in ("0.4", "1.0", "1e30"):
+        make_run(tmp_path / value, config(f"inner_lr={value}"), accuracy=[0.5])
+    labels = [setting.label() for setting in grouped.group(grouped.read_jobs([tmp_path]))]
+    assert labels == ["inner_lr=0.4", "inner_lr=1", "inner_lr=1e+30"]
+
+
 def test_what_follows_from_a_knob_is_not_named(config, tmp_path):
     for number, overrides in enumerate((["inner_steps=1"], ["inner_steps=5"], ["dataset=cifarfs", "inner_steps=1"])):
         make_run(tmp_path / str(number), config(*overrides), accuracy=[0.5] * 6)

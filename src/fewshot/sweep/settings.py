@@ -131,7 +131,8 @@ def fingerprint(config: dict[str, Any]) -> str:
             continue
         if key == "evaluation.statistics":
             (value, *_) = statistics(config)  # the others change no number that is compared
-        kept[key] = int(value) if isinstance(value, float) and value.is_integer() else value  # 1.0 is 1
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+        kept[key] = int(value) if whole else value  # 1.0 is 1
     if transforms := config.get("augment"):
         exact = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode()).hexdigest()
         kept["augment"] = f"{'+'.join(transforms)} ({exact[:4]})"
