@@ -120,6 +120,13 @@ def test_the_hub_is_asked_for_the_revision_and_subset_and_broken_images_are_name
     assert asked == [(("lab/birds", "small"), {"revision": "v1"})]
 
 
+def test_a_version_of_the_library_that_would_run_code_is_refused(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "__version__", "2.14.6")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **knobs: pytest.fail("it was asked"))
+    with pytest.raises(UserError, match=r"birds: datasets 2\.14\.6 may run code .* needs version 4 or later, pip inst"):
+        load("hf://lab/birds")
+
+
 def test_the_code_of_a_repository_does_not_run(load, tmp_path):
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "birds.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")

@@ -1,10 +1,12 @@
 """Where the images lie, what is written down about them, and the commands for datasets."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from fewshot.data.__main__ import main
@@ -100,6 +102,17 @@ def test_a_dataset_of_ones_own_is_listed_and_shown(cache, tmp_path, capsys):
     assert "\nmine  " in capsys.readouterr().out
     main(["show", *mine, f"out={tmp_path / 'sheet.png'}"])
     assert "mine val: 30 classes, 600 images" in capsys.readouterr().out and (tmp_path / "sheet.png").exists()
+
+
+def test_a_dataset_of_ones_own_as_the_docs_have_it_needs_no_cache(tmp_path, capsys):
+    page = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    mine = ["dataset=mine", f"--config-dir={tmp_path}"]
+    main(["list", *mine])
+    assert re.search(r"^mine +20/8/8 .* read by each run$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit, match=r"^dataset=mine: has no dataset\.cache, .* there is nothing to prepare$"):
+        main(["prepare", *mine])
 
 
 def test_list_says_what_there_is_and_what_is_here(cache, tmp_path, capsys):

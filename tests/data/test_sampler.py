@@ -304,6 +304,11 @@ def test_one_task_is_of_the_test_split_and_says_so():
 # Mistakes
 
 
+def test_a_kind_that_there_is_not_is_refused_and_drawn_as_no_other():
+    with pytest.raises(ValueError, match=r"^kind=fixed-blocks: must be one of mutually_exclusive, non_mutuall"):
+        TaskSampler(marked([9] * 6), ways=3, shots=1, queries=1, kind="fixed-blocks")
+
+
 def test_too_many_ways_is_one_clear_line():
     with pytest.raises(ValueError) as error:
         TaskSampler(marked([9] * 5), ways=6, shots=1, queries=1, seed=0, stream=1)

@@ -45,6 +45,9 @@ def read_images(cfg: DictConfig) -> dict[str, Any]:
 def prepare(overrides: list[str]) -> None:
     """Leaves the images in the cache; says which and where."""
     cfg = checked(overrides)
+    if "cache" not in cfg.dataset:
+        words = "has no dataset.cache, so each run reads its images itself and there is nothing to prepare"
+        raise UserError(f"dataset={cfg.dataset.name}: {words}")
     try:
         folder = cache_folder(cfg.dataset.cache)
     except RuntimeError:
@@ -89,6 +92,8 @@ def list_datasets(overrides: list[str]) -> None:
 
 
 def _on_this_machine(data: DictConfig) -> str:
+    if "cache" not in data:
+        return "read by each run"  # a source of one's own
     stem = file_stem(data.name, data.size, data.channels)
     with suppress(RuntimeError):  # no home folder
         folder = cache_folder(data.cache)

@@ -31,7 +31,8 @@ def split_of(dataset: Labelled) -> Split:
     An image may be a PIL image, an array (H, W[, C]) or a tensor (C, H, W): uint8, or floats, which stay as they are.
 
     Raises:
-        UserError: it has no images, or they differ in type or shape, or the labels have no order.
+        UserError: it has no images, or they are of no such kind or differ in type or shape; or a label is several
+            numbers, or the labels have no order.
     """
     classes: dict[Any, list[Tensor]] = defaultdict(list)
     first: Tensor | None = None

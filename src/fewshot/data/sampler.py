@@ -52,7 +52,8 @@ class TaskSampler:
             are applied. Its random numbers come from torch and depend only on (seed, stream, position), too.
 
     Raises:
-        ValueError: fewer classes than ways, or a class with fewer images than shots + queries.
+        ValueError: another kind, fewer classes than ways, or a class with fewer images than shots + queries.
+        UserError: a Dataset whose images or labels cannot be used, see any_dataset.py.
     """
 
     def __init__(
@@ -70,16 +71,15 @@ class TaskSampler:
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         split = split if isinstance(split, Split) else split_of(split)
+        if kind not in (kinds := ("mutually_exclusive", "non_mutually_exclusive", "fixed_blocks", "one_task")):
+            raise ValueError(f"kind={kind}: must be one of {', '.join(kinds)}")
         classes, fewest = len(split.names), int(split.counts.min())
         name = "test" if kind == "one_task" else SPLITS[stream]
         if classes < ways:
             raise ValueError(f"ways={ways}: the {name} split has {classes} classes; lower ways")
         if fewest < shots + queries:
-            short = split.names[int(split.counts.argmin())]
-            raise ValueError(
-                f"shots+queries={shots + queries}: class {short!r} of the {name} split has {fewest} images; "
-                "lower shots or queries"
-            )
+            short = f"class {split.names[int(split.counts.argmin())]!r} of the {name} split has {fewest} images"
+            raise ValueError(f"shots+queries={shots + queries}: {short}; lower shots or queries")
         self.split, self.ways, self.shots, self.queries, self.kind = split, ways, shots, queries, kind
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()

@@ -56,7 +56,8 @@ def predict(
         query: the images to classify. An image is a PIL image, a uint8 array (H, W[, 1|3|4]) or tensor (1|3|4, H, W),
             or the path or the bytes of a file.
         steps: inner steps; None: as in training.
-        test_zeroing: adapt from a zeroed head; None: as in training. Without it there can be no more classes than rows.
+        test_zeroing: adapt from a zeroed head; None: as in training. A learned head that is not zeroed adapts to no
+            more classes than it has rows.
         statistics: by what BatchNorm normalises. "task", as in training: by all queries of a call together, so that the
             prediction for one depends on the others; a single query has the support images beside it. "support": by the
             support images; "each": every query by itself, together with the support images.

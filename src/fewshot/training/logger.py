@@ -13,8 +13,10 @@ from fewshot.training import wandb_run
 from fewshot.training.resume import Start
 
 
-def logger_of(start: Start) -> Logger | bool:
-    """The logger that the configuration names, told what a continued run has logged before; False for none.
+def logger_of(start: Start) -> Logger | bool | None:
+    """The logger that the configuration names, told what a continued run has logged before.
+
+    False where it names none. None on all ranks but the first where it is W&B's.
 
     Raises:
         UserError: it cannot be made, or is none of Lightning's kind.

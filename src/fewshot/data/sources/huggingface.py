@@ -23,6 +23,7 @@ from fewshot.files import REPOSITORY, REVISION, SCHEME, user_path
 
 log = logging.getLogger(__name__)
 
+OLDEST = 4  # version of the library
 LABELS = ("label", "class")  # names of a column of classes, where none says by its type that it is one
 
 
@@ -77,6 +78,9 @@ def _tables(root: str, where: str, subset: str | None) -> dict[str, Any]:
         import datasets
     except ImportError:
         raise UserError(f"{where}: needs the library {of_extra('datasets', 'datasets')}") from None
+    if int(datasets.__version__.partition(".")[0]) < OLDEST:
+        old = f"datasets {datasets.__version__} may run code of a repository"
+        raise UserError(f'{where}: {old}; it needs version {OLDEST} or later, pip install "datasets>={OLDEST}"')
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     address = re.fullmatch(rf"{SCHEME}({REPOSITORY})(?:@({REVISION}))?", root, re.ASCII)
