@@ -102,6 +102,17 @@ def test_the_files_of_the_recipes_do_what_they_say(tmp_path, monkeypatch):
     assert verdict.kind == "holds" and modules["norms"].section(evidence).tables[0].rows[1] == ("support", "1.1")
 
 
+def test_what_the_recipes_put_into_a_file_comes_in_one_place_of_it():
+    calls = re.findall(
+        r"^perl -pi -e '(.+)' (\S+)$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(calls) == 2
+    for program, path in calls:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for pattern, _ in re.findall(r"s/((?:\\.|[^/])+)/((?:\\.|[^/])+)/", program):
+            assert len(re.findall(pattern, text, re.MULTILINE)) == 1, f"{path}: {pattern}"
+
+
 def test_the_newest_version_of_the_changelog_is_that_of_the_program_and_its_image():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     versions = re.findall(r"^## \[(\d[\d.]*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
