@@ -90,13 +90,17 @@ def test_an_inner_gradient_does_not_go_from_one_part_of_the_head_to_another(engi
     assert_same(found, {name: expected[name] for name in found})
 
 
-def test_the_file_in_the_docs_is_whole_and_says_the_same():
+def test_the_files_in_the_docs_are_whole_and_say_the_same(config, own_yaml):
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     (file,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "MedianHead" in code]
     exec(file, names := {})
     features, labels = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
     theirs, ours = (kind(1, 0.1, True, head="own", scale=0.5) for kind in (names["MedianHead"], MedianHead))
     assert_same(theirs.initial_head(features, labels, 3), ours.initial_head(features, labels, 3))
+    (settings,) = [code for code in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "MedianHead" in code]
+    own_yaml("algo/mine", settings)
+    algo = config("algo=mine").algo
+    assert (algo._target_, algo.head, algo.scale) == ("mine.MedianHead", "own", 0.5)
 
 
 def test_a_run_trains_with_it_by_both_engines(run, own_yaml, tmp_path):
