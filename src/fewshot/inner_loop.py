@@ -50,6 +50,11 @@ class InnerLoop:
     recompute_steps: bool = False  # second order in the memory of one inner step; the same numbers
     target: str | None = None  # algo._target_, which names a class of one's own; None: this class
 
+    def __post_init__(self) -> None:
+        for name, words in {"adapted": ADAPTED, "head": HEADS, "distance": (None, *DISTANCES), "loss": LOSSES}.items():
+            if (word := getattr(self, name)) not in words:
+                raise UserError(f"{name}={shown(word)}: must be one of {', '.join(map(shown, words))}")
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "InnerLoop":
         """The inner loop of a composed configuration, or of a stored one, which may lack the newer fields.

@@ -339,6 +339,12 @@ def test_check_algorithm_refuses_in_one_line(words, said, capsys):
     assert said in str(end.value.code) and "\n" not in str(end.value.code)
 
 
+@pytest.mark.parametrize("knob", ["adapted", "head", "distance", "loss"])
+def test_a_word_that_the_inner_loop_does_not_know_is_refused(knob):
+    with pytest.raises(UserError, match=rf"^{knob}=shares: must be one of "):
+        InnerLoop(1, 0.1, first_order=True, **{knob: "shares"})
+
+
 def test_what_an_algorithm_does_not_go_with_is_refused():
     config = {"inner_steps": 1, "inner_lr": 0.1, "algo": {"_target_": "x.Y", "first_order": True, "zeroing": False}}
     for cls, fields, said in [
