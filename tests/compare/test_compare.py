@@ -14,12 +14,13 @@ from PIL import Image
 
 from fewshot.compare import __main__ as compare
 from fewshot.compare import figures, report
+from fewshot.config.tree import MODES
 from fewshot.errors import UserError
 from fewshot.results.task_scores import read_tasks, write_tasks
 from fewshot.sweep import pairs, tables
 from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import group, read_jobs
-from fewshot.sweep.statistics import holm, paired
+from fewshot.sweep.statistics import Difference, holm, paired
 
 
 def simulated(generator, seeds, tasks, of_seed, of_task, rest, mean=0.0):
@@ -35,6 +36,27 @@ def test_the_interval_over_both_covers_the_truth_as_often_as_it_says(seeds, of_s
     assert 0.92 < covered < 0.98  # 0.95 less and more three standard errors of the simulation, and what is admitted
 
 
+@pytest.mark.parametrize("of_seed", [0.1, 0.0])
+def test_the_intervals_of_several_seeds_are_those_of_the_analysis_of_variance(of_seed):
+    from scipy.stats import t, ttest_1samp
+
+    d = simulated(np.random.default_rng(4), 3, 8, of_seed, 0.05, 0.1, mean=0.05)
+    ours, mean, by_seed, by_task = paired(d), d.mean(), d.mean(axis=1), d.mean(axis=0)
+    for half, means in ((ours.over_tasks, by_task), (ours.over_seeds, by_seed)):  # the others are what they are
+        low, high = ttest_1samp(means, 0).confidence_interval()
+        assert (ours.mean - half, ours.mean + half) == pytest.approx((low, high))
+    seeds, tasks = 8 * sum((by_seed - mean) ** 2) / 2, 3 * sum((by_task - mean) ** 2) / 7  # mean squares
+    rest = sum((d[s, n] - by_seed[s] - by_task[n] + mean) ** 2 for s in range(3) for n in range(8)) / 14
+    assert (seeds > rest) == (of_seed > 0)
+    square, freedom = tasks, 7  # of a variance between seeds that is estimated to be none
+    if of_seed:
+        square = seeds + tasks - rest
+        freedom = square**2 / (seeds**2 / 2 + tasks**2 / 7 + rest**2 / 14)
+    error = (square / (3 * 8)) ** 0.5
+    assert ours.half_width == ours.over_both == pytest.approx(t.ppf(0.975, freedom) * error)
+    assert ours.p == pytest.approx(2 * t.sf(mean / error, freedom))
+
+
 def test_the_interval_over_tasks_of_one_seed_is_that_of_a_paired_t_test():
     from scipy.stats import ttest_1samp
 
@@ -43,11 +65,25 @@ def test_the_interval_over_tasks_of_one_seed_is_that_of_a_paired_t_test():
     low, high = theirs.confidence_interval()
     assert (ours.mean - ours.over_tasks, ours.mean + ours.over_tasks) == pytest.approx((low, high))
     assert ours.p == pytest.approx(theirs.pvalue) and np.isnan(ours.over_seeds) and np.isnan(ours.over_both)
+    assert ours.half_width == ours.over_tasks
 
 
 def test_what_never_differs_has_no_interval_and_no_doubt():
     nothing = paired(np.zeros((3, 20)))
     assert (nothing.mean, nothing.over_both, nothing.p) == (0, 0, 1)
+
+
+def test_a_row_says_each_number_under_its_head():
+    setting: Any = SimpleNamespace(label=lambda: "zeroing", jobs=[])
+    several, one = Difference(-0.0123, 0.01, 0.02, 0.03, 0.5, 3), Difference(0.02, 0.01, np.nan, np.nan, 0.5, 1)
+    bold, plain = Row(setting, "zeroing_on", 2, 0.5, several, 0.0499), Row(setting, "zeroing_off", 1, 0.6, one, 0.05)
+    said = [dict(zip(report.HEADS, report.cells(row), strict=True)) for row in (bold, plain)]
+    halves = [[row[f"± {over}"] for over in ("tasks", "seeds", "both")] for row in said]
+    assert halves == [["1.00", "2.00", "3.00"], ["1.00", "–", "–"]]
+    rest = [[row[head] for head in ("test zeroing", "step", "accuracy", "difference", "p", "seeds")] for row in said]
+    assert rest == [["on", "2", "50.00", "−1.23", ".0499", "3"], ["off", "1", "60.00", "+2.00", ".0500", "1"]]
+    tex = report.latex([bold, plain], "glyphs")
+    assert r"$\mathbf{-1.23 \pm 3.00}$" in tex and r"& $+2.00 \pm 1.00$" in tex
 
 
 def test_brackets_in_the_name_of_a_setting_are_shown_as_they_are(capsys):
@@ -74,7 +110,8 @@ def made(finished, tmp_path):
         (folder / "results.json").write_text(json.dumps(results))
         own = np.random.default_rng([seed, zeroing])
         shared = np.random.default_rng(7).normal(0, 0.05, (200, 1))  # some tasks are hard for all
-        values = np.clip(accuracy + shared + own.normal(0, 0.02, (200, 4)), 0, 1)
+        steps = 0.05 * (np.arange(4) - 2)
+        values = np.clip(accuracy + steps + shared + own.normal(0, 0.02, (200, 4)), 0, 1)
         write_tasks(folder, {"task": {"test": {"zeroing_off": values, "zeroing_on": np.full((200, 4), 0.5)}}})
         return folder
 
@@ -128,14 +165,42 @@ def test_what_cannot_be_compared_is_named_with_its_reason(made, tmp_path, caplog
     assert f"left out: {ways}: was tested on other tasks" in caplog.text
 
 
+def test_runs_on_other_tasks_are_not_compared_and_a_difference_of_training_tasks_is_none(made):
+    (job,) = read_jobs([made("first", 0.6)])
+    config, results = job.config, job.results
+
+    def on(**knobs):
+        return job._replace(config=config | knobs)
+
+    def with_data(**knobs):
+        return on(dataset=config["dataset"] | knobs)
+
+    others = [
+        *(on(shots=5), on(queries=4), with_data(name="omniglot"), with_data(tasks="fixed_blocks")),
+        job._replace(results=results | {"splits": {"sha256": "of other images"}}),
+        job._replace(results=results | {"test": results["test"] | {"tasks": 9}}),
+    ]
+    named = ("shots", "queries", "dataset.name", "dataset.tasks", "the test's images (splits.sha256)", "test_tasks")
+    for other, knob in zip(others, named, strict=True):
+        kept, (line,) = pairs.comparable([job, other])
+        assert len(kept) == 1 and f"was tested on other tasks ({knob} is " in line
+    assert len(pairs.comparable([job, with_data(tasks="one_task"), on(meta_batch_size=9)])[0]) == 3
+    kept, (line,) = pairs.comparable(others[-1:])
+    assert not kept and line.endswith("its results.json and its tasks.csv.gz are not of one test")
+
+
 def test_a_difference_over_fewer_seeds_than_the_accuracies_is_named(made):
-    runs = [made(f"first{seed}", accuracy, seed) for seed, accuracy in enumerate((0.6, 0.8, 0.8))]
-    runs += [made("zeroed0", 0.65, 0, zeroing=True)]
-    line = "in the difference of zeroing and no zeroing, the seeds [1, 2], which only one of them has"
+    runs = [made(f"first{seed}", accuracy, seed) for seed, accuracy in enumerate((0.6, 0.85, 0.8))]
+    runs += [made(f"zeroed{seed}", accuracy, seed, zeroing=True) for seed, accuracy in ((0, 0.63), (2, 0.83))]
+    line = "in the difference of zeroing and no zeroing, the seeds [1], which only one of them has"
     comparing = pairs.comparable(read_jobs(runs))[0]
-    rows, left_out = pairs.rows(comparing, ["zeroing_off"], None)
+    rows, left_out = pairs.rows(comparing, MODES, None)
     assert left_out == [line]
-    assert rows[1].accuracy < rows[0].accuracy and rows[1].difference.mean > 0.03  # 65 - 73, and 65 - 60
+    assert rows[1].accuracy < rows[0].accuracy and rows[1].difference.mean > 0.02  # 73 - 75, and 63 - 60 with 83 - 80
+    off, on = (row for row in rows if row.difference)
+    assert (off.p, on.p) == (2 * off.difference.p, 1) and 0 < off.p < on.difference.p  # Holm's, of both modes
+    other, *_ = pairs.rows(comparing[::-1], ["zeroing_off"], None)
+    assert other[0].setting.label() == "zeroing" and other[1].difference.mean == -rows[1].difference.mean
     assert line in "".join(tables.as_markdown(group([job for job, _ in comparing]), []))
     assert pairs.rows([run for run in comparing if run[0].config["seed"] == 0], ["zeroing_off"], None)[1] == []
 
