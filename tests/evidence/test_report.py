@@ -66,7 +66,7 @@ from fewshot.models.network import Network
 from fewshot.processes.signals import Signals
 from fewshot.results.figures import png
 from fewshot.theory import closed_forms
-from fewshot.theory.features import agreement
+from fewshot.theory.features import agreement, class_similarities
 from fewshot.train import run as train_run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -112,6 +112,15 @@ def stepped(S, labels, w, b, eta):
     return w - eta * E.T @ S, b - eta * E.sum(0)
 
 
+def predicted(w, b, S, labels, Q, steps):
+    """Of the support before each of the steps of the head by .4, P^(p), and last of the queries after them."""
+    P = []
+    for _ in range(steps):
+        P.append(softmax(S @ w.T + b))
+        w, b = stepped(S, labels, w, b, 0.4)
+    return [*P, softmax(Q @ w.T + b)]
+
+
 # The identities, and what does not hold
 
 
@@ -148,21 +157,25 @@ def test_the_limits_about_its_own_head_hold_for_a_model_whose_head_is_zero():
     }
 
 
-def test_the_limits_are_what_the_formulas_say():
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_limits_are_what_the_formulas_say(steps):
     network, tasks = model()
-    beyond = {name: check["value"] for name, check in limits_of(network, tasks).items()}
+    own = replace(measuring(network, tasks), loop=InnerLoop(steps, 0.4, first_order=True))
+    beyond = {name: check["value"] for name, check in limits.measure(own)["limits"].items()}
     w, b = head(network)
     noise = uniform = 0.0
     for task in one_by_one(tasks):
         S, labels, Q, q_labels = features(network, task)
         uniform = max(uniform, np.abs(softmax(S @ w.T + b) - 1 / 3).max())
-        w1, b1 = stepped(S, labels, 0 * w, 0 * b, 0.4)
-        P, (w2, b2) = softmax(S @ w1.T + b1), stepped(S, labels, w1, b1, 0.4)
-        q = softmax(Q @ w2.T + b2)
+        _, *later, q = predicted(0 * w, 0 * b, S, labels, Q, steps)
         for i, u in enumerate(q_labels):
-            for j in range(len(S)):
+            for P, j in itertools.product(later, range(len(S))):
                 noise = max(noise, abs(q[i] @ P[j] - P[j][u]))
     assert beyond["no_noise_beyond_one_step"] == pytest.approx(noise, rel=1e-9)
+    zeroed = copy.deepcopy(network)
+    zero_head(zeroed.head)
+    both = apart(zeroed, tasks, inner_steps=steps, first_order=True)
+    assert beyond["full_is_head_only_beyond_one_step"] == pytest.approx(both)
     assert beyond["uniform_without_zeroing"] == pytest.approx(uniform, rel=1e-9)
     kept = np.abs(softmax(b[None]) - 1 / 3).max()
     assert beyond["uniform_with_the_bias_kept"] == pytest.approx(kept, rel=1e-9)
@@ -302,23 +315,31 @@ def test_from_a_zero_head_the_first_step_moves_the_head_alone(steps):
             np.testing.assert_allclose(skipped[name], expected[name], rtol=1e-10, atol=1e-15)
 
 
-def test_the_frozen_encoder_is_exact_for_one_step_and_measured_beyond():
-    network, tasks = model()
-    numbers = frozen_encoder.measure(measuring(network, tasks))["frozen_encoder"]
+def apart(network, tasks, **knobs):
+    """Relative difference of the encoder's gradients where all adapts and where the head alone does."""
     expected = {}
     for adapted in ("all", "head"):
-        knobs = {"inner_lr": 0.4, "inner_steps": 2, "first_order": True, "adapted": adapted}
-        gradients, _ = meta_gradient(sequential, network, tasks, **knobs)
+        gradients, _ = meta_gradient(sequential, network, tasks, inner_lr=0.4, adapted=adapted, **knobs)
         expected[adapted] = vector({name: g for name, g in gradients.items() if name.startswith("encoder.")})
-    apart = (expected["all"] - expected["head"]).norm() / expected["head"].norm()
-    assert numbers["this_head"]["2"]["fomaml"] == pytest.approx(apart.item())
+    return ((expected["all"] - expected["head"]).norm() / expected["head"].norm()).item()
+
+
+def test_the_frozen_encoder_is_exact_for_one_step_and_measured_beyond():
+    network, tasks = model(queries=6)
+    numbers = frozen_encoder.measure(measuring(network, tasks))["frozen_encoder"]
+    two = numbers["this_head"]["2"]
+    assert two["fomaml"] == pytest.approx(apart(network, tasks, inner_steps=2, first_order=True))
+    assert two["somaml"] == pytest.approx(apart(network, tasks, inner_steps=2, first_order=False))
+    loops = [InnerLoop(2, 0.4, first_order=True, adapted=adapted) for adapted in ("all", "head")]
+    by_all, by_head = (sequential.step_logits(network, tasks, [loop])[0, :, -1].argmax(-1) for loop in loops)
+    assert two["agree"] == (by_all == by_head).double().mean() < 1
     one, two = numbers["zeroed_head"]["1"], numbers["zeroed_head"]["2"]
     assert max(one["fomaml"], one["somaml"]) < 1e-12 and one["agree"] == 1
     assert min(two["fomaml"], two["somaml"]) > 1e-3
     said = {"same_for_all": {"weight": False, "bias": True}, "frozen_encoder": {"this_head": {}, "zeroed_head": {}}}
-    for apart, kind in ((0.05, "holds"), (0.3, "partly"), (0.9, "fails")):
+    for distance, kind in ((0.05, "holds"), (0.3, "partly"), (0.9, "fails")):
         for head in ("this_head", "zeroed_head"):
-            said["frozen_encoder"][head]["2"] = {"fomaml": apart, "somaml": 0.01}
+            said["frozen_encoder"][head]["2"] = {"fomaml": distance, "somaml": 0.01}
         assert kinds(frozen_encoder.verdict(said)) == [kind, kind]
 
 
@@ -337,6 +358,7 @@ def test_the_accuracies_of_all_label_orders_are_those_of_a_head_whose_rows_are_i
         assert list(accuracies) == pytest.approx(expected, abs=1e-6)
     spreads = [max(values) - min(values) for values in numbers["this_head"]["accuracies"]]
     assert numbers["this_head"]["spread"] == pytest.approx(np.mean(spreads), abs=2e-6) and max(spreads) > 0
+    assert numbers["this_head"]["largest_spread"] == pytest.approx(max(spreads), abs=2e-6)
     zeroed = numbers["zeroed_head"]
     assert zeroed["spread"] == zeroed["largest_spread"] == 0 and zeroed["apart"] < 1e-12 < numbers["this_head"]["apart"]
 
@@ -470,12 +492,30 @@ def test_the_memory_is_what_the_formulas_say():
 def test_the_noise_is_what_the_formulas_say():
     network, tasks = model(shots=2)
     numbers = noise.measure(measuring(network, tasks))["coefficients"]
+    by_task = [features(network, task) for task in one_by_one(tasks)]
+    same = np.array([q_labels[:, None] == labels for _, labels, _, q_labels in by_task])
     wrong = np.mean([by_hand(network, task, 0.4)["wrong_sign"] for task in one_by_one(tasks)])
     assert numbers["this_head"]["wrong_sign"] == pytest.approx(wrong) and wrong > 0
     assert numbers["this_head"]["wrong_among_other"] == pytest.approx(
         wrong * 3 / 2
     )  # none within a class: two thirds of all
     assert numbers["zeroed_head"]["wrong_sign"] == 0 and numbers["zeroed_head"]["first_task_wrong"] == []
+    w, b = head(network)
+    for name, zero, steps in (("this_head", 1, 1), ("zeroed_head", 0, 1), ("more_steps", 0, 2)):
+        c = [coefficients(*predicted(zero * w, zero * b, *one[:3], steps), *one[1::2]) for one in by_task]
+        np.testing.assert_allclose(numbers[name]["first_task"], c[0], rtol=1e-5, atol=1e-9)
+        wrong = (np.array(c) > 0) != same
+        assert numbers[name]["first_task_wrong"] == np.argwhere(wrong[0]).tolist()
+        assert numbers[name]["wrong_among_other"] == pytest.approx(wrong[~same].mean())
+
+
+def coefficients(*predictions_and_labels):
+    """sum_p q.s^(p) - s^(p)_u - q_t + 1[t=u], (Q, S), pair by pair."""
+    *P, q, labels, q_labels = predictions_and_labels
+    return [
+        [sum(q[i] @ p[j] - p[j][u] - q[i][t] + (t == u) for p in P) for j, t in enumerate(labels)]
+        for i, u in enumerate(q_labels)
+    ]
 
 
 @pytest.mark.parametrize("adapted", ["all", "head"])
@@ -513,7 +553,7 @@ def test_similarity_counts_the_tasks():
     initial = copy.deepcopy(network)
     torch.nn.init.normal_(initial.encoder[0].weight)
     numbers = similarity.measure(measuring(network, tasks, initial=initial))["similarity"]
-    grew, same = 0, []
+    grew, same, other = 0, [], []
     for task in one_by_one(tasks):
         gaps = []
         for net in (network, initial):
@@ -524,10 +564,14 @@ def test_similarity_counts_the_tasks():
             means = [np.mean([value for is_same, value in pairs if is_same == which]) for which in (True, False)]
             gaps.append(means[0] - means[1])
             same.append(means[0])
+            other.append(means[1])
         grew += gaps[0] > gaps[1]
     assert numbers["tasks_where_the_gap_grew"] == grew
     assert numbers["same_class"] == pytest.approx(np.mean(same[::2]))
     assert numbers["initially_same_class"] == pytest.approx(np.mean(same[1::2]))
+    both = numbers["other_class"], numbers["initially_other_class"]
+    assert both == pytest.approx((np.mean(other[::2]), np.mean(other[1::2])))
+    assert numbers["first_task"] == class_similarities(network, one_by_one(tasks)[0])
 
 
 def test_a_head_may_have_one_feature_two_ways_and_many():
@@ -607,14 +651,15 @@ def test_a_verdict_follows_its_number():
         assert kinds(cross_task.verdict({**own_head, "cross_task": numbers})) == expected
     for support, kind in ((0.001, "holds"), (0.8, "fails")):
         moves = {"query": 1.0, "support": support, **right_way}
-        numbers = {"motion": {"this_head": {"fomaml": moves, "somaml": {**moves, "same_class_drawn": 1.0}}}}
+        somaml = {**moves, "same_class_drawn": 1.0, "query": support, "support": 1.0}
+        numbers = {"motion": {"this_head": {"fomaml": moves, "somaml": somaml}}}
         assert kinds(motion.verdict(numbers)) == [kind, "partly", "partly"]
     for larger, kind in ((4, "holds"), (3, "partly"), (1, "fails")):
         example = {"tasks": 4, "tasks_where_own_is_larger": larger, "same_class": 0.5, "other_class": 0.1}
         assert kinds(motivating_example.verdict({"motivating_example": example})) == [kind]
-    for gain, kind in ((0.02, "holds"), (0.005, "partly"), (-0.02, "fails")):
-        test = {"gain": {"accuracy": [gain], "ci95": [0.01]}}
-        assert kinds(accuracy.verdict({**own_head, "config": {"inner_steps": 0}, "test": test})) == [kind]
+    for gain, kind in ((0.02, "holds"), (0.005, "partly"), (-0.005, "partly"), (-0.02, "fails")):
+        test = {"gain": {"accuracy": [-gain, gain, -gain], "ci95": [0.0, 0.01, 0.0]}}
+        assert kinds(accuracy.verdict({**own_head, "config": {"inner_steps": 1}, "test": test})) == [kind]
     passed, failed = ({"value": value, "bound": 1e-12, "pass": value == 0} for value in (0, 1))
     zero, own = ({"weight": same, "bias": same} for same in (True, False))
     for name, same, kind in (
