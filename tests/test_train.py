@@ -19,6 +19,7 @@ from PIL import Image
 
 from fewshot.errors import UserError
 from fewshot.processes import ranks
+from fewshot.results import record_files
 from fewshot.training import checkpoint, resume
 from fewshot.training.wandb_run import finished_run, wandb_logger
 
@@ -362,8 +363,12 @@ def test_same_seed_same_run_other_seed_other_run(run, finished, tmp_path):
 
 
 def test_evaluation_does_not_disturb_training(run, finished, tmp_path):
-    often = outcome(run(tmp_path / "often", "val_every=1", "test_every=2"))
+    curve = ("test_every=1", "callbacks.record.test_curve_tasks=3")
+    often = outcome(run(tmp_path / "often", "val_every=1", *curve))
     assert often["state"]["last"] == outcome(finished)["state"]["last"]  # which was validated every second update
+    best, tested = rows(tmp_path / "often")[often["results"]["best_iteration"]], often["results"]["test"]
+    for mode, name in (("zeroing_off", "test"), ("zeroing_on", "test_zeroed")):  # on the tasks of the final test
+        assert [float(best[f"{name}/query_accuracy/step_{n}"]) for n in range(4)] == tested[mode]["accuracy"]
 
 
 @pytest.mark.parametrize("algo", ["zero", "zero_init", "fomaml"])
@@ -391,6 +396,9 @@ def test_stop_at_accuracy_ends_the_run_and_it_stays_ended(run, tmp_path):
     folder = run(tmp_path / "run", "stop_at_accuracy=0.01", "iterations=50")
     results = json.loads((folder / "results.json").read_text())
     assert results["iterations"] <= 2
+    reached = results["val"]["zeroing_off"]["accuracy"][2]
+    for target, over in ((reached, True), (reached + 0.01, False)):
+        assert record_files.over(results | {"config": results["config"] | {"stop_at_accuracy": target}}) == over
     (folder / "results.json").unlink()  # as if killed in the test
     run(folder, "stop_at_accuracy=0.01", "iterations=50")
     assert json.loads((folder / "results.json").read_text())["iterations"] == results["iterations"]
@@ -414,7 +422,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(run, tmp_path, monke
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(run, tmp_path):
-    with pytest.raises(UserError, match=r"train/loss=nan at iteration \d+: lower .*outer_lr; .*last\.ckpt"):
+    with pytest.raises(UserError, match=r"train/loss=nan at iteration 2: lower .*outer_lr; .*last\.ckpt"):
         run(tmp_path / "run", "outer_lr=1e30", "iterations=20", "val_every=20", "trainer.log_every_n_steps=2")
     kept = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())

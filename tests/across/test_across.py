@@ -15,8 +15,10 @@ from fewshot.across import __main__ as across
 from fewshot.across import measure, settings
 from fewshot.compare import __main__ as compare
 from fewshot.config.tree import MODES
+from fewshot.data.meta_batches import fixed_tasks
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
+from fewshot.maml import sequential
 from fewshot.results import record_files
 from fewshot.results.task_scores import read_tasks
 from fewshot.sweep.settings import group, read_jobs
@@ -146,6 +148,24 @@ def test_grey_images_are_repeated_and_colours_become_their_luminance(photos, cac
     said, grey = images(1, birds)
     luminance = (colour["test"].images * torch.tensor(GREYS).view(3, 1, 1)).sum(1, keepdim=True)
     assert said == "to grey" and (grey["test"].images - luminance).abs().max() <= 1
+
+
+def test_queries_are_normalised_by_the_statistics_that_are_asked_for(finished, cache):
+    model, stored, file = measure.load(finished, trust=False)
+    model.learner.double()  # the engines differ by rounding
+    knobs = [f"dataset.cache={cache}", "trainer=cpu", "test_tasks=3"]
+    tested = {}
+    for whose in ("task", "support"):
+        asked = [*knobs, f"evaluation.statistics={whose}"]
+        (setting,) = settings.settings(*settings.places("glyphs"), stored, asked, [5], [1])
+        tester = measure.Tester(model, stored, file)
+        tasks = fixed_tasks(setting.cfg, tester.images(setting)["test"], "test")(0, 3)
+        tasks = tasks._replace(support=tasks.support.double(), query=tasks.query.double())
+        loops = [model.learner.loop.evaluation(3, zeroing) for zeroing in (False, True)]
+        expected = sequential.step_accuracies(model.learner.network, tasks, loops, statistics=(whose,))
+        tested[whose] = torch.stack([tester.row(setting).tested[mode] for mode in MODES])
+        torch.testing.assert_close(tested[whose], expected)
+    assert not torch.equal(tested["task"], tested["support"])
 
 
 def test_which_models_take_other_ways():

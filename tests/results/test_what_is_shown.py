@@ -1,6 +1,7 @@
 """The table and the figures by which a run ends: which steps they show, what they call the tasks, PNG and PDF."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -39,6 +40,32 @@ def test_a_table_of_eleven_steps_is_folded_and_marks_inner_steps(results, caplog
     results["config"] |= {"inner_steps": 2}
     text = shown(results, caplog, tmp_path)
     assert re.findall(r"│ +(\d+\*?) │", text) == ["0", "1", "2*", "3"] and "results.json" not in text
+
+
+def test_the_calibration_error_of_a_step_is_beside_its_accuracy(results, caplog, tmp_path):
+    for mode, least in (("zeroing_off", 0.1), ("zeroing_on", 0.2)):
+        results["test"][mode]["calibration"] = {"error": [least + step / 1000 for step in range(11)]}
+    text = shown(results, caplog, tmp_path)
+    errors = re.findall(r"│ +(\d+)\*? │.* (0\.\d{4} 0\.\d{4}) │", text)
+    assert errors == [(f"{n}", f"{0.1 + n / 1000:.4f} {0.2 + n / 1000:.4f}") for n in (0, 1, 5, 10)]
+
+
+def test_the_validation_accuracy_is_that_by_which_the_model_was_chosen(results):
+    for mode, least in (("zeroing_off", 0.1), ("zeroing_on", 0.2)):
+        results["val"][mode]["accuracy"] = [least + step / 1000 for step in range(11)]
+    assert record_files.validation_accuracy(results) == pytest.approx(0.105)
+    results["config"]["select"] = "zeroing_on"
+    assert record_files.validation_accuracy(results) == pytest.approx(0.205)
+
+
+@pytest.mark.parametrize(
+    ("bad", "remedy"),
+    [(0, "scale"), (1, "lower inner_lr"), (2, "lower inner_lr"), (3, "lower inner_lr, or use test_steps=2")],
+)
+def test_where_logits_are_not_finite_after_the_steps_of_training_alone_fewer_are_a_remedy(bad, remedy):
+    accuracy = [0.5] * bad + [math.nan] * (5 - bad)
+    scores = {"zeroing_off": record_files.Scores(2, [0.5] * 5, []), "zeroing_on": record_files.Scores(2, accuracy, [])}
+    assert record_files.diverged(scores, 2, "scale").endswith(f"after inner step {bad}; {remedy}")
 
 
 def test_a_test_with_other_inner_steps_marks_those_of_the_training(results, caplog, tmp_path):

@@ -5,13 +5,17 @@ from itertools import product
 
 import pytest
 import torch
+from examples import draw, tiny
 
 from fewshot.compare import report
+from fewshot.inner_loop import InnerLoop
+from fewshot.maml import sequential
 from fewshot.results import record_files
 from fewshot.results.task_scores import read_tasks
 from fewshot.sweep.pairs import Row
 from fewshot.sweep.settings import Job, Setting
-from fewshot.training.evaluation import calibration
+from fewshot.training.choose_engine import sequential_engine
+from fewshot.training.evaluation import Evaluation, calibration
 
 
 def calibrated_by_hand(confidence, right):
@@ -21,7 +25,7 @@ def calibrated_by_hand(confidence, right):
         bins[min(int(p * 15), 14)].append((p, correct))
     n = len(confidence)
     gaps = [abs(sum(p for p, _ in b) / len(b) - sum(c for _, c in b) / len(b)) * len(b) / n for b in bins if b]
-    return sum(gaps), [len(b) for b in bins]
+    return sum(gaps), [len(b) for b in bins], [sum(p for p, _ in b) / len(b) if b else None for b in bins]
 
 
 def test_the_calibration_error_is_that_of_the_arithmetic_and_nearly_zero_where_predictions_are_calibrated():
@@ -33,12 +37,28 @@ def test_the_calibration_error_is_that_of_the_arithmetic_and_nearly_zero_where_p
     right[0, 0, :20] = 0.0  # some of the certain are wrong
     measured = calibration(torch.stack([confidence, right], 2))
     for step in range(2):
-        error, counts = calibrated_by_hand(confidence[:, step].flatten().tolist(), right[:, step].flatten().tolist())
+        error, counts, means = calibrated_by_hand(
+            confidence[:, step].flatten().tolist(), right[:, step].flatten().tolist()
+        )
         assert measured["error"][step] == pytest.approx(error, abs=2e-6)
         assert measured["bins"]["queries"][step] == counts and sum(counts) == 10_000
+        assert measured["bins"]["confidence"][step] == pytest.approx(means, abs=1e-6)
         assert measured["bins"]["accuracy"][step][:3] == [None] * 3  # below a fifth
     assert measured["error"][0] < 0.02 and measured["error"][1] == pytest.approx(0.2125, abs=0.02)
     assert measured["confidence"] == pytest.approx(confidence.mean((0, 2)).tolist(), abs=1e-5)
+
+
+def test_the_confidence_of_a_prediction_is_the_probability_of_its_class():
+    network, tasks, loop = tiny(), draw(tasks=3, queries=4, spread=1.5), InnerLoop(1, 0.4, first_order=True)
+    evaluation = Evaluation(2, calibration=True)
+    measured = evaluation.measure(sequential_engine(), network, loop, (), tasks, final=True)
+    evaluation.keep("test", [measured], loop.inner_steps)
+    for mode, zeroing in (("zeroing_off", False), ("zeroing_on", True)):
+        (logits,) = sequential.step_logits(network, tasks, [loop.evaluation(2, zeroing)])
+        powers = logits.exp()
+        expected = (powers / powers.sum(-1, keepdim=True)).amax(-1).mean((0, 2))
+        found = evaluation.results["task"]["test"][mode].calibration["confidence"]
+        assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_a_test_with_calibration_has_the_accuracies_of_one_without_it_and_the_errors(run, finished, tmp_path):

@@ -95,9 +95,12 @@ DROPPING += ("test_steps=1",)
     ],
     ids=["dropblock", "dropblock batched", "augment"],
 )
-def test_what_is_random_is_the_same_in_a_run_that_goes_on_and_absent_from_evaluation(run, tmp_path, knobs):
+def test_what_is_random_is_the_same_in_a_run_that_goes_on_and_absent_from_evaluation(run, tmp_path, monkeypatch, knobs):
+    dropping, positions = meta_learner.dropping, []
+    monkeypatch.setattr(meta_learner, "dropping", lambda *at: positions.append(at[1]) or dropping(*at))
     knobs = (*knobs, "val_every=1", "test_tasks=2")
     whole = outcome(run(tmp_path / "whole", "iterations=2", *knobs))
+    assert positions == [0, 1]  # by which each update draws other blocks
     short = run(tmp_path / "short", "iterations=1", *knobs)
     begun = outcome(short)
     went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=2"))
@@ -150,11 +153,27 @@ def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overr
 
 
 @pytest.mark.parametrize("name", ["boil", "metasgd", "msl", "protomaml", "unicorn"])
-def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, name):
-    knobs = ("val_every=1", "test_tasks=2", "test_steps=2", f"algo={name}", "inner_lr=0.1")
-    whole = outcome(run(tmp_path / "whole", "iterations=2", *knobs))
+def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, monkeypatch, name):
+    engine, given, returned = batched.meta_gradient, [], []
+
+    def watched(network, tasks, loop, eta, weights, **how):
+        given.append(weights if weights is None else weights.tolist())
+        returned.append(engine(network, tasks, loop, eta, weights, **how))
+        return returned[-1]
+
+    monkeypatch.setattr(batched, "meta_gradient", watched)
+    knobs = ("val_every=1", "test_tasks=2", "test_steps=2", f"algo={name}", "inner_lr=0.1", "engine=batched")
+    iterations = "iterations=2"
+    if name == "msl":
+        knobs, iterations = (*knobs, "algo.step_losses=2"), "iterations=3"
+    whole = outcome(run(tmp_path / "whole", iterations, *knobs))
+    weights = [pytest.approx(meta_learner.step_weights(2, done)) for done in (0, 0.5)] if name == "msl" else []
+    assert given == [*weights, *[None] * (len(given) - len(weights))] and len(given) in (2, 3)
+    for row, (losses, accuracies) in zip(rows(tmp_path / "whole")[1:], returned, strict=True):
+        means = losses.mean().item(), accuracies.mean().item()
+        assert (float(row["train/loss"]), float(row["train/query_accuracy"])) == pytest.approx(means)
     short = run(tmp_path / "short", "iterations=1", *knobs)
-    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", "iterations=2"))
+    went_on = outcome(run(short, f"checkpoint={short}/checkpoints/last.ckpt", iterations))
     assert went_on["state"]["last"] == whole["state"]["last"]
     assert went_on["results"]["test"] == whole["results"]["test"]
 

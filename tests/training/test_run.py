@@ -1,13 +1,17 @@
 """What train and evidence build alike."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
-from conftest import copied_before_writes, outcome
+from conftest import copied_before_writes, outcome, rows
 from hydra.utils import get_object
 
 from fewshot.errors import UserError
 from fewshot.training.checkpoint import read
+from fewshot.training.meta_learner import MetaLearner
+from fewshot.training.record import Record
 
 REVERSED = """
 progress: {_target_: fewshot.training.record.Progress}
@@ -72,6 +76,24 @@ def test_a_checkpoint_that_can_be_read_is_not_replaced_by_one_that_could_not(run
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 0
 
 
+def test_of_equal_accuracies_the_first_model_is_the_best_and_the_accuracy_to_stop_at_is_reached_by_itself(tmp_path):
+    knobs = {"val_every": 1, "select": "zeroing_off", "val_tasks": 2, "test_every": None, "test_curve_tasks": 2}
+    record, written = Record(**knobs, stop_at_accuracy=0.5, probes=False), []
+    trainer = SimpleNamespace(
+        global_step=0,
+        max_steps=3,
+        default_root_dir=tmp_path,
+        should_stop=False,
+        save_checkpoint=lambda path: written.append(path.stem),
+    )
+    record._began, record._first, record._folder = 0.0, 0, tmp_path
+    stops = []
+    for iteration, accuracy in enumerate((0.4, 0.4, 0.5)):
+        record._write(trainer, {"iteration": iteration}, accuracy)
+        stops.append(trainer.should_stop)
+    assert written == ["best", "last", "last", "best", "last"] and stops == [False, False, True]
+
+
 class StopsAfterThree(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         trainer.should_stop = trainer.global_step == 3
@@ -85,10 +107,21 @@ def test_a_run_that_a_callback_ends_keeps_its_updates_and_says_so(run, tmp_path,
     assert "iteration 3/6  a callback ended the training; " in caplog.text and "max_time" not in caplog.text
 
 
-def test_checkpoints_between_validations_lose_nothing_and_change_nothing(run, tmp_path):
+def test_checkpoints_between_validations_lose_nothing_and_change_nothing(run, tmp_path, monkeypatch):
     """One after every update here; a run that was killed after the fifth goes on from it exactly."""
+    step, losses = MetaLearner.training_step, []
+
+    def watched(self, tasks, batch_idx):
+        measured = step(self, tasks, batch_idx)
+        losses.append(measured["loss"].item())
+        return measured
+
+    monkeypatch.setattr(MetaLearner, "training_step", watched)
     knobs = ("iterations=7", "val_every=4", "trainer.log_every_n_steps=3")
     whole = outcome(run(tmp_path / "whole", *knobs, "save_minutes=null"))
+    means = {row["iteration"]: float(row["train/loss"]) for row in rows(tmp_path / "whole")[1:]}
+    since = {"3": losses[:3], "4": losses[3:4], "6": losses[4:6], "7": losses[6:]}  # of the updates since the last row
+    assert means == pytest.approx({iteration: np.mean(some) for iteration, some in since.items()})
     with copied_before_writes(tmp_path / "run", ("last.ckpt",)) as copies:
         run(tmp_path / "run", *knobs, "save_minutes=1e-9")
     steps = {read(copy / "checkpoints" / "last.ckpt")["global_step"]: copy for copy in copies[1:]}  # [0] has none yet
