@@ -10,6 +10,7 @@ from conftest import outcome
 from examples import NETWORKS, assert_close, convolutional, evaluations, images_for, meta_gradient
 from torch import nn
 
+from fewshot.algorithms.reptile import Reptile
 from fewshot.batched import engine as batched
 from fewshot.batched.side_by_side import NotSideBySide
 from fewshot.config.tree import STATISTICS
@@ -19,6 +20,7 @@ from fewshot.export import export
 from fewshot.files import checkpoint_file
 from fewshot.maml import sequential
 from fewshot.models.network import conv4_strided
+from fewshot.norms import norm as norm_of
 from fewshot.predict import Adapted, adapt
 from fewshot.predict.pretrained import load
 from fewshot.results.task_scores import read_tasks
@@ -88,6 +90,27 @@ def test_the_outer_gradient_through_a_norm_is_that_of_the_arithmetic(norm, width
     assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)
     monkeypatch.setattr(batched, "SideBySide", refused)
     assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)
+
+
+@pytest.mark.parametrize("engine", [sequential, batched])
+def test_an_outer_gradient_of_ones_own_has_the_query_loss_by_the_statistics_of_the_support(engine):
+    tasks = images_for(SMALL, tasks=2, shots=1, queries=2)
+    network = convolutional(partial(SMALL, norm="task", width=8), tasks)
+    losses, _, measured = engine.meta_gradient(network, tasks, Measuring(1, 0.1, first_order=True))
+    torch.testing.assert_close(measured, losses, rtol=1e-10, atol=0)
+
+
+class Measuring(Reptile):
+    measures = ("query_loss",)
+
+    def outer_gradient(self, theta, theta_N, support_loss, query_loss):
+        gradients, _ = super().outer_gradient(theta, theta_N, support_loss, query_loss)
+        return gradients, {"query_loss": query_loss(theta_N)}
+
+
+def test_the_groups_of_a_width_are_of_eight_channels_or_of_the_fewest_above():
+    groups = {width: norm_of(width, "group").num_groups for width in (4, 8, 12, 20, 28, 64)}
+    assert groups == {4: 1, 8: 1, 12: 1, 20: 2, 28: 2, 64: 8}
 
 
 @pytest.mark.parametrize("norm", ["group", "task"])

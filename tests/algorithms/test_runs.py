@@ -108,12 +108,20 @@ def test_an_unknown_knob_of_the_papers_algorithms_is_still_refused(run, tmp_path
         run(tmp_path / "run", "+algo.temperatur=1")
 
 
-def test_the_theory_speaks_of_reptile_and_of_no_other_inner_step(config, tmp_path):
+@dataclass(frozen=True)
+class Elsewhere(InnerLoop):
+    def start(self, theta, encode, support, labels):
+        return {"head.bias": theta["head.bias"] + 1}
+
+
+def test_the_theory_speaks_of_reptile_and_of_no_other_inner_step_or_start(config, tmp_path):
     loops = {algo: inner_loop(config(f"algo={algo}")) for algo in SHIPPED}
     _refuse_beyond_theory(loops["reptile"], tmp_path)
     for algo in set(SHIPPED) - {"reptile"}:
         with pytest.raises(UserError, match=rf"this model has algo\._target_=fewshot\.algorithms\.{algo}\."):
             _refuse_beyond_theory(loops[algo], tmp_path)
+    with pytest.raises(UserError, match=r"this model has algo\._target_=test_runs\.Elsewhere"):
+        _refuse_beyond_theory(Elsewhere(1, 0.1, True, target="test_runs.Elsewhere"), tmp_path)
 
 
 def test_a_sweep_tells_algorithms_apart_that_differ_in_their_class_alone(config, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from fewshot.config.schema import TASKS
 from fewshot.data.meta_batches import augmentation as augmentation_of
 from fewshot.data.sampler import TaskSampler
-from fewshot.data.task import SPLITS, Split
+from fewshot.data.task import SPLITS, Split, query_accuracy
 from fewshot.errors import UserError
 
 every_case = settings(max_examples=60)
@@ -98,10 +98,19 @@ def test_a_sampler_made_again_draws_the_same_tasks():
     assert same(used(40, 4), TaskSampler(marked([10] * 20), **knobs)(40, 4))
 
 
-def test_the_draws_of_a_seed_are_the_same_in_every_version():
-    sampler = TaskSampler(marked([7, 12, 9, 20, 8, 8, 8]), ways=3, shots=2, queries=4, seed=5, stream=0)
+DRAWN = {
+    "mutually_exclusive": "af8b372a2fcb73f14697b7ef17efd977c0c7304421155e8a896bfdc3b15a0c75",
+    "non_mutually_exclusive": "6831893e8f760708043d55824b305e9667b4ae0e5d2151e3068305fbd1f9ad39",
+    "fixed_blocks": "0a39bc684a7b57c5b12df3d6263a8eac93eee921907f9ae46153b02f086950d5",
+    "one_task": "26adfa50c28164ab25e520f3e338eef131a339e99dc7a014c0f0898cde7c250b",
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_draws_of_a_seed_are_the_same_in_every_version(kind):
+    sampler = TaskSampler(marked([7, 12, 9, 20, 8, 8, 8]), ways=3, shots=2, queries=4, seed=5, stream=0, kind=kind)
     drawn = hashlib.sha256(sampler.indices(11, 50).astype("<i8").tobytes()).hexdigest()
-    assert drawn == "af8b372a2fcb73f14697b7ef17efd977c0c7304421155e8a896bfdc3b15a0c75"
+    assert drawn == DRAWN[kind]
 
 
 def test_positions_seeds_and_streams_all_differ():
@@ -221,6 +230,9 @@ def test_colours_change_for_each_image_on_its_own(channels):
     knobs = AUGMENTED | {"mean": (0.0,) * channels, "std": (1.0,) * channels, "augment": TRANSFORMS[2]}
     alike = TaskSampler(Split(same_image, COLOURS.offsets, COLOURS.names), seed=0, **knobs)(0, 1)
     assert len({image.numpy().tobytes() for image in torch.cat([alike.support[0], alike.query[0]])}) == 9
+    for other in ({"seed": 1}, {"seed": 0, "stream": 1}):  # which draw other changes, and not other tasks alone
+        changed = TaskSampler(Split(same_image, COLOURS.offsets, COLOURS.names), **knobs | other)(0, 1)
+        assert not torch.equal(changed.support, alike.support)
     black = torch.zeros(60, channels, 12, 12, dtype=torch.uint8)
     sampler = TaskSampler(Split(black, COLOURS.offsets, COLOURS.names), seed=0, **knobs)
     black[sampler.indices(0, 1)[0, 0, 0]] = same_image[0]
@@ -299,6 +311,14 @@ def test_one_task_is_always_the_same_in_every_order():
 def test_one_task_is_of_the_test_split_and_says_so():
     with pytest.raises(ValueError, match="the test split has 5 classes"):
         TaskSampler(marked([9] * 5), ways=6, shots=1, queries=1, seed=0, stream=0, kind="one_task")
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_the_accuracy_of_a_task_with_one_logit_that_is_not_finite_is_no_number(odd):
+    logits = torch.eye(3).expand(2, 3, 3).clone()  # of two tasks, whose queries are all right
+    logits[1, 2, 0] = odd
+    right, unknown = query_accuracy(logits, torch.arange(3).expand(2, 3)).tolist()
+    assert right == 1 and unknown != unknown
 
 
 # Mistakes

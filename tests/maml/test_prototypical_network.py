@@ -26,7 +26,7 @@ import fewshot
 from fewshot.batched import engine as batched
 from fewshot.errors import UserError
 from fewshot.inner_loop import InnerLoop
-from fewshot.models.head import unit_length
+from fewshot.models.head import prototype_head, unit_length
 from fewshot.predict import predict
 from fewshot.training.checkpoint import read
 
@@ -78,6 +78,16 @@ def test_maml_with_zeroing_and_one_step_is_the_network_of_dot_products(
     other, _ = meta_gradient(engine, network, tasks, distance="dot", temperature=1.0, **PROTONET, **knobs)
     with pytest.raises(AssertionError):
         assert_close(of_encoder(other), of_encoder(maml), 1e-2)
+
+
+@pytest.mark.parametrize("distance", [None, "dot", "squared", "cosine"])
+def test_of_features_in_bfloat16_the_head_is_made_in_float32(distance):
+    loop = InnerLoop(0, 0.4, first_order=True, head="prototypes", distance=distance)
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = prototype_head(loop, features.float(), torch.arange(9) % 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prototype_head(loop, features, torch.arange(9) % 3, 3)
+    assert all(torch.equal(found[name], expected[name]) for name in ("weight", "bias"))
 
 
 @each_network

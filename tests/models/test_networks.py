@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from fewshot.config.tree import CONF
 from fewshot.inner_loop import InnerLoop
 from fewshot.models import resnet12
-from fewshot.models.head import prototype_head, zero_head
+from fewshot.models.head import prototype_head, share_gradient, zero_head
 from fewshot.models.network import conv4_pooled, conv4_strided, drop_squares, dropping, drops
 
 conv4_64 = partial(conv4_pooled, norm_first=True)
@@ -256,3 +256,16 @@ def test_the_files_of_conf_model_say_their_name_and_hand_over_every_knob(path):
     expected = [64] * 4 + [160] * 4 + [320] * 4 + [640] * 4 if path.stem == "resnet12" else [cfg.width] * 4
     assert [layer.out_channels for layer in convolutions] == expected
     assert cfg.width == (32 if path.stem == "conv4_pooled" else 64)
+
+
+def test_the_gradient_of_one_vector_for_all_rows_is_the_sum_of_theirs():
+    """Of a loss in which it does not vanish, as it does in a softmax."""
+    torch.manual_seed(0)
+    head, x, wanted = torch.nn.Linear(4, 3).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    v, b = torch.randn(1, 4).double().requires_grad_(), torch.randn(1).double().requires_grad_()
+    head.weight.data, head.bias.data = v.detach().expand(3, -1).clone(), b.detach().expand(3).clone()
+    F.mse_loss(F.linear(x, v.expand(3, -1), b.expand(3)), wanted).backward()
+    F.mse_loss(head(x), wanted).backward()
+    share_gradient(head)
+    torch.testing.assert_close(head.weight.grad, v.grad.expand(3, -1))
+    torch.testing.assert_close(head.bias.grad, b.grad.expand(3))
