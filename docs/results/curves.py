@@ -51,10 +51,10 @@ def _job(run: str, config: dict, name: str, here: Path) -> Job:
     return Job(Path(run), to_today(config), {"test": test}, curves, None)
 
 
-def final_tests(runs: list[Setting], knob: str = "") -> str:
+def final_tests(runs: list[Setting], *knobs: str) -> str:
     """The final test of each run after as many inner steps as in training, ± its 95% interval over tasks.
 
-    knob: its values are a column of their own, if it is given.
+    knobs: the values of each are a column of their own, and the rows are in the order of these values.
     """
     rows = []
     for setting in runs:
@@ -62,15 +62,14 @@ def final_tests(runs: list[Setting], knob: str = "") -> str:
             step, tests = setting.config["inner_steps"], job.results["test"] if job.results else {}
             scores = [(tests[mode]["accuracy"][step], tests[mode]["ci95"][step]) for mode in MODES]
             cells = [f"{100 * accuracy:.1f} ± {100 * ci95:.1f}" for accuracy, ci95 in scores]
-            value, label = shown(setting.value(knob)), setting.label(without=[knob])
-            rows.append([f"`{value}`", label, str(job.config["seed"]), *cells])
-    values = [row[0] for row in rows]
-    rows.sort(key=lambda row: values.index(row[0]))
-    heads = [f"`{knob}`", "", "seed", "test zeroing off", "test zeroing on"]
-    if not knob:
-        heads, *rows = (row[1:] for row in [heads, *rows])
-    elif len({row[1] for row in rows}) == 1:  # the knob is all in which they differ
-        heads, *rows = ([first, *rest] for first, _, *rest in [heads, *rows])
+            values = [f"`{shown(setting.value(knob))}`" for knob in knobs]
+            rows.append([*values, setting.label(without=knobs), str(job.config["seed"]), *cells])
+    for column in reversed(range(len(knobs))):
+        seen = [row[column] for row in rows]
+        rows.sort(key=lambda row: seen.index(row[column]))
+    heads = [*(f"`{knob}`" for knob in knobs), "", "seed", "test zeroing off", "test zeroing on"]
+    if knobs and len({row[len(knobs)] for row in rows}) == 1:  # the knobs are all in which they differ
+        heads, *rows = ([*row[: len(knobs)], *row[len(knobs) + 1 :]] for row in [heads, *rows])
     return markdown(heads, rows)
 
 
@@ -82,18 +81,19 @@ def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure
     shown: the lowest and the highest accuracy that the figure shows.
     """
     orders = list(dict.fromkeys(setting.loop.first_order for setting in runs))
+    heads = list(dict.fromkeys(setting.label(without=["algo.first_order"]) for setting in runs))
     figure = Figure(figsize=(3.6 + 4.4 * len(orders), 4.2), layout="constrained")
     step, shots = runs[0].config["inner_steps"], runs[0].config["shots"]
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
     for axes, first_order in zip(panels, orders, strict=True):
-        of_order = (setting for setting in runs if setting.loop.first_order == first_order)
-        for setting, colour in zip(of_order, COLOURS, strict=False):
+        for setting in (setting for setting in runs if setting.loop.first_order == first_order):
+            head = setting.label(without=["algo.first_order"])
+            style = {"color": COLOURS[heads.index(head)], "marker": ".", "linewidth": 1.4}
             for mode, line in LINES.items():
                 _, updates, curve = setting.curve(mode)
-                label = f"{setting.label(without=['algo.first_order'])}, {DRAWN[mode][-1]}"
-                axes.plot(updates, curve.mean(axis=0), line, color=colour, marker=".", linewidth=1.4, label=label)
+                axes.plot(updates, curve.mean(axis=0), line, label=f"{head}, {DRAWN[mode][-1]}", **style)
         axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=shown)
         name = "FOMAML" if first_order else "SOMAML"
         axes.set_title(f"{name}, Omniglot 5-way {shots}-shot, {over}", fontsize=10, loc="left")
