@@ -219,6 +219,12 @@ def test_an_export_overwrites_nothing(trained, exported, tmp_path):
     with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):
         main([f"checkpoint={trained}/checkpoints/best.ckpt", f"out={exported}"])
     assert (exported / "README.md").stat().st_mtime_ns == before
+    for name in ("README.md", "config.yaml"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(SystemExit, match=rf"holds a {name}; name another folder"):
+            main([f"checkpoint={trained}/checkpoints/best.ckpt", f"out={tmp_path / name}"])
+        assert [path.read_text() for path in (tmp_path / name).iterdir()] == ["mine"]
     with pytest.raises(SystemExit, match="no such file"):
         main(["checkpoint=none", f"out={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()

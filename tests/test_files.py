@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -35,7 +36,13 @@ def test_a_link_beside_a_file_is_not_written_through(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [".probe-1", ".report.html.part", "report.html"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "evidence", "figures", ".hydra", ".hydra/config.yaml", "train.log"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".hydra", ".hydra/config.yaml", "checkpoints", "error.txt", "evidence", "figures", "train.log", "wandb"),
+        *(".lock", ".lock-ranks", ".requeued"),
+    ],
+)
 def test_a_link_in_place_of_a_runs_own_folder_or_file_is_refused(tmp_path, name):
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
     path = tmp_path / "run" / name
@@ -187,6 +194,16 @@ def test_a_file_that_another_process_takes_for_a_leftover_is_left_to_it(tmp_path
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("images.npy", b"1")]
 
 
+def test_a_signal_while_a_file_is_written_leaves_nothing_and_names_may_have_any_letters(tmp_path):
+    path = tmp_path / "sheet[1]\udcff.csv"
+    (tmp_path / f".{path.name}.0.part").touch()  # of a writer that was killed
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(path, lambda file: signal.raise_signal(signal.SIGINT))
+    assert not list(tmp_path.iterdir())
+    files.write_file(path, "\u00e9\udcff")
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"\xc3\xa9\\udcff"]
+
+
 @pytest.mark.parametrize("gone", ["folder", "lock", "replaced"])
 def test_a_run_whose_folder_was_removed_ends_in_one_line_and_makes_it_anew_nowhere(tmp_path, gone):
     folder = tmp_path / "run"
@@ -219,6 +236,8 @@ def test_a_full_disk_is_named_in_one_line_by_whatever_meets_it(tmp_path, capsys)
             for _ in range(3):
                 log.emit(logging.makeLogRecord({"msg": "x" * 9000}))
             files.write_atomically(kept, lambda file: torch.save({"weights": torch.zeros(10_000)}, file))
+        with pytest.raises(UserError, match=rf"^out={tmp_path}: cannot be written \(File too large\); name a folder"):
+            files.check_writable("out", tmp_path)  # before a run begins
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         log.close()

@@ -62,6 +62,19 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path, litt
     refused(checkpoint.read, bomb, line="has other bytes than those of its entries")
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("MARK",)
+
+
+def test_torch_itself_unpickles_plain_data_alone_whatever_the_first_look_at_a_file_lets_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "refuse_bombs", lambda *_: None)
+    torch.save({"fewshot": Evil()}, "evil.ckpt")
+    refused(checkpoint.read, "evil.ckpt", line=r"cannot be read, truncated or not a checkpoint \(UnpicklingError\)$")
+    assert not Path("MARK").exists()
+
+
 def test_only_a_regular_file_is_read(tmp_path, little_memory):
     os.mkfifo(tmp_path / "pipe.ckpt")
     (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
@@ -98,10 +111,14 @@ def test_a_setting_out_of_bounds_is_refused_before_anything_is_built(tmp_path, l
     refused(fewshot.load, folder, line=line)
 
 
-def test_aliases_and_depth_in_yaml_are_refused(tmp_path, little_memory):
+def test_aliases_depth_and_length_in_yaml_are_refused(tmp_path, little_memory):
     folder = Path(shutil.copytree(MADE / "exported", tmp_path / "exported"))
     levels = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
-    for text, line in ((f"a0: &a0 [x]\n{levels}\n", "has an alias"), ("a: " + "[" * 5000, "levels|cannot be read as")):
+    for text, line in (
+        (f"a0: &a0 [x]\n{levels}\n", "has an alias"),
+        ("a: " + "[" * 5000, "levels|cannot be read as"),
+        ("#" * 2**18 + "\n", "has more than 262144 bytes, as no such file of this program"),
+    ):
         (folder / "config.yaml").write_text(text)
         refused(fewshot.load, folder, line=line)
 
@@ -164,6 +181,26 @@ def test_a_checkpoint_of_another_form_names_the_key(tmp_path, change, line):
     change(content)
     torch.save(content, tmp_path / "other.ckpt")
     refused(checkpoint.read, tmp_path / "other.ckpt", line=line)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "sound"),
+    [
+        (-torch.inf, "mask", True),
+        (torch.nan, "mask", False),
+        (torch.inf, "weight", False),
+        (torch.nan, "weight", False),
+    ],
+)
+def test_a_buffer_may_be_infinite_as_the_mask_of_an_attention_is(number, place, sound):
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.register_buffer("mask", torch.zeros(2))
+    weights = {"weight": torch.ones(1, 1), "mask": torch.zeros(2)}
+    weights[place] = weights[place] + number
+    if sound:
+        checkpoint.refuse_misfit("x", weights, {}, module)
+    else:
+        refused(checkpoint.refuse_misfit, "x", weights, {}, module, line="^x: has weights that are not finite numbers")
 
 
 def test_a_list_that_holds_itself_many_times_is_refused_at_once(tmp_path, little_memory):
@@ -276,6 +313,20 @@ def test_a_foreign_run_folder_with_a_link_is_refused_before_hydra_writes_into_it
     with pytest.raises(SystemExit, match=r"run/evidence: is a link to .*elsewhere; a run writes in its own"):
         OutputFolder().on_run_start(compose("config", call, return_hydra_config=True))
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ({1: 2}, "holds keys that are no text"),
+        ({"a\x1b[2J": 2}, "holds keys that are no text"),
+        ({"a": 2**63}, "holds a int, which is no plain value"),
+        ({"a": torch.ones(1)}, "holds a Tensor, which is no plain value"),
+    ],
+)
+def test_a_configuration_holds_plain_values_alone(value, line):
+    stored.check_plain("x", {"inner": [{"a": 2**63 - 1}]})
+    refused(stored.check_plain, "x", {"inner": [value]}, line=f"^x: {line}$")
 
 
 def test_the_form_of_a_value_is_named():

@@ -42,6 +42,11 @@ def test_an_image_with_a_palette_has_its_colours_and_not_their_places_in_the_pal
     assert torch.equal(split.images[0], split.images[1])
 
 
+def test_a_label_is_text_on_one_line():
+    names = split_of([(pixels(1)[0], "cat\x1b[2J\n"), (pixels(1)[0], "dog")]).names
+    assert names == (r"cat\x1b[2J\n", "dog")
+
+
 def test_black_and_white_images_and_arrays_of_another_byte_order_are_read():
     values = np.float32([[0, 255], [255, 0]])
     images = (values.astype(">f4"), values, Image.fromarray(values.astype(np.uint8)).convert("1"))

@@ -1,11 +1,14 @@
 """CUB, FGVC-Aircraft, Flowers-102 and DTD: their published splits, their original files, and what is refused."""
 
 import hashlib
+import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from data_files import make_fine_grained, make_mini
+from PIL import Image
 
 from fewshot.data.sources import fine_grained
 from fewshot.errors import UserError
@@ -62,6 +65,14 @@ def test_an_aircraft_is_what_lies_in_its_box(made):
         labels = torch.tensor([number[label] for label in split.names]).repeat_interleave(2)
         expected = (255 - labels).view(-1, 1, 1, 1)
         assert (split.images.int() - expected).abs()[..., 1:-1, 1:-1].max() <= 6  # JPEG
+    first = root / "data" / "images" / "0000000.jpg"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8))
+    noise.save(first, "PNG")
+    made = np.asarray(noise.crop((10, 4, 50, 24)).resize((8, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert any(np.array_equal(image, made) for image in load("aircraft", root)["train"].images)
+    first.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 30\n%%EndComments\n%%EOF\n")
+    with pytest.raises(UserError, match="not an image in a format that Pillow knows"):  # and no Ghostscript is started
+        load("aircraft", root)
 
 
 def test_a_flower_is_of_the_class_that_the_table_says(made):
@@ -77,6 +88,10 @@ def test_mini_to_cub_trains_on_all_classes_of_miniimagenet(made, monkeypatch, tm
     birds = load("cub", root)
     assert len(splits["train"].names) == 6 and splits["train"].offsets.tolist() == list(range(0, 14, 2))
     assert splits["val"].sha256 == birds["val"].sha256 and splits["test"].names == birds["test"].names
+    last = mini / "mini-imagenet-cache-test.pkl"
+    last.write_bytes(pickle.dumps((data := pickle.loads(last.read_bytes())) | {"image_data": 255 - data["image_data"]}))
+    other = load("mini_to_cub", root, mini_root=str(mini), trust=True)
+    assert other["train"].sha256 != splits["train"].sha256  # a run with these images does not go on with others
     with pytest.raises(UserError, match=r"^dataset\.mini_root=nowhere: no such file"):
         load("mini_to_cub", root, mini_root="nowhere", trust=True)
 

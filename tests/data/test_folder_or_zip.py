@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fewshot.data import folder_or_zip
 from fewshot.data.folder_or_zip import canonical, open_source
 from fewshot.data.sources import folder, imagenet
 from fewshot.errors import UserError
@@ -122,9 +123,11 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 
 def test_names_are_shown_on_one_line_and_can_be_written(tmp_path):
     raw = os.fsencode(write(tmp_path / "photos", {"train/\x1b[31m\nred/1.png": png(1)})) + b"/train/caf\xe9"
-    os.mkdir(raw)
+    for name in (raw, raw + "\u202egnp.\u2066".encode()):  # these would turn what follows
+        os.mkdir(name)
     names = open_source(tmp_path / "photos").names
-    assert names == ("train/", r"train/\x1b[31m\nred/", r"train/\x1b[31m\nred/1.png", r"train/caf\xe9/")
+    assert names[:3] == ("train/", r"train/\x1b[31m\nred/", r"train/\x1b[31m\nred/1.png")
+    assert names[3:] == (r"train/caf\xe9/", r"train/caf\xe9\u202egnp.\u2066/")
     assert len(open_source(tmp_path / "photos").read(names[2])) == len(png(1))
 
 
@@ -188,6 +191,13 @@ def test_what_helps_is_said(tmp_path, load, files, of_folder, of_zip, fractions)
         with pytest.raises(UserError) as error:
             load(path, fractions=fractions)
         assert hint.format(root=root) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [write, zipped])
+def test_of_two_folders_with_splits_in_them_none_is_taken_in_silence(tmp_path, load, make):
+    files = {f"{wrapper}/{name}": data for wrapper in ("one", "two") for name, data in FILES.items()}
+    with pytest.raises(UserError, match="no classes in train/, val/, test/; it must be a folder or a zip with train"):
+        load(make(tmp_path / "photos.zip", files), fractions=None)
 
 
 SYSTEMS = ["@eaDir", "__MACOSX", ".ipynb_checkpoints", "$RECYCLE.BIN", "lost+found", "System Volume Information"]
@@ -401,6 +411,10 @@ def test_a_list_without_splits_is_dealt_out_as_folders_are(tmp_path, load):
         (b"file,label\n" + b"a" * 200000 + b",a\n", "field larger than field limit"),
         (b"file,label,split\na/1.png,a,training\n", "differs from train, val, test in 'test', 'train', 'training'"),
         (b"file,label\na/1.png,a\n", "1 classes (a); to be split"),
+        (
+            b"file,label,split\na/1.png,A,train\nb/1.png,B,val\nc/1.png,a,test\n",
+            "train/ and test/ share A = a; few-shot",
+        ),
         (None, "no such file; give a CSV with columns file and label"),
     ],
 )
@@ -410,6 +424,13 @@ def test_a_list_that_cannot_be_is_one_line(tmp_path, load, table, line):
     with pytest.raises(UserError) as error:
         load(write(tmp_path / "photos", PLAIN), labels=str(tmp_path / "labels.csv"))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_of_more_bytes_than_any_is_not_parsed(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(folder_or_zip, "LARGEST_TABLE", 30)
+    (tmp_path / "labels.csv").write_text("file,label\n" + "a/1.png,a\n" * 2)
+    with pytest.raises(UserError, match="it has 31 bytes, too many for a list of images; give a CSV"):
+        load(write(tmp_path / "photos", PLAIN), labels=str(tmp_path / "labels.csv"))
 
 
 def test_tables_of_many_classes_take_a_time_in_proportion(tmp_path, monkeypatch):
@@ -442,6 +463,19 @@ def test_tables_of_many_classes_take_a_time_in_proportion(tmp_path, monkeypatch)
 
 
 # The cache
+
+
+@pytest.mark.parametrize("make", [write, lambda root, files: zipped(root, files, zipfile.ZIP_STORED)])
+def test_other_pixels_in_as_many_bytes_are_noticed(tmp_path, load, make):
+    before, after = ({name: png(colour + place, "BMP") for place, name in enumerate(FILES)} for colour in (0, 9))
+    files = [{name.replace("png", "bmp"): data for name, data in each.items()} for each in (before, after)]
+    sums = []
+    for number, content in enumerate(files):
+        root = make(tmp_path / "photos", content)
+        for path in (root, *root.rglob("*.bmp")):
+            os.utime(path, (10**9 + number, 10**9 + number))
+        sums.append(load(root)["train"].sha256)
+    assert sums[0] != sums[1]
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, load):

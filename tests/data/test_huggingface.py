@@ -60,6 +60,11 @@ def test_it_has_the_splits_and_pixels_of_the_same_images_in_a_folder(splits, pla
     assert load(saved)["test"].sha256 == theirs["test"].sha256
 
 
+def test_where_there_is_a_fourth_split_all_classes_are_dealt_out(load, tmp_path):
+    splits = load(make_huggingface(tmp_path / "saved", OWN | {"extra": ["egg", "fig"]}, number=1))
+    assert sorted(name for split in splits.values() for name in split.names) == ["apple", "bear", "chair", "dog", "egg", "fig"]
+
+
 def table(**columns):
     features = {name: value[0] for name, value in columns.items()}
     return datasets.Dataset.from_dict({name: value[1] for name, value in columns.items()}, datasets.Features(features))
@@ -74,13 +79,14 @@ def test_labels_may_be_text_be_kept_back_or_lie_in_a_column_that_is_named(load, 
     table(**columns).save_to_disk(tmp_path / "text")
     splits = load(tmp_path / "text")
     assert sorted(name for split in splits.values() for name in split.names) == list("0123456")
-    kinds = {"fine": (fine, numbers), "coarse": (fine, numbers)}
+    kinds = {"fine": (fine, numbers), "coarse": (fine, numbers[::-1])}
     table(**columns, **kinds).save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match="several columns of type ClassLabel among img, label, fine, coarse; name one "):
         load(tmp_path / "two")
     with caplog.at_level(logging.WARNING):
         splits = load(tmp_path / "two", label_column="fine")
     assert sum(len(split.images) for split in splits.values()) == 13 and "1 of all without a class left" in caplog.text
+    assert load(tmp_path / "two", label_column="coarse")["train"].sha256 != splits["train"].sha256  # not from the cache
     table(**columns, word=(datasets.Value("string"), ["", *words[1:]])).save_to_disk(tmp_path / "empty")
     splits = load(tmp_path / "empty", label_column="word")
     assert sorted(name for split in splits.values() for name in split.names) == list("0123456")
@@ -136,7 +142,7 @@ def test_the_code_of_a_repository_does_not_run(load, tmp_path):
 
 
 def test_images_may_be_files_of_the_datasets_folder_and_no_others(load, tmp_path, monkeypatch):
-    folder, outside = tmp_path / "photos", tmp_path / "outside.png"
+    folder, outside = tmp_path / "photos", tmp_path / "tables of others" / "outside.png"
     for place in range(14):
         path = folder / f"{place // 2}" / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +150,7 @@ def test_images_may_be_files_of_the_datasets_folder_and_no_others(load, tmp_path
     assert sum(len(split.images) for split in load(folder).values()) == 14  # of load_dataset's own "imagefolder"
     monkeypatch.setenv("HOME", str(tmp_path))  # as fewshot.train hands a path on
     assert sum(len(split.images) for split in load("~/photos", cache="another").values()) == 14
+    outside.parent.mkdir()  # whose name begins as that of the dataset's folder
     Image.new("RGB", (4, 4)).save(outside)
     pictures = [{"bytes": None, "path": str(outside)}] * 14
     read = table(
@@ -152,6 +159,7 @@ def test_images_may_be_files_of_the_datasets_folder_and_no_others(load, tmp_path
     (tmp_path / "tables").mkdir()
     read.to_parquet(tmp_path / "tables" / "train.parquet")
     with pytest.raises(
-        UserError, match=r"cannot read 14 images: 'train/0': \S+outside.png is neither in the dataset's folder"
+        UserError,
+        match=r"cannot read 14 images: 'train/0': \S+ of others/outside.png is neither in the dataset's folder",
     ):
         load(tmp_path / "tables")

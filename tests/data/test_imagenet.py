@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
+import io
 import json
+import os
 import pickle
 import tarfile
 import weakref
@@ -138,6 +140,16 @@ def test_a_changed_table_is_noticed(photos, load):
     assert load(photos)["test"].names == ("n00000150", "n00000181")
 
 
+def test_other_pixels_in_a_pickle_of_as_many_bytes_are_noticed(tmp_path, load):
+    path = make_mini(tmp_path / "mini") / "mini-imagenet-cache-test.pkl"
+    data, sums = pickle.loads(path.read_bytes()), []
+    for number in (0, 1):
+        path.write_bytes(pickle.dumps(data | {"image_data": data["image_data"] ^ np.uint8(number)}))
+        os.utime(path, (10**9 + number, 10**9 + number))
+        sums.append(load(path.parent)["test"].sha256)
+    assert sums[0] != sums[1]
+
+
 def test_tables_that_do_not_fit_are_one_line(photos, load):
     (photos / "images" / "n0000003000000001.jpg").unlink()
     with pytest.raises(UserError, match=r"^dataset\.root=.*: images/ lacks n0000003000000001\.jpg of train\.csv; .*$"):
@@ -153,8 +165,13 @@ def test_tables_that_do_not_fit_are_one_line(photos, load):
 def test_another_size_and_grey(tmp_path, load):
     make_mini(tmp_path / "mini")
     make_tiered(tmp_path / "tiered")
-    assert load(tmp_path / "mini", size=42, channels=1)["val"].images.shape == (2, 1, 42, 42)
-    assert load(tmp_path / "tiered", "tieredimagenet", size=42, channels=1)["val"].images.shape == (2, 1, 42, 42)
+    data = pickle.loads((tmp_path / "mini" / "mini-imagenet-cache-validation.pkl").read_bytes())
+    (png, *_) = pickle.loads((tmp_path / "tiered" / "val_images_png.pkl").read_bytes())
+    pictures = {"mini": Image.fromarray(data["image_data"][0]), "tiered": Image.open(io.BytesIO(bytes(png)))}
+    for name, picture in pictures.items():
+        images = load(tmp_path / name, f"{name}imagenet", size=42, channels=1)["val"].images
+        expected = np.asarray(picture.convert("L").resize((42, 42), Image.Resampling.BILINEAR))
+        assert images.shape == (2, 1, 42, 42) and any(np.array_equal(image, expected) for image in images[:, 0])
 
 
 @pytest.mark.parametrize("which", ["miniimagenet", "tieredimagenet"])

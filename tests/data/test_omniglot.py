@@ -255,10 +255,13 @@ def test_the_second_load_reads_the_cache(root, load, built):
     assert len(built) == 1
 
 
-def test_each_size_has_its_own(root, load, built):
+def test_each_size_split_and_way_to_resize_has_its_own(root, load, built):
     assert load(root, size=28)["val"].images.shape[-1] == 28
-    assert load(root, size=14)["val"].images.shape[-1] == 14
-    assert len(built) == 2
+    small = load(root, size=14)
+    assert small["val"].images.shape[-1] == 14
+    assert load(root, size=14, split="lake")["test"].counts.tolist() == [20] * 3
+    assert not torch.equal(load(root, size=14, resample="bilinear")["val"].images, small["val"].images)
+    assert len(built) == 4
 
 
 def test_changed_files_are_noticed(root, load, built):

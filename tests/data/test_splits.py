@@ -24,6 +24,7 @@ def source(made):
         "colours": lambda: replace(split, images=images.expand(-1, 3, -1, -1)),
         "too few": lambda: replace(split, offsets=split.offsets[:-1]),
         "falling": lambda: replace(split, offsets=torch.tensor([0, 8, 4, 12])),
+        "late": lambda: replace(split, offsets=torch.tensor([1, 4, 8, 12])),
         "short": lambda: replace(split, offsets=torch.tensor([0, 4, 8, 11])),
         "a list": lambda: replace(split, offsets=[0, 4, 8, 12]),
         "other pixels": lambda: replace(split, images=images + 1),
@@ -49,7 +50,10 @@ def read(made, shape=(1, 1, 2)):
         ("floats", r"the images of val are torch\.float32 \(12, 1, 1, 2\); .* torch\.uint8, \(M, 1, 1, 2\), as .* say"),
         ("an array", r"the images of val are uint8 \(12, 1, 1, 2\); they must be a tensor of torch\.uint8, .*"),
         ("colours", r"the images of val are torch\.uint8 \(12, 3, 1, 2\); .*, \(M, 1, 1, 2\), as dataset\.channels .*"),
-        *((made, "the offsets of val must be 4 rising .*, 12") for made in ("too few", "falling", "short", "a list")),
+        *(
+            (made, "the offsets of val must be 4 rising .*, 12")
+            for made in ("too few", "falling", "late", "short", "a list")
+        ),
     ],
 )
 def test_what_a_source_of_ones_own_does_wrong_is_one_line(made, why):

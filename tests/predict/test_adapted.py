@@ -63,6 +63,7 @@ def test_predict_with_an_adapted_model_says_what_predict_with_its_support_says(f
             "is not of the form",
         ),
         ({"about": {"classes": "[1]", "shots": "[2]", **SUPPORT}}, "is not of the form"),
+        ({"about": {"classes": "[1, 1]", "shots": "[1, 1]", **SUPPORT}}, "is not of the form"),
         ({"about": {"classes": "[1, 2]", "shots": "[3, -1]", **SUPPORT}}, "is not of the form"),
         ({"about": {"classes": "{", "shots": "[1, 1]", **SUPPORT}}, "cannot be read"),
         ({"about": {"classes": "[[1], 2]", "shots": "[1, 1]", **SUPPORT}}, "is not of the form"),
@@ -72,6 +73,7 @@ def test_predict_with_an_adapted_model_says_what_predict_with_its_support_says(f
         ({"about": {"classes": "[" * 10**5, "shots": "[1, 1]", **SUPPORT}}, "cannot be read"),
         ({"about": {"classes": "[1, 2]", "shots": "[1, 1]"}}, "cannot be read"),
         ({"size": 27}, "is not of the form"),
+        ({"dtype": torch.float32}, "is not of the form"),
     ],
 )
 def test_a_folder_that_was_changed_is_refused_in_one_line(change, line, tmp_path):
@@ -79,11 +81,19 @@ def test_a_folder_that_was_changed_is_refused_in_one_line(change, line, tmp_path
     path = tmp_path / "model" / "adapted.safetensors"
     with safe_open(path, "pt") as file:
         about = change.get("about", file.metadata())
-    size = change.get("size", 28)
-    save_file({"support": torch.zeros(change.get("images", 2), 1, size, size, dtype=torch.uint8)}, path, about)
+    size, dtype = change.get("size", 28), change.get("dtype", torch.uint8)
+    save_file({"support": torch.zeros(change.get("images", 2), 1, size, size, dtype=dtype)}, path, about)
     with pytest.raises(fewshot.UserError, match=line) as error:
         Adapted.load(tmp_path / "model")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "adapted.safetensors"])
+def test_nothing_that_is_there_is_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(fewshot.UserError, match=rf"^out={tmp_path}: holds a {name}; name another folder$"):
+        adapt(MODEL, {1: images(1, 1), 2: images(1, 2)}).save(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
 
 
 @pytest.mark.parametrize("label", [(1, 2j), ("a", 1), None])

@@ -4,12 +4,14 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +21,7 @@ from omegaconf import OmegaConf
 import fewshot
 from fewshot.errors import UserError
 from fewshot.files import write_file
+from fewshot.predict import hub as hub_module
 from fewshot.predict.find import MODELS, names
 from fewshot.push import main
 
@@ -182,6 +185,36 @@ def test_without_a_revision_it_is_the_newest_and_all_files_are_of_one(hub, tmp_p
     assert all((folder / file).read_bytes() == (MODELS / names()[1] / file).read_bytes() for file in FILES)
 
 
+@pytest.fixture
+def downloads(monkeypatch):
+    """(sizes, asked): the library answers with these sizes; what it was asked for, of which revision."""
+    sizes, asked = dict.fromkeys(FILES, 10), []
+
+    def answer(repository, name, revision, dry_run=False):
+        asked.append((name, revision))
+        return SimpleNamespace(file_size=sizes[name], commit_hash=revision or "a" * 40) if dry_run else f"/hub/{name}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    return sizes, asked
+
+
+def test_a_commit_while_it_is_downloaded_does_not_mix_two_revisions(downloads):
+    hub_module.download("hf://lab/model")
+    assert [revision for _, revision in downloads[1]] == [None] + ["a" * 40] * 5
+
+
+@pytest.mark.parametrize(("name", "most"), [("config.yaml", 2**18), ("README.md", 2**20), ("model.safetensors", 2**31)])
+def test_no_file_above_its_limit_is_downloaded(name, most, downloads):
+    downloads[0][name] = most
+    hub_module.download("hf://lab/model")
+    for size in (most + 1, None):
+        downloads[0][name] = size
+        downloads[1].clear()
+        with pytest.raises(UserError, match=f"its {name} has {size} bytes, and may have {most}$"):
+            hub_module.download("hf://lab/model")
+        assert len(downloads[1]) <= len(FILES)  # what was asked for is sizes alone
+
+
 @pytest.mark.parametrize("address", ["hf://lab", "hf://lab/../model", "hf://lab/model@../x", "hf://lab/model/x"])
 def test_what_is_no_address_is_one_line(address):
     with pytest.raises(UserError, match=f"^model={address}: must be hf://ORG/NAME or hf://ORG/NAME@REVISION$"):
@@ -235,6 +268,8 @@ def test_what_cannot_be_pushed_is_one_line(trained, tmp_path, monkeypatch):
         write_file(tmp_path / "bad" / name, (MODELS / names()[0] / name).read_bytes())
     write_file(tmp_path / "bad" / "README.md", "---\nmodel-index: [{name: x}]\ntags: [\n---\n")
     write_file(tmp_path / "lacking" / "model.safetensors", "")
+    shutil.copytree(tmp_path / "bad", tmp_path / "large")
+    os.truncate(tmp_path / "large" / "config.yaml", 2**18 + 1)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     for words, line in (
         ([names()[0]], "repo: is missing; give repo=ORG/NAME"),
@@ -242,11 +277,23 @@ def test_what_cannot_be_pushed_is_one_line(trained, tmp_path, monkeypatch):
         ([str(trained), "repo=lab/model"], f"model={trained}: is a run's, with what only training needs; python"),
         (["bad", "repo=lab/model"], "model=bad/README.md: is no card that the hub takes (ParserError)"),
         (["lacking", "repo=lab/model"], "model=lacking/config.yaml: no such file"),
+        (["large", "repo=lab/model"], "model=large: its config.yaml has 262145 bytes, and may have 262144"),
         ([names()[0], "repo=lab/model"], "repo=lab/model: the hub takes models of those who are logged in; call hf"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code.startswith(line) and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(("words", "private"), [(["private=true"], True), (["private=false"], False), ([], None)])
+def test_a_new_repository_is_private_where_that_is_asked_for(words, private, monkeypatch):
+    made = []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", lambda path: None)  # which asks the hub
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repository, **knobs: made.append(knobs["private"]))
+    monkeypatch.setattr(huggingface_hub, "create_commit", lambda *_, **__: SimpleNamespace(oid="a" * 40))
+    main([names()[0], "repo=lab/model", *words])
+    assert made == [private]
 
 
 def test_a_push_that_is_refused_does_not_show_the_token(hub, tmp_path):
