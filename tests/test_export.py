@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, copied_before_writes
 from omegaconf import OmegaConf
 
 import fewshot
@@ -146,7 +146,7 @@ def test_the_card_has_the_numbers_or_says_why_not(trained, exported, tmp_path):
 
 def test_names_of_others_are_no_markdown_and_no_html_in_a_card(trained, tmp_path):
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
-    name = "<script>alert(1)</script> [a](http://b) | `c` *d* \\| &lt;"
+    name = "<script>alert(1)</script> [a](http://b) | `c` *d* \\| &lt; $e$ ~f~ @g {h}"
     for part in ("dataset", "model"):
         content["fewshot"]["config"][part]["name"] = name
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_names_of_others_are_no_markdown_and_no_html_in_a_card(trained, tmp_path
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     export(tmp_path / "run" / "checkpoints" / "best.ckpt", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    escaped = r"\<script\>alert(1)\</script\> \[a\](http\://b) \| \`c\` \*d\* \\\| \&lt;"
+    escaped = r"\<script\>alert(1)\</script\> \[a\](http\://b) \| \`c\` \*d\* \\\| \&lt; \$e\$ \~f\~ \@g \{h\}"
     assert card.count(escaped) == 5 and name not in card and "<script" not in card.replace(r"\<", "")
     rows = [line for line in card.splitlines() if line.startswith(("| trained on", "| network"))]
     assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows) and len(rows) == 2
@@ -214,6 +214,13 @@ def test_the_command_of_a_card_has_the_precision_and_callbacks_of_ones_own(confi
     assert f"python train.py {words[0]} {words[3]}\n" in card_of(config, *words)
 
 
+def test_a_folder_of_which_a_part_is_written_is_no_model_yet(trained, tmp_path):
+    with copied_before_writes(tmp_path / "shared") as killed:
+        export(trained / "checkpoints" / "best.ckpt", tmp_path / "shared")
+    assert (tmp_path / "shared" / "model.safetensors").exists()
+    assert len(killed) == 3 and not any((folder / "model.safetensors").exists() for folder in killed)
+
+
 def test_an_export_overwrites_nothing(trained, exported, tmp_path):
     before = (exported / "README.md").stat().st_mtime_ns
     with pytest.raises(SystemExit, match=r"holds a model\.safetensors; name another folder"):
@@ -258,6 +265,7 @@ def foreign(**knobs):
         {"model.network": {"_target_": "fewshot.models.torch.os.system", "command": "touch MARK"}},
         {"model.network": {"_target_": "fewshot.processes.ranks.start", "program": "MARK"}},
         {"model.network": {"_target_": "fewshot.models.nothing"}},
+        {"model.network": {"_target_": "fewshot.models.any_module.network_from_module", "module": None}},
         {"model.network": {"_target_": "fewshot.models.__builtins__.exec", "_args_": ["open('MARK', 'w')"]}},
         {"model.network.channels": [{"_target_": "os.system", "command": "touch MARK"}]},
         {"model.network": {"_target_": ["os.system"], "command": "touch MARK"}},

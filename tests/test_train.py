@@ -17,6 +17,7 @@ import torch
 from conftest import HANG, SMALL, copied_before_writes, outcome, rows, told
 from PIL import Image
 
+from fewshot.config.tree import CONF
 from fewshot.errors import UserError
 from fewshot.processes import ranks
 from fewshot.results import record_files
@@ -267,6 +268,15 @@ def test_a_checkpoint_that_would_call_what_the_environment_says_is_refused(run, 
     with pytest.raises(UserError, match=r"its call has callbacks\.progress=.*; name callbacks\.progress in this call"):
         run(tmp_path / "test", *test)
     assert not (tmp_path / "MARK").exists()
+
+
+def test_a_yaml_file_elsewhere_that_a_checkpoint_names_is_none_of_this_programs(config, trained, tmp_path):
+    """One that was sent with the checkpoint, for example."""
+    network = "network: {_target_: os.mkdir, path: MARK}"
+    (tmp_path / "sent.yaml").write_text(f"{network}\nname: x\nsmallest_image: 1\nwidth: 1\n")
+    test = foreign(trained, tmp_path, [f"model={os.path.relpath(tmp_path / 'sent', CONF / 'model')}"])
+    with pytest.raises(UserError, match=r"its call sets model\.network\._target_=os\.mkdir, which a test would run"):
+        resume.find_start(config(*test), list(test), tmp_path / "test")
 
 
 @pytest.mark.parametrize("brought", ["hydra.searchpath=[pkg://this]", "+hydra.searchpath=[pkg://this]", "+model.a=b"])

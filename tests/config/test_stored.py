@@ -24,6 +24,7 @@ from fewshot.errors import UserError
 from fewshot.results import record_files
 from fewshot.sweep.settings import fingerprint, read_job
 from fewshot.training import checkpoint, resume
+from fewshot.training.checkpoint_io import AtomicCheckpointIO
 
 MADE = Path(__file__).parents[1] / "fixtures" / "a43819a"
 BEST = MADE / "run" / "checkpoints" / "best.ckpt"
@@ -203,6 +204,17 @@ def test_a_buffer_may_be_infinite_as_the_mask_of_an_attention_is(number, place, 
         refused(checkpoint.refuse_misfit, "x", weights, {}, module, line="^x: has weights that are not finite numbers")
 
 
+def test_what_could_not_be_read_again_is_said_before_the_training(tmp_path):
+    content = torch.load(BEST, weights_only=True)
+    content["state_dict"]["network.half"] = torch.zeros(1).half()  # a buffer of somebody's network
+    for step, line in ((0, "last.ckpt: names torch HalfStorage, as no checkpoint"), (2, None)):
+        content["global_step"], save = step, AtomicCheckpointIO().save_checkpoint
+        if line:
+            refused(save, content, tmp_path / "last.ckpt", line=line)
+        else:
+            save(content, tmp_path / "last.ckpt")  # nor is each read
+
+
 def test_a_list_that_holds_itself_many_times_is_refused_at_once(tmp_path, little_memory):
     nested = ["x"]
     for _ in range(40):
@@ -216,7 +228,14 @@ def test_a_list_that_holds_itself_many_times_is_refused_at_once(tmp_path, little
 def test_what_a_sweep_cannot_read_is_a_line_of_its_table(tmp_path):
     cases = {
         "results.json": [b"{", b"[" * 100_000, b"\xff", b"{}", b'{"test": null}', b"NaN"],
-        ".hydra/config.yaml": [b"a: [", b"\xff", b"- 1", b"a: &a [*a]", b"algo: {zeroing: '${x}'}\nfit: true"],
+        ".hydra/config.yaml": [
+            b"a: [",
+            b"\xff",
+            b"- 1",
+            b"a: &a [*a]",
+            b"algo: {zeroing: '${x}'}\nfit: true",
+            b"algo: {zeroing: true}\nfit: true",
+        ],
         "metrics.csv": [
             b"iteration,a\nx,1\n",
             b"a,b\n1,2\n",

@@ -62,7 +62,7 @@ def test_it_has_the_splits_and_pixels_of_the_same_images_in_a_folder(splits, pla
 
 def test_where_there_is_a_fourth_split_all_classes_are_dealt_out(load, tmp_path):
     splits = load(make_huggingface(tmp_path / "saved", OWN | {"extra": ["egg", "fig"]}, number=1))
-    assert sorted(name for split in splits.values() for name in split.names) == ["apple", "bear", "chair", "dog", "egg", "fig"]
+    assert sorted(name[0] for split in splits.values() for name in split.names) == list("abcdef")
 
 
 def table(**columns):

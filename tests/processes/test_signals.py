@@ -120,6 +120,26 @@ def test_the_warning_of_slurm_does_not_kill_a_process_whose_run_has_ended(monkey
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_while_a_run_ends_only_sigint_ends_it_sooner():
+    with Signals():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # while last.ckpt is written, for example
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_of_an_array_the_one_job_is_put_back(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/calls\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    here = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    for name, value in {**here, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Stopped), Signals(tmp_path):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert (tmp_path / "calls").read_text() == "requeue 7_3\n"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])  # the second is submitit's, which asks by itself
 def test_a_job_that_gets_no_further_is_put_back_twice(monkeypatch, tmp_path, signum):
     """last.ckpt is written before the third time, so three more follow; then it is not written again."""

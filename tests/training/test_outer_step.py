@@ -1,5 +1,6 @@
 """Optimisers, schedules and the gradient's largest norm: by hand, beside torch's own, and in whole runs."""
 
+import io
 import re
 
 import pytest
@@ -162,11 +163,17 @@ def test_the_norm_of_the_gradient_is_recorded(run, tmp_path):
 
 def test_another_optimisers_memory_is_refused(run, tmp_path):
     folder = run(tmp_path / "run", "optimizer=sgd", "optimizer.momentum=0.9", "iterations=2", "val_every=2")
-    content = torch.load(folder / LAST, weights_only=True)
-    content["optimizer_states"][0]["state"][0] = {"momentum_buffer": torch.zeros(3)}
-    torch.save(content, folder / LAST)
-    with pytest.raises(UserError, match="its optimizer_states are not those of SGD for these weights"):
-        run(folder, f"checkpoint={folder}", "iterations=4")
+    before = (folder / LAST).read_bytes()
+    for part, other in (
+        ("state", {"momentum_buffer": torch.zeros(3)}),
+        ("param_groups", {"momentum": 0.5}),  # with which Lightning would go on
+    ):
+        content = torch.load(io.BytesIO(before), weights_only=True)
+        content["optimizer_states"][0][part][0].update(other)
+        torch.save(content, folder / LAST)
+        with pytest.raises(UserError, match="its optimizer_states are not those of SGD for these weights"):
+            run(folder, f"checkpoint={folder}", "iterations=4")
+    (folder / LAST).write_bytes(before)
     with pytest.raises(UserError, match=r"optimizer\._target_=torch\.optim\.Adam: .* was trained with optimizer"):
         run(folder, f"checkpoint={folder}", "iterations=4", "optimizer=adam")
 

@@ -100,6 +100,8 @@ def test_a_run_that_a_notebook_has_begun_is_left_alone(tmp_path):
     with wandb_run.finished_run():
         logger = wandb_run.wandb_logger(**knobs, folder=tmp_path / "run", values={})
         assert wandb.run is own and logger.experiment.id == "abcdefgh"
+        settings = logger.experiment.settings
+        assert settings.disable_git and not settings.save_code and settings.console == "off"  # the user's code stays
         logger.log_metrics({"iteration": 1, "train/loss": 2.0}, step=1)
     with wandb_run.finished_run():  # of a call with logger=none
         pass
