@@ -35,7 +35,8 @@ def of_the_process():
     seeds = {name: value for name, value in os.environ.items() if name.startswith("PL_")}
     others = torch.get_num_threads(), threading.active_count(), os.getcwd(), logging.raiseExceptions, seeds
     exact = torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    return *signals, root.level, root.handlers[:], *levels, *hydra, *others, *exact
+    fast = torch.backends.mha.get_fastpath_enabled()
+    return *signals, root.level, root.handlers[:], *levels, *hydra, *others, *exact, fast
 
 
 def draws():
@@ -48,6 +49,7 @@ def test_train_is_what_the_command_does_and_leaves_the_process_as_it_was(finishe
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    torch.backends.mha.set_fastpath_enabled(True)  # as it is by default, but not after a run of the batched engine
     before = of_the_process()
     run = fewshot.train(folder=tmp_path / "a, b=c", dataset__cache=cache, **KNOBS)
     assert of_the_process() == before and draws() == expected

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import hydra
 import numpy as np
@@ -562,6 +563,31 @@ def test_without_slurm_its_launcher_is_refused_in_one_line(main, monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     line = main("-m", "hydra/launcher=slurm", "seed=0,1", f"hydra.sweep.dir={tmp_path}", small=True)
     assert line == "hydra/launcher=slurm: no sbatch and srun here; call it where jobs are submitted"
+
+
+def test_a_job_is_done_that_has_results_of_its_own_settings_and_did_not_fail_after_them(tmp_path, monkeypatch):
+    slurm = pytest.importorskip("fewshot.sweep.slurm")
+    words = ["seed=1", "logger=none"]
+
+    def load_sweep_config(_, overrides):
+        cfg = composed(*overrides)
+        OmegaConf.update(cfg, "hydra", {}, force_add=True)
+        return cfg
+
+    loader = SimpleNamespace(load_sweep_config=load_sweep_config)
+    sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    launcher = SimpleNamespace(config=sweep, params={}, hydra_context=SimpleNamespace(config_loader=loader))
+    monkeypatch.setattr(slurm, "_submit", lambda _, calls: [*calls])
+    monkeypatch.setattr(slurm, "_result", lambda *job: "done anew")
+    folder = tmp_path / job_folder(words)
+    make_run(folder, composed(*words), accuracy=[0.2] * 4)
+    assert slurm.launch(launcher, [words], 0) != ["done anew"]
+    (folder / "error.txt").write_text("no space left")
+    assert slurm.launch(launcher, [words], 0) == ["done anew"]
+    assert not (folder / "error.txt").exists()  # else the job would count as failed
+    shutil.rmtree(folder)
+    make_run(folder, composed(*words, "inner_lr=0.3"), accuracy=[0.2] * 4)
+    assert slurm.launch(launcher, [words], 0) == ["done anew"]
 
 
 def test_slurm_gets_what_is_missing_of_a_sweep_and_a_job_that_it_lost_is_one_failure(

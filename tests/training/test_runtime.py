@@ -47,12 +47,3 @@ def test_a_gpu_that_is_not_there_is_told_before_lightning_is_imported(run, tmp_p
     monkeypatch.setattr(runtime, "import_module", lambda name: pytest.fail("it was to be imported"))
     with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: there is no CUDA GPU here; use trainer=cpu"):
         run(tmp_path, "trainer=gpu")
-
-
-def test_whether_attention_has_its_path_without_derivative_is_afterwards_as_it_was():
-    with runtime.torch_kept():
-        for enabled in (False, True):
-            torch.backends.mha.set_fastpath_enabled(enabled)
-            with runtime.torch_kept():
-                torch.backends.mha.set_fastpath_enabled(not enabled)
-            assert torch.backends.mha.get_fastpath_enabled() is enabled
