@@ -204,7 +204,7 @@ def ablation(runs: dict[int, dict[float, dict[str, Setting]]]) -> Figure:
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
-        "memorization": panels(settings("memorization"), ["dataset.tasks"]),
+        "memorization": panels(settings("memorization", "1shot"), ["dataset.tasks"]),
         "panel2_omniglot": panels(settings("panel2"), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
