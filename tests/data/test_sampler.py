@@ -341,6 +341,20 @@ def test_too_few_images_is_one_clear_line_that_names_the_class():
     assert str(error.value) == "shots+queries=7: class 'class 2' of the test split has 6 images; lower shots or queries"
 
 
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean=(0.5, 0.5, 0.5): must be one number, or one for each channel (1)"),
+        ({"std": ()}, "std=(): must be one number, or one for each channel (1)"),
+    ],
+)
+def test_a_seed_or_a_number_of_channels_that_cannot_be_is_one_clear_line(knobs, line):
+    with pytest.raises(ValueError) as error:
+        TaskSampler(marked([9] * 5), ways=2, shots=1, queries=1, **knobs)
+    assert str(error.value) == line
+
+
 def test_all_classes_and_all_images_can_be_asked_for():
     sampler = TaskSampler(marked([3, 3]), ways=2, shots=1, queries=2, seed=0, stream=0)
     task = sampler(0, 1)

@@ -45,14 +45,14 @@ class TaskSampler:
         split: the images, see `to`; or a torch.utils.data.Dataset of (image, label), see any_dataset.py.
         ways, shots, queries: K, and images per class in support and query.
         mean, std: per channel, applied to images scaled to [0, 1].
-        seed: non-negative.
+        seed: at least 0.
         stream: keeps the draws of train, val and test apart (their place in SPLITS).
         kind: see above; for "one_task" the split is that of the test.
         augment: changes a task's images, (K (shots + queries), C, H, W) in [0, 1], each at random, before mean and std
             are applied. Its random numbers come from torch and depend only on (seed, stream, position), too.
 
     Raises:
-        ValueError: another kind, fewer classes than ways, or a class with fewer images than shots + queries.
+        ValueError: the split has too few classes or images, or a value is none of those above; it names the value.
         UserError: a Dataset whose images or labels cannot be used, see any_dataset.py.
     """
 
@@ -80,6 +80,11 @@ class TaskSampler:
         if fewest < shots + queries:
             short = f"class {split.names[int(split.counts.argmin())]!r} of the {name} split has {fewest} images"
             raise ValueError(f"shots+queries={shots + queries}: {short}; lower shots or queries")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be at least 0")
+        for name, numbers in (("mean", mean), ("std", std)):
+            if len(numbers) not in (1, channels := split.images.shape[1]):
+                raise ValueError(f"{name}={numbers}: must be one number, or one for each channel ({channels})")
         self.split, self.ways, self.shots, self.queries, self.kind = split, ways, shots, queries, kind
         self._key = np.array([seed, stream], dtype=np.uint64)
         self._counts, self._offsets = split.counts.numpy(), split.offsets.numpy()
