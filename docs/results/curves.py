@@ -152,15 +152,15 @@ def by_term() -> dict[int, dict[float, dict[str, Setting]]]:
 
 
 def ablation_table() -> str:
-    """The final test of each seed in %: with the head as it is / zeroed for the test."""
+    """The final test in %, of the seeds in their order: with the head as it is, and zeroed for the test."""
     rows = []
-    for steps, etas in by_term().items():
-        for eta, losses in etas.items():
-            finals = [[_finals(losses[name], mode) for mode in MODES] for name in LOSSES.values()]
-            for seed in finals[0][0]:
-                cells = [" / ".join(f"{100 * by_seed[seed]:.1f}" for by_seed in modes) for modes in finals]
-                rows.append([str(steps), f"{eta:g}", str(seed), *cells])
-    return markdown(["inner steps", "eta", "seed", *LOSSES.values()], rows)
+    for mode in MODES:
+        for steps, etas in by_term().items():
+            for eta, losses in etas.items():
+                finals = [_finals(losses[name], mode) for name in LOSSES.values()]
+                cells = [", ".join(f"{100 * by_seed[seed]:.1f}" for seed in sorted(by_seed)) for by_seed in finals]
+                rows.append([DRAWN[mode][-1], str(steps), f"{eta:g}", *cells])
+    return markdown(["", "inner steps", "eta", *LOSSES.values()], rows)
 
 
 def _finals(setting: Setting, mode: str) -> dict[int, float]:
