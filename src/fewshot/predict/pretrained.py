@@ -211,7 +211,8 @@ def read_folder(folder: Path, knob: str = "model") -> tuple[dict[str, Any], dict
     except SafetensorError as error:
         raise UserError(f"{knob}={folder / EXPORTED}: cannot be read, truncated or no safetensors ({error})") from None
     check_weights(f"{knob}={folder / EXPORTED}", weights)
-    return config, weights, config.pop(TRAINED, {})
+    # Mapped from the file they lie at addresses where sums can be rounded otherwise than in the model that was written.
+    return config, {name: tensor.clone() for name, tensor in weights.items()}, config.pop(TRAINED, {})
 
 
 def _refuse_foreign(where: str, config: dict[str, Any]) -> None:
