@@ -324,6 +324,36 @@ def test_images_are_mapped_and_written_as_they_come(tmp_path):
             assert mapping[1].startswith("r-")
 
 
+@pytest.mark.parametrize(
+    ("images", "count", "why"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), 2, r"image 0 of train is uint8 \(8, 8, 3\); it must be uint8 \(3, 8, 8\)"),
+        (np.zeros((2, 3, 8, 8)), 2, r"image 0 of train is float64 \(3, 8, 8\); it must be uint8 \(3, 8, 8\)"),
+        (np.zeros((2, 3, 8, 8), np.uint8), 3, "train has 2 images, fewer than its counts say, 3"),
+        (np.zeros((2, 3, 8, 8), np.uint8), 1, "train has more images than its counts say, 1"),
+    ],
+)
+def test_a_source_of_ones_own_that_makes_other_images_than_it_says_leaves_no_cache(images, count, why, tmp_path):
+    """Pixels whose axes lie in another order would fit into the file as well."""
+    splits = {"train": cache_module.LazySplit(images, [count], ("a",))}
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        cache_module.cached("made", [], size=8, channels=3, cache=str(tmp_path), build=lambda: splits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_whose_files_have_no_names_are_told_by_their_classes(tmp_path, caplog):
+    image = np.zeros((1, 2, 2), np.uint8)
+    splits = {
+        "train": cache_module.LazySplit([image] * 5, [1, 4], ("a", "b")),
+        "test": cache_module.LazySplit([image], [1], ("c",)),
+    }
+    cache_module.cached("made", [], size=2, channels=1, cache=str(tmp_path), build=lambda: splits)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the same pixels in two splits, 1 time: test/c = train/a",
+        "the same pixels twice in one split, 4 times: train/b = train/a, train/b = train/a, train/b = train/a ...",
+    ]
+
+
 def test_no_partial_file_stays_when_writing_fails(root, load, tmp_path, monkeypatch, caplog):
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -340,6 +370,19 @@ def test_goes_on_without_a_cache_where_none_can_be_written(root, load, tmp_path,
     (tmp_path / "file").touch()
     assert len(load(root, cache=tmp_path / "file" / "cache")["train"].names) == 4
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set_and_has_the_images(monkeypatch, caplog):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    splits = {"train": cache_module.LazySplit([np.full((1, 2, 2), 7, np.uint8)], [1], ("a",))}
+    made = cache_module.cached("made", [], size=2, channels=1, cache=None, build=lambda: splits)
+    assert made["train"].images.tolist() == [[[[7, 7], [7, 7]]]]
+    [line] = caplog.messages
+    assert line.startswith("no cache: ") and line.endswith("; set dataset.cache to a folder to keep the images in")
 
 
 def test_several_at_once_make_the_images_once(tmp_path):

@@ -177,14 +177,22 @@ def _write(
     Holds one image at a time, and a hash of every other: images in another split too, or in their own once more, are
     counted, since they can be support and query of one task. (Written as files: a full disk ends a process that writes
     to memory-mapped ones.)
+
+    Raises:
+        ValueError: a source makes other images than it says, or fewer or more of them.
     """
     described: dict[str, Any] = {"key": key, "shape": shape, "splits": {}}
     described["duplicates"] = duplicates = {"in two splits": [0, []], "twice in one split": [0, []]}
     firsts: dict[str, dict[bytes, int]] = {}  # for each split where its pixels come first
     for name, split in splits.items():
-        file, digest, firsts[name] = new_array(name, (sum(split.counts), *shape)), hashlib.sha256(), {}
+        total, place = sum(split.counts), -1
+        file, digest, firsts[name] = new_array(name, (total, *shape)), hashlib.sha256(), {}
         for place, image in enumerate(split.images):
             pixels = np.ascontiguousarray(image)
+            if (pixels.dtype, pixels.shape) != (np.uint8, shape):
+                raise ValueError(f"image {place} of {name} is {pixels.dtype} {pixels.shape}; it must be uint8 {shape}")
+            if place == total:
+                raise ValueError(f"{name} has more images than its counts say, {total}")
             file.write(pixels.data)
             digest.update(pixels.data)
             mark = hashlib.blake2b(pixels.data, digest_size=8).digest()
@@ -196,6 +204,8 @@ def _write(
                         first = _called(splits[other], other, places[mark])
                         kind[1].append(f"{_called(split, name, place)} = {first}")
             firsts[name].setdefault(mark, place)
+        if place + 1 < total:
+            raise ValueError(f"{name} has {place + 1} images, fewer than its counts say, {total}")
         described["splits"][name] = {"names": split.names, "counts": split.counts, "sha256": digest.hexdigest()}
     return json.dumps(described | {"sha256": _sum(described)}).encode()
 
