@@ -65,9 +65,7 @@ def reason_of(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """Text of others, made safe for a terminal, a file in UTF-8 and a figure: a letter without a glyph is escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
-    )
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def first_few(names: list[str], limit: int = 3) -> str:
