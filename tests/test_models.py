@@ -106,6 +106,12 @@ def test_a_name_stands_for_a_model_unless_something_here_is_called_so(tmp_path, 
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"^model={name}: has no model\.safetensors"):
         find(name)
+    with pytest.raises(UserError, match=rf"^checkpoint={name}: has no model\.safetensors"):
+        find(name, "checkpoint")
+    with pytest.raises(UserError, match=r"^checkpoint=no/model: no such file or folder$"):
+        find("no/model", "checkpoint")
+    with pytest.raises(UserError, match=r"^checkpoint=hf://model: must be hf://ORG/NAME"):
+        find("hf://model", "checkpoint")
 
 
 def test_an_unknown_name_lists_those_that_there_are_and_its_neighbour():

@@ -365,6 +365,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset=folder dataset.root=photos dataset.fractions.val=0": ("dataset.fractions.val=0: ", "above 0"),
     # where the photos are
     "dataset=folder": ("dataset.root=null: ", "a folder or zip with train|val|test/CLASS/image or CLASS/image"),
+    "dataset=cub": ("dataset.root=null: ", "the folder CUB_200_2011 of its archive, unpacked"),
     "trainer.max_steps=7": ("trainer.max_steps=7: ", "set iterations=7"),
     # mistyped keys
     "+zerong=true": ("zerong=true: ", "did you mean +zeroing?"),
@@ -386,6 +387,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "dataset.classes.train=many": ("dataset.classes.train=many: ", "an integer of at least 1, or null"),
     "dataset.images_per_class=abc": ("dataset.images_per_class=abc: ", "an integer of at least 2, or null"),
     "dataset.name=null": ("dataset.name=null: ", "a name"),
+    "dataset.name=a/b": ("dataset.name=a/b: ", "a name of letters, digits and ._-"),
     "dataset.name=[a,b]": ("dataset.name=[a, b]: ", "a name"),
     "dataset.size=???": ("dataset.size=???: ", "give it one"),
     "dataset.source=null": ("dataset.source=null: ", "{_target_: ...}"),
@@ -394,6 +396,7 @@ MISTAKES = {  # command line: the beginning of the line, and what it must also s
     "model.network=null": ("model.network=null: ", "{_target_: ...}"),
     "callbacks.record=null": ("callbacks.record=null: ", "{_target_: ..., val_every: ..., "),
     "callbacks.record.val_every=0": ("callbacks.record.val_every=0: ", "an integer of at least 1"),
+    "dataset.source.size=14": ("dataset.source.size=14: ", "set dataset.size=14 instead"),
     "callbacks.record.val_every=7": ("callbacks.record.val_every=7: ", "set val_every=7 instead"),
     "test_every=5 callbacks.record.test_curve_tasks=0": ("callbacks.record.test_curve_tasks=0: ", "at least 2"),
     "callbacks.zero_head.enabled=true": ("callbacks.zero_head.enabled=true: ", "use +zeroing=true"),
@@ -439,6 +442,7 @@ def test_a_mistake_is_one_line_with_knob_value_and_remedy(command):
         "dataset.size=23", "dataset=folder dataset.root=photos dataset.size=16", "val_tasks=2",
         "dataset=folder dataset.root=photos ways=500 shots=900",
         "model=module model.module={_target_:a.B,depth:3}", "augment=standard",
+        "algo=protonet algo.distance=cosine model.head_bias=false",
         "inner_steps=7 test_steps=7", "fit=false checkpoint=a/checkpoints/best.ckpt", "logger.mode=offline",
     ],
 )  # fmt: skip

@@ -206,6 +206,7 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     [
         (["trainer=ddp", "trainer.devices=3"], "meta_batch_size=16: must be a multiple of 3"),
         (["trainer=ddp", "trainer.devices=4", "val_tasks=3"], "val_tasks=3: must be at least 4"),
+        (["trainer=ddp", "trainer.devices=4", "test_tasks=3"], "test_tasks=3: must be at least 4"),
         (["trainer=ddp", "trainer.devices=auto"], "trainer.devices=auto: must be an integer"),
         (["trainer.devices=2"], "trainer.devices=2: use trainer=ddp trainer.devices=2"),
         (["trainer=ddp", "trainer.num_nodes=2"], "trainer.num_nodes=2: several machines need torchrun or srun"),
@@ -231,8 +232,9 @@ def test_processes_that_others_started_must_be_as_many_and_name_one_folder(confi
             UserError, match=r"srun started 8 processes; .*in a shell inside srun: unset SLURM_STEP_NUM"
         ):
             check(config())
-        patch.delenv("SLURM_STEP_NUM_TASKS")
+        patch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one that asked for a single task, or sbatch
         check(config())
+        check(config("trainer=ddp", "trainer.devices=2"))
     for call, line in (
         (("trainer=ddp",), "hydra.run.dir: torchrun starts several processes; name their one folder"),
         (

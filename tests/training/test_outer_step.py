@@ -193,7 +193,7 @@ def test_another_optimisers_memory_is_refused(run, tmp_path):
         (["optimizer=null"], "optimizer=null: must be one of adam, adamw, sgd"),
         (["schedule=step"], "schedule=step: must be one of none, cosine, multistep"),
         (["schedule=multistep"], "milestones=[]: schedule=multistep needs one below iterations=6"),
-        (["schedule=multistep", "milestones=[9]"], "milestones=[9]: schedule=multistep needs one below iterations=6"),
+        (["schedule=multistep", "milestones=[6]"], "milestones=[6]: schedule=multistep needs one below iterations=6"),
         (["milestones=[3]"], "milestones=[3]: add schedule=multistep, or leave them out"),
         (["schedule=multistep", "milestones=[0]"], "milestones=[0]: must be a list of whole numbers above 0"),
         (["clip_norm=0"], "clip_norm=0: must be a number above 0"),
