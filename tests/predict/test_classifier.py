@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from test_predict import images, untrained
 
 import fewshot
+from fewshot import models
 from fewshot.predict import adapt, predict
 from fewshot.predict.classifier import FewShotClassifier
 
@@ -163,11 +165,31 @@ def test_what_was_saved_predicts_the_same(statistics, tmp_path):
     for queries in (asked, asked[:1]):
         assert np.array_equal(again.predict_proba(queries), fitted.predict_proba(queries))
     assert again.classes_.tolist() == [3, 7] and again.predict(asked).dtype.kind == "i"
+    assert again.statistics == statistics
     alone = np.concatenate([again.predict_proba([image]) for image in asked])
     assert np.allclose(alone, again.predict_proba(asked), atol=1e-6) == (statistics == "support")
     assert repr(again.adapted_) == f"Adapted(conv4_strided, 2 classes, 4 images, statistics={statistics!r})"
     with pytest.raises(fewshot.UserError, match=r"holds a model\.safetensors; name another folder$"):
         fitted.save(tmp_path / "adapted")
+
+
+def foreign(**knobs):
+    return models.conv4_strided(**knobs)
+
+
+def test_a_network_of_ones_own_is_called_by_trust_alone(tmp_path):
+    folder, shown = shutil.copytree(PATH, tmp_path / "own"), images(4, 1)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("fewshot.models.conv4_strided", "test_classifier.foreign"))
+    refused = pytest.raises(fewshot.UserError, match=r"calls test_classifier\.foreign, and loading would run that")
+    with refused:
+        FewShotClassifier(folder).fit(shown, [0, 0, 1, 1])
+    fitted = FewShotClassifier(folder, trust=True).fit(shown, [0, 0, 1, 1])
+    fitted.save(tmp_path / "adapted")
+    with refused:
+        FewShotClassifier.load(tmp_path / "adapted")
+    again = FewShotClassifier.load(tmp_path / "adapted", trust=True)
+    assert again.trust and np.array_equal(again.predict(shown), fitted.predict(shown))
 
 
 def test_columns_of_a_model_whose_classes_are_in_another_order_are_those_of_its_sorted_labels(tmp_path):

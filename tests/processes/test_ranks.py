@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.launcher.api as launcher
 from conftest import HANG, ROOT, SMALL, halt_when, let_go, outcome
 from hydra import compose, initialize_config_dir
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from fewshot.config.check import check
 from fewshot.config.hydra_call import Call
 from fewshot.config.tree import CONF
 from fewshot.data import meta_batches as data_module  # noqa: F401
 from fewshot.errors import UserError
+from fewshot.processes.ranks import PARENT, leave_error
 from fewshot.processes.signals import Signals
 from fewshot.results import figures, record_files  # noqa: F401  what train.py imports late
 from fewshot.train import run as train_run
@@ -199,6 +202,56 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_given_again_goes_on_exactly
     assert (sweep / "summary.csv").exists() and output.count("model of iteration") == 1
     names = {path.name.split("-")[-1] for path in folder.glob("wandb/offline-run-*")}
     assert len(names) == 1 and len(list(folder.glob("wandb/offline-run-*"))) == 2  # one run, begun twice
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),  # {rank: its exit status, and the line that it left}
+    [
+        ({0: (-6, ""), 1: (1, "no room")}, "rank 1 of 2: no room"),
+        ({0: (-15, ""), 1: (3, "")}, "rank 1 of 2: ended with status 3, as its own lines tell"),
+        ({0: (1, ""), 1: (-9, "")}, "rank 1 of 2 was killed by SIGKILL, which ends the run; nothing was trained yet"),
+        ({0: (1, ""), 1: (143, "")}, "rank 0 of 2: ended with status 1, as its own lines tell"),
+        ({0: (-15, ""), 1: (130, "")}, 130),
+    ],
+)
+def test_the_rank_that_ended_a_run_is_told_and_the_next_run_can_start(main, tmp_path, monkeypatch, ended, said):
+    calls = []
+
+    def elastic_launch(config, entrypoint):
+        def launch(*call):
+            calls.append(call)
+            for number, (_, line) in ended.items():
+                monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"error{number}"))
+                assert not line or leave_error(line)
+            statuses = {number: status for number, (status, _) in ended.items()}
+            failures = {n: ProcessFailure(n, 1, status, str(tmp_path / f"error{n}")) for n, status in statuses.items()}
+            raise ChildFailedError("train", failures)
+
+        return launch
+
+    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "9")
+    (own := tmp_path / "conf").mkdir()
+    assert main(f"--config-dir={own}", *DDP, "trainer.devices=2", f"hydra.run.dir={tmp_path}/run", small=True) == said
+    assert PARENT not in os.environ and os.environ["PYTHONPATH"] == "mine"
+    [call] = calls
+    assert call[call.index("--config-dir") + 1] == str(own) and "trainer.devices=2" in call
+    assert [word for word in call if word.startswith("hydra.run.dir=")] == [f"hydra.run.dir={tmp_path}/run"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its parent has ended")
+def test_a_rank_does_not_outlive_the_process_that_started_it():
+    waits = "import time; from fewshot.processes.ranks import follow_parent; follow_parent(); "
+    waits += "print('here', flush=True); time.sleep(20); print('outlived')"
+    starts = f"import os, subprocess, sys; os.environ['{PARENT}'] = str(os.getpid()); "
+    starts += f"subprocess.run([sys.executable, '-c', {waits!r}])"
+    with subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.kill()
+        assert process.stdout.read() == b""  # which ends when the rank has
+    orphan = subprocess.run([sys.executable, "-c", waits], env=os.environ | {PARENT: "1"}, capture_output=True)
+    assert orphan.returncode == -signal.SIGTERM and orphan.stdout == b""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What notebooks, IDEs and clusters export, and who reads the output, do not decide whether a command succeeds."""
 
 import importlib
+import io
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -121,6 +123,21 @@ def test_where_only_the_runs_folder_can_be_written_temporary_files_go_there(monk
     monkeypatch.setenv("TMPDIR", "/nowhere")
     lenient(tmp_path)
     assert tempfile.gettempdir() == os.environ["TMPDIR"] == str(tmp_path)
+
+
+def test_letters_that_a_terminal_lacks_are_replaced_there_and_written_to_the_log_file(monkeypatch, tmp_path):
+    terminal, handler = io.TextIOWrapper(io.BytesIO(), "ascii"), logging.FileHandler(tmp_path / "log", encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    lenient(tmp_path)
+    print("90 ± 1", flush=True)
+    logging.getLogger().warning("90 ± 1")
+    handler.close()
+    assert terminal.buffer.getvalue() == b"90 ? 1\n" and (tmp_path / "log").read_text(encoding="utf-8") == "90 ± 1\n"
+
+
+def test_a_line_of_an_error_is_said_at_once():
+    assert said("import sys; print(sys.stderr.line_buffering or sys.stderr.write_through)") == "True"
 
 
 def test_help_of_every_command_may_be_cut_short_by_its_reader(tmp_path):

@@ -1,12 +1,15 @@
 """Loggers and callbacks that are not this program's: what they write, and that a run with them goes on exactly."""
 
 import csv
+import json
 import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import outcome, rows
+from omegaconf import OmegaConf
+from pytorch_lightning.loggers import CSVLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from fewshot.errors import UserError
@@ -31,7 +34,11 @@ def test_lightnings_logger_has_what_metrics_csv_has_and_what_its_callbacks_log(r
     rates = [float(row["lr-Adam"]) for row in theirs if row["lr-Adam"]]
     assert rates[-4:] == pytest.approx([1e-3, 1e-4, 1e-4, 1e-4])
     (final,) = (row for row in theirs if row["final_test/query_accuracy/step_1"])
-    assert 0 <= float(final["final_test_zeroed/query_accuracy/step_3"]) <= 1
+    results = json.loads((folder / "results.json").read_text())
+    assert float(final["final_test_zeroed/query_accuracy/step_3"]) == results["test"]["zeroing_on"]["accuracy"][3]
+    assert float(final["best_iteration"]) == results["best_iteration"]
+    settings = OmegaConf.load(folder / "csv" / "version_0" / "hparams.yaml")
+    assert (settings.iterations, settings.algo.first_order) == (4, True)
 
 
 def test_a_run_with_others_loggers_and_callbacks_goes_on_exactly(run, tmp_path):
@@ -67,6 +74,12 @@ def test_tensorboard_has_the_curves_of_a_run_that_goes_on_each_point_once(run, t
         assert [event.step for event in events.Scalars("final_test/query_accuracy/step_1")] == ends
 
 
+class Unreachable(CSVLogger):
+    @property
+    def experiment(self):
+        raise ConnectionError("no answer")
+
+
 @pytest.mark.parametrize(
     ("knobs", "line"),
     [
@@ -74,6 +87,10 @@ def test_tensorboard_has_the_curves_of_a_run_that_goes_on_each_point_once(run, t
         (["logger=tensorboard", "+logger.nope=1"], "logger._target_=pytorch_lightning.loggers.TensorBoardLogger: cann"),
         (["logger=csv", "+logger.nope=1"], "logger._target_=pytorch_lightning.loggers.CSVLogger: cannot be made ("),
         (["logger=csv", "logger._target_=torch.nn.ReLU", "logger.name=no"], "logger._target_=torch.nn.ReLU: cannot be"),
+        (
+            ["logger=csv", "logger._target_=test_logger.Unreachable"],
+            "logger._target_=test_logger.Unreachable: cannot be made (no answer)",
+        ),
         (["logger=csv", "logger._target_=torch.nn.Identity"], "logger._target_=torch.nn.Identity: must be a pytorch_"),
         (["logger=wandb", "+logger.nope=1"], "logger.nope=1: no such knob"),
         (["+callbacks.mine=1"], "callbacks.mine=1: must be {_target_: ..."),
@@ -105,6 +122,12 @@ def test_what_cannot_be_made_is_one_line(main, tmp_path, knobs, line):
     ended = main("logger=none", *knobs, f"hydra.run.dir={tmp_path / 'run'}", small=True)
     assert isinstance(ended, str) and re.match(re.escape(line), ended) and "\n" not in ended
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_named_for_the_logger_stays(config, tmp_path):
+    for knobs, place in (([], tmp_path / "run"), ([f"+logger.save_dir={tmp_path}/own"], tmp_path / "own")):
+        start: Any = SimpleNamespace(cfg=config("logger=csv", *knobs), rows=[], folder=tmp_path / "run")
+        assert logger_of(start).save_dir == str(place)
 
 
 def test_without_tensorboard_a_line_says_how_it_is_installed(config, tmp_path, monkeypatch):
