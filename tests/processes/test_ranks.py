@@ -250,7 +250,7 @@ def test_a_rank_does_not_outlive_the_process_that_started_it():
         assert process.stdout.readline() == b"here\n"
         process.kill()
         assert process.stdout.read() == b""  # which ends when the rank has
-    orphan = subprocess.run([sys.executable, "-c", waits], env=os.environ | {PARENT: "1"}, capture_output=True)
+    orphan = subprocess.run([sys.executable, "-c", waits], env=os.environ | {PARENT: "0"}, capture_output=True)
     assert orphan.returncode == -signal.SIGTERM and orphan.stdout == b""
 
 

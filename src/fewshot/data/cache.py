@@ -78,6 +78,9 @@ def cached(
     fingerprint: whatever the images depend on besides size and channels; plain lists, numbers and text
     cache: folder, None for the user's own
     build: makes the splits, which are written image by image, so they may be larger than the memory
+
+    Raises:
+        ValueError: `build` makes images of another kind or shape, or other numbers of them, than it says.
     """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, name, fingerprint, size, channels]).encode()).hexdigest()
     shape, splits = (channels, size, size), None
@@ -179,7 +182,7 @@ def _write(
     to memory-mapped ones.)
 
     Raises:
-        ValueError: a source makes other images than it says, or fewer or more of them.
+        ValueError: a source makes images of another kind or shape, or other numbers of them, than it says.
     """
     described: dict[str, Any] = {"key": key, "shape": shape, "splits": {}}
     described["duplicates"] = duplicates = {"in two splits": [0, []], "twice in one split": [0, []]}
