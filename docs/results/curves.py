@@ -1,9 +1,10 @@
 """Pictures and tables of kept runs, drawn as `fewshot sweep` draws those of folders: python docs/results/curves.py
 
 docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png,
-docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/panel2_omniglot.png and
-docs/head_family_omniglot.png of `panel2` and `head_family`. docs/test_time_zeroing.png and, with seed 0,
-docs/tutorial_summary.png are of FOMAML's runs of panel 1, the cosine similarities of what `theory.py` keeps.
+docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/longer_cifarfs.png,
+docs/panel2_omniglot.png and docs/head_family_omniglot.png of `cifarfs`, `panel2` and `head_family`.
+docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png are of FOMAML's runs of panel 1, the cosine
+similarities of what `theory.py` keeps.
 """
 
 from pathlib import Path
@@ -201,6 +202,12 @@ def ablation(runs: dict[int, dict[float, dict[str, Setting]]]) -> Figure:
     return figure
 
 
+def longer() -> list[Setting]:
+    """The kept runs of `cifarfs`, one shot before five; what has become of the head is their name, not their length."""
+    runs = sorted(settings("cifarfs"), key=lambda run: run.config["shots"])
+    return [run._replace(knobs={knob: run.knobs[knob] for knob in ("algo.zeroing", "shots")}) for run in runs]
+
+
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
@@ -215,6 +222,7 @@ if __name__ == "__main__":
         "head_family_omniglot": sweep(settings("head_family")),
         "panel1_cifarfs": panels(settings("panel1_cifarfs"), ["algo.first_order"]),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
+        "longer_cifarfs": panels(longer(), ["shots"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
         "cosine_similarity_omniglot": cosines("omniglot"),
         "cosine_similarity_cifarfs": cosines("cifarfs"),
