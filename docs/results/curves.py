@@ -211,7 +211,7 @@ def longer() -> list[Setting]:
 if __name__ == "__main__":
     DOCS = collect.HERE.parent
     for drawn, figure in {
-        "memorization": panels(settings("memorization", "1shot"), ["dataset.tasks"]),
+        "memorization": panels(settings("memorization"), ["dataset.tasks", "shots"]),
         "panel2_omniglot": panels(settings("panel2"), ["algo.zeroing"]),
         "prototypical": prototypes(settings("prototypical")),
         "ablation": ablation(by_term()),
