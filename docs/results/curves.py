@@ -35,14 +35,16 @@ LOSSES = {  # of algo=contrastive: (algo.noise, algo.interference)
 def settings(name: str, only: str = "", here: Path = collect.HERE) -> list[Setting]:
     """The kept runs whose names end so but for their seed, as `fewshot sweep` groups those that it reads."""
     facts = {run: about for run, about in collect.facts(name, here).items() if run.partition("-seed")[0].endswith(only)}
-    return group([_job(run, about["config"], name, here) for run, about in facts.items()])
+    rows: dict[str, list[collect.Row]] = {run: [] for run in facts}
+    for row in collect.rows(name, here):
+        rows.get(f"{row.setting}-seed{row.seed}", []).append(row)
+    return group([_job(run, about["config"], rows[run]) for run, about in facts.items()])
 
 
-def _job(run: str, config: dict, name: str, here: Path) -> Job:
+def _job(run: str, config: dict, rows: list[collect.Row]) -> Job:
     curves: dict[str, list[tuple[int, float]]] = {}
     test: dict[str, dict[str, list[float]]] = {mode: {"accuracy": [], "ci95": []} for mode in MODES}
-    setting, _, seed = run.rpartition("-seed")
-    for row in collect.rows(name, here, setting=setting, seed=int(seed)):
+    for row in rows:
         if row.ci95 is None:
             metric = f"{row.split}{MODES[row.mode]}/query_accuracy/step_{row.step}"
             curves.setdefault(metric, []).append((row.iteration, row.accuracy))
