@@ -478,7 +478,7 @@ def test_hydra_names_the_choices_of_a_group(group):
 
 @pytest.fixture
 def train(tmp_path):
-    for module in ("torch", "pytorch_lightning", "learn2learn"):
+    for module in ("numpy", "torch", "pytorch_lightning", "learn2learn"):
         (tmp_path / "traps" / module).mkdir(parents=True)
         trap = f"import os, sys\nprint('{module} was imported', file=sys.stderr, flush=True)\nos._exit(99)\n"
         (tmp_path / "traps" / module / "__init__.py").write_text(trap)
@@ -499,10 +499,10 @@ def train(tmp_path):
     return run
 
 
-def test_what_is_done_and_where_is_said_before_torch_is_imported(train, tmp_path):
-    """That the traps catch a program which imports torch is shown here too, for the tests below."""
+def test_what_is_done_and_where_is_said_before_numpy_and_torch_are_imported(train, tmp_path):
+    """That the traps catch a program which imports them is shown here too, for the tests below."""
     done = train("algo=somaml", "+zeroing=true", "ways=20", "hydra.run.dir=run")
-    assert done.returncode == 99 and "torch was imported" in done.stderr
+    assert done.returncode == 99 and "numpy was imported" in done.stderr
     line = "Training SOMAML + zeroing, glyphs 20-way 1-shot, 400 iterations; the results go to"
     assert done.stdout == f"{line} {tmp_path / 'work' / 'run'}\n"
 

@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rich.console
-import rich.table
 from omegaconf import DictConfig
 
 from fewshot.config import stored
@@ -286,6 +284,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """
     if ranks.rank():
         return
+    import rich.console  # takes its time, like NumPy
+    import rich.table
+
     test, config = results["test"], results["config"]
     heading = (
         f"{title(config, algorithm=False)}: query accuracy in % on {test['tasks']} {tested_on(config)}, "

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +19,9 @@ from fewshot.config.tree import settings as resolved
 from fewshot.errors import UserError, one_line, printable, shown
 from fewshot.inner_loop import ORDERS, InnerLoop
 from fewshot.results.record_files import over, read, read_metrics
+
+if TYPE_CHECKING:  # every run imports this file, and its first line does not wait for NumPy
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -191,12 +193,14 @@ class Setting(NamedTuple):
     def config(self) -> dict[str, Any]:
         return self.jobs[0].config
 
-    def accuracies(self, mode: str) -> np.ndarray:
+    def accuracies(self, mode: str) -> "np.ndarray":
         """Accuracies of the final test, (finished jobs that were tested in this mode, test_steps + 1).
 
         Raises:
             UserError: their results.json have not as many each.
         """
+        import numpy as np
+
         tests = [job.results["test"] for job in self.jobs if job.results]
         curves = [test[mode]["accuracy"] for test in tests if mode in test]
         if len(lengths := {*map(len, curves)}) > 1:
@@ -204,12 +208,14 @@ class Setting(NamedTuple):
             raise UserError(f"{places}: are of one setting, but their results.json have {numbers} test accuracies")
         return np.array(curves)
 
-    def curve(self, mode: str) -> tuple[str, np.ndarray, np.ndarray]:
+    def curve(self, mode: str) -> "tuple[str, np.ndarray, np.ndarray]":
         """Accuracy after inner_steps over outer updates: the name of its split, (I,) updates, (jobs, I) accuracies.
 
         The test curve where there is one, else validation. Only updates that all finished jobs have (all jobs, if none
         has finished); otherwise the curve's end would average over a few jobs.
         """
+        import numpy as np
+
         split, curves = self.curves(mode)
         common = sorted(set.intersection(*map(set, curves)))
         return split, np.array(common), np.array([[curve[update] for update in common] for curve in curves])
@@ -291,8 +297,10 @@ OVER_SEEDS = (
 )
 
 
-def mean_and_ci95(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_ci95(values: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
     """Mean over seeds and half width of its 95% confidence interval (Student t), (n, ...) -> (...); nan for n = 1."""
+    import numpy as np
+
     n = len(values)
     if n < 2:
         return values.mean(axis=0), np.full(values.shape[1:], np.nan)

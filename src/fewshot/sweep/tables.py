@@ -4,13 +4,13 @@ Runs that differ in their seed alone are one setting; what is said of a setting 
 """
 
 import logging
+import math
 import re
 import traceback
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -129,7 +129,7 @@ def as_rows(settings: list[Setting]) -> list[list[Any]]:
         if len(values := setting.accuracies(mode)):
             named = [setting.label(), *map(shown, setting.knobs.values()), mode.removeprefix("zeroing_")]
             for step, (mean, ci95) in enumerate(zip(*mean_and_ci95(values), strict=True)):
-                rows.append([*named, step, f"{mean:.6f}", "" if np.isnan(ci95) else f"{ci95:.6f}", len(values)])
+                rows.append([*named, step, f"{mean:.6f}", "" if math.isnan(ci95) else f"{ci95:.6f}", len(values)])
     return rows
 
 
@@ -204,7 +204,7 @@ def updates_to(setting: Setting) -> list[str]:
         reached = [[update for update, accuracy in curve.items() if accuracy >= target] for curve in curves]
         there = [min(updates) for updates in reached if updates]
         if len(there) == len(curves):
-            cells.append(f"{np.mean(there):.0f}")
+            cells.append(f"{sum(there) / len(there):.0f}")
         else:
             cells.append(f"{len(there)} of {len(curves)} seeds" if there else "-")
     return [{"val": "validation", "test": "test"}[split], *cells]
