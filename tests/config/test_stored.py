@@ -171,6 +171,12 @@ def described(**changes):
             lambda content: content["state_dict"].update({"a\0": torch.ones(1)}),
             r"state_dict.a\\x00 must be a line of text, and is",
         ),
+        (
+            lambda content: content["callbacks"]["Record"]["pending"].append(
+                {"loss": torch.ones(()), "query_accuracy": torch.ones(()), "own_measure": "text"}
+            ),
+            "callbacks.Record.pending.[0-9]+ must be loss, query_accuracy and the like, one number in a tensor each",
+        ),
         (lambda content: content.update(global_step=-1), "global_step must be an integer of at least 0, and is -1"),
         (described(overrides=None), "fewshot.overrides must be a list, and is null"),
         (described(run_id="../../x"), "fewshot.run_id must be letters and digits, and is '../../x'"),

@@ -43,6 +43,11 @@ def _is_row(value: Any) -> bool:
     return named and type(value.get("iteration")) is int and all(type(n) in (int, float) for n in value.values())
 
 
+def _is_update(value: Any) -> bool:
+    numbers = isinstance(value, dict) and all(dense(number) and not number.dim() for number in value.values())
+    return numbers and {"loss", "query_accuracy"} <= value.keys()
+
+
 def check_weights(where: str, weights: Any) -> None:
     """Raises UserError where they are not {name: tensor}, all weights of one type, float32 or float64.
 
@@ -59,12 +64,14 @@ WEIGHTS = must_be(
     "a dense tensor of float32, float64 or whole numbers", Any, refused=lambda value: not dense(value, FLOATS + COUNTS)
 )
 STATE = form({"state_dict": dict[stored.KEY, WEIGHTS]})
-SCALAR = must_be("one number in a tensor", Any, refused=lambda value: not dense(value) or value.dim())
+UPDATE = must_be(
+    "loss, query_accuracy and the like, one number in a tensor each", Any, refused=lambda value: not _is_update(value)
+)
 RECORD = {
     "rows": many(must_be("a row of metrics.csv", Any, refused=lambda value: not _is_row(value))),
     "best_accuracy": stored.NUMBER,
     "stopped": Flag,
-    "pending": many(form({"loss": SCALAR, "query_accuracy": SCALAR, "gradient_norm?": SCALAR, "cg_residual?": SCALAR})),
+    "pending": many(UPDATE),
 }
 # What this program and Lightning read of a checkpoint
 FORM = form(
