@@ -26,9 +26,9 @@ class InnerLoop:
     MAML    first_order=False   ANIL  adapted="head"     ProtoMAML    head="prototypes"  MAML++ (MSL)  step_losses=60
     FOMAML  first_order=True    BOIL  adapted="encoder"  UnicornMAML  head="shared"      Meta-SGD      learned_inner_lr
 
-    A prototypical network is ProtoMAML without inner steps, by one of DISTANCES.
-    An algorithm of one's own is a class that derives from this one and overrides start, update, outer_gradient, or
-    initial_head, as algo.head=own says; algo._target_ names it. Its fields are knobs of algo. See docs/algorithms.md.
+    A prototypical network is ProtoMAML without inner steps, with one of DISTANCES.
+    An algorithm of one's own is a class that derives from this one and overrides start, update, outer_gradient or, with
+    algo.head=own, initial_head. algo._target_ names it, and its fields are knobs of algo. See docs/algorithms.md.
     """
 
     needs: ClassVar[Mapping[str, Any]] = {}  # the only values of fields with which an algorithm of one's own works
@@ -86,14 +86,15 @@ class InnerLoop:
             for name, value in usual.items():
                 if getattr(self, name) != value:
                     prefix = "+" if name == "zeroing" else "algo." * (name not in TOP)
-                    raise UserError(f"{prefix}{name}={shown(getattr(self, name))}: {why}")
+                    remedy = "leave it out" if value is None else f"use {shown(value)}"
+                    raise UserError(f"{prefix}{name}={shown(getattr(self, name))}: {why}; {remedy}")
 
         plain = {"step_losses": None, "learned_inner_lr": False}
         if self.explicit:
             only("algo=contrastive is the explicit loss of algo.adapted=head", adapted="head", head="learned", **plain)
             only("the explicit loss is that of cross entropy", loss="cross_entropy")
         if self.explicit and not self.first_order:
-            only("the explicit loss of several inner steps is known in first order alone; use 1", inner_steps=1)
+            only("the explicit loss of several inner steps is known in first order alone", inner_steps=1)
         if self.distance:
             why = "algo=protonet has prototypes for a head and adapts nothing"
             only(why, head="prototypes", adapted="all", **plain)
@@ -110,7 +111,7 @@ class InnerLoop:
                 "algo.head=own and as algo._target_ the class that has its initial_head"
             )
         for name, value in self.needs.items():
-            only(f"{type(self).__name__} needs {shown(value)}", **{name: value})
+            only(f"{type(self).__name__} works with no other value", **{name: value})
         if self.overrides("update", "outer_gradient"):
             only(f"{self.target} has an inner loop of its own", distance=None, noise=None, learned_inner_lr=False)
         if self.overrides("outer_gradient"):
@@ -131,7 +132,7 @@ class InnerLoop:
         return {name: -self.inner_lr * g for name, g in gradients.items()}, state
 
     def outer_gradient(self, theta: Tensors, theta_N: Tensors, support_loss: Loss, query_loss: Loss) -> Any:
-        """The outer gradient where it comes from no differentiation of the inner loop, and what `measures` names."""
+        """The outer gradient of an algorithm that does not differentiate its inner loop; and what `measures` names."""
         raise NotImplementedError
 
     def overrides(self, *methods: str) -> bool:

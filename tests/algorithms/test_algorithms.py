@@ -348,11 +348,11 @@ def test_a_word_that_the_inner_loop_does_not_know_is_refused(knob):
 def test_what_an_algorithm_does_not_go_with_is_refused():
     config = {"inner_steps": 1, "inner_lr": 0.1, "algo": {"_target_": "x.Y", "first_order": True, "zeroing": False}}
     for cls, fields, said in [
-        (Reptile, {"first_order": False}, r"algo\.first_order=false: Reptile needs true"),
-        (ImplicitMAML, {}, r"algo\.first_order=true: ImplicitMAML needs false"),
-        (Reptile, {"step_losses": 5}, r"algo\.step_losses=5: x\.Y has an outer gradient of its own"),
+        (Reptile, {"first_order": False}, r"algo\.first_order=false: Reptile works with no other value; use true"),
+        (ImplicitMAML, {}, r"algo\.first_order=true: ImplicitMAML works with no other value; use false"),
+        (Reptile, {"step_losses": 5}, r"algo\.step_losses=5: x\.Y has an outer gradient of its own; leave it out"),
         (InnerAdam, {"learned_inner_lr": True}, r"algo\.learned_inner_lr=true: x\.Y has an inner loop of its own"),
-        (Reptile, {"adapted": "head"}, r"algo\.adapted=head: Reptile needs all"),
+        (Reptile, {"adapted": "head"}, r"algo\.adapted=head: Reptile works with no other value; use all"),
     ]:
         with pytest.raises(UserError, match=said):
             cls.of(config | {"algo": config["algo"] | fields})

@@ -80,11 +80,10 @@ class MetaLearner(pl.LightningModule):
         return self.outer.of(self.parameters())
 
     def training_step(self, tasks: Task, batch_idx: int) -> dict[str, Tensor]:
-        """One outer update. Returns loss, query_accuracy and what loop.measures names, means over the meta-batch.
+        """One outer update; tasks: this rank's share of the meta-batch.
 
-        Where the outer gradient's norm has a limit, it is returned too.
-
-        tasks: this rank's share of it.
+        Returns loss, query_accuracy and what loop.measures names, means over the meta-batch; and the norm of the outer
+        gradient, where it has a limit.
         """
         loop, v = self.loop, None
         optimizer: Any = self.optimizers()
