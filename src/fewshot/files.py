@@ -38,7 +38,7 @@ _locked: list[tuple[Path, int]] = []  # the lock files that this process holds, 
 
 
 def check_place(knob: str, folder: Path, without: Iterable[str] = ()) -> None:
-    """Raises UserError where a folder that may not be there yet would lie in a file, or holds one of these names."""
+    """Raises UserError where the folder cannot be made, because a file is in its way, or holds one of these names."""
     there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), Path("/"))
     if not there.is_dir():
         raise UserError(f"{knob}={folder}: {there} is no folder; name another place")
@@ -81,7 +81,7 @@ def refuse_links_of_jobs(sweep: Path) -> None:
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
-    """A descriptor of a regular file; no link is followed and no pipe waited for, which are a UserError."""
+    """A descriptor of a regular file. A link or a pipe is a UserError: none is followed, and none is waited for."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

@@ -233,5 +233,5 @@ def test_a_test_of_a_run_needs_its_validation(finished, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match="val is missing"):
         record_files.read(tmp_path)
-    with pytest.raises(UserError, match=r"config\.fit must be false; as without val"):
+    with pytest.raises(UserError, match=r"config\.fit must be false; only a test has no val"):
         record_files.read(tmp_path, of_run=False)

@@ -95,7 +95,7 @@ LARGE = {
     "ways": (10**9, "ways must be at most 10000, and is 1000000000"),
     "dataset.mean": ([0.0, 0.0], "dataset.mean must have dataset.channels=1 numbers"),
     "dataset.std": ([0.0], r"dataset\.std\.0 must be a number above 0, and is 0\.0"),
-    "model.network._partial_": (True, "makes no network with an encoder and a head"),
+    "model.network._partial_": (True, "makes no network with .encoder and .head"),
     "algo.head": (None, "algo.head must be one of learned, shared, prototypes, own, and is null"),
 }
 

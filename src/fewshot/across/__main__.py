@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
         model = ""
         if words and "=" not in words[0] and not words[0].startswith("-"):
             model, *words = words
-        if given := next((word for word in words if word.startswith("--config-dir")), None):
+        if config_dir := next((word for word in words if word.startswith("--config-dir")), None):
             own = "one of your own is tested by dataset=NAME dataset.other_split=true"
-            raise UserError(f"{given}: datasets= takes those that come with this program; {own}")
+            raise UserError(f"{config_dir}: datasets= takes those that come with this program; {own}")
         call = read(COMMAND, words)
         if not model:
             raise UserError(f"RUN: is missing; write {COMMAND.call} RUN datasets=..., with a run or a model's name")

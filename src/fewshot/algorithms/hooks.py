@@ -78,7 +78,7 @@ def recomputed(
 
 
 def inner(loop: InnerLoop) -> InnerLoop:
-    """The inner loop as it runs: nothing goes back through it to an outer gradient of one's own."""
+    """The inner loop as the engines run it: in first order where the algorithm has an outer gradient of its own."""
     return replace(loop, first_order=True) if loop.overrides("outer_gradient") else loop
 
 

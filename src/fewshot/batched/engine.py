@@ -72,7 +72,8 @@ def step_accuracies(
 ) -> Tensor:
     """Query accuracy after every inner step 0 .. T, (evaluations, B, T + 1); the network is left as it is.
 
-    statistics: what the queries are normalised by, see norms.py; of several, all evaluations by the first come first.
+    statistics: what the queries are normalised by, see norms.py; with several, the result begins with all evaluations
+        by the first of them.
     """
     chunks = {"tasks_at_once": tasks_at_once, "execute": execute}
     logits = step_logits(network, tasks, evaluations, eta, statistics, **chunks)

@@ -237,7 +237,9 @@ def _check_dataset(cfg: DictConfig) -> None:
             "lower shots or queries"
         )
     if "inner_products" in cfg.callbacks and cfg.loss != "mse":
-        raise UserError(f"loss={cfg.loss}: callbacks=inner_products records what loss=mse wants to be 1 and 0")
+        raise UserError(
+            f"loss={cfg.loss}: callbacks=inner_products records what loss=mse wants to be 1 and 0; use loss=mse"
+        )
     if "cosine_similarity" in cfg.callbacks:
         if data.tasks != "one_task":
             raise UserError(f"dataset.tasks={data.tasks}: callbacks=cosine_similarity needs dataset.tasks=one_task")

@@ -301,7 +301,7 @@ def record(folder: Path, cfg: DictConfig) -> None:
 
 
 def _by_the_clock(config: DictConfig, kind: str) -> bool:
-    """Whether the folder of the run or sweep is named after the time, at which another call may have started too."""
+    """Whether the folder of the run or sweep is named after the time; another call may have started just then."""
     written: Any = OmegaConf.to_container(config.hydra[kind], resolve=False)
     return "${now:" in str(written["dir"])
 

@@ -177,9 +177,9 @@ def _write(
 ) -> bytes:
     """Writes each split into a file of its own and gives the JSON that describes them.
 
-    Holds one image at a time, and a hash of every other: images in another split too, or in their own once more, are
-    counted, since they can be support and query of one task. (Written as files: a full disk ends a process that writes
-    to memory-mapped ones.)
+    Holds one image at a time, and a hash of every other. Images with the same pixels are counted: in two splits they
+    test what was trained on, in one split they can be support and query of one task. (Written as files: a full disk
+    ends a process that writes to memory-mapped ones.)
 
     Raises:
         ValueError: a source makes images of another kind or shape, or other numbers of them, than it says.

@@ -1,7 +1,7 @@
 """Datasets as others publish them: downloads into the cache folder, checked by their MD5, and pickles of images.
 
-The download is own code, because torchvision's, torch.hub's and pooch's start anew after an interruption. Pickles are
-read without running what a pickle could run.
+The download is this program's own code, because torchvision's, torch.hub's and pooch's start anew after an
+interruption. Pickles are read without running what a pickle could run.
 
 Shapes: C x H x W one image.
 """

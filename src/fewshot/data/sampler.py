@@ -37,7 +37,7 @@ class TaskSampler:
 
     kind:
         "mutually_exclusive": a class may get any label, so a label means nothing outside of its task.
-        "non_mutually_exclusive": label t is always of the same K-th of the classes, so classes can be memorised.
+        "non_mutually_exclusive": label t always comes from the same K-th of the classes, which can be memorised.
         "fixed_blocks": each K classes in a row are a task, so a class has the same label and companions always.
         "one_task": always the task `one_task`, with the order of its labels drawn anew for each position.
 

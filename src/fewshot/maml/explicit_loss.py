@@ -1,4 +1,4 @@
-"""An outer gradient without an inner loop: that of the explicit loss, by the theory MAML's own (docs/method.md 5).
+"""The outer gradient of the explicit loss, which needs no inner loop: by the theory it is MAML's (docs/method.md 5).
 
 Shapes: B tasks, S support and Q query images per task, d features, K ways.
 """
@@ -21,7 +21,7 @@ def meta_gradient(
     """Adds the explicit loss's gradient to the encoder's .grad, and the head's first-order gradient to the head's.
 
     With noise and interference it is head-only MAML's outer gradient in first order (method.md 2.4). In second order
-    the encoder's part is, for one inner step from a head of equal rows alone (2.5). InnerLoop refuses eta and
+    only the encoder's part is, and only for one inner step from a head of equal rows (2.5). InnerLoop refuses eta and
     step_weights here. Returns the query loss and the query accuracy after the last inner step, (B,) each.
     """
     head, losses, logits = network.head, [], []

@@ -72,7 +72,7 @@ def adapt(
             return state
         if eta:
             names = [name for name, _ in network.named_parameters() if loop.adapted in ("all", name.split(".")[0])]
-            rates = [lr for name, lr in zip(names, state, strict=True) if part in ("all", name.split(".")[0])]
+            rates = [rate for name, rate in zip(names, state, strict=True) if part in ("all", name.split(".")[0])]
             learner = MetaSGD(moving, lrs=rates, first_order=loop.first_order)
         else:
             # With allow_nograd=False its adapt() prints a RuntimeError, out of memory among them, and goes on.
@@ -153,8 +153,8 @@ def step_accuracies(
 
     Args:
         evaluations: see InnerLoop.evaluation; together they cost less than one by one, for they share theta's features.
-        statistics: what the queries are normalised by, see norms.py; of several, all evaluations by the first come
-            first.
+        statistics: what the queries are normalised by, see norms.py; with several, the result begins with all
+            evaluations by the first of them.
     """
     return query_accuracy(step_logits(network, tasks, evaluations, eta, statistics), tasks.query_labels[:, None])
 

@@ -44,7 +44,7 @@ def zero_head(head: nn.Linear) -> None:
 def prototype_head(loop: InnerLoop, features: Tensor, labels: Tensor, ways: int) -> dict[str, Tensor]:
     """The head that gives each class -|phi(x) - c_k|^2 up to what all share: w_k = 2 c_k, b_k = -|c_k|^2.
 
-    A prototypical network (method.md 2.13) may have phi(x).c_k, or the cosine, with |phi(x)| = 1; and a temperature.
+    A prototypical network (method.md 2.13) may have phi(x).c_k or, with |phi(x)| = 1, the cosine; and a temperature.
 
     Args:
         features: of the support, (..., S, d); c_k, the prototype, is the mean of class k's.

@@ -47,11 +47,11 @@ RESULTS = form(
         "versions?": dict[KEY, NAME],
     }
 )
-# A setting of a test on many datasets has no more; with other ways than in training it may be in one mode alone.
+# Of a test on many datasets: it has no validation, and with other ways than in training perhaps one mode alone.
 TESTED = form(
     {
         "test": form({"tasks": integer(2), "zeroing_off?": MODE, "zeroing_on": MODE}),
-        "config": form({"fit": only(False, "as without val")}),
+        "config": form({"fit": only(False, "only a test has no val")}),
         "versions?": dict[KEY, NAME],
     }
 )

@@ -44,8 +44,8 @@ class Accounting(SlurmInfoWatcher):
 
 
 class Job(SlurmJob[Any]):
-    """A job that has also ended when the queue no longer knows it: without accounting (sacct) submitit would wait for
-    a job that was cancelled forever."""
+    """A job that has also ended when the queue no longer knows it: without accounting (sacct) submitit would wait
+    forever for a job that was cancelled."""
 
     watcher = Accounting(delay_s=600)
     asked = 0.0  # when squeue was asked last, at most every five seconds

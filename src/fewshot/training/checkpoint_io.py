@@ -74,7 +74,7 @@ def _odd(state: Any) -> str:
 def refuse_unresumable(content: dict[str, Any], trainer: pl.Trainer, module: "MetaLearner") -> None:
     """Raises UserError where Lightning could not train on from the content of the checkpoint at trainer.ckpt_path.
 
-    Its counts must have the form of this trainer's own, and the state of its optimiser that of one for this module.
+    Its counts must have the form of this trainer's, and its optimiser's state that of an optimiser of this module.
     """
     where = f"checkpoint={trainer.ckpt_path}"
     loops = {name: getattr(trainer, name).state_dict() for name in ("fit_loop", "validate_loop", "test_loop")}

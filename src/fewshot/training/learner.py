@@ -86,7 +86,8 @@ def check_network(network: Any, cfg: DictConfig) -> None:
     """
     encoder, head = getattr(network, "encoder", None), getattr(network, "head", None)
     if not (isinstance(encoder, nn.Module) and isinstance(head, nn.Module) and hasattr(head, "weight")):
-        raise UserError(f"model.network={cfg.model.network._target_}: makes no network with an encoder and a head")
+        target = cfg.model.network._target_
+        raise UserError(f"model.network={target}: makes no network with .encoder and .head; try model=module")
     if any(hasattr(layer, "_orig_mod") for layer in network.modules()):
         raise UserError("model: torch.compile's modules cannot be adapted; give the module itself")
     own_forward = type(network).forward is not Network.forward
@@ -98,7 +99,9 @@ def check_network(network: Any, cfg: DictConfig) -> None:
         with torch.no_grad():
             alone, beside = (inside(network, images[:n], InSets(n, first=2))[2] for n in (3, 4))
         if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-4):
-            raise UserError("evaluation.statistics=support: the network mixes images in other layers than BatchNorm")
+            raise UserError(
+                "evaluation.statistics=support: the network mixes images in other layers than BatchNorm; use task"
+            )
     if own_forward:
         with torch.no_grad():
             if not torch.allclose(network(images), head(encoder(images))):

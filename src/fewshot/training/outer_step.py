@@ -21,11 +21,12 @@ from fewshot.models.network import Network
 class OuterStep:
     """theta <- theta - rho grad, by an optimiser.
 
-    lr: rho. optimizer: makes one, of parameters and lr. schedule: none, cosine (rho falls to 0 over the iterations) or
-    multistep (to a tenth after each of the milestones). clip_norm: the gradient's largest norm; None: any.
+    outer_lr: rho. optimizer: makes one, of parameters and lr, which is rho. schedule: none, cosine (rho falls to 0 over
+    the iterations) or multistep (to a tenth after each of the milestones). clip_norm: the gradient's largest norm;
+    None: any.
     """
 
-    lr: float
+    outer_lr: float
     optimizer: Callable[..., Optimizer] = torch.optim.Adam
     schedule: str = "none"
     iterations: int = 1
@@ -42,15 +43,15 @@ class OuterStep:
         return cls(cfg.outer_lr, optimizer, cfg.schedule, cfg.iterations, milestones, cfg.clip_norm)
 
     def of(self, parameters: Iterable[Tensor]) -> Optimizer:
-        optimizer = self.optimizer(parameters, lr=self.lr)
+        optimizer = self.optimizer(parameters, lr=self.outer_lr)
         self._began[:] = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 
     def rate(self, done: int) -> float:
         """rho after so many outer updates."""
         if self.schedule == "cosine":
-            return self.lr * (1 + math.cos(math.pi * done / self.iterations)) / 2
-        return self.lr * 0.1 ** sum(done >= milestone for milestone in self.milestones)
+            return self.outer_lr * (1 + math.cos(math.pi * done / self.iterations)) / 2
+        return self.outer_lr * 0.1 ** sum(done >= milestone for milestone in self.milestones)
 
     def set_rate(self, optimizer: Optimizer, done: int) -> None:
         """Sets rho for the next update, by the number of updates alone, so that a run goes on exactly."""
@@ -58,8 +59,8 @@ class OuterStep:
             group["lr"] = rate
 
     def rates(self, done: int) -> list[float]:
-        """rho after so many outer updates of each parameter group of the optimizer that was made last."""
-        return [began / self.lr * self.rate(done) for began in self._began]
+        """rho after so many outer updates, of each parameter group of the optimizer that was made last."""
+        return [began / self.outer_lr * self.rate(done) for began in self._began]
 
     def clip(self, optimizer: Optimizer, network: Network, zeroing: bool) -> dict[str, Tensor]:
         """Scales a gradient down that is longer than clip_norm; returns the norm that it had as "gradient_norm".

@@ -159,7 +159,7 @@ class Record(pl.Callback):
 class Measurement(pl.Callback):
     """What is measured after some outer updates, in a file of its own.
 
-    It is part of the checkpoint, so this callback comes before the one that writes that, Record: what a checkpoint
+    What it holds is part of the checkpoint. It comes before Record, which writes checkpoints: so what a checkpoint
     holds is already in the file, and a run that goes on writes the same file.
     """
 

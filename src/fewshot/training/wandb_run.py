@@ -1,4 +1,4 @@
-"""The Weights & Biases run: offline unless an API key says otherwise, less where W&B is told so, never a prompt."""
+"""The Weights & Biases run: online where there is an API key and W&B is not told to keep it offline; never a prompt."""
 
 import logging
 import os
