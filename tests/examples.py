@@ -3,16 +3,21 @@
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from fewshot.batched import engine as batched
+from fewshot.config.tree import CONF, settings
 from fewshot.data.task import Task
 from fewshot.inner_loop import InnerLoop
 from fewshot.maml import sequential
-from fewshot.models.head import zero_head
+from fewshot.models.head import share_rows, zero_head
 from fewshot.models.network import Network, conv4_pooled, conv4_strided
+from fewshot.predict.pretrained import Preprocess, Pretrained
+from fewshot.training.learner import Learner
 
 KNOBS = {"inner_lr": 0.1, "inner_steps": 2}
 
@@ -123,3 +128,23 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     """As a whole: a foreign network may have parameters whose gradient is zero but for rounding."""
     found, expected = vector(found), vector(expected)
     assert ((found - expected).norm() / expected.norm()).item() < tolerance
+
+
+def untrained(*overrides: str) -> Pretrained:
+    """A model of three ways in float64, with small random biases, so that none of them is without effect."""
+    overrides = ("ways=3", "model.width=4", *overrides)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", [*overrides])
+    torch.manual_seed(1)
+    learner = Learner.from_config(cfg).double()
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if cfg.algo.head == "shared":
+        share_rows(learner.network.head)
+    return Pretrained(learner, Preprocess.from_config(settings(cfg)["dataset"]), settings(cfg))
+
+
+def images(count: int, seed: int) -> list[np.ndarray]:
+    """(28, 28) uint8 each."""
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8))

@@ -82,3 +82,9 @@ def test_no_two_benchmarks_import_each_other():
     while leaves := {name for name, others in below.items() if not others & set(below)}:
         below = {name: others for name, others in below.items() if name not in leaves}
     assert not below
+
+
+def test_no_test_imports_another():
+    nodes = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, inside in nodes.items():
+        assert not {node.module for node in inside if isinstance(node, ast.ImportFrom)} & {*nodes}, name

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from examples import images
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.base import clone
-from test_predict import images
 
 import fewshot
 from fewshot import models, push

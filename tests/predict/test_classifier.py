@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from examples import images, untrained
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted, validate_data
-from test_predict import images, untrained
 
 import fewshot
 from fewshot import models

@@ -15,48 +15,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HANG
-from hydra import compose, initialize_config_dir
+from examples import images, untrained
 from PIL import Image
 from torch import Tensor
 
 import fewshot
 from fewshot import export
 from fewshot.config.stored import to_today
-from fewshot.config.tree import CONF, settings
+from fewshot.config.tree import settings
 from fewshot.data.meta_batches import TaskDataModule
 from fewshot.data.sheet import contact_sheet
 from fewshot.data.sources import glyphs
 from fewshot.data.task import SPLITS
 from fewshot.errors import UserError
-from fewshot.models.head import share_rows
 from fewshot.predict import Predictions, predict
 from fewshot.predict.__main__ import SHEET_CLASSES, Support, _labels, _sheet_rows, main, open_folder, run
-from fewshot.predict.pretrained import Preprocess, Pretrained
+from fewshot.predict.pretrained import Preprocess
 from fewshot.results.figures import confusion
 from fewshot.results.figures import png as drawn
 from fewshot.training.choose_engine import engine_to_predict, sequential_engine
-from fewshot.training.learner import Learner
-
-WAYS = 3
-
-
-def untrained(*overrides: str) -> Pretrained:
-    """A model in float64 with small random biases, so that none of them is without effect."""
-    overrides = [f"ways={WAYS}", "model.width=4", *overrides]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides)
-    torch.manual_seed(1)
-    learner = Learner.from_config(cfg).double()
-    with torch.no_grad():
-        for parameter in learner.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    if cfg.algo.head == "shared":
-        share_rows(learner.network.head)
-    return Pretrained(learner, Preprocess.from_config(settings(cfg)["dataset"]), settings(cfg))
-
-
-def images(count: int, seed: int) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(0, 256, (count, 28, 28), dtype=np.uint8))
 
 
 def forward(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
