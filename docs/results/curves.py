@@ -3,11 +3,12 @@
 docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale.png, docs/five_shot.png,
 docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/longer_cifarfs.png,
 docs/panel2_omniglot.png and docs/head_family_omniglot.png of `cifarfs`, `panel2` and `head_family`.
-docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png are of FOMAML's runs of panel 1, the cosine
-similarities of what `theory.py` keeps.
+docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png are of FOMAML's runs of panel 1,
+docs/accuracy_over_steps.png is of `default`, the cosine similarities are of what `theory.py` keeps.
 """
 
 from pathlib import Path
+from typing import Any
 
 import collect
 import theory
@@ -18,9 +19,9 @@ from fewshot.config.stored import to_today
 from fewshot.config.tree import MODES
 from fewshot.errors import shown
 from fewshot.files import write_file
-from fewshot.results.figures import DRAWN, MARKS, plain, png
+from fewshot.results.figures import DRAWN, GREEN, MARKS, accuracy_over_steps, plain, png
 from fewshot.results.record_files import title
-from fewshot.sweep.figures import COLOURS, cosine_similarity, panels, sweep
+from fewshot.sweep.figures import COLOURS, cosine_similarity, panels, places, sweep
 from fewshot.sweep.settings import Job, Setting, group
 
 LINES = {"zeroing_off": "--", "zeroing_on": "-"}
@@ -84,8 +85,8 @@ def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure
     shown: the lowest and the highest accuracy that the figure shows.
     """
     orders = list(dict.fromkeys(setting.loop.first_order for setting in runs))
-    heads = list(dict.fromkeys(setting.label(without=["algo.first_order"]) for setting in runs))
-    figure = Figure(figsize=(3.6 + 4.4 * len(orders), 4.2), layout="constrained")
+    colours = places(setting.label(without=["algo.first_order"]) for setting in runs)
+    figure = Figure(figsize=(3 + 4 * len(orders), 4.4), layout="constrained")
     step, shots = runs[0].config["inner_steps"], runs[0].config["shots"]
     seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
@@ -93,17 +94,30 @@ def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure
     for axes, first_order in zip(panels, orders, strict=True):
         for setting in (setting for setting in runs if setting.loop.first_order == first_order):
             head = setting.label(without=["algo.first_order"])
-            style = {"color": COLOURS[heads.index(head)], "marker": ".", "linewidth": 1.4}
+            style = {"color": COLOURS[colours[head]], "linewidth": 1.4}
             for mode, line in LINES.items():
                 _, updates, curve = setting.curve(mode)
-                axes.plot(updates, curve.mean(axis=0), line, label=f"{head}, {DRAWN[mode][-1]}", **style)
+                axes.plot(updates, curve.mean(axis=0), line, marker=".", **style)
         axes.set(xlabel="outer iteration", ylabel=f"test accuracy after inner step {step}", ylim=shown)
         name = "FOMAML" if first_order else "SOMAML"
         axes.set_title(f"{name}, Omniglot 5-way {shots}-shot, {over}", fontsize=10, loc="left")
         axes.label_outer()
         plain(axes)
-    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    named = [(head, "-", COLOURS[place]) for head, place in colours.items()]
+    named += [(DRAWN[mode][-1], line, "grey") for mode, line in LINES.items()]
+    for name, line, colour in named:
+        panels[-1].plot([], [], line, color=colour, linewidth=1.4, label=name)
+    figure.legend(frameon=False, fontsize=9, ncols=3 * len(orders), loc="outside lower center")
     return figure
+
+
+def default() -> Figure:
+    """What `python train.py` draws at its end."""
+    (setting,) = settings("default")
+    (job, *_) = setting.jobs
+    scores = job.results["test"] if job.results else {}
+    tasks = collect.rows("default", split="test", step=0)[-1].tasks
+    return accuracy_over_steps({"test": {**scores, "tasks": tasks}}, job.config)
 
 
 def cosines(dataset: str) -> Figure:
@@ -118,29 +132,32 @@ def cosines(dataset: str) -> Figure:
 
 def prototypes(runs: list[Setting]) -> Figure:
     """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     curves, temperatures = figure.subplots(1, 2)
     (maml,) = (run for run in runs if run.config["algo"]["head"] != "prototypes")
     by_eta = {run.config["inner_lr"]: run for run in runs if run is not maml}
     network = by_eta[maml.config["inner_lr"]]
-    for run, label, line, colour in (
-        (maml, "MAML with zeroing, one step", "-", COLOURS[1]),
-        (network, "prototypical network, inner products", ":", COLOURS[0]),
-    ):
+    styles: dict[str, Any] = {  # MAML's is broad and pale, since the other lies on it
+        "MAML with zeroing, one inner step": {"color": GREEN, "linewidth": 5, "alpha": 0.45, "markersize": 11},
+        "prototypical network, inner products": {"color": "black", "linewidth": 1.2, "markersize": 4},
+    }
+    for run, (label, style) in zip((maml, network), styles.items(), strict=True):
         _, updates, curve = run.curve("zeroing_on")
-        curves.plot(updates, curve.mean(axis=0), line, color=colour, linewidth=3 if line == ":" else 1.4, label=label)
+        curves.plot(updates, curve.mean(axis=0), "o-", label=label, **style)
     curves.set(xlabel="outer iteration", ylabel="test accuracy")
     etas = sorted(by_eta)
     finals = [by_eta[eta].accuracies("zeroing_on").mean(axis=0)[1] for eta in etas]
-    temperatures.plot(etas, finals, "o-", color=COLOURS[0])
-    temperatures.plot(maml.config["inner_lr"], maml.accuracies("zeroing_on").mean(axis=0)[1], "x", color=COLOURS[1])
+    with_maml, alone = styles.values()
+    temperatures.plot(maml.config["inner_lr"], maml.accuracies("zeroing_on").mean(axis=0)[1], "o", **with_maml)
+    temperatures.plot(etas, finals, "o-", **alone)
     temperatures.set_xscale("log")
     temperatures.set_xticks(etas, [f"{eta:g}" for eta in etas])
     temperatures.set_xticks([], minor=True)
     temperatures.set(xlabel="eta; the temperature is K/eta", ylabel="test accuracy of the best model")
     for axes in (curves, temperatures):
         plain(axes)
-    curves.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle("Omniglot 5-way 1-shot, 1 seed, test zeroing on", fontsize=10)
+    figure.legend(*curves.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -226,6 +243,7 @@ if __name__ == "__main__":
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
         "longer_cifarfs": panels(longer(), ["shots"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
+        "accuracy_over_steps": default(),
         "cosine_similarity_omniglot": cosines("omniglot"),
         "cosine_similarity_cifarfs": cosines("cifarfs"),
     }.items():

@@ -26,7 +26,7 @@ from fewshot.config.check import check
 from fewshot.config.tree import CONF, job_folder, settings
 from fewshot.errors import UserError
 from fewshot.processes import ranks
-from fewshot.results.figures import accuracy_over_steps
+from fewshot.results.figures import BLUE, GREEN, accuracy_over_steps
 from fewshot.results.task_scores import write_tasks
 from fewshot.sweep import figures, tables
 from fewshot.sweep import settings as grouped
@@ -305,6 +305,8 @@ def test_panels_have_axes_for_each_value(config, tmp_path):
     figure = figures.panels(settings_, ["algo.first_order"])
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["FOMAML", "SOMAML"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+    assert figure.axes[0].get_ylabel() == "validation accuracy" and "test zeroing off" in figure.get_suptitle()
+    assert [line.get_color() for line in figure.axes[0].lines] == [BLUE, GREEN]  # as where a zero start is drawn, too
     sweep_main([str(tmp_path), "panels=algo.first_order,algo.zeroing"])
     assert (tmp_path / "panels.png").stat().st_size > 10_000
 

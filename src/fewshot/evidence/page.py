@@ -15,9 +15,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from fewshot.data.task import Task
-from fewshot.results.figures import OFF, ON
+from fewshot.results.figures import BLUE, VERMILLION
 
-SIGNED = LinearSegmentedColormap.from_list("signed", [OFF, "#FFFFFF", ON])  # blue below zero, vermillion above
+SIGNED = LinearSegmentedColormap.from_list("signed", [BLUE, "#FFFFFF", VERMILLION])  # below and above zero
 ANNOTATED = 8  # up to so many ways a cell has room for its number
 BAR = {"location": "bottom", "pad": 0.03}
 COSINE = {**BAR, "ticks": [-1, -0.5, 0, 0.5, 1]}

@@ -18,7 +18,8 @@ from fewshot.errors import printable
 from fewshot.files import write_file
 from fewshot.results.record_files import read_metrics, steps_of_training, tested_on, title
 
-OFF, ON = "#0072B2", "#D55E00"  # blue and vermillion of the Okabe-Ito palette: told apart by the colour-blind
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito: told apart by the colour-blind
+OFF, ON = BLUE, GREEN  # test zeroing: the colours of a random head and of one zeroed in training, in all pictures
 CELLS = 40  # classes of a confusion matrix whose cells have room for numbers
 DRAWN = {"zeroing_off": (OFF, "o", "test zeroing off"), "zeroing_on": (ON, "s", "test zeroing on")}
 
@@ -79,7 +80,7 @@ def probes(curves: dict[str, list[tuple[int, float]]], config: dict[str, Any]) -
     """The probes that probes=true recorded, over outer iterations."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     for axes, (label, names) in zip(figure.subplots(3, 2).flat, PROBES, strict=True):
-        for (name, meaning), colour, style in zip(names, (ON, OFF), ("-", "--"), strict=False):
+        for (name, meaning), colour, style in zip(names, (VERMILLION, BLUE), ("-", "--"), strict=False):
             if curve := curves.get(f"probe/{name}"):
                 axes.plot(*zip(*curve, strict=True), style, color=colour, label=meaning)
         axes.set(xlabel="outer iteration")
@@ -96,7 +97,7 @@ def inner_products(content: dict[str, list], config: dict[str, Any]) -> Figure:
     chosen = sorted({round(place) for place in np.linspace(0, len(content["updates"]) - 1, 4)})
     figure = Figure(figsize=(7, 0.8 + 1.5 * len(chosen)), layout="constrained")
     for axes, place in zip(figure.subplots(len(chosen), sharex=True, squeeze=False).flat, chosen, strict=True):
-        for name, colour, wanted in (("other_class", ON, 0), ("same_class", OFF, 1 / shots)):
+        for name, colour, wanted in (("other_class", VERMILLION, 0), ("same_class", BLUE, 1 / shots)):
             counts = np.array(content[name][place])
             axes.stairs(
                 counts / counts.sum(),

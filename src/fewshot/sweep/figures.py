@@ -1,6 +1,7 @@
 """The figures of a sweep."""
 
 from collections.abc import Iterable
+from itertools import count
 from textwrap import fill
 from typing import Any
 
@@ -9,11 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.legend import Legend
 
-from fewshot.results.figures import DRAWN, MARKS, OFF, ON, STYLES, plain
+from fewshot.results.figures import BLUE, DRAWN, GREEN, MARKS, STYLES, VERMILLION, plain
 from fewshot.results.record_files import steps_of_training, title
 from fewshot.sweep.settings import Setting, mean_and_ci95, panel_title
 
-COLOURS = (OFF, ON, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
+COLOURS = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito without its yellow
+# Places in COLOURS: what becomes of the head has one colour in all panels, also where not all three are drawn.
+HEADS = {
+    **{"random head": 0, "no zeroing": 0, "init_scale=1": 0},
+    **{"zero at the start": 1, "init_scale=0": 1},
+    **{"zeroed every update": 2, "zeroing": 2},
+}
 TRAINED = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}  # around inner_steps
 
 
@@ -47,7 +54,7 @@ def panels(settings: list[Setting], knobs: list[str]) -> Figure:
     across, down = (_distinct([setting.value(knob) for setting in settings]) for knob in (knobs[0], knobs[-1]))
     down = down if len(knobs) > 1 else [None]
     maml = all(setting.loop.is_maml for setting in settings)
-    labels = list(dict.fromkeys(setting.label(without=knobs) for setting in settings))
+    numbers = places(setting.label(without=knobs) for setting in settings)
     figure = Figure(figsize=(2 + 4.5 * len(across), 0.8 + 3.2 * len(down)), layout="constrained")
     grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
     for row, below in zip(grid, down, strict=True):
@@ -57,12 +64,19 @@ def panels(settings: list[Setting], knobs: list[str]) -> Figure:
                 if all(setting.value(knob) == value for knob, value in heading.items()):
                     label = setting.label(without=knobs)
                     _, updates, curve = setting.curve("zeroing_off")
-                    _accuracies(axes, labels.index(label), updates, curve, label=label)
+                    _accuracies(axes, numbers[label], updates, curve, label=label)
             axes.set_title(panel_title(heading, maml), fontsize=9, loc="left", parse_math=False)
-            axes.set(xlabel="outer iteration", ylabel="query accuracy")
+            axes.set(xlabel="outer iteration", ylabel=f"{_splits(settings, 'zeroing_off')} accuracy")
             axes.label_outer()
             plain(axes)
-    return _of_all(figure, grid, settings)
+    return _of_all(figure, grid, settings, "\nafter as many inner steps as in training, test zeroing off")
+
+
+def places(labels: Iterable[str]) -> dict[str, int]:
+    """Of each label its place in COLOURS, and that of its mark and line."""
+    labels = dict.fromkeys(labels)
+    others = count(1 + max(HEADS.values()) if labels.keys() & HEADS.keys() else 0)
+    return {label: HEADS[label] if label in HEADS else next(others) for label in labels}
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -76,7 +90,7 @@ def _accuracies(axes: Axes, number: int, x: Any, values: Any, **style: Any) -> N
         _mean_and_interval(axes, number, STYLES[number % len(STYLES)], x, values, within=(0, 1), **style)
 
 
-def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
+def _of_all(figure: Figure, axes: Any, settings: list[Setting], more: str = "") -> Figure:
     """Adds one legend for all axes, outside them, and a line that says what the figure shows."""
     handles = {}  # the first of each label
     for panel in np.ravel(axes):
@@ -86,7 +100,7 @@ def _of_all(figure: Figure, axes: Any, settings: list[Setting]) -> Figure:
     _as_text(figure.legend(handles.values(), labels, frameon=False, fontsize=9, loc="outside right upper"))
     of = " and ".join(dict.fromkeys(title(setting.config, algorithm=False) for setting in settings))
     seeds = _over_seeds(len(setting.accuracies("zeroing_off")) or len(setting.jobs) for setting in settings)
-    figure.suptitle(f"{of}: {seeds}", fontsize=10, parse_math=False)
+    figure.suptitle(f"{of}: {seeds}{more}", fontsize=10, parse_math=False)
     return figure
 
 
