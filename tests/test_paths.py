@@ -54,7 +54,7 @@ def test_a_runs_folder_will_do_for_its_checkpoint(tmp_path, monkeypatch):
         (file.parent, "no checkpoints/last.ckpt in this folder; give the folder of a run or a .ckpt"),
         (tmp_path, "no checkpoints/last.ckpt in this folder"),
         ("", "is empty; give a path"),
-        ("nowhere", "no such file"),
+        ("nowhere", "no such file or folder; give the folder of a run or a .ckpt"),
         (tmp_path / "loop", "no such file"),
         ("x" * 300, "no such file"),
         ("~no-such-user/x", "no home folder of that name; write the path out, or put ./ before it"),

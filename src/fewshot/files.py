@@ -300,7 +300,7 @@ def checkpoint_file(value: Any, name: str, knob: str = "checkpoint") -> Path:
                 f"{knob}={value}: no checkpoints/{name}.ckpt in this folder; give the folder of a run or a .ckpt"
             )
     elif not os.path.exists(path):
-        raise UserError(f"{knob}={value}: no such file")
+        raise UserError(f"{knob}={value}: no such file or folder; give the folder of a run or a .ckpt")
     return path
 
 
