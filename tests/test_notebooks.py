@@ -42,4 +42,4 @@ def test_a_notebook_runs(path, tmp_path, cache, monkeypatch):
     if path.stem == "your_own_images":
         assert "image/png" in shown and len(re.findall(r"accuracy.*: \d+%", said)) == 2
     else:
-        assert re.search(r"relative difference: \d\.\de-0[6789]", said) and "20 of 20 identities hold" in said
+        assert re.search(r"relative difference: \d\.\de-0[6789]", said) and "22 of 22 identities hold" in said

@@ -140,7 +140,7 @@ def _gain(model: dict[str, Any]) -> str:
 
 
 _SUMMARY: dict[str, Any] = {
-    "identities that hold (2.4 to 2.6, 2.8 to 2.10, 2.12), largest difference": _identities,
+    "identities that hold (2.4 to 2.6, 2.8 to 2.10, 2.12, 2.13), largest difference": _identities,
     "wrong signs of c among pairs of different classes, one step, %: own head / zeroed": lambda m: _both_heads(
         m, "coefficients", lambda c: _percent(c["wrong_among_other"])
     ),

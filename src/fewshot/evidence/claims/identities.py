@@ -159,6 +159,32 @@ def _from_prototypes(zero: Model, eta: float) -> float:
     return 1 - agreement(zero.features.prototype_scores(), zero.logits(inner_lr=eta)).double().mean().item()
 
 
+@identity(GRADIENT, "relative difference of the tasks’ losses or of the encoder’s gradient, the larger")
+def fomaml_is_a_prototypical_network(zero: Model) -> float:
+    """FOMAML has the loss and gradient of the logits φ(q)·μ_{k} / T with T = K/η, μ_{k} held constant (§2.13)."""
+    return _from_prototypical_network(zero, first_order=True)
+
+
+@identity(GRADIENT, "relative difference, likewise")
+def somaml_is_a_prototypical_network(zero: Model) -> float:
+    """So has SOMAML, with the prototypes μ_{k} no longer held constant."""
+    return _from_prototypical_network(zero, first_order=False)
+
+
+def _from_prototypical_network(zero: Model, first_order: bool) -> float:
+    losses, gradient = _losses(zero.logits(), zero), zero.encoder_gradient(first_order=first_order)
+    features = Features.of(zero.network, zero.tasks)
+    mu, temperature = features.support_means(), len(features.weight) / zero.loop.inner_lr
+    expected = _losses(features.query @ (mu.detach() if first_order else mu).mT / temperature, zero)
+    expected.mean().backward()
+    return largest([relative(losses, expected.detach()), relative(gradient, zero.taken_gradient())])
+
+
+def _losses(logits: Tensor, zero: Model) -> Tensor:
+    """Of each task's queries, (B,)"""
+    return F.cross_entropy(logits.mT, zero.tasks.query_labels, reduction="none").mean(1)
+
+
 @split(GRADIENT, "relative difference of the whole gradient, by differentiation and by the closed form")
 def fomaml_split_with_this_head(own: Model) -> float:
     """FOMAML’s gradient is interference + noisy contrastive term (§2.4), here if the head alone adapts."""
