@@ -4,13 +4,15 @@ docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale
 docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/longer_cifarfs.png,
 docs/panel2_omniglot.png and docs/head_family_omniglot.png of `cifarfs`, `panel2` and `head_family`.
 docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png are of FOMAML's runs of panel 1,
-docs/accuracy_over_steps.png is of `default`, the cosine similarities are of what `theory.py` keeps.
+docs/accuracy_over_steps.png is of `default`, the cosine similarities and docs/label_orders_omniglot.png are of what
+`theory.py` keeps.
 """
 
 from pathlib import Path
 from typing import Any
 
 import collect
+import numpy as np
 import theory
 from matplotlib.figure import Figure
 from tables import markdown
@@ -130,6 +132,29 @@ def cosines(dataset: str) -> Figure:
     return cosine_similarity(runs, title(next(iter(runs.values()))[0]["config"], algorithm=False))
 
 
+def label_orders() -> Figure:
+    """The accuracy of FOMAML's three models on the same tasks, a dot for each order of a task's labels."""
+    models = {start: theory.evidence()[loop.replace("_", "-")] for loop, start in theory.STARTS.items()}
+    figure = Figure(figsize=(9.4, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(models), sharex=True, sharey=True)
+    for axes, (start, model) in zip(grid, models.items(), strict=True):
+        for head, (colour, marker, label) in zip(theory.HEADS, DRAWN.values(), strict=True):
+            if head == "this_head" and not theory.own_head(model):
+                continue
+            orders = np.array(model["label_orders"][head]["accuracies"])  # (tasks, orders)
+            middle = np.arange(1, 1 + len(orders))[:, None] + (0.2 if head == "zeroed_head" else -0.2)
+            places = middle + np.linspace(-0.13, 0.13, orders.shape[1])
+            style = {"color": colour, "alpha": 0.35, "markersize": 4, "markeredgewidth": 0}
+            axes.plot(orders.ravel(), places.ravel(), marker, label=label, **style)
+        axes.set(xlabel=f"accuracy, {orders.shape[1]} orders of labels", title=f"FOMAML, {start}")
+        axes.set_yticks(range(1, 1 + len(orders)), [f"task {task}" for task in range(1, 1 + len(orders))])
+        plain(axes)
+    grid[0].invert_yaxis()
+    marks, names = grid[0].get_legend_handles_labels()
+    figure.legend(marks, names, frameon=False, fontsize=9, ncols=len(names), loc="outside lower center")
+    return figure
+
+
 def prototypes(runs: list[Setting]) -> Figure:
     """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -244,6 +269,7 @@ if __name__ == "__main__":
         "longer_cifarfs": panels(longer(), ["shots"]),
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
         "accuracy_over_steps": default(),
+        "label_orders_omniglot": label_orders(),
         "cosine_similarity_omniglot": cosines("omniglot"),
         "cosine_similarity_cifarfs": cosines("cifarfs"),
     }.items():

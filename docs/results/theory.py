@@ -76,7 +76,7 @@ def evidence(seed: int = 0) -> dict[str, Any]:
     return {name: of[name + ending] for name in MODELS if name + ending in of}
 
 
-def _own_head(model: dict[str, Any]) -> bool:
+def own_head(model: dict[str, Any]) -> bool:
     """Whether the model has a head of its own: after training with zeroing it is zero."""
     return not model["same_for_all"]["weight"]
 
@@ -115,7 +115,7 @@ def _identities(model: dict[str, Any]) -> str:
 
 def _both_heads(model: dict[str, Any], claim: str, cell: Any, key: str = "{}") -> str:
     """With the model's own head, if it has one, and from a zeroed one."""
-    heads = list(HEADS) if _own_head(model) else ["zeroed_head"]
+    heads = list(HEADS) if own_head(model) else ["zeroed_head"]
     return " / ".join(cell(model[claim][key.format(head)]) for head in heads)
 
 
@@ -129,14 +129,14 @@ def _tested(model: dict[str, Any], mode: str) -> str:
 
 def _accuracy(model: dict[str, Any]) -> str:
     step = model["coefficients"]["inner_steps"]
-    modes = ("zeroing_off", "zeroing_on") if _own_head(model) else ("zeroing_on",)
+    modes = ("zeroing_off", "zeroing_on") if own_head(model) else ("zeroing_on",)
     test = model["test"]
     return " / ".join(f"{_tested(model, m)} ± {_percent(test[m]['ci95'][step])}" for m in modes)
 
 
 def _gain(model: dict[str, Any]) -> str:
     step, gain = model["coefficients"]["inner_steps"], model["test"]["gain"]
-    return f"{100 * gain['accuracy'][step]:+.1f} ± {_percent(gain['ci95'][step])}" if _own_head(model) else ""
+    return f"{100 * gain['accuracy'][step]:+.1f} ± {_percent(gain['ci95'][step])}" if own_head(model) else ""
 
 
 _SUMMARY: dict[str, Any] = {
@@ -158,7 +158,7 @@ _SUMMARY: dict[str, Any] = {
         m, "memory", lambda c: _percent(c["nearest_is_own"]), key="{}_after"
     ),
     "agreement with the prototype classifier after 1, 2, 3 steps, %, own head": lambda m: (
-        ", ".join(map(_percent, m["prototypes"]["this_head"])) if _own_head(m) else ""
+        ", ".join(map(_percent, m["prototypes"]["this_head"])) if own_head(m) else ""
     ),
     "agreement with the prototype classifier after 1, 2, 3 steps, %, head zeroed": lambda m: ", ".join(
         map(_percent, m["prototypes"]["zeroed_head"])
@@ -206,7 +206,7 @@ def _heads(models: dict[str, Any]) -> list[tuple[str, str, str]]:
         (name, head, f"`{name}`, {words}")
         for name, model in models.items()
         for head, words in HEADS.items()
-        if head == "zeroed_head" or _own_head(model)
+        if head == "zeroed_head" or own_head(model)
     ]
 
 
@@ -247,7 +247,7 @@ def motion() -> str:
 def cross_task() -> str:
     models, rows = evidence(), []
     for name, model in models.items():
-        places = ["own_task", "next_task", *["this_head"] * _own_head(model)]
+        places = ["own_task", "next_task", *["this_head"] * own_head(model)]
         of = [model["cross_task"][place] for place in places]
         gains = [f"{100 * place['gain']:+.1f} ± {_percent(place['gain_ci95'])}" for place in of]
         aligned = ", ".join(_fraction(place["aligned"]) for place in of)
@@ -278,7 +278,7 @@ def both_seeds() -> str:
     names = [name for name in seeds[0] if name in seeds[1]]
     for words, (needs_head, value) in _BY_SEED.items():
         models = {name: [seed[name] for seed in seeds] for name in names}
-        cells = [", ".join(map(value, of)) if _own_head(of[0]) or not needs_head else "" for of in models.values()]
+        cells = [", ".join(map(value, of)) if own_head(of[0]) or not needs_head else "" for of in models.values()]
         rows.append([words, *cells])
     return markdown(["seed 0, seed 1", *(f"`{name}`" for name in names)], rows)
 
