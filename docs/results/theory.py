@@ -12,6 +12,7 @@ from typing import Any
 
 import collect
 import numpy as np
+from kept import rows as measured_rows
 from tables import STARTS, markdown
 
 from fewshot.files import EXPORTED, write_file
@@ -324,6 +325,25 @@ _BY_SEED: dict[str, tuple[bool, Any]] = {  # whether it is asked of the model's 
     ),
     "what it gives on another task, points": (False, lambda m: f"{100 * m['cross_task']['next_task']['gain']:+.1f}"),
 }
+
+
+def initial_terms() -> str:
+    """What the two terms of the queries' gradient are before training, by inner steps and eta, ± 95% over seeds."""
+    cells: dict[int, dict[float, list[dict[str, Any]]]] = {}
+    for row in measured_rows("terms"):
+        cells.setdefault(row["inner_steps"], {}).setdefault(row["inner_lr"], []).append(row)
+    names = {
+        "interference_over_contrastive": ("norm of the interference over that of the contrastive term", 1, 2),
+        "wrong_among_other": ("wrong signs of c among pairs of different classes, %", 100, 1),
+    }
+    rows = []
+    for name, (words, times, digits) in names.items():
+        for steps, by_eta in sorted(cells.items()):
+            of_seeds = [np.array([times * row[name] for row in by_eta[eta]]) for eta in sorted(by_eta)]
+            numbers = map(mean_and_ci95, of_seeds)
+            rows.append([words, str(steps), *(f"{mean:.{digits}f} ± {ci95:.{digits}f}" for mean, ci95 in numbers)])
+    etas = sorted({eta for by_eta in cells.values() for eta in by_eta})
+    return markdown(["before training", "inner steps", *(f"eta {eta:g}" for eta in etas)], rows)
 
 
 def motivating_example() -> str:
