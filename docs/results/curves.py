@@ -4,8 +4,8 @@ docs/memorization.png, docs/prototypical.png, docs/ablation.png, docs/init_scale
 docs/panel1_cifarfs.png and docs/panel2_cifarfs.png are of the kept runs of these names, docs/longer_cifarfs.png,
 docs/panel2_omniglot.png and docs/head_family_omniglot.png of `cifarfs`, `panel2` and `head_family`.
 docs/test_time_zeroing.png and, with seed 0, docs/tutorial_summary.png are of FOMAML's runs of panel 1,
-docs/accuracy_over_steps.png is of `default`, the cosine similarities and docs/label_orders_omniglot.png are of what
-`theory.py` keeps.
+docs/accuracy_over_steps.png is of `default`. The cosine similarities, docs/label_orders_omniglot.png and
+docs/motion_over_training.png are of what `theory.py` keeps.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from fewshot.errors import shown
 from fewshot.files import write_file
 from fewshot.results.figures import DRAWN, GREEN, MARKS, accuracy_over_steps, plain, png
 from fewshot.results.record_files import title
-from fewshot.sweep.figures import COLOURS, cosine_similarity, panels, places, sweep
+from fewshot.sweep.figures import COLOURS, HEADS, cosine_similarity, panels, places, sweep
 from fewshot.sweep.settings import Job, Setting, group
 
 LINES = {"zeroing_off": "--", "zeroing_on": "-"}
@@ -155,6 +155,32 @@ def label_orders() -> Figure:
     return figure
 
 
+def motion_over_training() -> Figure:
+    """How far and which way a small outer step moves features, over outer updates."""
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    far, shares, way = figure.subplots(1, 3)
+    for name, line in theory.motions().items():
+        start, order = name.split(", ")
+        style = {"color": COLOURS[HEADS[start]], "marker": "o", "linewidth": 1.4, "markersize": 5}
+        style |= {"markerfacecolor": "white"} if order == "second order" else {}
+        values = {key: [of[key] for of in line["of"]] for key in line["of"][0]}
+        far.plot(line["updates"], np.divide(values["support"], values["query"]), label=name, **style)
+        shares.plot(line["updates"], values["same_class_drawn"], **style)
+        shares.plot(line["updates"], values["other_class_pushed"], "--", **style)
+        way.plot(line["updates"], values["as_drawn"], **style)
+    far.set_yscale("log")
+    far.set_ylabel("support's motion over the queries'")
+    shares.set(ylim=(0.4, 1.02), ylabel="pairs that move the right way")
+    shares.set_title("solid: same class, dashed: others", fontsize=9, loc="left")
+    way.set_ylabel("cosine with the poster's way")
+    for axes in (far, shares, way):
+        axes.set_xlabel("outer iteration")
+        plain(axes)
+    lines, names = far.get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, fontsize=9, ncols=len(names), loc="outside lower center")
+    return figure
+
+
 def prototypes(runs: list[Setting]) -> Figure:
     """Left: MAML with zeroing and one step beside the network of inner products. Right: that network by temperature."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -270,6 +296,7 @@ if __name__ == "__main__":
         "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
         "accuracy_over_steps": default(),
         "label_orders_omniglot": label_orders(),
+        "motion_over_training": motion_over_training(),
         "cosine_similarity_omniglot": cosines("omniglot"),
         "cosine_similarity_cifarfs": cosines("cifarfs"),
     }.items():

@@ -1,7 +1,7 @@
 """Keeps what measures the theory, and writes the tables of docs/evidence.md: python docs/results/theory.py FOLDER...
 
 In the folders and below them it looks for what the commands of that page leave: evidence.json of a model,
-cosine_similarity.json and inner_products.json of runs. It keeps them in this folder, each kind in one file.
+cosine_similarity.json, inner_products.json and motion.json of runs. It keeps each kind in one file of this folder.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from fewshot.sweep.settings import mean_and_ci95
 from models import model_name
 
 HERE = Path(__file__).parent
-KINDS = ("evidence", "cosine_similarity", "inner_products")
+KINDS = ("evidence", "cosine_similarity", "inner_products", "motion")
 PAIRS = {"query_support": "query and support", "query_query": "two queries"}
 HEADS = {"this_head": "its own head", "zeroed_head": "head zeroed"}
 MODELS = ("fomaml", "zero-init", "zero", "somaml", "somaml-zero")  # in the order of the tables
@@ -243,6 +243,29 @@ def motion() -> str:
             rows.append([f"{words}, {order} order", *cells, _fraction(of["as_drawn"])])
     heads = ["", "support's motion over the queries'", "pairs of a class drawn together, %", "others pushed apart, %"]
     return markdown([*heads, "cosine with the poster's way"], rows)
+
+
+def motions() -> dict[str, dict[str, Any]]:
+    """{whose step: updates, and for each of them what `motion.py` measures} of the runs that are kept."""
+    lines = {}
+    for name, run in kept("motion").items():
+        start = STARTS[name.removeprefix("omniglot-").partition("-seed")[0]]
+        for order, words in (("fomaml", "first"), ("somaml", "second")):
+            lines[f"{start}, {words} order"] = {"updates": run["updates"], "of": run[order]}
+    return lines
+
+
+def motion_over_training() -> str:
+    lines = motions()
+    updates = next(iter(lines.values()))["updates"]
+    rows = []
+    for words, line in lines.items():
+        cells = []
+        for of in line["of"]:
+            shares = [f"{100 * of[key]:.0f}" for key in ("same_class_drawn", "other_class_pushed")]
+            cells.append(f"{of['support'] / of['query']:.2f}: {', '.join(shares)}")
+        rows.append([words, *cells])
+    return markdown(["after updates", *map(str, updates)], rows)
 
 
 def cross_task() -> str:
