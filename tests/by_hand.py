@@ -81,20 +81,20 @@ def np_theta(network):
 
 def np_meta_gradient(network, tasks, *, inner_lr, inner_steps, first_order, loss="cross_entropy"):
     """Mean over tasks, and the loss and accuracy of each."""
-    theta, found, losses, accuracies = np_theta(network), [], [], []
+    theta, gradients, losses, accuracies = np_theta(network), [], [], []
     for x, labels, query, query_labels in np_tasks(tasks):
         adapted = np_adapted(theta, x, labels, inner_lr, inner_steps, loss)
         if first_order:
-            found.append(np_gradient(adapted, query, query_labels, loss))
+            gradients.append(np_gradient(adapted, query, query_labels, loss))
         else:
 
             def through_the_inner_loop(theta, x=x, labels=labels, query=query, query_labels=query_labels):
                 return np_loss(np_adapted(theta, x, labels, inner_lr, inner_steps, loss), query, query_labels, loss)
 
-            found.append(complex_step(through_the_inner_loop, theta))
+            gradients.append(complex_step(through_the_inner_loop, theta))
         losses.append(np_loss(adapted, query, query_labels, loss))
         accuracies.append(np_accuracy(adapted, query, query_labels))
-    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+    mean = [np.mean(of_tasks, axis=0) for of_tasks in zip(*gradients, strict=True)]
     return dict(zip(dict(network.named_parameters()), mean, strict=True)), losses, accuracies
 
 
@@ -135,21 +135,21 @@ def np_steps(theta, etas, task, steps, prototypes, constants=None):
     """theta_0 .. theta_N and the inner gradients, which are given where they are taken for constants."""
     x, labels, *_ = task
     at = np_prototypes(theta, x, labels) if prototypes else theta
-    passed, found = [at], []
+    passed, gradients = [at], []
     for step in range(steps):
-        found.append(np_gradient(at, x, labels) if constants is None else constants[step])
-        at = tuple(p - eta * g for p, eta, g in zip(at, etas, found[-1], strict=True))
+        gradients.append(np_gradient(at, x, labels) if constants is None else constants[step])
+        at = tuple(p - eta * g for p, eta, g in zip(at, etas, gradients[-1], strict=True))
         passed.append(at)
-    return passed, found
+    return passed, gradients
 
 
 def np_etas(network, inner_lr, adapted):
     """eta for A, a, W, b; 0 for what does not adapt."""
     theta = np_theta(network)
     places = {"all": range(4), "encoder": range(2), "head": range(2, 4)}[adapted]
-    given = [inner_lr] * 4 if isinstance(inner_lr, float) else [eta.detach().numpy() for eta in inner_lr]
+    rates = [inner_lr] * 4 if isinstance(inner_lr, float) else [eta.detach().numpy() for eta in inner_lr]
     etas = [np.zeros_like(p) for p in theta]
-    for place, eta in zip(places, given, strict=False):
+    for place, eta in zip(places, rates, strict=False):
         etas[place] = etas[place] + eta
     return tuple(etas), places
 
@@ -157,7 +157,7 @@ def np_etas(network, inner_lr, adapted):
 def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="all", head="learned", step_losses=None):
     """Mean over the tasks of the complex step derivatives by theta and by what adapts' etas."""
     v = [0.0] * (inner_steps - 1) + [1.0] if step_losses is None else step_losses.tolist()
-    theta, (etas, places), found = np_theta(network), np_etas(network, inner_lr, adapted), []
+    theta, (etas, places), gradients = np_theta(network), np_etas(network, inner_lr, adapted), []
     prototypes = head == "prototypes"
     for task in np_tasks(tasks):
         constants = np_steps(theta, etas, task, inner_steps, prototypes)[1] if first_order else None
@@ -166,8 +166,8 @@ def np_family(network, tasks, *, inner_lr, inner_steps, first_order, adapted="al
             passed, _ = np_steps(both[:4], both[4:], task, inner_steps, prototypes, constants)
             return sum(weight * np_loss(at, *task[2:]) for weight, at in zip(v, passed[1:], strict=True))
 
-        found.append(complex_step(outer, (*theta, *etas)))
-    mean = [np.mean(each, axis=0) for each in zip(*found, strict=True)]
+        gradients.append(complex_step(outer, (*theta, *etas)))
+    mean = [np.mean(of_tasks, axis=0) for of_tasks in zip(*gradients, strict=True)]
     return dict(zip(dict(network.named_parameters()), mean[:4], strict=True)), [mean[4 + place] for place in places]
 
 
@@ -253,7 +253,7 @@ def adapted(x, labels, head, *, inner_lr, inner_steps, loss):
 
 def differentiated(x, labels, query, query_labels, weight, bias, *, first_order, loss, **knobs):
     """loss and the gradients with respect to query features, support features, weight and bias of one task."""
-    x, query, *head = (each.clone().requires_grad_() for each in (x, query, weight, bias) if each is not None)
+    x, query, *head = (tensor.clone().requires_grad_() for tensor in (x, query, weight, bias) if tensor is not None)
     last = adapted(x, labels, tuple(head), loss=loss, **knobs)[-1]
     if first_order:
         last = head = tuple(p.detach().requires_grad_() for p in last)

@@ -181,9 +181,9 @@ def composed(*overrides: str) -> DictConfig:
     if not GlobalHydra.instance().is_initialized():
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return composed(*overrides)
-    groups = tuple(each for each in overrides if each.split("=")[0] in (*GROUPS, "experiment"))
-    others = [each for each in overrides if each not in groups]
-    if any(each.startswith(("hydra", "~")) for each in others):
+    groups = tuple(override for override in overrides if override.split("=")[0] in (*GROUPS, "experiment"))
+    others = [override for override in overrides if override not in groups]
+    if any(override.startswith(("hydra", "~")) for override in others):
         return compose("config", list(overrides))
     places = GlobalHydra.instance().config_loader().get_search_path()
     cfg = pickle.loads(_chosen(str(places), *groups))
@@ -385,7 +385,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     for name in ("best", "last"):
         content = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
         adam = content["optimizer_states"][0]["state"]
-        tensors = {**content["state_dict"], **{f"adam{i}.{k}": v for i, each in adam.items() for k, v in each.items()}}
+        tensors = {
+            **content["state_dict"],
+            **{f"adam{i}.{k}": v for i, entries in adam.items() for k, v in entries.items()},
+        }
         state[name] = (content["global_step"], {key: value.numpy().tobytes() for key, value in tensors.items()})
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]

@@ -46,9 +46,9 @@ def draw(*, tasks=2, ways=3, shots=1, queries=2, shape=(2, 3), seed=0, spread=0.
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(tasks, ways, 1, *shape, generator=generator, dtype=torch.float64)
 
-    def images(each):
-        noise = torch.randn(tasks, ways, each, *shape, generator=generator, dtype=torch.float64)
-        labels = torch.arange(ways).repeat_interleave(each).expand(tasks, -1)
+    def images(per_class):
+        noise = torch.randn(tasks, ways, per_class, *shape, generator=generator, dtype=torch.float64)
+        labels = torch.arange(ways).repeat_interleave(per_class).expand(tasks, -1)
         return (centres + spread * noise).flatten(1, 2), labels
 
     return Task(*images(shots), *images(queries))
@@ -105,29 +105,29 @@ def evaluations(*, steps, zeroing, **fields):
 def meta_gradient(engine, network, tasks, tasks_at_once=None, execute=None, **knobs):
     """The outer gradient by name, from .grad = None, and what the engine returns; knobs: see `loop`."""
     network.zero_grad(set_to_none=True)
-    how = {"tasks_at_once": tasks_at_once, "execute": execute}
-    how = {name: value for name, value in how.items() if value is not None}
-    returned = engine.meta_gradient(network, tasks, *loop(**knobs), **how)
+    engine_knobs = {"tasks_at_once": tasks_at_once, "execute": execute}
+    engine_knobs = {name: value for name, value in engine_knobs.items() if value is not None}
+    returned = engine.meta_gradient(network, tasks, *loop(**knobs), **engine_knobs)
     return gradients(network), returned
 
 
-def assert_close(found, expected, tolerance):
+def assert_close(actual, expected, tolerance):
     """Every parameter's gradient, relative to that gradient's own size."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         value = torch.as_tensor(value)
         assert value.norm() > 0, f"{name}: nothing to compare"
-        assert ((found[name] - value).norm() / value.norm()).item() < tolerance, name
+        assert ((actual[name] - value).norm() / value.norm()).item() < tolerance, name
 
 
 def vector(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([each.flatten() for each in gradients.values()])
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     """As a whole: a foreign network may have parameters whose gradient is zero but for rounding."""
-    found, expected = vector(found), vector(expected)
-    assert ((found - expected).norm() / expected.norm()).item() < tolerance
+    actual, expected = vector(actual), vector(expected)
+    assert ((actual - expected).norm() / expected.norm()).item() < tolerance
 
 
 def untrained(*overrides: str) -> Pretrained:

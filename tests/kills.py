@@ -69,10 +69,10 @@ def family(pids: set[int]) -> set[int]:
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()]
     parents = {int(pid): int(parent) for pid, parent, state in rows if state[0] != "Z"}
-    found = pids & parents.keys()
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+    living = pids & parents.keys()
+    while more := {pid for pid, parent in parents.items() if parent in living} - living:
+        living |= more
+    return living
 
 
 def written(folder: Path) -> float:
@@ -82,18 +82,20 @@ def written(folder: Path) -> float:
 
 def end(folder: Path) -> dict[str, Any]:
     """What the run or sweep computed, bit by bit."""
-    found: dict[str, Any] = {}
+    computed: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.name in ("metrics.csv", "summary.csv"):
-            found[name] = path.read_text()
+            computed[name] = path.read_text()
         if path.suffix == ".ckpt":
             content = torch.load(path, weights_only=True)
             adam = content["optimizer_states"][0]["state"]
-            found[name] = [content["global_step"]]
-            found[name] += [(key, tensor.numpy().tobytes()) for key, tensor in content["state_dict"].items()]
-            found[name] += [(key, tensor.numpy().tobytes()) for each in adam.values() for key, tensor in each.items()]
-    return found
+            computed[name] = [content["global_step"]]
+            computed[name] += [(key, tensor.numpy().tobytes()) for key, tensor in content["state_dict"].items()]
+            computed[name] += [
+                (key, tensor.numpy().tobytes()) for entries in adam.values() for key, tensor in entries.items()
+            ]
+    return computed
 
 
 def kill(kind: str, folder: Path, chance: random.Random, seconds: float) -> str:

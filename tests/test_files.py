@@ -89,8 +89,8 @@ def test_what_stands_in_the_place_of_a_lock_or_a_part_in_the_cache_is_neither_wr
                     pass
             else:
                 sources = {"photos.tar": ("file:///nowhere", "0")}
-                how = {"folder": "photos", "cache": str(tmp_path), "holds": "the photos"}
-                download("photos", ["photos.tar"], lambda: sources, **how)
+                arguments = {"folder": "photos", "cache": str(tmp_path), "holds": "the photos"}
+                download("photos", ["photos.tar"], lambda: sources, **arguments)
     assert (victim.read_text() == "mine") if kind == "link" else not victim.exists()
 
 
@@ -149,7 +149,7 @@ def test_two_writers_at_once_never_give_a_torn_file(tmp_path):
     stop.set()
     reader.join()
     assert seen == {(2**18, 1)}
-    assert [each.name for each in tmp_path.iterdir()] == ["metrics.csv"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_ones_file_is_not(tmp_path):
@@ -203,7 +203,7 @@ def test_a_signal_while_a_file_is_written_leaves_nothing_and_names_may_have_any_
     signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
     files.write_file(path, "\u00e9\udcff")
-    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"\xc3\xa9\\udcff"]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"\xc3\xa9\\udcff"]
 
 
 @pytest.mark.parametrize("gone", ["folder", "lock", "replaced"])

@@ -1,4 +1,4 @@
-"""The plan of the house: each package imports only those below it, and files stay short."""
+"""The plan of the house: each package imports only those below it, files stay short, and names say what they hold."""
 
 import ast
 from collections.abc import Iterator
@@ -88,3 +88,30 @@ def test_no_test_imports_another():
     nodes = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (ROOT / "tests").rglob("test_*.py")}
     for name, inside in nodes.items():
         assert not {node.module for node in inside if isinstance(node, ast.ImportFrom)} & {*nodes}, name
+
+
+def chosen_names(path: Path) -> Iterator[tuple[str, int]]:
+    """The names that a file gives, with their lines; not those that a library has given."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        match node:
+            case (
+                ast.Name(id=name, ctx=ast.Store())
+                | ast.Attribute(attr=name, ctx=ast.Store())
+                | ast.arg(arg=name)
+                | ast.alias(asname=str(name))
+                | ast.ExceptHandler(name=str(name))
+                | ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+            ):
+                yield name, node.lineno
+
+
+def test_a_name_says_what_it_holds():
+    paths = [path for place in ("src", "tests", "docs/results", "benchmarks") for path in (ROOT / place).rglob("*.py")]
+    unclear = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in paths
+        for name, line in chosen_names(path)
+        if name in ("found", "each", "given", "how")
+    ]
+    assert not unclear

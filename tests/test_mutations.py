@@ -229,9 +229,11 @@ def writable(value: Any) -> bool:
 @given(data=st.data())
 def test_exported_folders_with_other_weights(folder, data):
     weights = load_file(MADE / "exported" / "model.safetensors")
-    dense = TENSORS.filter(lambda each: isinstance(each, torch.Tensor) and each.numel() < 1000 and each.is_contiguous())
+    dense = TENSORS.filter(
+        lambda value: isinstance(value, torch.Tensor) and value.numel() < 1000 and value.is_contiguous()
+    )
     weights = mutated(
-        data, weights, dense.filter(lambda each: each.layout == torch.strided and each.device.type == "cpu")
+        data, weights, dense.filter(lambda tensor: tensor.layout == torch.strided and tensor.device.type == "cpu")
     )
     other = Path(shutil.copytree(MADE / "exported", mkdtemp(dir=folder), dirs_exist_ok=True))
     save_file({str(name): tensor for name, tensor in weights.items()}, other / "model.safetensors")

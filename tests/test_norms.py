@@ -52,17 +52,17 @@ def by_arithmetic():
 @pytest.mark.parametrize("engine", ["sequential", "in a row", "one at a time", "side by side", "vmap"])
 def test_every_engine_normalises_as_the_arithmetic_does(engine, monkeypatch):
     network, tasks = example()
-    how = {"tasks_at_once": 1} if engine == "one at a time" else {}
+    options = {"tasks_at_once": 1} if engine == "one at a time" else {}
     if engine == "side by side":
         monkeypatch.setattr(batched, "tasks_in_a_row", lambda x: False)
     if engine == "vmap":
         monkeypatch.setattr(batched, "in_a_row", refused)
     modes = evaluations(inner_lr=0.1, steps=2, zeroing=(False, True))
     step_logits = sequential.step_logits if engine == "sequential" else batched.step_logits
-    logits = step_logits(network, tasks, *modes, STATISTICS, **how)  # (statistics x modes, B, T + 1, Q, K)
+    logits = step_logits(network, tasks, *modes, STATISTICS, **options)  # (statistics x modes, B, T + 1, Q, K)
     expected = by_arithmetic()
     assert (logits - expected).abs().max() < 1e-10 * expected.abs().max()
-    alone = step_logits(network, tasks, *modes, **how)
+    alone = step_logits(network, tasks, *modes, **options)
     assert torch.equal(alone, logits[:2])  # asked for others or not, bit by bit
     apart = [(logits[a] - logits[b]).abs().max() for a, b in ((0, 2), (2, 4), (0, 4))]
     assert min(apart) > 1e-3  # three different questions
@@ -83,8 +83,8 @@ def test_the_outer_gradient_through_a_norm_is_that_of_the_arithmetic(norm, width
     expected = conv4_gradient(network, tasks, 0.1, 2, first_order, norm)
     assert_close(meta_gradient(sequential, network, tasks, **knobs)[0], expected, 1e-10)
     ways = {"in a row": {}, "one at a time": {"tasks_at_once": 1}, "recomputed": {"recompute_steps": True}}
-    for how in ways.values():
-        assert_close(meta_gradient(batched, network, tasks, **knobs, **how)[0], expected, 1e-10)
+    for options in ways.values():
+        assert_close(meta_gradient(batched, network, tasks, **knobs, **options)[0], expected, 1e-10)
     assert_close(meta_gradient(sequential, network, tasks, **knobs, recompute_steps=True)[0], expected, 1e-10)
     monkeypatch.setattr(batched, "tasks_in_a_row", lambda x: False)
     assert_close(meta_gradient(batched, network, tasks, **knobs)[0], expected, 1e-10)

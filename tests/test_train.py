@@ -202,7 +202,7 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
     best = folder / "checkpoints" / "best.ckpt"
     tested = run(tmp_path / "tested", f"checkpoint={best}", "fit=false")
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    ours, theirs = (json.loads((each / "results.json").read_text()) for each in (tested, folder))
+    ours, theirs = (json.loads((run_folder / "results.json").read_text()) for run_folder in (tested, folder))
     assert ours["test"] == theirs["test"] and ours["config"]["seed"] == 3
     assert ours["config"]["trained"] == {"file": "best.ckpt", "dataset.name": "glyphs", "ways": 5, "shots": 1}
     written = (tested / "results.json").stat().st_mtime_ns
@@ -221,7 +221,11 @@ def test_fit_false_tests_a_checkpoint_and_leaves_its_run_alone(run, tmp_path):
 def foreign(trained: Path, folder: Path, overrides: list[str]) -> tuple[str, str]:
     """The words that test the model of a run, in a checkpoint whose call has these overrides too."""
     content = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
-    own = [each for each in content["fewshot"]["overrides"] if "model=module" not in overrides or "model." not in each]
+    own = [
+        override
+        for override in content["fewshot"]["overrides"]
+        if "model=module" not in overrides or "model." not in override
+    ]
     content["fewshot"]["overrides"] = [*own, *overrides]
     torch.save(content, folder / "foreign.ckpt")
     return f"checkpoint={folder / 'foreign.ckpt'}", "fit=false"

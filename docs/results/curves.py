@@ -214,12 +214,12 @@ def prototypes(runs: list[Setting]) -> Figure:
 
 def by_term() -> dict[int, dict[float, dict[str, Setting]]]:
     """The kept runs of the explicit loss: {inner steps: {eta: {a name of LOSSES: its runs}}}."""
-    found: dict[int, dict[float, dict[str, Setting]]] = {}
+    runs: dict[int, dict[float, dict[str, Setting]]] = {}
     for setting in settings("ablation"):
         config = setting.config
         name = LOSSES[config["algo"]["noise"], config["algo"]["interference"]]
-        found.setdefault(config["inner_steps"], {}).setdefault(config["inner_lr"], {})[name] = setting
-    return {steps: dict(sorted(found[steps].items())) for steps in sorted(found)}
+        runs.setdefault(config["inner_steps"], {}).setdefault(config["inner_lr"], {})[name] = setting
+    return {steps: dict(sorted(runs[steps].items())) for steps in sorted(runs)}
 
 
 def ablation_table() -> str:
@@ -293,7 +293,9 @@ if __name__ == "__main__":
         "panel1_cifarfs": panels(settings("panel1_cifarfs"), ["algo.first_order"]),
         "panel2_cifarfs": panels(settings("panel2_cifarfs"), ["algo.zeroing"]),
         "longer_cifarfs": panels(longer(), ["shots"]),
-        "tutorial_summary": sweep([each._replace(jobs=each.jobs[:1]) for each in settings("panel1", "-first")]),
+        "tutorial_summary": sweep(
+            [setting._replace(jobs=setting.jobs[:1]) for setting in settings("panel1", "-first")]
+        ),
         "accuracy_over_steps": default(),
         "label_orders_omniglot": label_orders(),
         "motion_over_training": motion_over_training(),

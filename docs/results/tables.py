@@ -171,7 +171,7 @@ def _surroundings() -> dict[tuple[str, int, str], dict[str, str]]:
     """The medians over rounds by job, neighbours and contestant."""
     medians = {}
     for entrant in measured("surroundings")["measured"]:
-        columns = {name: [each[name] for each in entrant["rounds"]] for name in entrant["rounds"][0]}
+        columns = {name: [row[name] for row in entrant["rounds"]] for name in entrant["rounds"][0]}
         median = {name: statistics.median(values) for name, values in columns.items()}
         medians[entrant["job"], entrant["neighbours"], entrant["contestant"]] = {
             "wall": f"{1000 * median['wall']:.0f}",

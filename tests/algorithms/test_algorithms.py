@@ -81,9 +81,9 @@ def changed(loop: InnerLoop, **fields) -> InnerLoop:
 def test_an_inner_step_of_ones_own_is_what_arithmetic_says(engine, name, first_order):
     tasks, network = draw(tasks=3, shots=2), tiny()
     loop, step = STEPPED[name]
-    found, (losses, _) = outer_gradient(engine, network, tasks, changed(loop, first_order=first_order))
+    actual, (losses, _) = outer_gradient(engine, network, tasks, changed(loop, first_order=first_order))
     expected, expected_losses = np_through(network, tasks, STEPS, step, first_order)
-    assert_close(found, expected, 1e-9)
+    assert_close(actual, expected, 1e-9)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
 
 
@@ -91,11 +91,11 @@ def test_an_inner_step_of_ones_own_is_what_arithmetic_says(engine, name, first_o
 def test_reptile_is_where_the_inner_loops_ended(engine):
     """As the code that Nichol et al. released has it: theta <- theta + step (mean of theta_N - theta)."""
     tasks, network = draw(tasks=3, shots=2), tiny()
-    found, _ = outer_gradient(engine, network, tasks, SHIPPED["reptile"])
+    actual, _ = outer_gradient(engine, network, tasks, SHIPPED["reptile"])
     theta = np_theta(network)
     ends = [np_stepped(theta, x, labels, STEPS, np_momentum(ETA, 0)) for x, labels, *_ in np_tasks(tasks)]
     expected = by_name(network, [tuple(p - q for p, q in zip(theta, end, strict=True)) for end in ends])
-    assert_close(found, expected, 1e-10)
+    assert_close(actual, expected, 1e-10)
     for start, parameter, new in zip(theta, network.parameters(), by_name(network, ends).values(), strict=True):
         step = torch.optim.SGD([parameter], lr=0.25)
         step.step()
@@ -107,7 +107,7 @@ def test_reptile_is_where_the_inner_loops_ended(engine):
 def test_imaml_solves_what_the_paper_says(engine, cg_steps):
     tasks, network = draw(tasks=3, shots=2), tiny()
     loop = ImplicitMAML(STEPS, ETA, False, proximal=3.0, cg_steps=cg_steps)
-    found, (_, _, residual) = outer_gradient(engine, network, tasks, loop)
+    actual, (_, _, residual) = outer_gradient(engine, network, tasks, loop)
     theta, exact, solved, residuals = np_theta(network), [], [], []
     for x, labels, *query in np_tasks(tasks):
         end = np_stepped(theta, x, labels, STEPS, np_proximal(ETA, 3.0))
@@ -116,7 +116,7 @@ def test_imaml_solves_what_the_paper_says(engine, cg_steps):
         solution = np_conjugate_gradients(A, b, cg_steps) if cg_steps < 43 else np_vector(exact[-1])
         solved.append(np_parts(solution, theta))
         residuals.append(np.linalg.norm(b - A @ solution) / np.linalg.norm(b))
-    assert_close(found, by_name(network, solved), 1e-8)
+    assert_close(actual, by_name(network, solved), 1e-8)
     if cg_steps < 43:
         np.testing.assert_allclose(residual, residuals, rtol=1e-6)
     else:
@@ -162,9 +162,9 @@ def test_the_engines_agree_on_a_convolutional_network_with_batchnorm(name, zeroi
     expected, (losses, accuracies, *measured) = outer_gradient(sequential, network, tasks, loop)
     for recompute in (False, True):
         again = changed(loop, recompute_steps=recompute)
-        found, (loss, accuracy, *more) = outer_gradient(one_at_a_time, network, tasks, again)
+        actual, (loss, accuracy, *more) = outer_gradient(one_at_a_time, network, tasks, again)
         parts = [n for n in expected if n.startswith("encoder.") or not zeroing]
-        assert_same({n: found[n] for n in parts}, {n: expected[n] for n in parts}, 1e-9)
+        assert_same({n: actual[n] for n in parts}, {n: expected[n] for n in parts}, 1e-9)
         torch.testing.assert_close([loss, *more], [losses, *measured], rtol=1e-7, atol=1e-9)
         assert torch.equal(accuracy, accuracies)
     bitwise, _ = outer_gradient(sequential, network, tasks, changed(loop, recompute_steps=True))
@@ -179,8 +179,8 @@ def test_the_engines_agree_on_a_convolutional_network_with_batchnorm(name, zeroi
 def test_adam_where_a_gradient_is_zero_has_a_derivative():
     """From a zeroed head the encoder's first gradient is zero, and the root of its square has no derivative there."""
     tasks, network = draw(tasks=2, shots=2), tiny(zeroed=True)
-    found, _ = outer_gradient(sequential, network, tasks, InnerAdam(2, 0.05, False, zeroing=True))
-    assert all(gradient.isfinite().all() for gradient in found.values())
+    outer_gradients, _ = outer_gradient(sequential, network, tasks, InnerAdam(2, 0.05, False, zeroing=True))
+    assert all(gradient.isfinite().all() for gradient in outer_gradients.values())
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ def test_two_parameters_that_begin_at_one_tensor_go_their_own_ways(first_order):
     network, tasks = check_algorithm._network(zeroing=False), check_algorithm._tasks()
     expected, _ = outer_gradient(sequential, network, tasks, Apart(STEPS, ETA, first_order))
     for engine in (sequential, all_at_once):
-        found, _ = outer_gradient(engine, network, tasks, OneForTwo(STEPS, ETA, first_order))
-        assert_same(found, expected, 1e-12)
+        actual, _ = outer_gradient(engine, network, tasks, OneForTwo(STEPS, ETA, first_order))
+        assert_same(actual, expected, 1e-12)
 
 
 class Held:
@@ -397,5 +397,7 @@ def test_a_parameter_may_be_a_single_number(name):
 
     torch.manual_seed(1)
     network, tasks = Network(Scaled(), 4, 3).double(), draw(shots=2)
-    found, expected = (outer_gradient(engine, network, tasks, SHIPPED[name])[0] for engine in (all_at_once, sequential))
-    assert_close(found, expected, 1e-10)
+    actual, expected = (
+        outer_gradient(engine, network, tasks, SHIPPED[name])[0] for engine in (all_at_once, sequential)
+    )
+    assert_close(actual, expected, 1e-10)

@@ -57,7 +57,7 @@ def test_the_projects_networks_lie_side_by_side(build):
         logits = functional_call(network, theta, images)
     with in_a_row(3):
         rows = functional_call(network, theta, in_rows)
-    expected = torch.stack([network(each) for each in tasks.query])
+    expected = torch.stack([network(query) for query in tasks.query])
     torch.testing.assert_close(logits, expected.transpose(0, 1).flatten(1), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(rows, expected.flatten(0, 1), rtol=1e-10, atol=1e-12)
 
@@ -167,9 +167,11 @@ def test_any_network_has_the_gradient_of_the_loop(name, first_order, monkeypatch
     monkeypatch.setattr(batched, "vmap", lambda *args: used.append(1) or torch.func.vmap(*args))
     for rows in (False, True):  # as on a GPU, as on a CPU
         monkeypatch.setattr(batched, "tasks_in_a_row", lambda x, rows=rows: rows)
-        found, (_, accuracy) = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS)
+        actual, (_, accuracy) = meta_gradient(
+            batched, network, tasks, first_order=first_order, tasks_at_once=9, **KNOBS
+        )
         assert bool(used) == (name in BY_VMAP)
-        assert_same(found, expected)
+        assert_same(actual, expected)
         assert torch.equal(accuracy, accuracies)
 
 
@@ -203,7 +205,7 @@ def test_the_convolution_by_columns_has_them_too(stride, shape):
             return F.conv2d(x, w, b, stride)
 
     y = convolution(x, w, b)
-    expected = torch.cat([F.conv2d(*each, stride) for each in zip(x.chunk(2), w, b, strict=True)])
+    expected = torch.cat([F.conv2d(*arguments, stride) for arguments in zip(x.chunk(2), w, b, strict=True)])
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.autograd.gradgradcheck(convolution, (x, w, b), gen_non_contig_grad_outputs=True)
@@ -223,8 +225,8 @@ def test_batch_norm_has_the_second_derivatives_of_finite_differences(tasks, layo
     with in_a_row(tasks):  # a scale alone is left to torch
         scaled = F.batch_norm(x, None, None, gamma, None, training=True)
     assert torch.autograd.grad(scaled.sum(), gamma)[0].abs().max() < 1e-12
-    each = zip(x.chunk(tasks), gamma, beta, strict=True)
-    expected = torch.cat([F.batch_norm(x, None, None, *affine, training=True) for x, *affine in each])
+    by_task = zip(x.chunk(tasks), gamma, beta, strict=True)
+    expected = torch.cat([F.batch_norm(x, None, None, *affine, training=True) for x, *affine in by_task])
     torch.testing.assert_close(norm(x, gamma, beta), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(norm(x.mT, gamma, beta), expected.mT, rtol=1e-10, atol=1e-12)  # in no usual order
     assert torch.autograd.gradgradcheck(norm, (x, gamma, beta), gen_non_contig_grad_outputs=True)
@@ -235,9 +237,9 @@ def test_batch_norm_is_as_exact_where_channels_lie_together():
     x = torch.randn(75, 8, 13, 13).relu().contiguous(memory_format=torch.channels_last)
     gamma, beta = torch.rand(2, 1, 8)
     with in_a_row(1):
-        found = F.batch_norm(x, None, None, gamma, beta, training=True)
+        actual = F.batch_norm(x, None, None, gamma, beta, training=True)
     expected = F.batch_norm(x.double(), None, None, gamma[0].double(), beta[0].double(), training=True)
-    assert (found - expected).norm() < 5e-7 * expected.norm()
+    assert (actual - expected).norm() < 5e-7 * expected.norm()
 
 
 # How much is launched, and how much memory it takes
@@ -321,14 +323,15 @@ def test_threads_compute_what_one_computes(first_order, tasks_at_once):
     knobs = {"first_order": first_order, **KNOBS}
     torch.set_num_threads(3)
     several = partial(meta_gradient, batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
-    found, (loss, accuracy) = several()
-    assert_same(found, expected)
+    actual, (loss, accuracy) = several()
+    assert_same(actual, expected)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
     again, _ = several()
-    assert torch.equal(vector(again), vector(found))  # bit by bit: the order of the sum does not depend on who is first
-    found = batched.step_accuracies(network, tasks, *evaluations(**EVALUATION), tasks_at_once=tasks_at_once)
-    assert torch.equal(found, evaluated)
+    # Bit by bit: the order of the sum does not depend on who is first.
+    assert torch.equal(vector(again), vector(actual))
+    step_accuracies = batched.step_accuracies(network, tasks, *evaluations(**EVALUATION), tasks_at_once=tasks_at_once)
+    assert torch.equal(step_accuracies, evaluated)
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
 
 
@@ -353,10 +356,10 @@ def test_no_more_tasks_are_in_memory_than_asked_for(monkeypatch, threads, tasks_
             first = next(early, None) is not None
         if first:
             meeting.wait()
-        found = original(network, chunk, **knobs)
+        results = original(network, chunk, **knobs)
         with lock:
             now[0] -= len(chunk.support)
-        return found
+        return results
 
     monkeypatch.setattr(batched, "_outer_gradient", counted)
     torch.set_num_threads(threads)
@@ -410,10 +413,10 @@ def test_autocast_reaches_the_convolutions(threads, tasks_at_once):
         coarse, _ = meta_gradient(batched, network, tasks, **knobs)
     hook.remove()
     assert set(seen) == {torch.bfloat16}
-    found, expected = vector(coarse), vector(exact)
-    assert not torch.equal(found, expected)
-    assert F.cosine_similarity(found, expected, dim=0) > 0.8
-    assert found.dtype == torch.float32
+    actual, expected = vector(coarse), vector(exact)
+    assert not torch.equal(actual, expected)
+    assert F.cosine_similarity(actual, expected, dim=0) > 0.8
+    assert actual.dtype == torch.float32
 
 
 def test_on_threads_with_one_thread_is_one_by_one():
@@ -421,8 +424,8 @@ def test_on_threads_with_one_thread_is_one_by_one():
     network = Network(nn.Flatten(), 6, 3)
     seen = []
 
-    def function(given, chunk):
-        seen.append(given)
+    def function(passed_network, chunk):
+        seen.append(passed_network)
         return (chunk.support,)
 
     results = on_threads(function, network, chunks)
@@ -441,10 +444,10 @@ def graphs(monkeypatch):
 
     class Replayed:
         def __init__(self, function, network, inputs, outputs):
-            self.given = function, network, inputs, outputs
+            self.recorded_call = function, network, inputs, outputs
 
         def replay(self):
-            function, network, inputs, outputs = self.given
+            function, network, inputs, outputs = self.recorded_call
             for place, value in zip(outputs, function(network, inputs), strict=True):
                 place.copy_(value)
 
@@ -477,9 +480,9 @@ def assert_recorded_is_direct(build, execute, first_order, device, tensors=False
         expected, (losses, accuracies) = meta_gradient(batched, network, tasks, execute=one_by_one, **knobs)
         expected |= {f"eta {place}": eta.grad.clone() for place, eta in enumerate(etas)}
         optimizer.zero_grad()
-        found, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
-        found |= {f"eta {place}": eta.grad for place, eta in enumerate(etas)}
-        assert_same(found, expected)
+        actual, (loss, accuracy) = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+        actual |= {f"eta {place}": eta.grad for place, eta in enumerate(etas)}
+        assert_same(actual, expected)
         torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
         assert torch.equal(accuracy, accuracies)
         for zeroing in ((True,), (False, True)):
@@ -518,8 +521,8 @@ def test_where_recording_is_impossible_one_line_says_so_and_the_numbers_are_the_
     expected, _ = meta_gradient(batched, network, tasks, **knobs)
     with caplog.at_level(logging.INFO):
         for execute in (graphs, graphs, CudaGraphs()):  # the last is of the test that follows training
-            found, _ = meta_gradient(batched, network, tasks, execute=execute, **knobs)
-            assert torch.equal(vector(found), vector(expected))
+            actual, _ = meta_gradient(batched, network, tasks, execute=execute, **knobs)
+            assert torch.equal(vector(actual), vector(expected))
     assert len(tried) == 1
     assert [record.message for record in caplog.records] == [
         "engine=batched: no CUDA graph (operation not permitted when stream is capturing); "

@@ -468,7 +468,7 @@ def test_tables_of_many_classes_take_a_time_in_proportion(tmp_path, monkeypatch)
 @pytest.mark.parametrize("make", [write, lambda root, files: zipped(root, files, zipfile.ZIP_STORED)])
 def test_other_pixels_in_as_many_bytes_are_noticed(tmp_path, load, make):
     before, after = ({name: png(colour + place, "BMP") for place, name in enumerate(FILES)} for colour in (0, 9))
-    files = [{name.replace("png", "bmp"): data for name, data in each.items()} for each in (before, after)]
+    files = [{name.replace("png", "bmp"): data for name, data in photos.items()} for photos in (before, after)]
     sums = []
     for number, content in enumerate(files):
         root = make(tmp_path / "photos", content)

@@ -30,13 +30,13 @@ def drawn_features(K=3, d=4, B=2):
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_its_terms_are_the_terms_of_the_closed_form(inner_steps):
-    given = drawn_features()
-    closed = closed_form_gradients(given, inner_lr=0.3, inner_steps=inner_steps, first_order=True)
+    features = drawn_features()
+    closed = closed_form_gradients(features, inner_lr=0.3, inner_steps=inner_steps, first_order=True)
 
     def gradient(**terms):
-        loss = adapt_head(given, inner_lr=0.3, inner_steps=inner_steps).explicit_loss(first_order=True, **terms)
+        loss = adapt_head(features, inner_lr=0.3, inner_steps=inner_steps).explicit_loss(first_order=True, **terms)
         assert loss.shape == (2,)
-        return torch.autograd.grad(loss.sum(), (given.support, given.query), allow_unused=True)
+        return torch.autograd.grad(loss.sum(), (features.support, features.query), allow_unused=True)
 
     for terms, expected in (
         (EXPLICIT, closed.query_features),
@@ -48,11 +48,11 @@ def test_its_terms_are_the_terms_of_the_closed_form(inner_steps):
     _, quiet = gradient(noise=False, interference=False)
     assert (quiet - closed.contrastive).norm() > 0.1 * closed.contrastive.norm()
     for task in range(2):  # pair by pair: eta/(N_s N_q) (q_t - 1[t=u]) phi(s) in every step
-        adapted = adapt_head(given, inner_lr=0.3, inner_steps=inner_steps)
-        for i, u in enumerate(given.query_labels[task]):
+        adapted = adapt_head(features, inner_lr=0.3, inner_steps=inner_steps)
+        for i, u in enumerate(features.query_labels[task]):
             by_hand = sum(
-                (adapted.Q[task, i, t] - float(t == u)) * given.support[task, j]
-                for j, t in enumerate(given.support_labels[task])
+                (adapted.Q[task, i, t] - float(t == u)) * features.support[task, j]
+                for j, t in enumerate(features.support_labels[task])
             )
             torch.testing.assert_close(quiet[task, i], inner_steps * 0.3 / 5 / 7 * by_hand, rtol=1e-10, atol=1e-14)
 
@@ -62,8 +62,8 @@ def test_without_noise_the_coefficients_have_the_right_sign():
     for same in (True, False):
         phi_S, _, phi_Q, _, weight, bias = drawn_features(B=1)
         phi_S, phi_Q = phi_S[:, :1], phi_Q[:, :1].detach().requires_grad_()
-        given = Features(phi_S, torch.tensor([[0]]), phi_Q, torch.tensor([[0 if same else 1]]), weight, bias)
-        adapted = adapt_head(given, inner_lr=0.3, inner_steps=1)
+        features = Features(phi_S, torch.tensor([[0]]), phi_Q, torch.tensor([[0 if same else 1]]), weight, bias)
+        adapted = adapt_head(features, inner_lr=0.3, inner_steps=1)
         loss = adapted.explicit_loss(first_order=True, noise=False, interference=False)
         (by_query,) = torch.autograd.grad(loss.sum(), phi_Q)
         assert ((by_query * phi_S).sum() < 0) == same  # descent moves phi(q) along phi(s), or against it
@@ -78,8 +78,8 @@ def test_first_order_is_head_only_maml_from_any_head(build, bias, shots, inner_s
     network = convolutional(partial(build, head_bias=bias), tasks)
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": True}
     expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, adapted="head", **knobs)
-    found, (loss, accuracy) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
-    assert_close(found, expected, 1e-10)
+    actual, (loss, accuracy) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
+    assert_close(actual, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
 
@@ -91,10 +91,10 @@ def test_of_an_encoder_in_bfloat16_the_loss_is_computed_in_the_precision_of_the_
     tasks = tasks._replace(support=tasks.support.float(), query=tasks.query.float())
     with torch.autocast("cpu", torch.bfloat16):
         knobs = {"inner_lr": 0.4, "inner_steps": 2, "first_order": True}
-        found, (loss, _) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
+        actual, (loss, _) = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
         features = Features.of(network, tasks)
     closed = closed_form_gradients(features, inner_lr=0.4, inner_steps=2, first_order=True)
-    torch.testing.assert_close(found["head.weight"], closed.weight.mean(0))
+    torch.testing.assert_close(actual["head.weight"], closed.weight.mean(0))
     torch.testing.assert_close(loss, closed.loss)
 
 
@@ -107,13 +107,15 @@ def test_second_order_is_head_only_maml_from_a_zero_head_alone(zeroed):
         zero_head(network.head)
     knobs = {"inner_lr": 0.4, "inner_steps": 1, "first_order": False}
     expected, _ = meta_gradient(sequential, network, tasks, adapted="head", **knobs)
-    found, _ = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
-    found, expected = ({k: g for k, g in each.items() if k.startswith("encoder.")} for each in (found, expected))
+    actual, _ = meta_gradient(explicit, network, tasks, **EXPLICIT, **knobs)
+    actual, expected = (
+        {k: g for k, g in gradients.items() if k.startswith("encoder.")} for gradients in (actual, expected)
+    )
     if zeroed:
-        assert_close(found, expected, 1e-10)
+        assert_close(actual, expected, 1e-10)
     else:
         with pytest.raises(AssertionError):
-            assert_close(found, expected, 1e-2)
+            assert_close(actual, expected, 1e-2)
 
 
 @each_order

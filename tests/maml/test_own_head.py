@@ -57,15 +57,15 @@ def test_both_engines_take_it_and_with_one_shot_it_is_protomaml(engine, first_or
     tasks = images_for(build, tasks=3, shots=shots)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
-    found = outer_gradient(engine, network, tasks, MedianHead(head="own", target=NAME, **knobs))
+    medians = outer_gradient(engine, network, tasks, MedianHead(head="own", target=NAME, **knobs))
     means, _ = meta_gradient(engine, network, tasks, head="prototypes", **knobs)
-    means = {name: means[name] for name in found}
+    means = {name: means[name] for name in medians}
     if shots == 1:  # the median of one is their mean
-        assert_same(found, means)
+        assert_same(medians, means)
     else:
-        assert_same(found, outer_gradient(sequential, network, tasks, MedianHead(head="own", **knobs)))
+        assert_same(medians, outer_gradient(sequential, network, tasks, MedianHead(head="own", **knobs)))
         with pytest.raises(AssertionError):
-            assert_same(found, means, 1e-2)
+            assert_same(medians, means, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def test_an_inner_gradient_does_not_go_from_one_part_of_the_head_to_another(engi
     tasks = images_for(build, tasks=2, shots=2)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
-    found = outer_gradient(engine, network, tasks, Chained(head="own", target=NAME, **knobs))
+    actual = outer_gradient(engine, network, tasks, Chained(head="own", target=NAME, **knobs))
     expected, _ = meta_gradient(sequential, network, tasks, head="prototypes", **knobs)
-    assert_same(found, {name: expected[name] for name in found})
+    assert_same(actual, {name: expected[name] for name in actual})
 
 
 def test_the_files_in_the_docs_are_whole_and_say_the_same(config, own_yaml):

@@ -86,8 +86,8 @@ def test_of_features_in_bfloat16_the_head_is_made_in_float32(distance):
     features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = prototype_head(loop, features.float(), torch.arange(9) % 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        found = prototype_head(loop, features, torch.arange(9) % 3, 3)
-    assert all(torch.equal(found[name], expected[name]) for name in ("weight", "bias"))
+        actual = prototype_head(loop, features, torch.arange(9) % 3, 3)
+    assert all(torch.equal(actual[name], expected[name]) for name in ("weight", "bias"))
 
 
 @each_network

@@ -48,9 +48,10 @@ def draw(size: int, *, ways: int = 3, shots: int = 2, queries: int = 2, tasks: i
     torch.manual_seed(0)
     centres = torch.randn(tasks, ways, 1, 1, size, size)
     support, query = (
-        (centres + 0.5 * torch.randn(tasks, ways, each, 1, size, size)).flatten(1, 2) for each in (shots, queries)
+        (centres + 0.5 * torch.randn(tasks, ways, per_class, 1, size, size)).flatten(1, 2)
+        for per_class in (shots, queries)
     )
-    labels = (torch.arange(ways).repeat_interleave(each).expand(tasks, -1) for each in (shots, queries))
+    labels = (torch.arange(ways).repeat_interleave(per_class).expand(tasks, -1) for per_class in (shots, queries))
     return Task(support, next(labels), query, next(labels))
 
 
@@ -73,8 +74,8 @@ def outer_gradient(engine, network: Network, tasks: Task, **knobs) -> tuple[Tens
 def assert_the_same_recomputed(engine, network: Network, tasks: Task, **knobs) -> None:
     expected, losses = outer_gradient(engine, network, tasks, **knobs)
     state = torch.get_rng_state()
-    found, loss = outer_gradient(engine, network, tasks, recompute_steps=True, **knobs)
-    assert torch.equal(found, expected) and torch.equal(loss, losses) and expected.any()
+    actual, loss = outer_gradient(engine, network, tasks, recompute_steps=True, **knobs)
+    assert torch.equal(actual, expected) and torch.equal(loss, losses) and expected.any()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -121,12 +122,12 @@ def test_the_backward_pass_has_the_autocast_of_the_forward_pass():
         loss = F.linear(x, inputs[0]).float().exp().mean()
         return inputs[0] - torch.autograd.grad(loss, inputs[0], create_graph=True)[0]
 
-    found = []
+    gradients = []
     for take in (step, lambda inputs: recomputed(step, inputs, draws=False)):
         with torch.autocast("cpu", torch.bfloat16):
             moved = take([w])
-        found.append(torch.autograd.grad(moved.square().sum(), w)[0])
-    assert torch.equal(*found)
+        gradients.append(torch.autograd.grad(moved.square().sum(), w)[0])
+    assert torch.equal(*gradients)
 
 
 def peak_bytes(function) -> int:

@@ -74,8 +74,8 @@ def test_the_outer_gradient_is_that_of_the_arithmetic(engine, first_order, inner
     inner_lr = 0.4 if loss == "cross_entropy" else 0.05
     knobs = {"inner_lr": inner_lr, "inner_steps": inner_steps, "first_order": first_order, "loss": loss}
     expected, losses, accuracies = np_meta_gradient(network, tasks, **knobs)
-    found, (loss, accuracy) = meta_gradient(engine, network, tasks, **knobs)
-    assert_close(found, expected, 1e-10)
+    actual, (loss, accuracy) = meta_gradient(engine, network, tasks, **knobs)
+    assert_close(actual, expected, 1e-10)
     np.testing.assert_allclose(loss.numpy(), losses, rtol=1e-12)
     np.testing.assert_allclose(accuracy.numpy(), accuracies, rtol=1e-6)
     assert not loss.requires_grad and not accuracy.requires_grad
@@ -101,7 +101,7 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     tasks = images_for(build, tasks=3, shots=2)
     network = convolutional(partial(build, head_bias=bias), tasks)
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
-    phi_S, phi_Q = (torch.stack([network.encoder(x) for x in each]) for each in (tasks.support, tasks.query))
+    phi_S, phi_Q = (torch.stack([network.encoder(x) for x in images]) for images in (tasks.support, tasks.query))
     head = network.head.weight, network.head.bias
     closed = closed_form_gradients(Features(phi_S, tasks.support_labels, phi_Q, tasks.query_labels, *head), **knobs)
     surrogate = (closed.query_features * phi_Q).sum() + (closed.support_features * phi_S).sum()
@@ -111,8 +111,8 @@ def test_the_head_alone_adapts(engine, build, first_order, inner_steps, bias):
     expected["head.weight"] = closed.weight.mean(0)
     if bias:
         expected["head.bias"] = closed.bias.mean(0)
-    found, (losses, accuracies) = meta_gradient(engine, network, tasks, adapted="head", **knobs)
-    assert_close(found, expected, 1e-10)
+    actual, (losses, accuracies) = meta_gradient(engine, network, tasks, adapted="head", **knobs)
+    assert_close(actual, expected, 1e-10)
     torch.testing.assert_close(losses, closed.loss, rtol=1e-10, atol=0)
     evaluation = {"inner_lr": 0.4, "steps": inner_steps, "zeroing": (False, True), "adapted": "head"}
     evaluated, zeroed = engine.step_accuracies(network, tasks, *evaluations(**evaluation))
@@ -130,8 +130,8 @@ def test_the_engines_give_the_same_gradient(build, first_order, inner_steps, sho
     network = convolutional(build, tasks, zeroed=zeroed)
     knobs = {"inner_lr": 0.1, "inner_steps": inner_steps, "first_order": first_order}
     expected, (losses, accuracies) = meta_gradient(sequential, network, tasks, **knobs)
-    found, (loss, accuracy) = meta_gradient(all_at_once, network, tasks, **knobs)
-    assert_close(found, expected, 1e-10)
+    actual, (loss, accuracy) = meta_gradient(all_at_once, network, tasks, **knobs)
+    assert_close(actual, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
 
@@ -144,7 +144,7 @@ def test_the_gradient_is_a_mean_over_tasks_and_is_added_to_what_is_there(engine,
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
     alone = [meta_gradient(engine, network, Task(*(field[n : n + 1] for field in tasks)), **knobs)[0] for n in range(3)]
-    mean = {name: sum(each[name] for each in alone) / 3 for name in alone[0]}
+    mean = {name: sum(gradient[name] for gradient in alone) / 3 for name in alone[0]}
     together, _ = meta_gradient(engine, network, tasks, **knobs)
     assert_close(together, mean, 1e-10)  # so no task has seen another's images or BatchNorm statistics
 
@@ -160,8 +160,8 @@ def test_how_many_tasks_are_in_memory_together_does_not_change_the_gradient(firs
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "inner_steps": 2, "first_order": first_order}
     expected, (losses, accuracies) = meta_gradient(all_at_once, network, tasks, **knobs)
-    found, (loss, accuracy) = meta_gradient(batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
-    assert_close(found, expected, 1e-10)
+    actual, (loss, accuracy) = meta_gradient(batched, network, tasks, tasks_at_once=tasks_at_once, **knobs)
+    assert_close(actual, expected, 1e-10)
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
     assert torch.equal(accuracy, accuracies)
 
@@ -246,10 +246,10 @@ def test_the_outer_gradient_of_the_family_is_that_of_the_arithmetic(engine, firs
     knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
     of_all, by_rate = of_the_arithmetic(name, first_order)
     expected = dict(of_all)
-    found, _ = meta_gradient(engine, network, tasks, **knobs)
+    actual, _ = meta_gradient(engine, network, tasks, **knobs)
     if "head" in member:
-        assert not any(found.pop(name).any() or expected.pop(name).any() for name in ("head.weight", "head.bias"))
-    assert_close(found, expected, 1e-10)
+        assert not any(actual.pop(name).any() or expected.pop(name).any() for name in ("head.weight", "head.bias"))
+    assert_close(actual, expected, 1e-10)
     if "rates" in member:
         engine.meta_gradient(network, tasks, *loop(**knobs))  # adds to what is there
         assert_close(dict(enumerate(p.grad / 2 for p in knobs["inner_lr"])), dict(enumerate(by_rate)), 1e-10)
@@ -265,12 +265,15 @@ def test_the_step_accuracies_of_the_family_are_those_of_the_arithmetic(engine, m
     expected = []
     for zeroing in (False, True):
         theta, prototypes = np_theta(tiny(zeroed=zeroing)), "head" in knobs and not zeroing
-        each = (np_steps(theta, etas, task, 4, prototypes)[0] for task in np_tasks(tasks))
+        trajectories = (np_steps(theta, etas, task, 4, prototypes)[0] for task in np_tasks(tasks))
         expected.append(
-            [[np_accuracy(at, *task[2:]) for at in passed] for passed, task in zip(each, np_tasks(tasks), strict=True)]
+            [
+                [np_accuracy(at, *task[2:]) for at in passed]
+                for passed, task in zip(trajectories, np_tasks(tasks), strict=True)
+            ]
         )
-    found = engine.step_accuracies(network, tasks, *evaluations(steps=4, zeroing=(False, True), **knobs))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    actual = engine.step_accuracies(network, tasks, *evaluations(steps=4, zeroing=(False, True), **knobs))
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6)
 
 
 @each_network
@@ -282,9 +285,9 @@ def test_the_engines_agree_on_the_family(build, first_order, member):
     network = convolutional(build, tasks)
     knobs = member_knobs(network, member) | {"inner_steps": 3, "first_order": first_order}
     expected, (losses, _) = meta_gradient(sequential, network, tasks, **knobs)
-    found, (loss, _) = meta_gradient(all_at_once, network, tasks, **knobs)
-    found, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (found, expected))
-    assert (found - expected).norm() < 1e-10 * expected.norm()
+    actual, (loss, _) = meta_gradient(all_at_once, network, tasks, **knobs)
+    actual, expected = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in (actual, expected))
+    assert (actual - expected).norm() < 1e-10 * expected.norm()
     torch.testing.assert_close(loss, losses, rtol=1e-10, atol=0)
 
 
@@ -301,13 +304,13 @@ def test_with_a_zeroed_head_one_inner_step_leaves_the_encoder(engine, build, fir
     for zeroed in (True, False):
         network = convolutional(build, tasks, zeroed=zeroed)
         expected = head_only_gradient(network, tasks, inner_lr=0.4, first_order=first_order)
-        found, _ = meta_gradient(engine, network, tasks, inner_lr=0.4, inner_steps=1, first_order=first_order)
-        found = {name.removeprefix("encoder."): found[name] for name in found if name.startswith("encoder.")}
+        actual, _ = meta_gradient(engine, network, tasks, inner_lr=0.4, inner_steps=1, first_order=first_order)
+        actual = {name.removeprefix("encoder."): actual[name] for name in actual if name.startswith("encoder.")}
         if zeroed:
-            assert_close(found, expected, 1e-10)
+            assert_close(actual, expected, 1e-10)
         else:
             with pytest.raises(AssertionError):
-                assert_close(found, expected, 1e-2)
+                assert_close(actual, expected, 1e-2)
 
 
 @each_engine
@@ -325,8 +328,8 @@ def test_with_a_zeroed_head_step_one_is_the_inner_product_prototype_classifier(e
             expected.append((predicted == query_labels).double().mean().item())
     assert 0.2 < np.mean(expected) < 1  # neither all wrong nor all right
     for inner_lr in (0.01, 0.4, 3.0):
-        (found,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=inner_lr, steps=1, zeroing=(True,)))
-        np.testing.assert_allclose(found[:, 1].numpy(), expected, rtol=1e-6)
+        (actual,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=inner_lr, steps=1, zeroing=(True,)))
+        np.testing.assert_allclose(actual[:, 1].numpy(), expected, rtol=1e-6)
 
 
 @each_way
@@ -338,10 +341,10 @@ def test_zeroing_is_the_arithmetic_from_a_zeroed_head(engine, first_order, inner
     network, tasks = tiny(), draw(tasks=3, shots=2, queries=4)
     knobs = {"inner_lr": 0.4, "inner_steps": inner_steps, "first_order": first_order}
     expected, losses, accuracies = np_meta_gradient(tiny(zeroed=True), tasks, **knobs)
-    found, (loss, accuracy) = meta_gradient(engine, network, tasks, zeroing=True, **knobs)
+    actual, (loss, accuracy) = meta_gradient(engine, network, tasks, zeroing=True, **knobs)
     for name in ("head.weight", "head.bias"):
-        assert not found.pop(name).any() and np.any(expected.pop(name))
-    assert_close(found, expected, 1e-10)
+        assert not actual.pop(name).any() and np.any(expected.pop(name))
+    assert_close(actual, expected, 1e-10)
     np.testing.assert_allclose(loss.numpy(), losses, rtol=1e-12)
     np.testing.assert_allclose(accuracy.numpy(), accuracies, rtol=1e-6)
 
@@ -357,17 +360,17 @@ def test_zeroing_leaves_out_what_is_zero(engine, build, first_order, inner_steps
     network = convolutional(build, tasks, zeroed=True)
     losses = {"step_losses": torch.linspace(0.1, 0.5, inner_steps, dtype=torch.float64)}
     for more in ({"inner_lr": 0.1}, member_knobs(network, {"rates": True}) | losses):
-        knobs, found = {"inner_steps": inner_steps, "first_order": first_order, **more}, []
+        knobs, outcomes = {"inner_steps": inner_steps, "first_order": first_order, **more}, []
         for zeroing in (True, False):
             rates = more["inner_lr"] if "step_losses" in more else []
             for eta in rates:
                 eta.grad = None
             gradient, (loss, accuracy) = meta_gradient(engine, network, tasks, zeroing=zeroing, **knobs)
             encoder = [value for name, value in gradient.items() if name.startswith("encoder.")]
-            found.append(
-                torch.cat([each.flatten() for each in (*encoder, *(eta.grad for eta in rates), loss, accuracy)])
+            outcomes.append(
+                torch.cat([tensor.flatten() for tensor in (*encoder, *(eta.grad for eta in rates), loss, accuracy)])
             )
-        assert (found[0] - found[1]).norm() < 1e-10 * found[1].norm()
+        assert (outcomes[0] - outcomes[1]).norm() < 1e-10 * outcomes[1].norm()
 
 
 # Evaluation
@@ -392,10 +395,10 @@ def test_step_accuracies_are_those_of_the_arithmetic(engine, zeroing):
         [np_accuracy(np_adapted(theta, x, labels, 0.4, step), query, query_labels) for step in range(6)]
         for x, labels, query, query_labels in np_tasks(tasks)
     ]
-    (found,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.4, steps=5, zeroing=(zeroing,)))
-    assert found.shape == (4, 6)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
-    assert len(set(found.flatten().tolist())) > 5  # they move from step to step and task to task
+    (actual,) = engine.step_accuracies(network, tasks, *evaluations(inner_lr=0.4, steps=5, zeroing=(zeroing,)))
+    assert actual.shape == (4, 6)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6)
+    assert len(set(actual.flatten().tolist())) > 5  # they move from step to step and task to task
 
 
 @each_network
@@ -405,13 +408,14 @@ def test_the_engines_give_the_same_step_accuracies(build, shots):
     tasks = images_for(build, tasks=3, ways=5, shots=shots, queries=6, spread=2.0)
     network = convolutional(build, tasks)
     knobs = {"inner_lr": 0.1, "steps": 4, "zeroing": (False, True)}
-    found = all_at_once.step_accuracies(network, tasks, *evaluations(**knobs))
-    assert torch.equal(found, sequential.step_accuracies(network, tasks, *evaluations(**knobs)))
+    accuracies = all_at_once.step_accuracies(network, tasks, *evaluations(**knobs))
+    assert torch.equal(accuracies, sequential.step_accuracies(network, tasks, *evaluations(**knobs)))
     # After step 0 with zeroing all logits are zero, so all queries get one label.
-    torch.testing.assert_close(found[1, :, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
+    torch.testing.assert_close(accuracies[1, :, 0], torch.full((3,), 1 / 5), rtol=0, atol=1e-7)
     for mode, zeroing in enumerate((False, True)):  # what the modes share changes neither
         assert torch.equal(
-            all_at_once.step_accuracies(network, tasks, *evaluations(**knobs | {"zeroing": (zeroing,)}))[0], found[mode]
+            all_at_once.step_accuracies(network, tasks, *evaluations(**knobs | {"zeroing": (zeroing,)}))[0],
+            accuracies[mode],
         )
 
 

@@ -361,8 +361,8 @@ def test_a_layer_by_two_names_and_a_weight_in_two_layers_are_each_one(first_orde
     tasks, weight = draw(shape=(2, 9, 9)), network.encoder.inner.weight
     expected, _ = meta_gradient(sequential, network, tasks, first_order=first_order, **KNOBS)
     for together in (2, 1):
-        found, _ = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=together, **KNOBS)
-        assert_same(found, expected)
+        actual, _ = meta_gradient(batched, network, tasks, first_order=first_order, tasks_at_once=together, **KNOBS)
+        assert_same(actual, expected)
     assert network.encoder.inner.weight is weight and isinstance(weight, nn.Parameter)
 
 
@@ -382,10 +382,10 @@ def test_attention_has_a_derivative_in_the_batched_engine_too():
     expected, _ = meta_gradient(sequential, network, tasks, first_order=True, **KNOBS)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        found, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+        actual, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    assert_same(found, expected)
+    assert_same(actual, expected)
 
 
 class Keeps(nn.Module):
@@ -406,8 +406,8 @@ def test_a_network_that_keeps_what_it_computes_is_shared_out_over_threads():
     network, tasks = prepared(network_from_module(Keeps(), channels=2, size=9, ways=3), False), draw(shape=(2, 9, 9))
     expected, _ = meta_gradient(sequential, network, tasks, first_order=True, **KNOBS)
     torch.set_num_threads(2)  # the next test sets it back
-    found, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
-    assert_same(found, expected)
+    actual, _ = meta_gradient(batched, network, tasks, first_order=True, **KNOBS)
+    assert_same(actual, expected)
 
 
 class Recurrent(nn.Module):

@@ -67,7 +67,7 @@ def test_scikit_learns_checks(estimator, check):
 
 def test_fit_and_predict_are_predict_with_labels_of_any_kind():
     support = {name: images(2, seed) for seed, name in enumerate(("b", "a", "c"))}
-    shown, labels = [image for each in support.values() for image in each], ["b", "b", "a", "a", "c", "c"]
+    shown, labels = [image for of_class in support.values() for image in of_class], ["b", "b", "a", "a", "c", "c"]
     asked = images(5, 9)
     expected = predict(MODEL, {name: support[name] for name in "abc"}, asked, steps=2)
     for kind in (str, "abc".index, lambda label: label == "a"):
@@ -203,7 +203,7 @@ def test_columns_of_a_model_whose_classes_are_in_another_order_are_those_of_its_
 def test_support_statistics_are_what_the_adapted_network_sees_of_the_support():
     shown = {0: images(2, 1), 1: images(1, 2)}
     adapted = adapt(MODEL, shown, statistics="queries")
-    pixels = torch.stack([MODEL.preprocess(image) for each in shown.values() for image in each]).double()
+    pixels = torch.stack([MODEL.preprocess(image) for of_class in shown.values() for image in of_class]).double()
     together = adapted.network(pixels)
     fixed = adapt(MODEL, shown, statistics="support").network
     torch.testing.assert_close(fixed(pixels), together)

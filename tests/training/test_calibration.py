@@ -57,8 +57,8 @@ def test_the_confidence_of_a_prediction_is_the_probability_of_its_class():
         (logits,) = sequential.step_logits(network, tasks, [loop.evaluation(2, zeroing)])
         powers = logits.exp()
         expected = (powers / powers.sum(-1, keepdim=True)).amax(-1).mean((0, 2))
-        found = evaluation.results["task"]["test"][mode].calibration["confidence"]
-        assert found == pytest.approx(expected.tolist(), abs=1e-6)
+        actual = evaluation.results["task"]["test"][mode].calibration["confidence"]
+        assert actual == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_a_test_with_calibration_has_the_accuracies_of_one_without_it_and_the_errors(run, finished, tmp_path):

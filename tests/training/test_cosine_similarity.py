@@ -40,11 +40,11 @@ def test_class_similarities_are_means_over_pairs(name):
     network = convolutional(NETWORKS[name], tasks)
     task = Task(*(field[0] for field in tasks))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    found, expected = class_similarities(network, task), by_hand(network, task)
+    actual, expected = class_similarities(network, task), by_hand(network, task)
     for pairs in ("query_support", "query_query"):
-        np.testing.assert_allclose(found[pairs], expected[pairs], atol=2e-6)
+        np.testing.assert_allclose(actual[pairs], expected[pairs], atol=2e-6)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert not np.allclose(found["query_support"], np.transpose(found["query_support"]))  # rows are the queries
+    assert not np.allclose(actual["query_support"], np.transpose(actual["query_support"]))  # rows are the queries
 
 
 def recorded(folder):
@@ -99,7 +99,7 @@ def test_the_figure_shows_every_setting(seeds, updates):
     random = np.random.default_rng(0)
     run = {"updates": updates, **{pairs: random.random((len(updates), 3, 3)).tolist() for pairs, _ in figures.PAIRS}}
     figure = figures.cosine_similarity({"random": [run] * seeds, "zeroing": [run] * seeds}, "a title")
-    text = {each.get_text() for each in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
+    text = {artist.get_text() for artist in figure.findobj(lambda artist: hasattr(artist, "get_text"))}
     over = {1: "1 seed", 3: "mean and 95% confidence interval over 3 seeds (Student t)"}[seeds]
     title = f"a title: one task, unadapted encoder; {over}"
     assert {"random", "zeroing", "same class", "other class", title} <= text

@@ -154,11 +154,11 @@ def test_out_of_memory_names_the_knob_to_lower(run, tmp_path, monkeypatch, overr
 
 @pytest.mark.parametrize("name", ["boil", "metasgd", "msl", "protomaml", "unicorn"])
 def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, monkeypatch, name):
-    engine, given, returned = batched.meta_gradient, [], []
+    engine, seen_weights, returned = batched.meta_gradient, [], []
 
-    def watched(network, tasks, loop, eta, weights, **how):
-        given.append(weights if weights is None else weights.tolist())
-        returned.append(engine(network, tasks, loop, eta, weights, **how))
+    def watched(network, tasks, loop, eta, weights, **options):
+        seen_weights.append(weights if weights is None else weights.tolist())
+        returned.append(engine(network, tasks, loop, eta, weights, **options))
         return returned[-1]
 
     monkeypatch.setattr(batched, "meta_gradient", watched)
@@ -168,7 +168,7 @@ def test_the_family_goes_on_as_if_it_had_not_been_stopped(run, tmp_path, monkeyp
         knobs, iterations = (*knobs, "algo.step_losses=2"), "iterations=3"
     whole = outcome(run(tmp_path / "whole", iterations, *knobs))
     weights = [pytest.approx(meta_learner.step_weights(2, done)) for done in (0, 0.5)] if name == "msl" else []
-    assert given == [*weights, *[None] * (len(given) - len(weights))] and len(given) in (2, 3)
+    assert seen_weights == [*weights, *[None] * (len(seen_weights) - len(weights))] and len(seen_weights) in (2, 3)
     for row, (losses, accuracies) in zip(rows(tmp_path / "whole")[1:], returned, strict=True):
         means = losses.mean().item(), accuracies.mean().item()
         assert (float(row["train/loss"]), float(row["train/query_accuracy"])) == pytest.approx(means)
@@ -211,10 +211,10 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
                 theta = {n: p - cfg.inner_lr * g for (n, p), g in zip(theta.items(), gradients, strict=True)}
             (loss(theta, *task[2:]) / 2).backward()
         optimizer.step()
-    found = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, p in network.encoder.named_parameters():
-        torch.testing.assert_close(found[f"network.encoder.{name}"], p.data, rtol=0, atol=1e-8)
-    torch.testing.assert_close(found["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
+        torch.testing.assert_close(saved[f"network.encoder.{name}"], p.data, rtol=0, atol=1e-8)
+    torch.testing.assert_close(saved["network.head.weight"], head[0].data.expand(5, -1), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +231,11 @@ def test_unicorn_trains_one_vector_that_every_class_starts_from(run, config, cac
 def test_a_head_that_is_zero_is_evaluated_once(run, tmp_path, monkeypatch, engine, algo, twice):
     evaluate, calls = engine.step_accuracies, []
 
-    def evaluated(network, tasks, evaluations, *rest, **how):
+    def evaluated(network, tasks, evaluations, *rest, **options):
         both = [replace(evaluations[0], zeroing=zeroing) for zeroing in (False, True)]
         zeroing = tuple(evaluation.zeroing for evaluation in evaluations)
-        calls.append((zeroing, evaluate(network, tasks, both, *rest, **how)))
-        return evaluate(network, tasks, evaluations, *rest, **how)
+        calls.append((zeroing, evaluate(network, tasks, both, *rest, **options)))
+        return evaluate(network, tasks, evaluations, *rest, **options)
 
     monkeypatch.setattr(engine, "step_accuracies", evaluated)
     # The later model counts as the better.
@@ -270,7 +270,7 @@ def test_the_weights_of_the_step_losses_are_those_of_maml_plus_plus():
     """Its code, with numbers: five steps, annealed over 15 epochs."""
     for epoch in range(15):
         weights, decay, least = [1 / 5] * 5, 1 / 5 / 15, 0.03 / 5
-        weights[:4] = [max(each - epoch * decay, least) for each in weights[:4]]
+        weights[:4] = [max(weight - epoch * decay, least) for weight in weights[:4]]
         weights[4] = min(weights[4] + epoch * 4 * decay, 1 - 4 * least)
         assert meta_learner.step_weights(5, epoch / 15) == pytest.approx(weights)
     assert meta_learner.step_weights(1, 0.5) == [1]

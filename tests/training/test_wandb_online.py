@@ -81,11 +81,11 @@ def train(server: str, cache: Path, *overrides: str) -> subprocess.CompletedProc
 def test_what_a_run_tells_arrives(server, ask, cache, tmp_path):
     done = train(server, cache, "logger.mode=online", "logger.name=my run", "seed=7", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = ask("api/v2/projects/default/fewshot/runs")["runs"]
-    assert (found["display_name"], found["state"]) == ("my run", "finished")
+    (run,) = ask("api/v2/projects/default/fewshot/runs")["runs"]
+    assert (run["display_name"], run["state"]) == ("my run", "finished")
     results = json.loads((tmp_path / "results.json").read_text())
 
-    config = {name: value["value"] for name, value in found["config"].items()}
+    config = {name: value["value"] for name, value in run["config"].items()}
     told = config.pop("_wandb")
     assert config == {name: value for name, value in results["config"].items() if value != {}}  # W&B drops an empty one
     # Every metric against iteration: the first of _wandb.m is it, the others name it by its number.
@@ -95,7 +95,7 @@ def test_what_a_run_tells_arrives(server, ask, cache, tmp_path):
         pattern for pattern, number in against.items() if number == 1
     }
 
-    files = f"files/default/fewshot/{found['run_id']}"
+    files = f"files/default/fewshot/{run['run_id']}"
     *rows, last = ask(f"{files}/wandb-history.jsonl")
     with open(tmp_path / "metrics.csv", newline="") as file:
         expected = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
@@ -103,7 +103,7 @@ def test_what_a_run_tells_arrives(server, ask, cache, tmp_path):
     assert [{key: value for key, value in row.items() if not own.match(key)} for row in rows] == expected
     assert [row["_step"] for row in rows] == list(range(len(rows)))
 
-    summary = found["summary"]
+    summary = run["summary"]
     assert (summary["best_iteration"], summary["iterations"]) == (results["best_iteration"], 6)
     for mode, suffix in (("zeroing_off", ""), ("zeroing_on", "_zeroed")):
         accuracy = results["test"][mode]["accuracy"]

@@ -48,13 +48,13 @@ def test_the_users_own_switches_of_wandb_come_first(asked, told, variables, expe
         monkeypatch.setenv(name, value)
     settings = SimpleNamespace(mode=told, base_url="https://somewhere")
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
-    monkeypatch.setattr(wandb, "login", lambda **how: True)
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
     monkeypatch.setattr(wandb_run, "_answers", lambda server: True)
     try:
-        found = wandb_run._mode(asked)
+        actual = wandb_run._mode(asked)
     except UserError as error:
-        found = str(error)
-    assert found.startswith(expected) and "\n" not in found
+        actual = str(error)
+    assert actual.startswith(expected) and "\n" not in actual
 
 
 @pytest.mark.parametrize("server", ["https://nowhere.invalid", "http://127.0.0.1:9", "the proxy"])
@@ -68,7 +68,7 @@ def test_a_key_without_network_is_offline_in_one_line_and_at_once(server, monkey
         monkeypatch.setattr(wandb_run.urllib.request, "proxy_bypass", lambda host: False)
     settings = SimpleNamespace(mode="online", base_url=server)
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
-    monkeypatch.setattr(wandb, "login", lambda **how: True)
+    monkeypatch.setattr(wandb, "login", lambda **options: True)
     monkeypatch.setattr(wandb_run, "PATIENCE", 1)
     assert wandb_run._mode(None) == "offline"
     assert caplog.messages == [f"W&B: there is an API key, but {server} cannot be reached; the run is kept offline"]
@@ -87,7 +87,7 @@ def test_a_server_that_answers_is_one(monkeypatch):
 
 def test_without_a_key_only_an_explicit_wish_is_a_mistake(monkeypatch):
     monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
-    monkeypatch.setattr(wandb, "login", lambda **how: False)
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
     assert wandb_run._mode(None) == "offline"
     with pytest.raises(UserError, match=r"logger\.mode=online: no API key"):
         wandb_run._mode("online")
@@ -117,7 +117,7 @@ class Shown(BaseException):
 
 
 def test_results_are_written_and_handed_to_the_logger_before_anything_is_shown(run, tmp_path, monkeypatch):
-    def show(*given):
+    def show(*arguments):
         raise Shown
 
     handed = []
