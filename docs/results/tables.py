@@ -6,6 +6,7 @@ cog -r -I docs/results @docs/results/pages
 import ast
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,13 +258,22 @@ def prototypical() -> str:
 
 
 def sensitivity() -> str:
-    """How far two trainings are apart that began 1e-12 apart in one weight, and the first inner step's curvature."""
-    usual = {"shots": 1, "inner_lr": 0.4, "inner_steps": 2, "precision": "float64"}
-    updates, rows = ("1", "10", "20", "50", "100", "200"), []
+    """How far two trainings are apart that began with one weight a little apart, after 20 and after 200 updates."""
+    return _by_setting(lambda row, at: f"{row['difference'][at]:.1e}".replace("e-0", "e-"), ("20", "200"))
+
+
+def sensitivity_curvature() -> str:
+    """Of the same trainings, eta times the curvature before the first inner step: at the start, after 200 updates."""
+    return _by_setting(lambda row, at: f"{row['sharpness'][at][0]:,.0f}", ("0", "200"))
+
+
+def _by_setting(cell: Callable[[dict[str, Any], str], str], updates: tuple[str, ...]) -> str:
+    """Of benchmarks/sensitivity.json: a line for each data set, shots, inner_lr, steps and precision; six settings."""
+    settings = [(order, start) for order in ("first", "second") for start in STARTS]
+    lines: dict[str, dict[tuple[str, str], str]] = {}
     for row in measured("sensitivity"):
-        apart = [f"{row['difference'][number]:.1e}".replace("e-0", "e-") for number in updates]
-        name = {"first": "FOMAML", "second": "SOMAML"}[row["order"]]
-        others = "".join(f", `{knob}={row[knob]}`" for knob, value in usual.items() if row[knob] != value)
-        curved = " / ".join(f"{row['sharpness'][number][0]:,.0f}" for number in ("0", "200"))
-        rows.append([f"{name}, {STARTS[row['start']]}{others.replace('precision=', '')}", *apart, curved])
-    return markdown(["updates", *updates, "eta times the largest curvature: before the first, after the last"], rows)
+        steps = f"{row['inner_steps']} step{'s' * (row['inner_steps'] > 1)}"
+        of = f"{row['dataset']}, {row['shots']}-shot, inner_lr {row['inner_lr']:g}, {steps}, {row['precision']}"
+        lines.setdefault(of, {})[row["order"], row["start"]] = " / ".join(cell(row, at) for at in updates)
+    heads = [f"{order}, {start}" for order in ("FOMAML", "SOMAML") for start in STARTS.values()]
+    return markdown(["", *heads], [[of, *(cells.get(one, "") for one in settings)] for of, cells in lines.items()])
