@@ -259,7 +259,12 @@ def prototypical() -> str:
 
 def sensitivity() -> str:
     """How far two trainings are apart that began with one weight a little apart, after 20 and after 200 updates."""
-    return _by_setting(lambda row, at: f"{row['difference'][at]:.1e}".replace("e-0", "e-"), ("20", "200"))
+
+    def apart(row: dict[str, Any], at: str) -> str:
+        value = row["difference"][at]
+        return f"{100 * value:.2g}%" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+
+    return _by_setting(apart, ("20", "200"))
 
 
 def sensitivity_curvature() -> str:
