@@ -82,7 +82,7 @@ def final_tests(runs: list[Setting], *knobs: str) -> str:
 def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure:
     """The test curve of each setting with the head as it is and with the head zeroed for the test alone.
 
-    First and second order stand side by side.
+    First and second order stand side by side. Of several seeds, those that all settings have.
 
     shown: the lowest and the highest accuracy that the figure shows.
     """
@@ -90,7 +90,8 @@ def test_time_zeroing(runs: list[Setting], shown: tuple[float, float]) -> Figure
     colours = places(setting.label(without=["algo.first_order"]) for setting in runs)
     figure = Figure(figsize=(3 + 4 * len(orders), 4.4), layout="constrained")
     step, shots = runs[0].config["inner_steps"], runs[0].config["shots"]
-    seeds = {job.config["seed"] for setting in runs for job in setting.jobs}
+    seeds = set.intersection(*({job.config["seed"] for job in setting.jobs} for setting in runs))
+    runs = [run._replace(jobs=[job for job in run.jobs if job.config["seed"] in seeds]) for run in runs]
     over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     panels = figure.subplots(1, len(orders), sharey=True, squeeze=False)[0]
     for axes, first_order in zip(panels, orders, strict=True):
